@@ -1,0 +1,104 @@
+"""The invariants of compressed arrays, checked on concrete values."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays._packed import PackedArray, codes_per_block
+from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._sparse import BitmaskSparseArray, NMSparseArray
+
+
+def validate_array(leaf: Any) -> None:
+    """Checks the invariants that the docstrings of the compressed arrays state; plain arrays pass.
+
+    Args:
+        leaf: concrete.
+
+    Raises:
+        ValueError: an invariant is broken; says which.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress.arrays import QuantizedArray, validate_array
+        >>> codes, scale = jnp.ones((4, 2), "int8"), jnp.ones((3, 2))
+        >>> validate_array(QuantizedArray(data=codes, scale=scale, dtype=jnp.dtype("float32")))
+        Traceback (most recent call last):
+        ValueError: Scales of shape (3, 2) do not divide codes of shape (4, 2).
+    """
+    if isinstance(leaf, PackedArray):
+        _validate_packed(leaf)
+    elif isinstance(leaf, NMSparseArray):
+        _validate_n_of_m(leaf)
+    elif isinstance(leaf, BitmaskSparseArray):
+        _validate_bitmask(leaf)
+    elif isinstance(leaf, QuantizedArray):
+        _validate_quantized(leaf)
+
+
+def _require(holds: Any, message: str) -> None:
+    if not bool(holds):
+        raise ValueError(message)
+
+
+def _validate_packed(leaf: PackedArray) -> None:
+    _require(1 <= leaf.bits <= 7, f"Packed codes have 1 to 7 bits, got {leaf.bits}.")
+    _require(-leaf.ndim <= leaf.axis < 0, f"The packed axis is negative and in range, got {leaf.axis} of {leaf.ndim}.")
+    _require(leaf.data.dtype == jnp.uint8, f"Packed codes are uint8, got {leaf.data.dtype}.")
+    block = codes_per_block(leaf.bits)
+    expected = -(-leaf.width // block) * block * leaf.bits // 8
+    found = leaf.data.shape[leaf.axis]
+    _require(found == expected, f"{leaf.width} codes of {leaf.bits} bits fill {expected} bytes, got {found}.")
+
+
+def _validate_n_of_m(leaf: NMSparseArray) -> None:
+    kept, run = leaf.pattern
+    _require(1 <= kept <= run, f"The pattern (N, M) needs 1 <= N <= M, got {leaf.pattern}.")
+    _require(leaf.values.shape == leaf.index.shape, f"Values {leaf.values.shape} and places {leaf.index.shape} differ.")
+    stored = -(-leaf.width // run) * kept
+    found = leaf.values.shape[leaf.axis]
+    _require(found == stored, f"{leaf.width} entries of pattern {kept}:{run} store {stored} values, got {found}.")
+    places = np.moveaxis(np.asarray(leaf.index.materialize()), leaf.axis, -1).reshape(-1, kept).astype(int)
+    _require((places < run).all(), f"Places must be below {run}.")
+    _require((np.diff(places, axis=-1) > 0).all(), "The places of one run must be distinct and ascending.")
+    for part in (leaf.values, leaf.index):
+        validate_array(part)
+
+
+def _validate_bitmask(leaf: BitmaskSparseArray) -> None:
+    rows, columns = leaf.index.shape[-2:]
+    shards, longest = leaf.values.shape[-2:]
+    _require(
+        columns == np.prod(leaf.row_shape, dtype=int), f"Rows of shape {leaf.row_shape} do not have {columns} columns."
+    )
+    _require(leaf.starts.shape == leaf.index.shape[:-1], f"One start per row is needed, got {leaf.starts.shape}.")
+    _require(rows % shards == 0, f"{shards} shards do not divide {rows} rows.")
+    counts = np.asarray(leaf.index.materialize()).sum(-1, dtype=np.int64)
+    counts = counts.reshape(*counts.shape[:-1], shards, rows // shards)
+    starts = (np.cumsum(counts, -1) - counts).reshape(leaf.starts.shape)
+    _require((starts == np.asarray(leaf.starts)).all(), "The starts do not count the mask.")
+    _require((counts.sum(-1) <= longest).all(), f"The mask keeps more values than the {longest} stored.")
+    for part in (leaf.values, leaf.index):
+        validate_array(part)
+
+
+def _validate_quantized(leaf: QuantizedArray) -> None:
+    divides = len(leaf.scale.shape) == leaf.ndim and all(
+        s >= 1 and n % s == 0 for n, s in zip(leaf.shape, leaf.scale.shape, strict=True)
+    )
+    _require(divides, f"Scales of shape {leaf.scale.shape} do not divide codes of shape {leaf.shape}.")
+    if leaf.zero_point is not None:
+        sizes = zip(leaf.zero_point.shape, leaf.scale.shape, strict=True)
+        shapes = f"zero points {leaf.zero_point.shape}, scales {leaf.scale.shape}"
+        _require(all(z in (1, s) for z, s in sizes), f"Zero points have the size of the scales or 1: {shapes}.")
+    _require(jnp.issubdtype(leaf.dtype, jnp.floating), f"The logical dtype is a float, got {leaf.dtype}.")
+    floats = [
+        part for part in jax.tree.leaves((leaf.scale, leaf.zero_point)) if jnp.issubdtype(part.dtype, jnp.floating)
+    ]
+    _require(all(jnp.isfinite(part).all() for part in floats), "Scales and zero points must be finite.")
+    if leaf.levels is not None:
+        _require(leaf.zero_point is None, "A table of levels has no zero point.")
+        _require(int(leaf.codes().max(initial=0)) < len(leaf.levels), f"A code exceeds the {len(leaf.levels)} levels.")
+    validate_array(leaf.data)

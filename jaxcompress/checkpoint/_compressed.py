@@ -1,0 +1,102 @@
+"""Which compressed arrays a checkpoint knows. To store a new class, add one row to `COMPRESSED`."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, PackedArray, QuantizedArray
+
+
+class Codec(NamedTuple):
+    """How a static field is written as JSON and read back.
+
+    Attributes:
+        encode: value -> JSON; raises `TypeError` for a value of another type.
+        decode: JSON -> value; raises `ValueError` for JSON of another type.
+    """
+
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+
+
+class CompressedType(NamedTuple):
+    """A class of compressed arrays: a dataclass whose fields are arrays (or compressed arrays), or static.
+
+    Attributes:
+        cls: the class.
+        static: codecs of its static fields, by name; all other fields are parts.
+    """
+
+    cls: type
+    static: Mapping[str, Codec]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the fields that hold arrays."""
+        return tuple(field.name for field in dataclasses.fields(self.cls) if field.name not in self.static)
+
+
+def _exactly(*kinds: type) -> Codec:
+    def check(value: Any, error: type[Exception]) -> Any:
+        if type(value) not in kinds:
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise error(f"{value!r} is of type {type(value).__name__}, expected {names}")
+        return value
+
+    return Codec(lambda value: check(value, TypeError), lambda value: check(value, ValueError))
+
+
+def _tuple_of(item: Codec) -> Codec:
+    def encode(value: Any) -> Any:
+        return [item.encode(entry) for entry in _exactly(tuple).encode(value)]
+
+    return Codec(encode, lambda value: tuple(item.decode(entry) for entry in _exactly(list).decode(value)))
+
+
+def _optional(item: Codec) -> Codec:
+    return Codec(
+        lambda value: None if value is None else item.encode(value),
+        lambda value: None if value is None else item.decode(value),
+    )
+
+
+def _decode_dtype(value: Any) -> jnp.dtype:
+    try:
+        return jnp.dtype(_exactly(str).decode(value))
+    except TypeError as err:
+        raise ValueError(f"{value!r} is not the name of a dtype") from err
+
+
+def _number(kind: type, *abstract: type) -> Codec:
+    """Python and NumPy numbers are written as Python numbers: shapes computed with NumPy end up in static fields."""
+
+    def encode(value: Any) -> Any:
+        number = kind(value) if isinstance(value, abstract) else _exactly(kind).encode(value)
+        if not math.isfinite(number):
+            raise TypeError(f"{value!r} is not finite")
+        return number
+
+    return Codec(encode, _exactly(kind).decode)
+
+
+INT = _number(int, np.integer)
+BOOL = _number(bool, np.bool_)
+FLOAT = _number(float, np.floating, int, np.integer)
+DTYPE = Codec(lambda value: jnp.dtype(value).name, _decode_dtype)
+INTS = _tuple_of(INT)
+FLOATS = _tuple_of(FLOAT)
+
+COMPRESSED: dict[str, CompressedType] = {
+    row.cls.__name__: row
+    for row in (
+        CompressedType(PackedArray, {"bits": INT, "signed": BOOL, "axis": INT, "width": INT}),
+        CompressedType(QuantizedArray, {"dtype": DTYPE, "levels": _optional(FLOATS)}),
+        CompressedType(BitmaskSparseArray, {"row_shape": INTS}),
+        CompressedType(NMSparseArray, {"pattern": INTS, "axis": INT, "width": INT}),
+    )
+}
+"""By class name, as it stands in the manifest. Classes come from this table alone, never from a file."""

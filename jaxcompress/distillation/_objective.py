@@ -1,0 +1,81 @@
+"""The loss of one step, and its gradient."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxcompress.distillation._losses import agreement
+from jaxcompress.distillation._outputs import LossFn, Outputs, mean
+from jaxcompress.execution import execute
+from jaxcompress.tree import is_unselected, partition_trainable
+from jaxcompress.types import Params, Schedule
+
+Apply: TypeAlias = Callable[..., Outputs]
+"""`(params, batch, *, key, train) -> outputs by name`."""
+
+Metrics: TypeAlias = dict[str, tuple[jax.Array, jax.Array]]
+"""name -> (sum, count), float32 scalars; add them up over steps, then divide."""
+
+WeightedLosses: TypeAlias = Mapping[str, tuple[float | Schedule, LossFn]]
+"""name -> (weight, loss)."""
+
+
+def teacher_outputs(apply: Apply | None, params: Params, batch: Mapping[str, Any]) -> Outputs:
+    """What the teacher says, without a gradient; without a teacher, what the batch has under "teacher"."""
+    outputs = batch.get("teacher", {}) if apply is None else execute(apply)(params, batch, key=None, train=False)
+    return jax.lax.stop_gradient(outputs)
+
+
+def task_loss(
+    losses: WeightedLosses, step: jax.Array, student: Outputs, teacher: Outputs, batch: Mapping[str, Any]
+) -> tuple[jax.Array, Metrics]:
+    """`Σ weight · sum / count`, and the sums and counts by name."""
+    total, figures = jnp.zeros((), jnp.float32), {}
+    for name, (weight, loss) in losses.items():
+        figures[name] = _figure(loss(student, teacher, batch))
+        total = total + (weight(step) if callable(weight) else weight) * mean(*figures[name])
+    return total, figures
+
+
+def reported(
+    metrics: Mapping[str, LossFn] | None, student: Outputs, teacher: Outputs, batch: Mapping[str, Any]
+) -> Metrics:
+    """The figures that are only reported; by default `agreement`, if both models have logits."""
+    if metrics is None:
+        mask = "attention_mask" if "attention_mask" in batch else None
+        metrics = {"agreement": agreement(mask=mask)} if "logits" in student and "logits" in teacher else {}
+    student = jax.lax.stop_gradient(student)
+    return {name: _figure(figure(student, teacher, batch)) for name, figure in metrics.items()}
+
+
+def gradients(objective: Callable[..., Any], *trees: Params) -> tuple[Any, tuple[Params, ...]]:
+    """Further results of an objective, and its gradients with respect to the float leaves of each tree.
+
+    Args:
+        objective: `(*trees) -> (scalar, further results)`.
+        *trees: what to differentiate for; `Unselected` stands in the gradients for what is no float.
+    """
+    floats, rests = zip(*map(partition_trainable, trees), strict=True)
+
+    def of_floats(floats: tuple[Params, ...]) -> Any:
+        return objective(*map(join, floats, rests))
+
+    grads, others = jax.grad(of_floats, has_aux=True)(floats)
+    return others, grads
+
+
+def join(floats: Params, rest: Params) -> Params:
+    """The inverse of `partition_trainable`.
+
+    Unlike `tree.combine`, it takes trees with entries that are `Unselected` on both sides: partial trees of masks or
+    scores inside a transform's state.
+    """
+    return jax.tree.map(lambda x, y: y if is_unselected(x) else x, floats, rest, is_leaf=is_unselected)
+
+
+def _figure(counted: tuple[ArrayLike, ArrayLike]) -> tuple[jax.Array, jax.Array]:
+    total, count = counted
+    return jnp.asarray(total, jnp.float32), jnp.asarray(count, jnp.float32)

@@ -1,0 +1,244 @@
+"""The interpreter: a model's jaxpr, evaluated with compressed leaves in place."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxcompress.execution._rearrange import can_unstack
+from jaxcompress.execution._rules import RULES
+from jaxcompress.trace import Body, as_body, called_body, walk
+from jaxcompress.tree import path_string
+from jaxcompress.types import CompressedArray, is_compressed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """A use of a compressed leaf for which there is no rule, so that the plain array was made.
+
+    Attributes:
+        path: of the leaf.
+        primitive: the JAX primitive that used it.
+        shape: of the array that was made.
+        nbytes: its size in bytes.
+    """
+
+    path: str
+    primitive: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+def execute(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply`, able to take compressed arrays anywhere in its arguments.
+
+    `apply` is traced on the logical shapes, and its jaxpr evaluated with the rules of the compressed arrays: matmuls and
+    look-ups read the stored form, re-arrangements move it, whatever else needs the values gets the plain array
+    (`fallbacks` lists those). The result is always that of `apply(materialize(...))`, up to the order of float sums.
+    Equations without a compressed operand are bound again unchanged, with their own derivatives.
+
+    Composable with `jit`, `grad` (of float leaves: see `tree.partition_trainable`), `vmap`, `scan` and sharding. Wrap it in
+    `jax.jit` with the parameters as arguments: constants would be folded to floats.
+
+    Args:
+        apply: pure; arguments that are no arrays (flags, None) are static.
+
+    Returns:
+        A function of the same arguments and outputs. Without compressed arguments it calls `apply` as it is.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress.arrays import QuantizedArray
+        >>> codes, scale = jnp.array([[1], [-2]], "int8"), jnp.array([[0.5]])
+        >>> kernel = QuantizedArray(data=codes, scale=scale, dtype=jnp.dtype("float32"))
+        >>> execute(lambda params, x: x @ params["kernel"])({"kernel": kernel}, jnp.array([[1.0, 1.0]]))
+        Array([[-0.5]], dtype=float32)
+    """
+    return functools.wraps(apply)(functools.partial(_run, apply, _ignore))
+
+
+def fallbacks(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Fallback, ...]:
+    """Where `execute(apply)(*args, **kwargs)` has to make plain arrays; found abstractly, nothing is computed.
+
+    Args:
+        apply: as for `execute`.
+        *args: as for `apply`; arrays may be abstract.
+        **kwargs: likewise.
+
+    Returns:
+        One entry for each use in the program text (the body of a scan counts once), in execution order.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress.arrays import QuantizedArray
+        >>> codes, scale = jnp.ones((2, 3), "int8"), jnp.ones((1, 3))
+        >>> params = {"w": QuantizedArray(data=codes, scale=scale, dtype=jnp.dtype("float32"))}
+        >>> fallbacks(lambda p: jnp.sin(p["w"]), params)
+        (Fallback(path='w', primitive='sin', shape=(2, 3), nbytes=24),)
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    noted: list[Fallback] = []
+
+    def run(values: list[Any]) -> Any:
+        filled = list(leaves)
+        for i, value in zip(dynamic, values, strict=True):
+            filled[i] = value
+        full_args, full_kwargs = treedef.unflatten(filled)
+        return _run(apply, noted.append, *full_args, **full_kwargs)
+
+    jax.eval_shape(run, [leaves[i] for i in dynamic])
+    # JAX may trace the body of a loop more than once.
+    return tuple(dict.fromkeys(noted))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """A compressed value on its way through the walk, with the path of the leaf that it comes from."""
+
+    array: CompressedArray
+    path: str = dataclasses.field(metadata={"static": True})
+
+
+_Note = Callable[[Fallback], None]
+
+
+def _ignore(fallback: Fallback) -> None:
+    del fallback
+
+
+def _run(apply: Callable[..., Any], note: _Note, *args: Any, **kwargs: Any) -> Any:
+    keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_compressed)
+    leaves = [leaf for _, leaf in keyed]
+    if not any(is_compressed(leaf) for leaf in leaves):
+        return apply(*args, **kwargs)
+    dynamic = [i for i, leaf in enumerate(leaves) if is_compressed(leaf) or _is_array(leaf)]
+
+    def logical(values: list[Any]) -> Any:
+        filled = list(leaves)
+        for i, value in zip(dynamic, values, strict=True):
+            filled[i] = value
+        full_args, full_kwargs = treedef.unflatten(filled)
+        return apply(*full_args, **full_kwargs)
+
+    closed, outputs = jax.make_jaxpr(logical, return_shape=True)([_abstract(leaves[i]) for i in dynamic])
+    values = [_tagged(keyed[i][0], leaves[i]) for i in dynamic]
+    results = _interpret(as_body(closed), values, note)
+    return jax.tree.structure(outputs).unflatten(results)
+
+
+def _interpret(body: Body, values: Sequence[Any], note: _Note) -> list[Any]:
+    """Evaluates a body; its outputs are plain."""
+    results = walk(body, values, functools.partial(_visit, note=note))
+    return [_plain(value, "output", note) for value in results]
+
+
+def _visit(eqn: Any, values: list[Any], *, note: _Note) -> Sequence[Any]:
+    if not any(isinstance(value, _Weight) for value in values):
+        return _bind(eqn, values)
+    name = eqn.primitive.name
+    if name in _CONTROL:
+        return _CONTROL[name](eqn, values, note)
+    if name in _INLINED and (body := called_body(eqn)) is not None:
+        return walk(body, values, functools.partial(_visit, note=note))
+    if name in RULES:
+        path = next(value.path for value in values if isinstance(value, _Weight))
+        results = RULES[name](eqn, [value.array if isinstance(value, _Weight) else value for value in values])
+        if results is not None:
+            return [_Weight(out, path) if is_compressed(out) else out for out in results]
+    return _bind(eqn, [_plain(value, name, note) for value in values])
+
+
+def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _plain(value: Any, primitive: str, note: _Note) -> Any:
+    if not isinstance(value, _Weight):
+        return value
+    array = value.array.materialize()
+    note(Fallback(path=value.path, primitive=primitive, shape=array.shape, nbytes=array.size * array.dtype.itemsize))
+    return array
+
+
+# `custom_jvp` and `custom_vjp` are not inlined: that would lose their derivatives.
+_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
+
+
+def _remat(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
+    def run(*operands: Any) -> list[Any]:
+        return _interpret(as_body(eqn.params["jaxpr"]), operands, note)
+
+    return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
+
+
+def _scan(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
+    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts = values[:num_consts]
+    carry = [_plain(value, "scan", note) for value in values[num_consts : num_consts + num_carry]]
+    stacked = [
+        value if not isinstance(value, _Weight) or can_unstack(value.array) else _plain(value, "scan", note)
+        for value in values[num_consts + num_carry :]
+    ]
+
+    def step(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = _interpret(as_body(eqn.params["jaxpr"]), [*consts, *carry, *sliced], note)
+        return results[:num_carry], results[num_carry:]
+
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    carry, collected = jax.lax.scan(step, carry, stacked, **options)
+    return [*carry, *collected]
+
+
+def _while(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
+    cond_end = eqn.params["cond_nconsts"]
+    body_end = cond_end + eqn.params["body_nconsts"]
+    carry = [_plain(value, "while", note) for value in values[body_end:]]
+
+    def condition(carry: list[Any]) -> Any:
+        return _interpret(as_body(eqn.params["cond_jaxpr"]), [*values[:cond_end], *carry], note)[0]
+
+    def step(carry: list[Any]) -> list[Any]:
+        return _interpret(as_body(eqn.params["body_jaxpr"]), [*values[cond_end:body_end], *carry], note)
+
+    return jax.lax.while_loop(condition, step, carry)
+
+
+def _cond(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
+    def run(branch: Any, *operands: Any) -> list[Any]:
+        return _interpret(as_body(branch), operands, note)
+
+    branches = [functools.partial(run, branch) for branch in eqn.params["branches"]]
+    return jax.lax.switch(values[0], branches, *values[1:])
+
+
+_CONTROL: dict[str, Callable[[Any, list[Any], _Note], Sequence[Any]]] = {
+    "remat": _remat,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _abstract(leaf: Any) -> Any:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_compressed(leaf) else leaf
+
+
+def _tagged(keys: tuple[Any, ...], leaf: Any) -> Any:
+    if not is_compressed(leaf):
+        return leaf
+    # The keys begin with (args or kwargs, number or name of the argument).
+    argument, inner = keys[1], keys[2:]
+    first = keys[0].idx == 0 and argument.idx == 0
+    return _Weight(leaf, path_string(inner) if first else f"[{path_string((argument,))}]/{path_string(inner)}")

@@ -1,0 +1,71 @@
+"""Quantization inside a loss: rounded forward, straight through backward."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxcompress.arrays import dequantize
+from jaxcompress.quantization._round_to_nearest import round_to_codes
+from jaxcompress.quantization._scales import block_scales
+from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.trace import LeafLayout
+
+
+@jax.custom_jvp
+def straight_through(rounded: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`rounded`, with the gradient of `x`.
+
+    Unlike `x + stop_gradient(rounded - x)` it is exactly `rounded`, also where `x` is not finite, and costs nothing.
+
+    Args:
+        rounded: the value.
+        x: of the same shape and dtype; gets the gradient unchanged.
+
+    Returns:
+        `rounded`.
+
+    Example:
+        >>> float(jax.grad(lambda x: 3 * straight_through(jnp.round(x), x))(1.7))
+        3.0
+
+    References:
+        Bengio et al., "Estimating or propagating gradients through stochastic neurons", 2013.
+    """
+    return rounded
+
+
+@straight_through.defjvp
+def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return primals[0], tangents[1]
+
+
+def fake_quantize_array(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> Float[Array, "..."]:
+    """What `quantize_array(w, spec, layout).materialize()` gives, bit for bit, with the gradient of the identity.
+
+    Weights that are 0 stay 0. The arithmetic is float32. Two passes over `w`: its ranges, and the rounding.
+
+    Args:
+        w: the weights.
+        spec: bits, granularity, variant.
+        layout: gives the axes.
+
+    Returns:
+        An array of the shape and dtype of `w`.
+
+    Raises:
+        ValueError: the blocks do not divide the shape.
+
+    Example:
+        >>> from jaxcompress.trace import LeafLayout
+        >>> layout = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
+        >>> fake_quantize_array(jnp.array([[7.0, 0.5], [-3.2, -3.5]]), QuantSpec(bits=4), layout)
+        Array([[ 7. ,  0.5],
+               [-3. , -3.5]], dtype=float32)
+    """
+    frozen = jax.lax.stop_gradient(w)
+    scale, zero_point = block_scales(frozen, spec, layout)
+    codes = round_to_codes(frozen, scale, zero_point, spec)
+    rounded = dequantize(codes, scale, zero_point, dtype=w.dtype)
+    if spec.bits == 1:
+        rounded = jnp.where(frozen == 0, jnp.zeros_like(rounded), rounded)
+    return straight_through(rounded, w)

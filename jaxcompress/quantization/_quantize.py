@@ -1,0 +1,143 @@
+"""Quantization of trees: which leaves, and errors that name them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.arrays import QuantizedArray, SparseArray
+from jaxcompress.quantization._blocks import packing_axis
+from jaxcompress.quantization._fake_quant import fake_quantize_array
+from jaxcompress.quantization._fixed_point import Overflow, check_bits, fixed_point_codes, fixed_point_encode
+from jaxcompress.quantization._round_to_nearest import quantize_array, store_codes
+from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.trace import LeafLayout, selected_layouts
+from jaxcompress.tree import check_finite, is_unselected, map_with_path
+from jaxcompress.types import Params, Selector, is_compressed
+
+
+def quantize(
+    params: Params, spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None
+) -> Params:
+    """Round-to-nearest quantization of the selected leaves.
+
+    Several calls with different `select` and `spec` compose, because leaves that are quantized already are left as they
+    are. Sparse leaves keep their index; other compressed leaves are materialized first.
+
+    Args:
+        params: the tree.
+        spec: bits, granularity, variant.
+        select: which leaves; by default every weight (see `trace.selected_layouts`).
+        layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
+
+    Returns:
+        `params` with a `QuantizedArray` for every selected leaf.
+
+    Raises:
+        ValueError: nothing is selected; or a selected leaf is no float array, holds NaN or Inf, or has axes that the
+            group size does not divide. Names the leaf.
+
+    Example:
+        >>> small = quantize({"bias": jnp.ones(8), "kernel": jnp.ones((64, 8))}, QuantSpec(bits=4, group_size=32))
+        >>> small["kernel"].bits, small["kernel"].scale.shape
+        (4, (2, 8))
+    """
+
+    def visit(path: str, leaf: Any, layout: LeafLayout) -> Any:
+        check_finite(path, _dense(leaf))
+        return quantize_array(leaf if isinstance(leaf, SparseArray) else _dense(leaf), spec, layout)
+
+    return _map_weights(visit, params, select, layouts)
+
+
+def fake_quantize(
+    params: Params, spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None
+) -> Params:
+    """The values of the selected leaves after quantization, with straight-through gradients; for use inside a loss.
+
+    `materialize(quantize(params, spec))` is equal to it, bit for bit. Leaves that are quantized already are left as
+    they are; other compressed leaves become the plain, rounded array that they would stand for.
+
+    Args:
+        params: the tree.
+        spec: bits, granularity, variant.
+        select: which leaves; by default every weight.
+        layouts: from `trace.layouts`.
+
+    Returns:
+        A tree of the same logical shapes and dtypes.
+
+    Raises:
+        ValueError: as `quantize`, but for NaN and Inf, which spread over their block.
+
+    Example:
+        >>> fake_quantize({"kernel": jnp.array([[7.0], [-3.2]])}, QuantSpec(bits=4))["kernel"]
+        Array([[ 7.], [-3.]], dtype=float32)
+    """
+    return _map_weights(
+        lambda _, leaf, layout: fake_quantize_array(_dense(leaf), spec, layout), params, select, layouts
+    )
+
+
+def fixed_point(
+    params: Params,
+    bits: int,
+    *,
+    overflow: Overflow = "saturate",
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> Params:
+    """Fixed-point storage of the selected leaves: codes of b bits in two's complement, scale 2^-b.
+
+    Args:
+        params: the tree.
+        bits: b, in [1, 8].
+        overflow: what becomes of weights outside [-1/2, 1/2); see `fixed_point_encode`. Wrapping flips their sign.
+        select: which leaves; by default every weight.
+        layouts: from `trace.layouts`.
+
+    Returns:
+        `params` with a `QuantizedArray` for every selected leaf; its values are those of `fixed_point_decode`.
+
+    Raises:
+        ValueError: as `quantize`.
+
+    Example:
+        >>> fixed_point({"kernel": jnp.array([[0.25], [-0.5], [0.7]])}, 4)["kernel"].materialize()
+        Array([[ 0.25  ], [-0.5   ], [ 0.4375]], dtype=float32)
+    """
+    check_bits(bits)
+
+    def visit(path: str, leaf: Any, layout: LeafLayout) -> QuantizedArray:
+        dense = _dense(leaf)
+        check_finite(path, dense)
+        codes = fixed_point_codes(fixed_point_encode(dense, bits, overflow=overflow), bits)
+        keep = leaf if isinstance(leaf, SparseArray) else None
+        data = store_codes(codes, bits=bits, axis=packing_axis(codes.shape, bits, layout), keep=keep)
+        shape = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(dense.shape)]
+        return QuantizedArray(data=data, scale=jnp.full(shape, 2.0**-bits, jnp.float32), dtype=jnp.dtype(dense.dtype))
+
+    return _map_weights(visit, params, select, layouts)
+
+
+def _map_weights(
+    fn: Callable[[str, Any, LeafLayout], Any], params: Params, select: Selector | None, layouts: Params | None
+) -> Params:
+    """`fn(path, leaf, layout)` on the selected leaves that are not quantized yet."""
+
+    def visit(path: str, leaf: Any, layout: Any) -> Any:
+        if is_unselected(layout) or isinstance(leaf, QuantizedArray):
+            return leaf
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"Leaf {path!r} of dtype {leaf.dtype} and shape {tuple(leaf.shape)} is selected, but only floats can "
+                "be quantized; exclude it."
+            )
+        return fn(path, leaf, layout)
+
+    return map_with_path(visit, params, selected_layouts(params, select=select, layouts=layouts))
+
+
+def _dense(leaf: Any) -> jax.Array:
+    return leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)

@@ -1,0 +1,87 @@
+"""Quantization-aware training as a transform."""
+
+import jax.numpy as jnp
+
+from jaxcompress.quantization._fake_quant import straight_through
+from jaxcompress.quantization._quantize import fake_quantize, quantize
+from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.transforms import identity
+from jaxcompress.tree import map_with_path
+from jaxcompress.types import Params, Selector, Transform, TransformState, is_compressed
+
+
+def quantization_aware(
+    spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None, begin: int = 0
+) -> Transform:
+    """Trains with rounded weights (straight-through), and stores them quantized in the end.
+
+    `apply` rounds by `fake_quantize`, `finalize` stores by `quantize`, so that both give the same weights; the scales
+    follow the weights. It can stand behind a pruning transform: zeros stay zero, and sparse leaves keep their index.
+
+    Args:
+        spec: bits, granularity, variant.
+        select: which leaves; resolved on the tree at hand at every call. By default every weight.
+        layouts: from `trace.layouts`.
+        begin: number of updates after which rounding begins. Before that, `apply` returns `params`; the law that
+            `finalize` stores what `apply` returns holds from there on.
+
+    Returns:
+        The transform. Its state is empty, but for a counter of updates (int32) if `begin` > 0.
+
+    Raises:
+        ValueError: `begin` is negative.
+
+    Example:
+        >>> from jaxcompress.types import TransformState
+        >>> params, state = {"kernel": jnp.array([[7.0], [-3.2]])}, TransformState((), ())
+        >>> transform = quantization_aware(QuantSpec(bits=4))
+        >>> transform.apply(params, state)["kernel"]
+        Array([[ 7.], [-3.]], dtype=float32)
+        >>> transform.finalize(params, state)["kernel"].codes()
+        Array([[ 7], [-3]], dtype=int8)
+
+    References:
+        Jacob et al., "Quantization and training of neural networks for efficient integer-arithmetic-only inference",
+        2018, section 3.
+    """
+    if begin < 0:
+        raise ValueError(f"`begin` must not be negative, got {begin}.")
+
+    def fake(params: Params) -> Params:
+        return fake_quantize(params, spec, select=select, layouts=layouts)
+
+    def finalize(params: Params, state: TransformState) -> Params:
+        del state
+        return quantize(params, spec, select=select, layouts=layouts)
+
+    if begin == 0:
+        return identity()._replace(apply=lambda params, state, *, key=None: fake(params), finalize=finalize)
+
+    def apply(params: Params, state: TransformState, *, key=None) -> Params:
+        del key
+        return _switch(state.fixed >= begin, fake(params), params)
+
+    return identity()._replace(init=_count_from_zero, apply=apply, update=_count, finalize=finalize)
+
+
+def _count_from_zero(params: Params, *, key, statistics=None) -> TransformState:
+    del params, key, statistics
+    return TransformState((), jnp.zeros((), jnp.int32))
+
+
+def _count(grads, state: TransformState, params: Params, *, key, loss) -> tuple[TransformState, None]:
+    del grads, params, key, loss
+    return TransformState((), state.fixed + 1), None
+
+
+def _switch(begun, rounded: Params, params: Params) -> Params:
+    """`rounded` where it has begun, else `params`."""
+
+    def visit(_: str, leaf, new):
+        if new is leaf:
+            return leaf
+        plain = leaf.materialize() if is_compressed(leaf) else leaf
+        # A select is fused into the rounding; a `cond` would copy the tree.
+        return straight_through(jnp.where(begun, new, plain), plain)
+
+    return map_with_path(visit, params, rounded)

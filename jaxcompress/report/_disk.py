@@ -1,0 +1,33 @@
+"""Bytes on disk, counted from a path."""
+
+import os
+
+
+def disk_bytes(path: str | os.PathLike[str]) -> int:
+    """Size of a file, or of all files below a directory, metadata included.
+
+    Args:
+        path: a file or a directory. A file that is linked twice below it (hard link) is counted once; symbolic links
+            below it are not followed.
+
+    Returns:
+        Bytes: the lengths of the files, not the blocks that the file system gives them.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     _ = pathlib.Path(directory, "a").write_bytes(b"123")
+        ...     disk_bytes(directory)
+        3
+    """
+    if not os.path.isdir(path):
+        return os.stat(path).st_size
+    sizes = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            status = os.stat(os.path.join(folder, name), follow_symlinks=False)
+            sizes[status.st_dev, status.st_ino] = status.st_size
+    return sum(sizes.values())

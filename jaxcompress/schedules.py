@@ -1,0 +1,40 @@
+"""Functions of the step, thin over `optax.schedules`."""
+
+import optax
+
+from jaxcompress.types import Schedule
+
+
+def cubic(initial: float, final: float, *, begin: int, end: int) -> Schedule:
+    """The gradual pruning schedule s(t) = s_f + (s_i - s_f) (1 - (t - t_0) / (t_1 - t_0))^3.
+
+    Constant at `initial` up to step `begin` and at `final` from step `end` on.
+
+    Args:
+        initial: sparsity s_i at `begin`, in [0, 1].
+        final: sparsity s_f at `end`, in [0, 1].
+        begin: step t_0.
+        end: step t_1 > t_0.
+
+    Returns:
+        `step -> sparsity`, a float32 scalar; the step may be traced.
+
+    Raises:
+        ValueError: a sparsity outside [0, 1], or `end <= begin`.
+
+    Example:
+        >>> schedule = cubic(0.0, 0.8, begin=10, end=30)
+        >>> [round(float(schedule(step)), 3) for step in (0, 10, 20, 30, 99)]
+        [0.0, 0.0, 0.7, 0.8, 0.8]
+
+    References:
+        Zhu and Gupta 2017, "To prune, or not to prune", equation 1.
+    """
+    for name, value in (("initial", initial), ("final", final)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}` is a sparsity and must be in [0, 1], got {value}.")
+    if end <= begin:
+        raise ValueError(f"`end` must be greater than `begin`, got begin={begin}, end={end}.")
+    return optax.schedules.polynomial_schedule(
+        init_value=initial, end_value=final, power=3, transition_steps=end - begin, transition_begin=begin
+    )

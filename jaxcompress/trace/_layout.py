@@ -1,0 +1,103 @@
+"""What a model does with one leaf, and what is assumed when nobody has looked."""
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxcompress.tree import Unselected, map_with_path
+from jaxcompress.types import Params, Selector, is_compressed
+
+LeafKind = Literal["matmul", "conv", "lookup", "tied", "other", "unused"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeafLayout:
+    """How a model uses one leaf. Axes are those of the leaf, not negative.
+
+    Invariant: `stack_axes`, `input_axes` and `output_axes` are disjoint and sorted; together they are all axes.
+
+    Attributes:
+        kind: "matmul" or "conv" (contracted), "lookup" (rows are gathered), "tied" (gathered and contracted), "other"
+            (used, but never so), "unused".
+        stack_axes: axes of independent copies: a scan over layers, experts.
+        input_axes: the axes that a matmul or convolution sums over; of a table that is looked up, the axes of one row.
+        output_axes: one entry per output feature; of a table, per row.
+        flops: multiply-adds x 2 of all matmuls and convolutions with the leaf in one call.
+        order: place in the order of first use, or None when unused.
+        input_id: leaves with the same id (q, k and v, say) multiply the same input; None unless contracted.
+    """
+
+    kind: LeafKind
+    stack_axes: tuple[int, ...] = ()
+    input_axes: tuple[int, ...] = ()
+    output_axes: tuple[int, ...] = ()
+    flops: int = 0
+    order: int | None = None
+    input_id: int | None = None
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether the leaf is contracted or looked up."""
+        return self.kind in ("matmul", "conv", "lookup", "tied")
+
+
+def default_layout(path: str, leaf: Any) -> LeafLayout:
+    """The convention of Flax: kernels are (in..., out), tables called `embedding` are (rows, features...).
+
+    It is a guess: stacked layers, attention outputs, (out, in) kernels need `layouts`.
+
+    Args:
+        path: of the leaf; its last part tells embeddings.
+        leaf: anything with a shape.
+
+    Returns:
+        A layout without FLOPs and order; kind "other" below two axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> default_layout("dense/kernel", jnp.ones((3, 4))).input_axes
+        (0,)
+    """
+    axes = tuple(range(len(leaf.shape)))
+    if len(axes) < 2:
+        return LeafLayout(kind="other", output_axes=axes)
+    if path.rsplit("/", 1)[-1] == "embedding":
+        return LeafLayout(kind="lookup", input_axes=axes[1:], output_axes=axes[:1])
+    return LeafLayout(kind="matmul", input_axes=axes[:-1], output_axes=axes[-1:])
+
+
+def selected_layouts(params: Params, *, select: Selector | None = None, layouts: Params | None = None) -> Params:
+    """The layouts of the leaves to act on, `Unselected` elsewhere: what every technique starts from.
+
+    Args:
+        params: the tree.
+        select: which leaves; by default every weight (contracted or looked up) when `layouts` are given, otherwise every
+            array with at least two axes.
+        layouts: from `layouts`; a leaf without known axes, and every leaf without `layouts`, gets `default_layout`.
+
+    Returns:
+        A partial tree of `LeafLayout`.
+
+    Raises:
+        ValueError: nothing is selected.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> selected_layouts({"bias": jnp.ones(4), "kernel": jnp.ones((3, 4))})["bias"]
+        Unselected
+    """
+    known = map_with_path(lambda _, leaf: None, params) if layouts is None else layouts
+    marks = map_with_path(lambda *_: None, params) if select is None else select(params)
+    found: list[str] = []
+
+    def visit(path: str, leaf: Any, layout: LeafLayout | None, mark: bool | None) -> Any:
+        if mark is None:
+            mark = layout.is_weight if layout is not None else len(getattr(leaf, "shape", ())) >= 2
+        if not mark:
+            return Unselected
+        found.append(path)
+        return layout if layout is not None and layout.is_weight else default_layout(path, leaf)
+
+    selected = map_with_path(visit, params, known, marks, is_leaf=is_compressed)
+    if not found:
+        raise ValueError("No leaf of the tree has two axes or more (or is used as a weight): nothing is selected.")
+    return selected

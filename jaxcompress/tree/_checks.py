@@ -1,0 +1,32 @@
+"""Checks of values, made eagerly only."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.types import is_compressed
+
+
+def check_finite(path: str, leaf: Any) -> None:
+    """Raises when a concrete array holds NaN or Inf; traced values are never checked.
+
+    Args:
+        path: the leaf's path, for the message.
+        leaf: an array; compressed arrays and non-floats pass.
+
+    Raises:
+        ValueError: naming the leaf and how many values are not finite.
+
+    Example:
+        >>> check_finite("dense/kernel", jnp.array([1.0, jnp.nan]))
+        Traceback (most recent call last):
+        ValueError: Leaf 'dense/kernel' holds 1 NaN and 0 Inf among 2 values; ...
+    """
+    if isinstance(leaf, jax.core.Tracer) or is_compressed(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return
+    if not bool(jnp.isfinite(leaf).all()):
+        nans, infs = int(jnp.isnan(leaf).sum()), int(jnp.isinf(leaf).sum())
+        raise ValueError(
+            f"Leaf {path!r} holds {nans} NaN and {infs} Inf among {leaf.size} values; repair or exclude it first."
+        )

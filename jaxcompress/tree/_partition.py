@@ -1,0 +1,74 @@
+"""Splitting a tree in two and putting it together again."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.tree._maps import flatten_like
+from jaxcompress.tree._unselected import Unselected, is_unselected
+from jaxcompress.types import Params, Selector, is_compressed
+
+
+def partition_trainable(params: Params, *, select: Selector | None = None) -> tuple[Params, Params]:
+    """Splits `params` into what an optimizer may change and the rest.
+
+    Float arrays are trainable, the float parts of compressed arrays (scales) too; integer codes, packed bytes, masks,
+    keys and everything that is no array are not: an optimizer would otherwise keep moments for codes.
+
+    Args:
+        params: the tree; compressed arrays are taken apart.
+        select: leaves to train; by default all.
+
+    Returns:
+        `(trainable, rest)`, each of the structure of `params` with `Unselected` where the other one has the leaf.
+        `combine(trainable, rest)` is `params`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> trainable, rest = partition_trainable({"codes": jnp.ones(2, "int8"), "scale": jnp.ones(2)})
+        >>> trainable["codes"], rest["scale"]
+        (Unselected, Unselected)
+    """
+    if select is None:
+        return partition(_is_float, params)
+    marks = jax.tree.map(
+        lambda mark, leaf: jax.tree.map(lambda part: mark and _is_float(part), leaf), select(params), params
+    )
+    return (
+        jax.tree.map(lambda mark, part: part if mark else Unselected, marks, params),
+        jax.tree.map(lambda mark, part: Unselected if mark else part, marks, params),
+    )
+
+
+def partition(predicate: Callable[[Any], bool], tree: Params) -> tuple[Params, Params]:
+    """Splits a tree by a predicate on its raw leaves: `(those where it holds, the others)`."""
+    return (
+        jax.tree.map(lambda leaf: leaf if predicate(leaf) else Unselected, tree),
+        jax.tree.map(lambda leaf: Unselected if predicate(leaf) else leaf, tree),
+    )
+
+
+def combine(first: Params, second: Params) -> Params:
+    """The tree whose parts are `first` and `second`; the inverse of `partition_trainable`.
+
+    Raises:
+        ValueError: the structures differ, or both trees (or none) have a leaf.
+
+    Example:
+        >>> combine({"a": 1, "b": Unselected}, {"a": Unselected, "b": 2})
+        {'a': 1, 'b': 2}
+    """
+    leaves, treedef = jax.tree.flatten(first, is_leaf=is_unselected)
+    return treedef.unflatten([_either(x, y) for x, y in zip(leaves, flatten_like(treedef, second), strict=True)])
+
+
+def _either(x: Any, y: Any) -> Any:
+    if is_unselected(x) == is_unselected(y):
+        raise ValueError(f"`combine` needs each leaf in exactly one of the trees, got {x!r} and {y!r}.")
+    return y if is_unselected(x) else x
+
+
+def _is_float(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and not is_compressed(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)

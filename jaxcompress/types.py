@@ -1,0 +1,93 @@
+"""What every package agrees on: names of types, the contract of a transform, what counts as compressed."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
+
+import jax
+from jax.typing import ArrayLike
+
+Params: TypeAlias = Any
+"""A tree of parameters: nested dicts, FrozenDict, NNX state, an Equinox module."""
+
+Selector: TypeAlias = Callable[[Params], Any]
+"""`params -> tree of bool` of the same structure; True marks the leaves to act on."""
+
+Schedule: TypeAlias = Callable[[ArrayLike], jax.Array]
+"""`step -> scalar`; pure, traceable, so that a schedule never retraces."""
+
+
+@runtime_checkable
+class CompressedArray(Protocol):
+    """A leaf that stores a logical array in fewer bits.
+
+    It is a pytree node (a plain dataclass, not a subclass of anything) whose leading, stacked axes come from its data,
+    so that `scan`, `vmap` and slicing act on it as on an array.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape: that of the array it stands for."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """Logical dtype: that of the array it stands for."""
+        ...
+
+    @property
+    def nbits(self) -> int:
+        """Bits that are really stored: codes, scales, indices, masks."""
+        ...
+
+    def materialize(self) -> jax.Array:
+        """The plain array, of the logical shape and dtype."""
+        ...
+
+
+def is_compressed(leaf: Any) -> TypeGuard[CompressedArray]:
+    """Whether `leaf` is a compressed array.
+
+    Looks at the class alone: the children may be tracers, bools or sentinels while a tree is being mapped.
+    """
+    return hasattr(type(leaf), "materialize") and hasattr(type(leaf), "nbits")
+
+
+class TransformState(NamedTuple):
+    """State of a `Transform`.
+
+    Attributes:
+        trainable: optimised together with the model: gate logits, learned step sizes, scores, multipliers.
+        fixed: changed by `update` only: masks, counters, moving averages.
+    """
+
+    trainable: Any
+    fixed: Any
+
+
+class Transform(NamedTuple):
+    """A compression technique during training, as six pure functions.
+
+    One train step runs, in this order: `apply` inside the loss, backward, optimizer, `update`, `project`.
+
+    Attributes:
+        init: `(params, *, key, statistics=None) -> TransformState`, with strongly typed leaves.
+        apply: `(params, state, *, key=None) -> params` that the forward pass uses; differentiable; keeps the logical
+            structure, shapes and dtypes. `key=None` is the deterministic form.
+        penalty: `(state, params, *, loss) -> scalar` added to the loss.
+        update: `(grads, state, params, *, key, loss) -> (state, fresh)`, once per optimizer step. `grads` are with
+            respect to what this transform's `apply` returned (for a chain: one such tree per stage). `params` is this
+            transform's deterministic input after the optimizer. `fresh` is `None` or a tree of bool: weights that
+            start anew, whose optimizer moments the step zeroes.
+        project: `(params, state) -> (params, state)`: constraints on raw values.
+        finalize: `(params, state) -> params` with compressed or smaller leaves; outside `jit`; accepts leaves that an
+            earlier stage compressed.
+        stages: the parts of a chain, in order; empty for anything else.
+    """
+
+    init: Callable[..., TransformState]
+    apply: Callable[..., Params]
+    penalty: Callable[..., Any]
+    update: Callable[..., tuple[TransformState, Any]]
+    project: Callable[..., tuple[Params, TransformState]]
+    finalize: Callable[..., Params]
+    stages: tuple["Transform", ...] = ()

@@ -1,0 +1,66 @@
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcompress.arrays import QuantizedArray, pack, sparsify
+
+
+def _bits(leaf: Any) -> bytes:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return _bits(jax.random.key_data(leaf))
+    return np.asarray(leaf).tobytes()
+
+
+def _assert_same(found: Any, expected: Any) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        kind = jax.Array if isinstance(old, jax.Array) else np.ndarray if isinstance(old, np.ndarray) else type(old)
+        assert isinstance(new, kind), (type(new), kind)
+        assert np.shape(new) == np.shape(old)
+        assert getattr(new, "dtype", None) == getattr(old, "dtype", None)
+        assert _bits(new) == _bits(old)
+
+
+@pytest.fixture
+def assert_same() -> Callable[[Any, Any], None]:
+    """Equal structure (static fields too), equal classes, shapes, dtypes and bits."""
+    return _assert_same
+
+
+def _compressed() -> dict[str, Any]:
+    """One leaf for each way to compress, logically (16, 8), in unlike shapes of parts."""
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=(16, 8)), jnp.float32)
+    codes = jnp.round(weights).astype(jnp.int8)
+    mask, half = jnp.abs(weights) > 0.5, jnp.arange(16)[:, None] % 4 < jnp.full((1, 8), 2)
+    scale, groups = jnp.full((1, 8), 0.25, jnp.float32), jnp.full((4, 8), 0.25, jnp.bfloat16)
+    packed = pack(codes, bits=4, axis=0)
+    kept, regular = sparsify(codes, mask), sparsify(codes, half, pattern=(2, 4), axis=0)
+
+    def quantized(data: Any, scale: Any, **fields: Any) -> QuantizedArray:
+        return QuantizedArray(data=data, scale=scale, dtype=jnp.dtype("float32"), **fields)
+
+    nested = sparsify(codes, half, pattern=(2, 4), axis=0)
+    nested = type(nested)(**{**vars(nested), "values": pack(nested.values, bits=4, axis=0)})
+    return {
+        "packed": packed,
+        "int8": quantized(codes, scale),
+        "int4 groups": quantized(packed, groups),
+        "zero point": quantized(pack(jnp.abs(codes).astype(jnp.uint8), bits=3, axis=0), scale, zero_point=scale + 1),
+        "levels": quantized(pack(jnp.abs(codes).astype(jnp.uint8), bits=4, axis=1), scale, levels=(0.1,) * 16),
+        "bit mask": sparsify(weights.astype(jnp.bfloat16), mask),
+        "bit mask in shards": sparsify(weights, mask, shards=4),
+        "2:4": sparsify(weights, half, pattern=(2, 4), axis=0),
+        "int8 bit mask": quantized(kept, scale),
+        "int8 2:4": quantized(regular, groups),
+        "int4 2:4": quantized(nested, groups),
+        "stacked": jax.tree.map(lambda part: jnp.stack([part, part]), quantized(packed, groups)),
+    }
+
+
+@pytest.fixture(scope="session")
+def compressed() -> dict[str, Any]:
+    return _compressed()

@@ -1,0 +1,383 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toys
+
+from jaxcompress.distillation import hard_labels, hidden_states, make_train_step, soft_targets
+from jaxcompress.transforms import chain, identity
+from jaxcompress.tree import Unselected, by_path
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(16, 6)), jnp.float32)
+KEY = 11
+
+
+def _params(seed=0, dtype=jnp.float32):
+    rng = np.random.default_rng(seed)
+    sizes = {"first": (6, 8), "head": (8, 4)}
+    return {name: {"kernel": jnp.asarray(rng.normal(size=size), dtype)} for name, size in sizes.items()}
+
+
+def _apply(params, batch, *, key, train):
+    assert (key is not None) == train
+    hidden = jnp.tanh(batch["x"].astype(params["first"]["kernel"].dtype) @ params["first"]["kernel"])
+    return {"logits": hidden @ params["head"]["kernel"], "hidden_states": [hidden]}
+
+
+def _echo(params, batch, *, key, train):
+    """A model whose outputs are its parameters, so that the gradient of `_dot(c)` is c."""
+    return dict(params)
+
+
+def _dot(name, weights):
+    return lambda student, teacher, batch: (jnp.sum(weights * student[name]), jnp.ones(()))
+
+
+def _key():
+    return jax.random.key(KEY)
+
+
+def _assert_trees_equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_student_that_starts_as_its_teacher_leaves_the_teacher_alone():
+    teacher, kept = _params(), jax.tree.map(np.asarray, _params())
+    init_state, step = make_train_step(_apply, _apply, optax.adam(0.1), losses={"hard": hard_labels()})
+    state = init_state(teacher, key=_key())
+    batch = {"x": X, "labels": jnp.arange(16) % 4}
+    for _ in range(3):
+        state, metrics = step(state, teacher, batch)
+    _assert_trees_equal(teacher, kept)
+    assert not np.array_equal(state.params["head"]["kernel"], kept["head"]["kernel"])
+    assert int(state.step) == 3
+    assert float(metrics["hard"][1]) == 16.0
+
+
+def test_a_transform_may_remember_the_initial_weights():
+    """The same buffer twice in a donated state would be refused."""
+    remember = identity()._replace(init=lambda params, *, key, statistics=None: toys.TransformState((), params))
+    init_state, step = make_train_step(
+        _apply, _apply, optax.sgd(0.1), losses={"soft": soft_targets()}, transform=remember
+    )
+    state, _ = step(init_state(_params(), key=_key()), _params(1), {"x": X})
+    _assert_trees_equal(state.transform_state.fixed, _params())
+
+
+def test_one_step_of_sgd_against_float64():
+    """d/ds T² KL = T (softmax(s/T) - softmax(t/T)) / n, through one linear layer."""
+    temperature, rate = 2.0, 0.7
+    x, s, t = RNG.normal(size=(5, 3)), RNG.normal(size=(3, 4)), RNG.normal(size=(3, 4))
+
+    def apply(params, batch, *, key, train):
+        return {"logits": batch["x"] @ params["w"]}
+
+    def softmax(logits):
+        e = np.exp(logits / temperature)
+        return e / e.sum(-1, keepdims=True)
+
+    losses = {"soft": (0.5, soft_targets(temperature=temperature))}
+    init_state, step = make_train_step(apply, apply, optax.sgd(rate), losses=losses)
+    state = init_state({"w": jnp.asarray(s, jnp.float32)}, key=_key())
+    state, metrics = step(state, {"w": jnp.asarray(t, jnp.float32)}, {"x": jnp.asarray(x, jnp.float32)})
+    p, q = softmax(x @ t), softmax(x @ s)
+    np.testing.assert_allclose(state.params["w"], s - rate * 0.5 * temperature / 5 * x.T @ (q - p), rtol=1e-5)
+    total = temperature**2 * (p * np.log(p / q)).sum()
+    np.testing.assert_allclose(metrics["soft"], [total, 5.0], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], [0.5 * total / 5, 1.0], rtol=1e-5)
+    np.testing.assert_array_equal(metrics["agreement"], [((x @ s).argmax(-1) == (x @ t).argmax(-1)).sum(), 5.0])
+    np.testing.assert_array_equal(metrics["penalty"], [0.0, 1.0])
+
+
+def test_training_reduces_the_loss_and_raises_agreement():
+    losses = {"soft": soft_targets(), "hidden": (0.1, hidden_states(pairs=[(0, 0)]))}
+    init_state, step = make_train_step(_apply, _apply, optax.adam(0.05), losses=losses)
+    state, history = init_state(_params(), key=_key()), []
+    for _ in range(60):
+        state, metrics = step(state, _params(1), {"x": X})
+        history.append({name: float(total / count) for name, (total, count) in metrics.items()})
+    assert history[-1]["loss"] < 0.1 * history[0]["loss"]
+    assert history[-1]["agreement"] > max(0.9, history[0]["agreement"])
+
+
+@pytest.mark.parametrize("weak", [False, True])
+def test_one_trace_over_many_steps(weak):
+    traces = []
+
+    def apply(params, batch, *, key, train):
+        traces.append(train)
+        return _echo(params, batch, key=key, train=train)
+
+    masks = {"w": jnp.array([True, False])}
+    transform = chain(toys.toy_mask(masks, noise=0.1), toys.toy_scale(2.0, penalty=0.5))
+    init_state, step = make_train_step(
+        apply,
+        None,
+        optax.inject_hyperparams(optax.adamw)(optax.linear_schedule(0.1, 0.0, 10)),
+        losses={"dot": (optax.cosine_decay_schedule(1.0, 10), _dot("w", jnp.array([1.0, 2.0])))},
+        transform=transform,
+        transform_optimizer=optax.sgd(0.1),
+    )
+    state = init_state({"w": jnp.full(2, 2.0) if weak else jnp.full(2, 2.0, jnp.float32)}, key=_key())
+    for _ in range(4):
+        state, _ = step(state, None, {})
+    assert traces == [True]
+
+
+def _run_toys(steps=1, **options):
+    """Effective w = s * mask * w with loss c · w, worked out by hand in the tests."""
+    options = {"penalty": 0.0, "bound": 0.0, "low": -jnp.inf, "regrow": None, "optimizer": optax.sgd(0.1)} | options
+    masks = {"w": jnp.array([True, False, True])}
+    init_state, step = make_train_step(
+        _echo,
+        None,
+        options["optimizer"],
+        losses={"dot": _dot("w", jnp.array([10.0, 20.0, 30.0]))},
+        transform=chain(
+            toys.toy_mask(masks, regrow=options["regrow"]),
+            toys.toy_scale(2.0, penalty=options["penalty"], bound=options["bound"], low=options["low"]),
+        ),
+        transform_optimizer=optax.sgd(0.01),
+    )
+    state, metrics = init_state({"w": jnp.array([1.0, -2.0, 3.0])}, key=_key()), {}
+    for _ in range(steps):
+        state, metrics = step(state, None, {})
+    return state, metrics
+
+
+def test_transforms_inside_the_loss_by_hand():
+    state, metrics = _run_toys()
+    # loss = 10 * 2 * 1 + 30 * 2 * 3
+    np.testing.assert_allclose(metrics["loss"][0], 200.0, rtol=1e-6)
+    mask, scale = state.transform_state.fixed
+    np.testing.assert_allclose(scale["seen"]["w"], [10.0, 20.0, 30.0], rtol=1e-6)
+    np.testing.assert_allclose(mask["seen"]["w"], [20.0, 40.0, 60.0], rtol=1e-6)
+    np.testing.assert_allclose(state.params["w"], [1 - 0.1 * 20, -2.0, 3 - 0.1 * 60], rtol=1e-6)
+    # ds = 10 * 1 + 30 * 3, with a learning rate of its own.
+    np.testing.assert_allclose(state.transform_state.trainable[1]["scale"], 2 - 0.01 * 100, rtol=1e-6)
+    # `update` reads what the optimizer has left: raw weights in the first stage, masked ones in the second.
+    np.testing.assert_allclose(mask["params"]["w"], state.params["w"])
+    np.testing.assert_allclose(scale["params"]["w"], [-1.0, 0.0, -3.0], rtol=1e-6)
+    np.testing.assert_allclose(mask["loss"], 200.0, rtol=1e-6)
+
+
+def test_the_penalty_acts_directly_and_through_the_loss():
+    """loss + 7 s + 0.5 loss: every gradient of the loss grows by half, and ds has 7 more."""
+    state, metrics = _run_toys(penalty=7.0, bound=0.5)
+    np.testing.assert_allclose(metrics["penalty"], [7 * 2.0 + 100.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], [200.0 + 114.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(metrics["dot"], [200.0, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(state.transform_state.fixed[1]["seen"]["w"], [15.0, 30.0, 45.0], rtol=1e-6)
+    np.testing.assert_allclose(state.params["w"], [1 - 3.0, -2.0, 3 - 9.0], rtol=1e-6)
+    np.testing.assert_allclose(state.transform_state.trainable[1]["scale"], 2 - 0.01 * (150 + 7), rtol=1e-6)
+    np.testing.assert_allclose(state.transform_state.fixed[0]["loss"], 200.0, rtol=1e-6)
+
+
+def test_project_comes_after_update():
+    state, _ = _run_toys(low=1.5)
+    assert float(state.transform_state.trainable[1]["scale"]) == 1.5
+    np.testing.assert_allclose(state.transform_state.fixed[1]["seen"]["w"], [10.0, 20.0, 30.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "adam"),
+    [
+        (optax.adam(0.1), lambda state: state[0]),
+        (optax.chain(optax.clip(1e3), optax.adamw(0.1)), lambda state: state[1][0]),
+        (optax.adamw(0.1, mask=lambda params: jax.tree.map(lambda w: w.ndim > 1, params)), lambda state: state[0]),
+        (optax.inject_hyperparams(optax.adam)(0.1), lambda state: state.inner_state[0]),
+        (optax.MultiSteps(optax.adam(0.1), 1), lambda state: state.inner_opt_state[0]),
+        (optax.masked(optax.adam(0.1), {"w": True}), lambda state: state.inner_state[0]),
+    ],
+)
+def test_fresh_weights_lose_their_moments(optimizer, adam):
+    regrow = {"w": jnp.array([True, True, True])}
+    moments = adam(_run_toys(regrow=regrow, optimizer=optimizer)[0].optimizer_state)
+    np.testing.assert_allclose(moments.mu["w"], [0.1 * 20, 0.0, 0.1 * 60], rtol=1e-5)
+    np.testing.assert_allclose(moments.nu["w"], [0.001 * 400, 0.0, 0.001 * 3600], rtol=1e-4)
+    assert int(moments.count) == 1
+    # Grown at the first step, so no longer fresh at the second.
+    moments = adam(_run_toys(2, regrow=regrow, optimizer=optimizer)[0].optimizer_state)
+    assert float(jnp.abs(moments.mu["w"]).min()) > 0
+
+
+def test_factored_moments_stay():
+    """Adafactor's moments of large matrices have other shapes than the weights."""
+    masks = {"w": jnp.zeros((256, 256), bool)}
+    regrow = {"w": jnp.ones((256, 256), bool)}
+    init_state, step = make_train_step(
+        _echo,
+        None,
+        optax.adafactor(0.1),
+        losses={"dot": _dot("w", 1.0)},
+        transform=toys.toy_mask(masks, regrow=regrow),
+    )
+    state = init_state({"w": jnp.ones((256, 256))}, key=_key())
+    for _ in range(2):
+        state, _ = step(state, None, {})
+    assert np.isfinite(state.params["w"]).all()
+
+
+def test_frozen_leaves_keep_their_bits_and_have_no_moments():
+    def make(select):
+        return make_train_step(
+            _apply, _apply, optax.adamw(0.1), losses={"soft": soft_targets()}, trainable=select, transform=identity()
+        )
+
+    init_state, step = make(by_path("head/.*"))
+    state = init_state(_params(), key=_key())
+    assert state.optimizer_state[0].mu["first"]["kernel"] is Unselected
+    flops = step.lower(state, _params(1), {"x": X}).compile().cost_analysis()["flops"]
+    for _ in range(3):
+        state, _ = step(state, _params(1), {"x": X})
+    np.testing.assert_array_equal(state.params["first"]["kernel"], _params()["first"]["kernel"])
+    assert not np.array_equal(state.params["head"]["kernel"], _params()["head"]["kernel"])
+    init_state, step = make(None)
+    all_flops = step.lower(init_state(_params(), key=_key()), _params(1), {"x": X}).compile().cost_analysis()["flops"]
+    # The gradient of the first kernel takes two matmuls: one for it, one for its output.
+    assert flops < all_flops - 2 * 16 * 6 * 8 - 2 * 16 * 8 * 4 + 1
+
+
+def test_metrics_count_what_the_mask_leaves():
+    def apply(params, batch, *, key, train):
+        return {"logits": batch["x"] @ params["w"]}
+
+    x = jnp.asarray(RNG.normal(size=(2, 5, 3)), jnp.float32)
+    s, t = (jnp.asarray(RNG.normal(size=(3, 4)), jnp.float32) for _ in range(2))
+    mask = jnp.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    init_state, step = make_train_step(apply, apply, optax.sgd(0.1), losses={"soft": soft_targets()})
+    _, metrics = step(init_state({"w": s}, key=_key()), {"w": t}, {"x": x, "attention_mask": mask})
+    same = ((x @ s).argmax(-1) == (x @ t).argmax(-1)) & (mask == 1)
+    np.testing.assert_array_equal(metrics["agreement"], [same.sum(), 8.0])
+    assert float(metrics["soft"][1]) == 8.0
+    state, metrics = step(init_state({"w": s}, key=_key()), {"w": t}, {"x": x, "attention_mask": 0 * mask})
+    assert [float(v) for v in metrics["loss"]] == [0.0, 1.0]
+    np.testing.assert_array_equal(state.params["w"], s)
+
+
+def test_metrics_of_ones_own():
+    def widths(student, teacher, batch):
+        return jnp.float32(student["logits"].shape[-1]), jnp.float32(1)
+
+    losses = {"soft": soft_targets()}
+    init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), losses=losses, metrics={"width": widths})
+    _, metrics = step(init_state(_params(), key=_key()), _params(1), {"x": X})
+    assert sorted(metrics) == ["loss", "penalty", "soft", "width"]
+    assert float(metrics["width"][0]) == 4.0
+
+
+def test_teacher_outputs_may_be_computed_earlier():
+    losses = {"soft": soft_targets(temperature=2.0), "hidden": hidden_states(pairs=[(0, 0)])}
+    results = []
+    outputs = _apply(_params(1), {"x": X}, key=None, train=False)
+    for teacher_apply, teacher_params, extra in ((_apply, _params(1), {}), (None, None, {"teacher": outputs})):
+        init_state, step = make_train_step(_apply, teacher_apply, optax.sgd(0.1), losses=losses)
+        results.append(step(init_state(_params(), key=_key()), teacher_params, {"x": X} | extra))
+    for one, other in zip(jax.tree.leaves(results[0][0].params), jax.tree.leaves(results[1][0].params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+    assert sorted(results[0][1]) == sorted(results[1][1])
+    init_state, step = make_train_step(_apply, None, optax.sgd(0.1), losses=losses)
+    with pytest.raises(ValueError, match="The teacher has no 'logits'; it has: nothing"):
+        step(init_state(_params(), key=_key()), None, {"x": X})
+
+
+def test_keys_differ_between_uses_and_steps():
+    drawn = []
+
+    def apply(params, batch, *, key, train):
+        return {"w": params["w"], "noise": jax.random.uniform(key)}
+
+    noisy = identity()._replace(
+        init=lambda params, *, key, statistics=None: toys.TransformState(
+            (), {"init": jax.random.uniform(key), "now": 0.0}
+        ),
+        apply=lambda params, state, *, key=None: {"w": params["w"] * 0 + jax.random.uniform(key)},
+        update=lambda grads, state, params, *, key, loss: (
+            state._replace(fixed=state.fixed | {"now": jax.random.uniform(key)}),
+            None,
+        ),
+    )
+    init_state, step = make_train_step(
+        apply,
+        None,
+        optax.sgd(0.1),
+        losses={"dot": _dot("w", 1.0)},
+        transform=noisy,
+        metrics={"noise": lambda s, t, b: (s["noise"], 1.0), "applied": lambda s, t, b: (s["w"], 1.0)},
+    )
+    state = init_state({"w": jnp.ones(())}, key=_key())
+    drawn.append(float(state.transform_state.fixed["init"]))
+    for _ in range(3):
+        state, metrics = step(state, None, {})
+        drawn += [float(metrics["noise"][0]), float(metrics["applied"][0]), float(state.transform_state.fixed["now"])]
+    assert len(set(drawn)) == 10
+
+
+def test_the_callers_key_survives():
+    key = _key()
+    init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), losses={"soft": soft_targets()})
+    step(init_state(_params(), key=key), _params(1), {"x": X})
+    assert jax.random.uniform(key) < 1.0
+
+
+def test_bfloat16_parameters_stay_bfloat16():
+    losses = {"soft": soft_targets(), "hidden": hidden_states(pairs=[(0, 0)])}
+    init_state, step = make_train_step(
+        _apply,
+        _apply,
+        optax.adamw(0.05, mu_dtype=jnp.float32),
+        losses=losses,
+        transform=toys.toy_scale(1.0),
+        transform_optimizer=optax.adam(1e-3),
+    )
+    state, first = step(init_state(_params(dtype=jnp.bfloat16), key=_key()), _params(1), {"x": X})
+    for _ in range(20):
+        state, last = step(state, _params(1), {"x": X})
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.bfloat16)}
+    assert last["loss"][0].dtype == jnp.float32
+    assert float(last["loss"][0]) < 0.5 * float(first["loss"][0])
+
+
+def test_nan_is_not_hidden():
+    init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), losses={"soft": soft_targets()})
+    state, metrics = step(init_state(_params(), key=_key()), _params(1), {"x": X.at[3, 0].set(jnp.nan)})
+    assert np.isnan(metrics["loss"][0])
+    assert np.isnan(state.params["head"]["kernel"]).any()
+
+
+def test_optimizers_that_want_the_loss_get_it():
+    optimizer = optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(patience=1))
+    init_state, step = make_train_step(_apply, _apply, optimizer, losses={"soft": soft_targets()})
+    state, metrics = step(init_state(_params(), key=_key()), _params(1), {"x": X})
+    np.testing.assert_allclose(state.optimizer_state[1].best_value, metrics["loss"][0], rtol=1e-6)
+
+
+def test_errors_where_the_user_is():
+    losses = {"soft": soft_targets()}
+    init_state, _ = make_train_step(_apply, _apply, optax.sgd(0.1), losses=losses, transform=toys.toy_scale())
+    with pytest.raises(ValueError, match="`transform_optimizer` is needed"):
+        init_state(_params(), key=_key())
+    init_state, _ = make_train_step(_apply, _apply, optax.sgd(0.1), losses=losses)
+    with pytest.raises(ValueError, match="`key` must be typed"):
+        init_state(_params(), key=jax.random.PRNGKey(0))
+    with pytest.raises(TypeError) as caught:
+        init_state({"layer": {"activation": jnp.tanh}}, key=_key())
+    assert "layer/activation" in "".join(caught.value.__notes__)
+    with pytest.raises(ValueError, match="`losses` is empty"):
+        make_train_step(_apply, _apply, optax.sgd(0.1), losses={})
+    for names in ({"loss": soft_targets()}, {"agreement": soft_targets()}):
+        with pytest.raises(ValueError, match="need names of their own"):
+            make_train_step(_apply, _apply, optax.sgd(0.1), losses=names, metrics={"agreement": soft_targets()})
+
+
+def test_a_transform_that_changes_a_dtype_is_named():
+    widen = identity()._replace(
+        init=lambda params, *, key, statistics=None: toys.TransformState((), {"count": jnp.zeros((), jnp.int32)}),
+        update=lambda grads, state, params, *, key, loss: (toys.TransformState((), {"count": jnp.zeros(2)}), None),
+    )
+    init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), losses={"soft": soft_targets()}, transform=widen)
+    with pytest.raises(ValueError, match=r"changed 'transform_state/fixed/count' from int32\[\] to float32\[2\]"):
+        step(init_state(_params(), key=_key()), _params(1), {"x": X})

@@ -1,0 +1,108 @@
+"""One maker for each kind of compressed leaf: `(array, layout) -> compressed leaf`, with plain arithmetic."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays import QuantizedArray, pack, sparsify
+from jaxcompress.trace import LeafLayout
+
+Maker = Callable[[jax.Array, LeafLayout], Any]
+
+
+def _quantized(bits: int, *, groups: bool = False, zero_point: bool = False, per_tensor: bool = False) -> Maker:
+    def make(array: jax.Array, layout: LeafLayout) -> QuantizedArray:
+        axis, shape = layout.input_axes[-1], array.shape
+        shared = set(range(array.ndim)) - set(layout.stack_axes) if per_tensor else set(layout.input_axes)
+        blocks = [1 if i in shared else n for i, n in enumerate(shape)]
+        if groups:
+            blocks[axis] = shape[axis] // 4
+        split = np.asarray(array).reshape([part for n, s in zip(shape, blocks, strict=True) for part in (s, n // s)])
+        inner = tuple(range(1, split.ndim, 2))
+        low, high = np.minimum(split.min(inner), 0), np.maximum(split.max(inner), 0)
+        zero = None
+        scale = np.maximum(high, -low) / max(2 ** (bits - 1) - 1, 1)
+        if zero_point:
+            scale = (high - low) / (2**bits - 1)
+            zero = np.round(-low / scale).astype(np.uint8)
+        wide = [part for s in blocks for part in (s, 1)]
+        codes = np.round(split / scale.reshape(wide)) + (0 if zero is None else zero.reshape(wide))
+        codes = codes.reshape(shape).astype(np.int8 if zero is None else np.uint8)
+        return _leaf(array, codes, bits, axis, scale, zero_point=None if zero is None else jnp.asarray(zero))
+
+    return make
+
+
+def _leaf(array: jax.Array, codes: np.ndarray, bits: int, axis: int, scale: np.ndarray, **rest: Any) -> QuantizedArray:
+    data = pack(jnp.asarray(codes), bits=bits, axis=axis)
+    return QuantizedArray(data=data, scale=jnp.asarray(scale, jnp.float32), dtype=array.dtype, **rest)
+
+
+def _one_bit(array: jax.Array, layout: LeafLayout) -> QuantizedArray:
+    scale = 2 * np.abs(array).mean(layout.input_axes, keepdims=True)
+    codes = (np.asarray(array) > 0).astype(np.uint8)
+    half = jnp.full(scale.shape, 0.5)
+    return _leaf(array, codes, 1, layout.input_axes[-1], scale, zero_point=half)
+
+
+def _levels(array: jax.Array, layout: LeafLayout) -> QuantizedArray:
+    table = np.linspace(-1, 1, 16) ** 3
+    scale = np.abs(array).max(layout.input_axes, keepdims=True)
+    codes = np.abs((np.asarray(array) / scale)[..., None] - table).argmin(-1).astype(np.uint8)
+    return _leaf(array, codes, 4, layout.input_axes[-1], scale, levels=tuple(map(float, table)))
+
+
+def _half(array: jax.Array, layout: LeafLayout) -> jax.Array:
+    """A mask that keeps two of every four along the innermost input axis."""
+    axis = layout.input_axes[-1]
+    runs = np.moveaxis(np.abs(array), axis, -1)
+    runs = runs.reshape(*runs.shape[:-1], -1, 4)
+    kept = np.argsort(np.argsort(-runs, axis=-1), axis=-1) < 2
+    return jnp.asarray(np.moveaxis(kept.reshape(*kept.shape[:-2], -1), -1, axis))
+
+
+def _bitmask(array: jax.Array, layout: LeafLayout) -> Any:
+    return sparsify(array, jnp.asarray(np.abs(array) > 0.7 * np.abs(array).mean()), stack_ndim=len(layout.stack_axes))
+
+
+def _n_of_m(array: jax.Array, layout: LeafLayout) -> Any:
+    return sparsify(array, _half(array, layout), pattern=(2, 4), axis=layout.input_axes[-1])
+
+
+def _sparse_quantized(make_sparse: Maker, make_codes: Maker) -> Maker:
+    def make(array: jax.Array, layout: LeafLayout) -> QuantizedArray:
+        sparse, dense = make_sparse(array, layout), make_codes(array, layout)
+        codes = dense.codes()
+        if hasattr(sparse, "pattern"):
+            data = sparsify(codes, sparse.mask(), pattern=(2, 4), axis=sparse.axis)
+            values = pack(data.values, bits=4, axis=sparse.axis)
+        else:
+            data = sparsify(codes, sparse.mask(), stack_ndim=len(layout.stack_axes))
+            values = pack(data.values, bits=4)
+        return dataclasses.replace(dense, data=dataclasses.replace(data, values=values))
+
+    return make
+
+
+KINDS: dict[str, Maker] = {
+    "int8 per tensor": _quantized(8, per_tensor=True),
+    "int8 per channel": _quantized(8),
+    "uint8 zero point": _quantized(8, zero_point=True),
+    "int4 groups": _quantized(4, groups=True),
+    "uint4 groups zero point": _quantized(4, groups=True, zero_point=True),
+    "int3 per channel": _quantized(3),
+    "uint5 zero point": _quantized(5, zero_point=True),
+    "int2 groups": _quantized(2, groups=True),
+    "one bit": _one_bit,
+    "levels": _levels,
+    "bit mask": _bitmask,
+    "2:4": _n_of_m,
+    "int4 bit mask": _sparse_quantized(_bitmask, _quantized(4)),
+    "int4 2:4 groups": _sparse_quantized(_n_of_m, _quantized(4, groups=True)),
+    "uint4 2:4 zero point": _sparse_quantized(_n_of_m, _quantized(4, zero_point=True)),
+    "uint4 bit mask zero point": _sparse_quantized(_bitmask, _quantized(4, zero_point=True)),
+}
