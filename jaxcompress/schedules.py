@@ -1,5 +1,6 @@
 """Functions of the step, thin over `optax.schedules`."""
 
+import jax.numpy as jnp
 import optax
 
 from jaxcompress.types import Schedule
@@ -38,3 +39,13 @@ def cubic(initial: float, final: float, *, begin: int, end: int) -> Schedule:
     return optax.schedules.polynomial_schedule(
         init_value=initial, end_value=final, power=3, transition_steps=end - begin, transition_begin=begin
     )
+
+
+def constant(value: float) -> Schedule:
+    """The same value at every step.
+
+    Example:
+        >>> float(constant(0.5)(100))
+        0.5
+    """
+    return lambda step: jnp.asarray(value, jnp.float32)

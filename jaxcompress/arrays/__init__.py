@@ -1,5 +1,7 @@
 """Compressed leaves: what is stored, and how the plain array comes back."""
 
+from jaxcompress.arrays._bitmask import BitmaskSparseArray as BitmaskSparseArray
+from jaxcompress.arrays._n_of_m import NMSparseArray as NMSparseArray
 from jaxcompress.arrays._packed import PackedArray as PackedArray
 from jaxcompress.arrays._packed import pack as pack
 from jaxcompress.arrays._quantized import QuantizedArray as QuantizedArray
@@ -7,8 +9,6 @@ from jaxcompress.arrays._quantized import dequantize as dequantize
 from jaxcompress.arrays._quantized import per_block as per_block
 from jaxcompress.arrays._quantized import split_blocks as split_blocks
 from jaxcompress.arrays._sharding import component_shardings as component_shardings
-from jaxcompress.arrays._sparse import BitmaskSparseArray as BitmaskSparseArray
-from jaxcompress.arrays._sparse import NMSparseArray as NMSparseArray
 from jaxcompress.arrays._sparse import SparseArray as SparseArray
 from jaxcompress.arrays._sparse import sparsify as sparsify
 from jaxcompress.arrays._sparse import sparsify_like as sparsify_like

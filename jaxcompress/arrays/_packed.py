@@ -111,6 +111,11 @@ def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedAr
     )
 
 
+def unpacked(part: Any) -> Array:
+    """The codes of a `PackedArray`; any other array as it is."""
+    return part.materialize() if isinstance(part, PackedArray) else part
+
+
 def codes_per_block(bits: int) -> int:
     """The number of codes that fill whole bytes."""
     return 8 // bits if 8 % bits == 0 else 8
@@ -137,7 +142,7 @@ def _pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "...
         plane = (codes >> jnp.uint8(offset)) & jnp.uint8(2**width - 1)
         blocks = plane.reshape(*before, codes.shape[at] // per_block, per_block * width // 8, 8 // width, *after)
         parts.append((blocks << _shifts(width, at + 2, blocks.ndim)).sum(axis=at + 2, dtype=jnp.uint8))
-    return jnp.concatenate(parts, axis=at + 1).reshape(*before, -1 if codes.size else 0, *after)
+    return jnp.concatenate(parts, axis=at + 1).reshape(*before, codes.shape[at] * bits // 8, *after)
 
 
 def _unpack(data: UInt8[Array, "..."], bits: int, axis: int, width: int) -> UInt8[Array, "..."]:

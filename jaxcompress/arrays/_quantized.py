@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num
 
+from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray
-from jaxcompress.arrays._sparse import BitmaskSparseArray, NMSparseArray, SparseArray
+from jaxcompress.arrays._sparse import SparseArray
 from jaxcompress.types import is_compressed
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
 from jaxcompress.arrays._quantized import QuantizedArray
-from jaxcompress.arrays._sparse import BitmaskSparseArray, NMSparseArray
 
 
 def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:

@@ -1,183 +1,15 @@
-"""Arrays that store their nonzeros only: a bit mask with values, or N of every M."""
+"""From a plain array and a mask to a sparse array, and the name that covers both kinds."""
 
-import dataclasses
-import functools
 import math
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Integer, Shaped
+from jaxtyping import Array, Bool, Shaped
 
-from jaxcompress.arrays._packed import PackedArray, pack
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "index", "starts"], meta_fields=["row_shape"]
-)
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class BitmaskSparseArray:
-    """A bit mask, and the values where it is set, row by row.
-
-    A row is one entry of the first unstacked axis. Rows are cut into `shards` equal runs, and the values of each run
-    are padded with zeros to the longest run, so that runs (and stacked leaves) have equal shapes.
-
-    Invariants: row r belongs to run `r // (rows / shards)`; its kept values lie, in order of their columns, at
-    `values[..., run, starts[r]:]`.
-
-    Attributes:
-        values: (..., shards, count), any dtype, or a `PackedArray` of integers, packed along the last axis.
-        index: a 1-bit `PackedArray` of shape (..., rows, columns): which entries are stored.
-        starts: int32 (..., rows).
-        row_shape: shape of one row; its product is the number of columns.
-    """
-
-    values: Any
-    index: Any
-    starts: Any
-    row_shape: tuple[int, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape."""
-        return (*self.index.shape[:-1], *self.row_shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """That of the values."""
-        return self.values.dtype
-
-    @property
-    def nbits(self) -> int:
-        """Stored bits."""
-        return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    def mask(self) -> Bool[Array, "..."]:
-        """Which entries are stored, in the logical shape."""
-        return self.index.materialize().astype(bool).reshape(self.shape)
-
-    def materialize(self) -> Shaped[Array, "..."]:
-        """The plain array."""
-        values = _plain(self.values)
-        mask = self.index.materialize().astype(bool)
-        lead, (rows, columns), shards = mask.shape[:-2], mask.shape[-2:], values.shape[-2]
-        positions = self.starts[..., None] + jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
-        positions = positions.reshape(*lead, shards, rows // shards * columns)
-        found = jnp.take_along_axis(values, positions, axis=-1, mode="clip").reshape(mask.shape)
-        return jnp.where(mask, found, jnp.zeros((), found.dtype)).reshape(self.shape)
-
-    def take_rows(self, rows: Integer[Array, "..."]) -> Shaped[Array, "..."]:
-        """`materialize()[rows]`, reading those rows only; not for stacked leaves."""
-        mask = self._mask_rows(rows)
-        shards, count = self.values.shape[-2:]
-        run = rows // (self.starts.shape[-1] // shards)
-        positions = self.starts[rows][..., None] + jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
-        found = self._take_values(
-            jnp.clip(positions, 0, max(count - 1, 0)), jnp.broadcast_to(run[..., None], mask.shape)
-        )
-        plain = jnp.where(mask, found, jnp.zeros((), found.dtype))
-        return plain.reshape(*rows.shape, *self.row_shape)
-
-    def take_mask_rows(self, rows: Integer[Array, "..."]) -> Bool[Array, "..."]:
-        """`mask()[rows]`."""
-        return self._mask_rows(rows).reshape(*rows.shape, *self.row_shape)
-
-    def _mask_rows(self, rows: Integer[Array, "..."]) -> Bool[Array, "..."]:
-        return dataclasses.replace(self.index, data=self.index.data[rows]).materialize().astype(bool)
-
-    def _take_values(self, positions: Integer[Array, "..."], run: Integer[Array, "..."]) -> Array:
-        if isinstance(self.values, PackedArray) and self.values.shape[0] == 1:
-            return self.values.take(positions.reshape(1, -1)).reshape(positions.shape)
-        return _plain(self.values)[run, positions]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "index"], meta_fields=["pattern", "axis", "width"]
-)
-@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class NMSparseArray:
-    """N values of every M consecutive entries along one axis, with their places.
-
-    Invariants: `values` and `index` have the logical shape but for the axis, where N entries stand for M; the places of
-    one run of M are distinct and ascending; unused slots hold zeros. The last run may be short; beyond it lies nothing.
-
-    Attributes:
-        values: any dtype, or a `PackedArray` of integers.
-        index: a `PackedArray` of ceil(log2 M) bits: the place of each value in its run.
-        pattern: (N, M).
-        axis: negative.
-        width: entries along the axis.
-    """
-
-    values: Any
-    index: Any
-    pattern: tuple[int, int]
-    axis: int
-    width: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape."""
-        shape = list(self.values.shape)
-        shape[self.axis] = self.width
-        return tuple(shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.values.shape)
-
-    @property
-    def dtype(self) -> Any:
-        """That of the values."""
-        return self.values.dtype
-
-    @property
-    def nbits(self) -> int:
-        """Stored bits."""
-        return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    def mask(self) -> Bool[Array, "..."]:
-        """Which entries are stored, in the logical shape."""
-        return self._spread(jnp.ones(self.values.shape, bool))
-
-    def materialize(self) -> Shaped[Array, "..."]:
-        """The plain array."""
-        return self._spread(_plain(self.values))
-
-    def take_rows(self, rows: Integer[Array, "..."]) -> Shaped[Array, "..."]:
-        """`materialize()[rows]`, reading those rows only if the axis is not the first."""
-        return self._rows(rows).materialize() if self._rows_are_free() else self.materialize()[rows]
-
-    def take_mask_rows(self, rows: Integer[Array, "..."]) -> Bool[Array, "..."]:
-        """`mask()[rows]`."""
-        return self._rows(rows).mask() if self._rows_are_free() else self.mask()[rows]
-
-    def _rows_are_free(self) -> bool:
-        return self.axis != -self.ndim
-
-    def _rows(self, rows: Integer[Array, "..."]) -> "NMSparseArray":
-        return jax.tree.map(lambda part: part[rows], self)
-
-    def _spread(self, values: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        kept, run = self.pattern
-        at = self.axis + values.ndim
-        before, after = values.shape[:at], values.shape[at + 1 :]
-        count = values.shape[at] // kept
-        places = _plain(self.index).reshape(*before, count, kept, 1, *after)
-        values = values.reshape(*before, count, kept, 1, *after)
-        slots = jnp.arange(run, dtype=places.dtype).reshape(*(1,) * (at + 2), run, *(1,) * len(after))
-        spread = jnp.where(places == slots, values, jnp.zeros((), values.dtype))
-        # At most one of the N places equals a slot: the sum picks that value, exactly.
-        picked = spread.any(axis=at + 1) if values.dtype == bool else spread.sum(axis=at + 1, dtype=values.dtype)
-        return jax.lax.slice_in_dim(picked.reshape(*before, count * run, *after), 0, self.width, axis=at)
-
+from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._n_of_m import NMSparseArray
+from jaxcompress.arrays._packed import pack
 
 SparseArray: TypeAlias = BitmaskSparseArray | NMSparseArray
 """Either storage; usable in `isinstance`."""
@@ -265,6 +97,8 @@ def _sparsify_n_of_m(
     array: Shaped[Array, "..."], mask: Bool[Array, "..."], pattern: tuple[int, int], axis: int
 ) -> NMSparseArray:
     kept, run = pattern
+    if not 1 <= kept <= run:
+        raise ValueError(f"`pattern` (N, M) needs 1 <= N <= M, got {pattern}.")
     at, width = axis + array.ndim, array.shape[axis]
     tail = -width % run
     padding = [(0, tail if i == at else 0) for i in range(array.ndim)]
@@ -281,7 +115,3 @@ def _sparsify_n_of_m(
     stored = (*array.shape[:at], runs[at] * kept, *array.shape[at + 1 :])
     index = pack(places.reshape(stored).astype(jnp.uint8), bits=max((run - 1).bit_length(), 1), axis=axis)
     return NMSparseArray(values=values.reshape(stored), index=index, pattern=pattern, axis=axis, width=width)
-
-
-def _plain(part: Any) -> Array:
-    return part.materialize() if isinstance(part, PackedArray) else part

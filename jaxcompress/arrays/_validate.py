@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
 from jaxcompress.arrays._quantized import QuantizedArray
-from jaxcompress.arrays._sparse import BitmaskSparseArray, NMSparseArray
 
 
 def validate_array(leaf: Any) -> None:
@@ -86,7 +87,7 @@ def _validate_bitmask(leaf: BitmaskSparseArray) -> None:
 
 def _validate_quantized(leaf: QuantizedArray) -> None:
     divides = len(leaf.scale.shape) == leaf.ndim and all(
-        s >= 1 and n % s == 0 for n, s in zip(leaf.shape, leaf.scale.shape, strict=True)
+        n % s == 0 if s else n == 0 for n, s in zip(leaf.shape, leaf.scale.shape, strict=True)
     )
     _require(divides, f"Scales of shape {leaf.scale.shape} do not divide codes of shape {leaf.shape}.")
     if leaf.zero_point is not None:

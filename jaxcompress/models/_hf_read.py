@@ -36,9 +36,10 @@ def from_pretrained(
 ) -> tuple[nn.Module, Params]:
     """A BERT from a Hugging Face directory.
 
-    Reads `config.json` and, beside it, `model.safetensors`, its shards, or `flax_model.msgpack`. Names may have the prefix `bert.` or not. Weights of a head that is not asked for (a pooler, `cls.*`,
-    `classifier.*`, `qa_outputs.*`) are ignored. A head that is asked for by `head`, `num_labels` or `pooling`, and
-    that the files do not have at all, is initialised with `key`; so is the pooler that it needs.
+    Reads `config.json` and, beside it, `model.safetensors`, its shards, or `flax_model.msgpack`. Names may have the
+    prefix `bert.` or not. Weights of a head that is not asked for (a pooler, `cls.*`, `classifier.*`, `qa_outputs.*`)
+    are ignored. A head that is asked for by `head`, `num_labels` or `pooling`, and that the files do not have at all,
+    is initialised with `key`; so is the pooler that it needs.
 
     Args:
         directory: where the files are.

@@ -2,15 +2,15 @@
 
 from jaxcompress.report._describe import describe_leaf as describe_leaf
 from jaxcompress.report._disk import disk_bytes as disk_bytes
+from jaxcompress.report._divergence import Divergence as Divergence
+from jaxcompress.report._divergence import kl_divergence as kl_divergence
 from jaxcompress.report._latency import Latency as Latency
 from jaxcompress.report._latency import LatencyComparison as LatencyComparison
 from jaxcompress.report._latency import compare_latency as compare_latency
 from jaxcompress.report._latency import latency as latency
 from jaxcompress.report._paired import Agreement as Agreement
-from jaxcompress.report._paired import Divergence as Divergence
 from jaxcompress.report._paired import PairedDifference as PairedDifference
 from jaxcompress.report._paired import agreement as agreement
-from jaxcompress.report._paired import kl_divergence as kl_divergence
 from jaxcompress.report._paired import paired_difference as paired_difference
 from jaxcompress.report._size import LeafSize as LeafSize
 from jaxcompress.report._size import SizeReport as SizeReport

@@ -1,12 +1,12 @@
-"""Two models on the same examples: differences, agreement, divergence. NumPy, float64."""
+"""Two models on the same examples: which is right more often, and how often they agree. NumPy, float64."""
 
 import dataclasses
 import math
-import statistics
-from typing import Any
 
 import numpy as np
-from jax.typing import ArrayLike
+from numpy.typing import ArrayLike
+
+from jaxcompress.report._intervals import normal_interval, quantile
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,27 +57,6 @@ class Agreement:
     confidence: float
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Divergence:
-    """Kullback-Leibler divergence of two models, in nats.
-
-    Attributes:
-        per_example: float64, one for each example.
-        mean: over the examples.
-        standard_error: of the mean.
-        low: lower end of the normal interval of the mean, not below 0.
-        high: upper end.
-        confidence: of the interval.
-    """
-
-    per_example: np.ndarray
-    mean: float
-    standard_error: float
-    low: float
-    high: float
-    confidence: float
-
-
 def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, *, confidence: float = 0.95) -> PairedDifference:
     """Compares two models by the examples on which they differ.
 
@@ -112,7 +91,7 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, *, confidence:
             raise ValueError(f"`{name}` must hold 0 and 1 (or False and True) only.")
     _check_pairs(a, b, least=2)
     difference = a.astype(np.float64) - b.astype(np.float64)
-    mean, error, low, high = _normal_interval(difference, confidence)
+    mean, error, low, high = normal_interval(difference, confidence)
     only_a, only_b = int((difference > 0).sum()), int((difference < 0).sum())
     return PairedDifference(
         difference=mean,
@@ -151,7 +130,7 @@ def agreement(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> Agreem
     """
     a, b = _examples("a", a), _examples("b", b)
     _check_pairs(a, b, least=1)
-    matches, count, z = int((a == b).sum()), len(a), _quantile(confidence)
+    matches, count, z = int((a == b).sum()), len(a), quantile(confidence)
     centre = (matches + z**2 / 2) / (count + z**2)
     half = z / (count + z**2) * math.sqrt(matches * (count - matches) / count + z**2 / 4)
     # At the ends the formula is exact, its rounding is not.
@@ -160,50 +139,7 @@ def agreement(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> Agreem
     return Agreement(rate=matches / count, low=low, high=high, matches=matches, count=count, confidence=confidence)
 
 
-def kl_divergence(p_logits: ArrayLike, q_logits: ArrayLike, *, confidence: float = 0.95) -> Divergence:
-    """KL(p || q) = Σ_c p_c (log p_c - log q_c), with p and q the softmax of logits.
-
-    Args:
-        p_logits: of the reference (the dense model), (examples, classes). -inf is probability 0.
-        q_logits: of the other model, likewise.
-        confidence: of the interval of the mean, in (0, 1).
-
-    Returns:
-        The divergence of every example in nats, and its mean with a normal interval: mean ± z std(ddof=1) / sqrt(n).
-        Infinite where q excludes what p does not.
-
-    Raises:
-        ValueError: shapes differ or are not (examples, classes) with at least 2 examples and 1 class, or a row is no
-            distribution (NaN, +inf, or -inf throughout).
-
-    Example:
-        >>> import numpy as np
-        >>> result = kl_divergence(np.log([[0.5, 0.5], [0.9, 0.1]]), np.log([[0.25, 0.75], [0.9, 0.1]]))
-        >>> result.per_example.round(4).tolist(), round(result.mean, 4)
-        ([0.1438, 0.0], 0.0719)
-    """
-    p, q = _log_softmax("p_logits", p_logits), _log_softmax("q_logits", q_logits)
-    if p.shape != q.shape:
-        raise ValueError(f"`p_logits` and `q_logits` must have the same shape, got {p.shape} and {q.shape}.")
-    present = p > -np.inf
-    gap = np.subtract(p, q, out=np.zeros_like(p), where=present)
-    # Rounding can make the divergence of equal distributions negative by an ulp.
-    per_example = np.maximum((np.exp(p) * gap).sum(axis=-1), 0.0)
-    if np.isinf(per_example).any():
-        mean, error, low, high = math.inf, math.inf, 0.0, math.inf
-    else:
-        mean, error, low, high = _normal_interval(per_example, confidence)
-    return Divergence(
-        per_example=per_example,
-        mean=mean,
-        standard_error=error,
-        low=max(low, 0.0),
-        high=high,
-        confidence=confidence,
-    )
-
-
-def _examples(name: str, values: Any) -> np.ndarray:
+def _examples(name: str, values: ArrayLike) -> np.ndarray:
     array = np.asarray(values)
     if array.ndim != 1:
         raise ValueError(f"`{name}` must have one entry for each example, got shape {array.shape}.")
@@ -213,30 +149,6 @@ def _examples(name: str, values: Any) -> np.ndarray:
 def _check_pairs(a: np.ndarray, b: np.ndarray, *, least: int) -> None:
     if len(a) != len(b) or len(a) < least:
         raise ValueError(f"Both models need results on the same {least} or more examples, got {len(a)} and {len(b)}.")
-
-
-def _log_softmax(name: str, logits: Any) -> np.ndarray:
-    values = np.asarray(logits, np.float64)
-    if values.ndim != 2 or values.shape[0] < 2 or values.shape[1] < 1:
-        raise ValueError(f"`{name}` must be (examples, classes) with at least 2 examples, got shape {values.shape}.")
-    top = values.max(axis=-1, keepdims=True)
-    broken = np.flatnonzero(~np.isfinite(top[:, 0]))
-    if len(broken):
-        raise ValueError(f"`{name}` has no distribution at {len(broken)} examples, the first is {broken[0]}.")
-    shifted = values - top
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def _quantile(confidence: float) -> float:
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"`confidence` must be in (0, 1), got {confidence}.")
-    return statistics.NormalDist().inv_cdf((1.0 + confidence) / 2.0)
-
-
-def _normal_interval(values: np.ndarray, confidence: float) -> tuple[float, float, float, float]:
-    mean, error = float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values))
-    half = _quantile(confidence) * error
-    return mean, error, mean - half, mean + half
 
 
 def _mcnemar(only_a: int, only_b: int) -> float:

@@ -207,7 +207,7 @@ def _place(groups: Groups | None) -> Callable[[str], Any]:
     return lambda name: (given.index(name) if name in given else len(given), name)
 
 
-def _ratio(part: float, whole: float) -> float:
+def _ratio(part: int, whole: int) -> float:
     return part / whole if whole else math.nan
 
 

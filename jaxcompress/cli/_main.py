@@ -1,0 +1,38 @@
+"""Entry point: user errors become one line and exit code 2."""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Runs the command line; the only place that turns exceptions into exit codes."""
+    # Models and tokenizers come from files: transformers must neither look for a hub nor advise on frameworks.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        from jaxcompress.cli._app import app
+    except ModuleNotFoundError as err:
+        if err.name not in ("typer", "rich"):
+            raise
+        _fail(f"the command line needs {err.name}: pip install 'jaxcompress[demo]'")
+    from jaxcompress.recipe import AssetError
+
+    try:
+        app()
+    except (ValueError, OSError, AssetError) as err:
+        if os.environ.get("JAXCOMPRESS_TRACEBACK"):
+            raise
+        _fail(_one_line(err))
+
+
+def _one_line(err: BaseException) -> str:
+    parts = [str(err), *getattr(err, "__notes__", ())]
+    # JAX appends advice about its own traceback filtering, which is none to a user of the command line.
+    kept = [part for part in parts if "JAX_TRACEBACK_FILTERING" not in part]
+    line = " ".join(" ".join(kept).split())
+    return line if len(line) <= 1000 else f"{line[:1000]} ..."
+
+
+def _fail(message: str) -> None:
+    print(f"jaxcompress: error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,133 @@
+"""What is saved can be read back, is named as PyTorch names it, and never leaves half a file."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file
+
+from jaxcompress.models import _hf_write, from_pretrained, make_module, save_pretrained
+
+HEADS = ("encoder", "sequence_classification", "masked_lm")
+BELONGS = {  # first component of the golden file's names, by head
+    "encoder": ("bert",),
+    "sequence_classification": ("bert", "classifier"),
+    "masked_lm": ("bert", "cls"),
+}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_names_and_values_are_those_of_the_golden_file(golden_dir, tmp_path, head):
+    save_pretrained(tmp_path, *from_pretrained(golden_dir, head=head))
+    golden = load_file(golden_dir / "model.safetensors")
+    expected = {name: array for name, array in golden.items() if name.split(".")[0] in BELONGS[head]}
+    if head == "encoder":  # transformers names the tensors of a bare BertModel without the prefix
+        expected = {name.removeprefix("bert."): array for name, array in expected.items()}
+    if head == "masked_lm":
+        expected = {name: array for name, array in expected.items() if "pooler" not in name}
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    with safe_open(tmp_path / "model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}  # transformers refuses files that do not say so
+
+
+def test_settings_of_the_golden_file_survive(golden_dir, tmp_path):
+    save_pretrained(tmp_path, *from_pretrained(golden_dir))
+    written, golden = (json.loads((path / "config.json").read_text()) for path in (tmp_path, golden_dir))
+    del golden["position_embedding_type"]  # "absolute", the only one there is
+    assert written.items() >= golden.items()
+    assert written["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_uneven_round_trip(uneven_config, draw_params, assert_same_params, tmp_path, head, pooling, dtype):
+    config = dataclasses.replace(uneven_config, head=head, pooling=pooling, num_labels=3)
+    params = draw_params(config, dtype=dtype)
+    save_pretrained(tmp_path / "new" / "directory", make_module(config), params)
+    module, found = from_pretrained(tmp_path / "new" / "directory")
+    assert module.config == config
+    assert_same_params(found, params)
+    settings = json.loads((tmp_path / "new" / "directory" / "config.json").read_text())
+    assert settings["torch_dtype"] == jnp.dtype(dtype).name
+
+
+def test_mixed_dtypes_round_trip(uneven_config, draw_params, assert_same_params, tmp_path):
+    params = draw_params(uneven_config)
+    params["pooler"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["pooler"])
+    save_pretrained(tmp_path, make_module(uneven_config), params)
+    assert_same_params(from_pretrained(tmp_path)[1], params)
+
+
+def test_files_are_as_readable_as_any_other(uneven_config, draw_params, tmp_path):
+    save_pretrained(tmp_path, make_module(uneven_config), draw_params(uneven_config))
+    (tmp_path / "other").touch()
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_compressed_leaf_is_refused(uneven_config, draw_params, tmp_path):
+    class Packed:
+        def materialize(self):
+            raise AssertionError("must not be called")
+
+    params = draw_params(uneven_config)
+    params["pooler"]["dense"]["kernel"] = Packed()
+    with pytest.raises(ValueError, match=r"'pooler/dense/kernel' is a Packed: call `jaxcompress.materialize"):
+        save_pretrained(tmp_path / "new", make_module(uneven_config), params)
+    assert not (tmp_path / "new").exists()
+
+
+def test_params_that_do_not_fit_are_refused(uneven_config, draw_params, tmp_path):
+    params = draw_params(uneven_config)
+    wrong = dataclasses.replace(uneven_config, num_attention_heads=(4, 1, 0, 1))
+    with pytest.raises(
+        ValueError, match=r"'encoder/layer/3/attention/self/query/kernel' has shape \(24, 16\), expected"
+    ):
+        save_pretrained(tmp_path, make_module(wrong), params)
+    del params["pooler"]
+    with pytest.raises(ValueError, match=r"missing .*'pooler/dense/kernel', 'pooler/dense/bias'"):
+        save_pretrained(tmp_path, make_module(uneven_config), params)
+
+
+def test_integer_leaf_is_refused(uneven_config, draw_params, tmp_path):
+    params = draw_params(uneven_config)
+    params["pooler"]["dense"]["bias"] = jnp.zeros(24, jnp.int8)
+    with pytest.raises(ValueError, match=r"'pooler/dense/bias' is int8; only float32, float16 and bfloat16"):
+        save_pretrained(tmp_path, make_module(uneven_config), params)
+
+
+@pytest.mark.parametrize("broken", ["weights", "sync"])
+def test_failure_leaves_the_old_files_alone(uneven_config, draw_params, tmp_path, monkeypatch, broken):
+    module = make_module(uneven_config)
+    save_pretrained(tmp_path, module, draw_params(uneven_config))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def half(tensors, path, **_):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    def fail(_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(_hf_write, *(("save_file", half) if broken == "weights" else ("_sync", fail)))
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(tmp_path, module, draw_params(uneven_config, seed=1))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_saving_replaces_an_older_model(uneven_config, draw_params, assert_same_params, tmp_path):
+    module = make_module(uneven_config)
+    (tmp_path / "vocab.txt").write_text("kept")
+    for seed in (0, 1):
+        params = draw_params(uneven_config, seed=seed)
+        save_pretrained(tmp_path, module, params)
+    assert_same_params(from_pretrained(tmp_path)[1], params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
