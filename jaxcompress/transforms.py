@@ -48,8 +48,15 @@ def chain(*transforms: Transform) -> Transform:
     if not transforms:
         return identity()
     stages = tuple(stage for transform in transforms for stage in transform.stages or (transform,))
-    parts = (_chain_init, _chain_apply, _chain_penalty, _chain_update, _chain_project, _chain_finalize)
-    return Transform(*(part(stages) for part in parts), stages=stages)
+    return Transform(
+        init=_chain_init(stages),
+        apply=_chain_apply(stages),
+        penalty=_chain_penalty(stages),
+        update=_chain_update(stages),
+        project=_chain_project(stages),
+        finalize=_chain_finalize(stages),
+        stages=stages,
+    )
 
 
 def pullback(

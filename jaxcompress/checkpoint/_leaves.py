@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress.arrays import PackedArray, validate_array
 from jaxcompress.checkpoint._compressed import COMPRESSED
@@ -76,7 +77,7 @@ def decode_leaf(value: StoredValue, arrays: Mapping[str, Any]) -> Any:
 
 
 def _encode_jax(value: jax.Array, name: str) -> tuple[StoredValue, dict[str, Any]]:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError("a traced value cannot be stored; save outside `jit`, `grad` and `vmap`")
     if value.is_deleted():
         raise ValueError("its array was deleted: it was donated to a jitted function")
@@ -120,7 +121,8 @@ def _encode_part(part: Any, field: str, name: str) -> tuple[StoredValue, dict[st
     try:
         return encode_leaf(part, name)
     except (TypeError, ValueError) as err:
-        raise type(err)(f"in `{field}`: {err}") from err
+        kind = TypeError if isinstance(err, TypeError) else ValueError
+        raise kind(f"in `{field}`: {err}") from err
 
 
 def _decode_compressed(value: StoredValue, arrays: Mapping[str, Any]) -> Any:

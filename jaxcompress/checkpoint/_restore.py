@@ -50,7 +50,8 @@ def restore(
     (named tuples, dataclasses, Equinox modules) can only be built by their class, and a class is never imported because
     a file names it: give `like`.
 
-    NumPy arrays come back as NumPy arrays, unless `sharding` puts them on devices. All arrays are strongly typed.
+    NumPy arrays come back as NumPy arrays, unless `sharding` puts them on devices. All arrays are strongly typed. Sizes
+    and checksums of the files, and every shape and dtype, are compared with the manifest.
 
     Args:
         path: the checkpoint's directory.

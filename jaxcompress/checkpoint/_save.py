@@ -105,7 +105,8 @@ def _encode_leaves(leaves: list[tuple[tuple[Any, ...], Any]]) -> tuple[tuple[Lea
         try:
             value, found = encode_leaf(leaf, f"leaf_{at:05}")
         except (TypeError, ValueError) as err:
-            raise type(err)(f"Leaf {path_string(path)!r}: {err}.") from err
+            kind = TypeError if isinstance(err, TypeError) else ValueError
+            raise kind(f"Leaf {path_string(path)!r}: {err}.") from err
         records.append(LeafRecord(path=path, value=value))
         # Orbax refuses arrays without elements; their shapes in the manifest say all there is.
         arrays |= {name: array for name, array in found.items() if 0 not in array.shape}

@@ -52,7 +52,7 @@ def _per_leaf(records: Sequence[LeafRecord], abstract: Sequence[Any], choice: An
     unused = [path for path, sharding in keyed if sharding is not None and path not in used]
     if unused:
         raise ValueError(f"`sharding` has an entry at {path_string(unused[0])!r}, where no leaf is stored.")
-    return [given.get(path) for path in used]
+    return [None if path is None else given[path] for path in used]
 
 
 def _longest_prefix(record: LeafRecord, given: dict[tuple[Any, ...], Any]) -> tuple[Any, ...] | None:

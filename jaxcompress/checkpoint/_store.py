@@ -4,7 +4,7 @@ Imported inside the functions, because it takes half a second.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -91,5 +91,5 @@ def _check_array(directory: str, name: str, found: Any, target: Any) -> None:
         )
 
 
-def _listed(names: set[str]) -> str:
+def _listed(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (" ..." if len(names) > 5 else "") if names else "none"

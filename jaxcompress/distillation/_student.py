@@ -101,7 +101,8 @@ def _rebuilt(node: Any, path: str, found: dict[str, dict[str, tuple[str, str, st
     entries = {key: _rebuilt(child, f"{path}/{key}".removeprefix("/"), found, layers) for key, child in entries.items()}
     if path in found:
         entries = _renumbered(entries, found[path], layers, path)
-    return type(node)(entries) if isinstance(node, Mapping) else type(node)(entries[i] for i in range(len(entries)))
+    rebuild: Any = type(node)
+    return rebuild(entries) if isinstance(node, Mapping) else rebuild(entries[i] for i in range(len(entries)))
 
 
 def _renumbered(

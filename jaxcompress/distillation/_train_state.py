@@ -1,6 +1,6 @@
 """The state of a train step: made once, donated at every step."""
 
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +8,6 @@ import optax
 
 from jaxcompress.tree import is_unselected, map_with_path
 from jaxcompress.types import Params, TransformState, is_compressed
-
-Optimizer: TypeAlias = optax.GradientTransformation | optax.MultiSteps
-"""Anything of optax with `init` and `update`."""
 
 
 class TrainState(NamedTuple):
@@ -81,7 +78,7 @@ def like_before(new: Any, old: Any) -> Any:
     return map_with_path(check, new, old, is_leaf=_never)
 
 
-def forget_fresh(optimizer: Optimizer, state: Any, fresh: Any, trainable: Params) -> Any:
+def forget_fresh(optimizer: optax.GradientTransformation, state: Any, fresh: Any, trainable: Params) -> Any:
     """The optimizer state with zeros in the moments of the weights that start anew.
 
     Args:

@@ -19,7 +19,7 @@ from jaxcompress.distillation._objective import (
     teacher_outputs,
 )
 from jaxcompress.distillation._outputs import LossFn, Outputs
-from jaxcompress.distillation._train_state import Optimizer, TrainState, forget_fresh, like_before, on_one_mesh, own
+from jaxcompress.distillation._train_state import TrainState, forget_fresh, like_before, on_one_mesh, own
 from jaxcompress.execution import execute
 from jaxcompress.transforms import identity, pullback
 from jaxcompress.tree import is_unselected, partition_trainable
@@ -32,10 +32,10 @@ _IDENTITY = identity()
 class _Setup:
     student_apply: Apply
     teacher_apply: Apply | None
-    optimizer: Optimizer
+    optimizer: optax.GradientTransformation
     losses: WeightedLosses
     transform: Transform
-    transform_optimizer: Optimizer | None
+    transform_optimizer: optax.GradientTransformation | None
     trainable: Selector | None
     metrics: Mapping[str, LossFn] | None
 
@@ -43,11 +43,11 @@ class _Setup:
 def make_train_step(
     student_apply: Apply,
     teacher_apply: Apply | None,
-    optimizer: Optimizer,
+    optimizer: optax.GradientTransformation,
     *,
     losses: Mapping[str, LossFn | tuple[float | Schedule, LossFn]],
     transform: Transform = _IDENTITY,
-    transform_optimizer: Optimizer | None = None,
+    transform_optimizer: optax.GradientTransformation | None = None,
     trainable: Selector | None = None,
     metrics: Mapping[str, LossFn] | None = None,
 ) -> tuple[Callable[..., TrainState], Callable[..., tuple[TrainState, Metrics]]]:
@@ -62,8 +62,8 @@ def make_train_step(
             may meet compressed leaves: it is then run by `execute`.
         teacher_apply: the same for the teacher; called with `key=None, train=False`, without a gradient. None: the
             teacher's outputs are in `batch["teacher"]` (computed earlier), or not needed.
-        optimizer: for the trainable float leaves of the parameters. `optax.MultiSteps` collects gradients for it; the
-            transform still updates at every call.
+        optimizer: for the trainable float leaves of the parameters. Of `optax.MultiSteps`, take its
+            `gradient_transformation()`; the transform still updates at every call.
         losses: name -> loss, or (weight, loss); a weight is a number or a function of the step.
         transform: the technique; several in a `chain`. The loss that its `penalty` and `update` see is without penalty.
         transform_optimizer: for `transform_state.trainable`.
@@ -192,7 +192,7 @@ def _backward(
 
 
 def _optimize(
-    optimizer: Optimizer,
+    optimizer: optax.GradientTransformation,
     grads: Params,
     params: Params,
     state: Any,
@@ -206,7 +206,7 @@ def _optimize(
     return join(optax.apply_updates(trainable, updates), rest), state
 
 
-def _transform_optimizer(setup: _Setup) -> Optimizer:
+def _transform_optimizer(setup: _Setup) -> optax.GradientTransformation:
     return optax.set_to_zero() if setup.transform_optimizer is None else setup.transform_optimizer
 
 

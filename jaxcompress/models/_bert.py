@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxcompress.models._bert_layers import Attention, Embeddings, Encoder, dense
 from jaxcompress.models._config import BertConfig
@@ -55,10 +56,10 @@ class BertModel(nn.Module):
 
     def __call__(
         self,
-        input_ids: jax.Array,
-        attention_mask: jax.Array | None = None,
-        token_type_ids: jax.Array | None = None,
-        position_ids: jax.Array | None = None,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None = None,
+        token_type_ids: ArrayLike | None = None,
+        position_ids: ArrayLike | None = None,
         *,
         deterministic: bool = True,
         output_hidden_states: bool = False,
@@ -78,14 +79,10 @@ class BertModel(nn.Module):
         Raises:
             ValueError: shapes differ, or there are more tokens than positions.
         """
-        _check_inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
-        if token_type_ids is None:
-            token_type_ids = jnp.zeros_like(input_ids)
-        if position_ids is None:
-            position_ids = jnp.broadcast_to(_positions(input_ids), input_ids.shape)
-        embedded = self.embeddings(input_ids, token_type_ids, position_ids, deterministic=deterministic)
-        states, attentions = self.encoder(embedded, _attention_bias(attention_mask), deterministic=deterministic)
-        outputs = {"last_hidden_state": states[-1], **self._pool(states[-1], attention_mask)}
+        ids, mask, types, positions = _inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
+        embedded = self.embeddings(ids, types, positions, deterministic=deterministic)
+        states, attentions = self.encoder(embedded, _attention_bias(mask), deterministic=deterministic)
+        outputs = {"last_hidden_state": states[-1], **self._pool(states[-1], mask)}
         if output_hidden_states:
             outputs["hidden_states"] = states
         return outputs | (_named(attentions) if output_attentions else {})
@@ -111,21 +108,25 @@ class _Pooler(nn.Module):
         return jnp.tanh(dense(self.config.hidden_size, self.config, self.dtype, name="dense")(hidden[..., 0, :]))
 
 
-def _check_inputs(config: BertConfig, input_ids: jax.Array, *others: jax.Array | None) -> None:
-    names = ("attention_mask", "token_type_ids", "position_ids")
-    for name, other in zip(names, others, strict=True):
-        if other is not None and other.shape != input_ids.shape:
-            raise ValueError(f"`{name}` must have the shape of `input_ids`, {input_ids.shape}, got {other.shape}.")
-    if others[-1] is None and input_ids.shape[-1] > config.max_position_embeddings:
-        raise ValueError(
-            f"`input_ids` has {input_ids.shape[-1]} tokens; `max_position_embeddings` is "
-            f"{config.max_position_embeddings}."
-        )
+def _inputs(
+    config: BertConfig, input_ids: ArrayLike, *others: ArrayLike | None
+) -> tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]:
+    """Ids, mask, types and positions as arrays of one shape, with their defaults."""
+    ids = jnp.asarray(input_ids)
+    mask, types, positions = (None if other is None else jnp.asarray(other) for other in others)
+    for name, other in (("attention_mask", mask), ("token_type_ids", types), ("position_ids", positions)):
+        if other is not None and other.shape != ids.shape:
+            raise ValueError(f"`{name}` must have the shape of `input_ids`, {ids.shape}, got {other.shape}.")
+    if positions is None:
+        positions = _positions(ids, config.max_position_embeddings)
+    return ids, mask, jnp.zeros_like(ids) if types is None else types, positions
 
 
-def _positions(input_ids: jax.Array) -> jax.Array:
-    length = input_ids.shape[-1]
-    return jnp.arange(length, dtype=jnp.int32).reshape((1,) * (input_ids.ndim - 1) + (length,))
+def _positions(ids: jax.Array, most: int) -> jax.Array:
+    length = ids.shape[-1]
+    if length > most:
+        raise ValueError(f"`input_ids` has {length} tokens; `max_position_embeddings` is {most}.")
+    return jax.lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
 
 
 def _attention_bias(attention_mask: jax.Array | None) -> jax.Array | None:

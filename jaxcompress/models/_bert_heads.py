@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxcompress.models._activations import ACTIVATIONS
 from jaxcompress.models._bert import BertModel
@@ -29,7 +30,7 @@ class BertForSequenceClassification(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, input_ids: jax.Array, *args: Any, deterministic: bool = True, **kwargs: Any) -> dict[str, Any]:
+    def __call__(self, input_ids: ArrayLike, *args: Any, deterministic: bool = True, **kwargs: Any) -> dict[str, Any]:
         """Runs the model; see `BertModel`."""
         _check_head(self.config, "sequence_classification")
         bert = BertModel(self.config, self.dtype, name="bert")
@@ -55,7 +56,7 @@ class BertForMaskedLM(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, input_ids: jax.Array, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def __call__(self, input_ids: ArrayLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Runs the model; see `BertModel`."""
         _check_head(self.config, "masked_lm")
         bert = BertModel(self.config, self.dtype, name="bert")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 
-def divide(x: Float[Array, "..."], y: Num[Array, "..."] | float) -> Float[Array, "..."]:
+def divide(x: Float[Array, "..."], y: Num[Array, "..."] | float | int) -> Float[Array, "..."]:
     """The quotient x / y in float32, rounded once; `y` broadcasts against `x`.
 
     XLA turns the division by a broadcast or constant value into a multiplication with its reciprocal, which is off by

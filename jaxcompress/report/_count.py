@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxcompress.types import is_compressed
 
@@ -65,4 +66,4 @@ def _row_counts(leaf: Any) -> jax.Array:
 
 
 def _is_abstract(leaf: Any) -> bool:
-    return any(isinstance(part, jax.ShapeDtypeStruct | jax.core.Tracer) for part in jax.tree.leaves(leaf))
+    return any(isinstance(part, jax.ShapeDtypeStruct | Tracer) for part in jax.tree.leaves(leaf))

@@ -7,8 +7,8 @@ def disk_bytes(path: str | os.PathLike[str]) -> int:
     """Size of a file, or of all files below a directory, metadata included.
 
     Args:
-        path: a file or a directory. A file that is linked twice below it (hard link) is counted once; symbolic links
-            below it are not followed.
+        path: a file or a directory. Links to files count as the files, each file once; links to directories below it
+            are not followed.
 
     Returns:
         Bytes: the lengths of the files, not the blocks that the file system gives them.
@@ -28,6 +28,9 @@ def disk_bytes(path: str | os.PathLike[str]) -> int:
     sizes = {}
     for folder, _, names in os.walk(path):
         for name in names:
-            status = os.stat(os.path.join(folder, name), follow_symlinks=False)
-            sizes[status.st_dev, status.st_ino] = status.st_size
+            file = os.path.join(folder, name)
+            # A model cache holds links to its files; a dangling one has no size.
+            if os.path.exists(file):
+                status = os.stat(file)
+                sizes[status.st_dev, status.st_ino] = status.st_size
     return sum(sizes.values())

@@ -2,12 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import toys
 
 from jaxcompress.arrays import QuantizedArray, pack
 from jaxcompress.distillation import make_train_step, soft_targets
 from jaxcompress.transforms import chain, identity
 from jaxcompress.tree import by_path
+from jaxcompress.types import TransformState
 
 RNG = np.random.default_rng(0)
 CODES = jnp.asarray(RNG.integers(-7, 8, (10, 6)), jnp.int8)
@@ -90,7 +90,7 @@ def test_a_transform_that_returns_compressed_leaves():
         return params | {"embedding": leaf}
 
     learned = identity()._replace(
-        init=lambda params, *, key, statistics=None: toys.TransformState({"step": SCALE}, ()), apply=apply
+        init=lambda params, *, key, statistics=None: TransformState({"step": SCALE}, ()), apply=apply
     )
     make = make_train_step(
         _apply, _apply, optax.sgd(0.5), losses=SOFT, transform=learned, transform_optimizer=optax.sgd(0.25)

@@ -26,15 +26,6 @@ def _apply(params, batch, *, key, train):
     return {"logits": hidden @ params["head"]["kernel"], "hidden_states": [hidden]}
 
 
-def _echo(params, batch, *, key, train):
-    """A model whose outputs are its parameters, so that the gradient of `_dot(c)` is c."""
-    return dict(params)
-
-
-def _dot(name, weights):
-    return lambda student, teacher, batch: (jnp.sum(weights * student[name]), jnp.ones(()))
-
-
 def _key():
     return jax.random.key(KEY)
 
@@ -55,16 +46,6 @@ def test_a_student_that_starts_as_its_teacher_leaves_the_teacher_alone():
     assert not np.array_equal(state.params["head"]["kernel"], kept["head"]["kernel"])
     assert int(state.step) == 3
     assert float(metrics["hard"][1]) == 16.0
-
-
-def test_a_transform_may_remember_the_initial_weights():
-    """The same buffer twice in a donated state would be refused."""
-    remember = identity()._replace(init=lambda params, *, key, statistics=None: toys.TransformState((), params))
-    init_state, step = make_train_step(
-        _apply, _apply, optax.sgd(0.1), losses={"soft": soft_targets()}, transform=remember
-    )
-    state, _ = step(init_state(_params(), key=_key()), _params(1), {"x": X})
-    _assert_trees_equal(state.transform_state.fixed, _params())
 
 
 def test_one_step_of_sgd_against_float64():
@@ -109,7 +90,7 @@ def test_one_trace_over_many_steps(weak):
 
     def apply(params, batch, *, key, train):
         traces.append(train)
-        return _echo(params, batch, key=key, train=train)
+        return toys.echo(params, batch, key=key, train=train)
 
     masks = {"w": jnp.array([True, False])}
     transform = chain(toys.toy_mask(masks, noise=0.1), toys.toy_scale(2.0, penalty=0.5))
@@ -117,7 +98,7 @@ def test_one_trace_over_many_steps(weak):
         apply,
         None,
         optax.inject_hyperparams(optax.adamw)(optax.linear_schedule(0.1, 0.0, 10)),
-        losses={"dot": (optax.cosine_decay_schedule(1.0, 10), _dot("w", jnp.array([1.0, 2.0])))},
+        losses={"dot": (optax.cosine_decay_schedule(1.0, 10), toys.dot("w", jnp.array([1.0, 2.0])))},
         transform=transform,
         transform_optimizer=optax.sgd(0.1),
     )
@@ -125,100 +106,6 @@ def test_one_trace_over_many_steps(weak):
     for _ in range(4):
         state, _ = step(state, None, {})
     assert traces == [True]
-
-
-def _run_toys(steps=1, **options):
-    """Effective w = s * mask * w with loss c · w, worked out by hand in the tests."""
-    options = {"penalty": 0.0, "bound": 0.0, "low": -jnp.inf, "regrow": None, "optimizer": optax.sgd(0.1)} | options
-    masks = {"w": jnp.array([True, False, True])}
-    init_state, step = make_train_step(
-        _echo,
-        None,
-        options["optimizer"],
-        losses={"dot": _dot("w", jnp.array([10.0, 20.0, 30.0]))},
-        transform=chain(
-            toys.toy_mask(masks, regrow=options["regrow"]),
-            toys.toy_scale(2.0, penalty=options["penalty"], bound=options["bound"], low=options["low"]),
-        ),
-        transform_optimizer=optax.sgd(0.01),
-    )
-    state, metrics = init_state({"w": jnp.array([1.0, -2.0, 3.0])}, key=_key()), {}
-    for _ in range(steps):
-        state, metrics = step(state, None, {})
-    return state, metrics
-
-
-def test_transforms_inside_the_loss_by_hand():
-    state, metrics = _run_toys()
-    # loss = 10 * 2 * 1 + 30 * 2 * 3
-    np.testing.assert_allclose(metrics["loss"][0], 200.0, rtol=1e-6)
-    mask, scale = state.transform_state.fixed
-    np.testing.assert_allclose(scale["seen"]["w"], [10.0, 20.0, 30.0], rtol=1e-6)
-    np.testing.assert_allclose(mask["seen"]["w"], [20.0, 40.0, 60.0], rtol=1e-6)
-    np.testing.assert_allclose(state.params["w"], [1 - 0.1 * 20, -2.0, 3 - 0.1 * 60], rtol=1e-6)
-    # ds = 10 * 1 + 30 * 3, with a learning rate of its own.
-    np.testing.assert_allclose(state.transform_state.trainable[1]["scale"], 2 - 0.01 * 100, rtol=1e-6)
-    # `update` reads what the optimizer has left: raw weights in the first stage, masked ones in the second.
-    np.testing.assert_allclose(mask["params"]["w"], state.params["w"])
-    np.testing.assert_allclose(scale["params"]["w"], [-1.0, 0.0, -3.0], rtol=1e-6)
-    np.testing.assert_allclose(mask["loss"], 200.0, rtol=1e-6)
-
-
-def test_the_penalty_acts_directly_and_through_the_loss():
-    """loss + 7 s + 0.5 loss: every gradient of the loss grows by half, and ds has 7 more."""
-    state, metrics = _run_toys(penalty=7.0, bound=0.5)
-    np.testing.assert_allclose(metrics["penalty"], [7 * 2.0 + 100.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(metrics["loss"], [200.0 + 114.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(metrics["dot"], [200.0, 1.0], rtol=1e-6)
-    np.testing.assert_allclose(state.transform_state.fixed[1]["seen"]["w"], [15.0, 30.0, 45.0], rtol=1e-6)
-    np.testing.assert_allclose(state.params["w"], [1 - 3.0, -2.0, 3 - 9.0], rtol=1e-6)
-    np.testing.assert_allclose(state.transform_state.trainable[1]["scale"], 2 - 0.01 * (150 + 7), rtol=1e-6)
-    np.testing.assert_allclose(state.transform_state.fixed[0]["loss"], 200.0, rtol=1e-6)
-
-
-def test_project_comes_after_update():
-    state, _ = _run_toys(low=1.5)
-    assert float(state.transform_state.trainable[1]["scale"]) == 1.5
-    np.testing.assert_allclose(state.transform_state.fixed[1]["seen"]["w"], [10.0, 20.0, 30.0], rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("optimizer", "adam"),
-    [
-        (optax.adam(0.1), lambda state: state[0]),
-        (optax.chain(optax.clip(1e3), optax.adamw(0.1)), lambda state: state[1][0]),
-        (optax.adamw(0.1, mask=lambda params: jax.tree.map(lambda w: w.ndim > 1, params)), lambda state: state[0]),
-        (optax.inject_hyperparams(optax.adam)(0.1), lambda state: state.inner_state[0]),
-        (optax.MultiSteps(optax.adam(0.1), 1), lambda state: state.inner_opt_state[0]),
-        (optax.masked(optax.adam(0.1), {"w": True}), lambda state: state.inner_state[0]),
-    ],
-)
-def test_fresh_weights_lose_their_moments(optimizer, adam):
-    regrow = {"w": jnp.array([True, True, True])}
-    moments = adam(_run_toys(regrow=regrow, optimizer=optimizer)[0].optimizer_state)
-    np.testing.assert_allclose(moments.mu["w"], [0.1 * 20, 0.0, 0.1 * 60], rtol=1e-5)
-    np.testing.assert_allclose(moments.nu["w"], [0.001 * 400, 0.0, 0.001 * 3600], rtol=1e-4)
-    assert int(moments.count) == 1
-    # Grown at the first step, so no longer fresh at the second.
-    moments = adam(_run_toys(2, regrow=regrow, optimizer=optimizer)[0].optimizer_state)
-    assert float(jnp.abs(moments.mu["w"]).min()) > 0
-
-
-def test_factored_moments_stay():
-    """Adafactor's moments of large matrices have other shapes than the weights."""
-    masks = {"w": jnp.zeros((256, 256), bool)}
-    regrow = {"w": jnp.ones((256, 256), bool)}
-    init_state, step = make_train_step(
-        _echo,
-        None,
-        optax.adafactor(0.1),
-        losses={"dot": _dot("w", 1.0)},
-        transform=toys.toy_mask(masks, regrow=regrow),
-    )
-    state = init_state({"w": jnp.ones((256, 256))}, key=_key())
-    for _ in range(2):
-        state, _ = step(state, None, {})
-    assert np.isfinite(state.params["w"]).all()
 
 
 def test_frozen_leaves_keep_their_bits_and_have_no_moments():
@@ -284,38 +171,6 @@ def test_teacher_outputs_may_be_computed_earlier():
         step(init_state(_params(), key=_key()), None, {"x": X})
 
 
-def test_keys_differ_between_uses_and_steps():
-    drawn = []
-
-    def apply(params, batch, *, key, train):
-        return {"w": params["w"], "noise": jax.random.uniform(key)}
-
-    noisy = identity()._replace(
-        init=lambda params, *, key, statistics=None: toys.TransformState(
-            (), {"init": jax.random.uniform(key), "now": 0.0}
-        ),
-        apply=lambda params, state, *, key=None: {"w": params["w"] * 0 + jax.random.uniform(key)},
-        update=lambda grads, state, params, *, key, loss: (
-            state._replace(fixed=state.fixed | {"now": jax.random.uniform(key)}),
-            None,
-        ),
-    )
-    init_state, step = make_train_step(
-        apply,
-        None,
-        optax.sgd(0.1),
-        losses={"dot": _dot("w", 1.0)},
-        transform=noisy,
-        metrics={"noise": lambda s, t, b: (s["noise"], 1.0), "applied": lambda s, t, b: (s["w"], 1.0)},
-    )
-    state = init_state({"w": jnp.ones(())}, key=_key())
-    drawn.append(float(state.transform_state.fixed["init"]))
-    for _ in range(3):
-        state, metrics = step(state, None, {})
-        drawn += [float(metrics["noise"][0]), float(metrics["applied"][0]), float(state.transform_state.fixed["now"])]
-    assert len(set(drawn)) == 10
-
-
 def test_the_callers_key_survives():
     key = _key()
     init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), losses={"soft": soft_targets()})
@@ -371,13 +226,3 @@ def test_errors_where_the_user_is():
     for names in ({"loss": soft_targets()}, {"agreement": soft_targets()}):
         with pytest.raises(ValueError, match="need names of their own"):
             make_train_step(_apply, _apply, optax.sgd(0.1), losses=names, metrics={"agreement": soft_targets()})
-
-
-def test_a_transform_that_changes_a_dtype_is_named():
-    widen = identity()._replace(
-        init=lambda params, *, key, statistics=None: toys.TransformState((), {"count": jnp.zeros((), jnp.int32)}),
-        update=lambda grads, state, params, *, key, loss: (toys.TransformState((), {"count": jnp.zeros(2)}), None),
-    )
-    init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), losses={"soft": soft_targets()}, transform=widen)
-    with pytest.raises(ValueError, match=r"changed 'transform_state/fixed/count' from int32\[\] to float32\[2\]"):
-        step(init_state(_params(), key=_key()), _params(1), {"x": X})

@@ -101,7 +101,8 @@ def test_mean_pooling_is_the_mean_over_the_mask(config, draw_params, run):
     hidden = np.float64(outputs["last_hidden_state"])
     expected = np.stack([row[keep > 0].mean(axis=0) for row, keep in zip(hidden, MASK, strict=True)])
     np.testing.assert_allclose(outputs["pooler_output"], expected, rtol=0, atol=1e-6)
-    logits = expected @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+    classifier = jax.tree.map(np.float64, params["classifier"])
+    logits = expected @ classifier["kernel"] + classifier["bias"]
     np.testing.assert_allclose(outputs["logits"], logits, rtol=0, atol=1e-5)
     everything = run(config, params, IDS)
     np.testing.assert_allclose(
@@ -149,7 +150,7 @@ def test_every_rate_drops_something(config, draw_params, run, only):
 @pytest.mark.parametrize("head", HEADS)
 def test_bfloat16_keeps_softmax_in_float32(golden_dir, golden, inputs, head):
     module, params = from_pretrained(golden_dir, head=head, dtype=jnp.bfloat16)
-    outputs = module.apply({"params": params}, **inputs, output_attentions=True)
+    outputs = jax.jit(lambda p: module.apply({"params": p}, **inputs, output_attentions=True))(params)
     name = "last_hidden_state" if head == "encoder" else "logits"
     assert outputs[name].dtype == jnp.bfloat16
     expected = golden[f"{head}/{name}"]

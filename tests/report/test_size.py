@@ -209,7 +209,11 @@ def test_disk_bytes_sums_files_once(tmp_path):
     (tmp_path / "same").hardlink_to(tmp_path / "a")
     assert disk_bytes(tmp_path) == 7
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert disk_bytes(tmp_path) == 7 + (tmp_path / "loop").lstat().st_size
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / "deep" / "linked").symlink_to(tmp_path / "a")
+    assert disk_bytes(tmp_path) == 7
+    assert disk_bytes(tmp_path / "deep") == 7
+    assert disk_bytes(tmp_path / "deep" / "linked") == 3
     with pytest.raises(FileNotFoundError):
         disk_bytes(tmp_path / "nothing")
 

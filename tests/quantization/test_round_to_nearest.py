@@ -1,0 +1,346 @@
+"""Scales and codes against NumPy in float64, for every spec on every kind of axes."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcompress.arrays import PackedArray, validate_array
+from jaxcompress.quantization import QuantSpec, block_scales, fake_quantize_array, quantize_array, scale_shape
+from jaxcompress.trace import LeafLayout
+
+# name: (shape, input axes, stacked axes, group sizes); the other axes are outputs.
+CASES = {
+    "in, out": ((12, 5), (0,), (), (1, 4, 12)),
+    "out, in": ((5, 12), (1,), (), (3, 6)),
+    "odd width": ((13, 3), (0,), (), (13,)),
+    "heads, d, out": ((3, 4, 5), (0, 1), (), (2, 4, 12)),
+    "in, heads, d": ((8, 3, 2), (0,), (), (4,)),
+    "stacked": ((2, 12, 5), (1,), (0,), (4,)),
+    "stacked heads": ((2, 4, 3, 5), (1, 2), (0,), (3, 6)),
+    "experts": ((2, 3, 4, 5), (2,), (0, 1), (2,)),
+    "conv": ((3, 3, 4, 5), (0, 1, 2), (), (2, 4, 12)),
+    "depthwise conv": ((3, 3, 1, 6), (0, 1, 2), (), (3,)),
+    "embedding": ((7, 16), (1,), (), (8,)),
+    "single": ((1, 1), (0,), (), (1,)),
+    "bias": ((6,), (), (), ()),
+}
+VARIANTS = ({"convention": "narrow"}, {"convention": "full"}, {"symmetric": False})
+
+
+def layout_of(name):
+    shape, inputs, stack, _ = CASES[name]
+    outputs = tuple(axis for axis in range(len(shape)) if axis not in (*inputs, *stack))
+    return LeafLayout(kind="matmul", stack_axes=stack, input_axes=inputs, output_axes=outputs)
+
+
+def specs_of(name):
+    shares = [{}, {"per_tensor": True}, *({"group_size": g} for g in CASES[name][3])]
+    for bits, share, variant in itertools.product(range(2, 9), shares, VARIANTS):
+        yield QuantSpec(bits=bits, **share, **variant)
+    for share in shares:
+        yield QuantSpec(bits=1, **share)
+
+
+def weights(shape, seed=0, dtype=np.float32):
+    w = np.random.default_rng(seed).normal(size=shape) * 0.1
+    return jnp.asarray(w.astype(np.float32)).astype(dtype)
+
+
+def reference_blocks(shape, layout, spec):
+    """For every weight the number of its block, worked out from flat indices."""
+    numbers = np.zeros(shape, dtype=int)
+    for index in np.ndindex(*shape):
+        unit = tuple(index[axis] for axis in layout.stack_axes)
+        if not spec.per_tensor and layout.input_axes:
+            unit += tuple(index[axis] for axis in layout.output_axes)
+        place = 0
+        for axis in layout.input_axes:
+            place = place * shape[axis] + index[axis]
+        group = place // spec.group_size if spec.group_size else 0
+        numbers[index] = hash((unit, group))
+    return np.unique(numbers, return_inverse=True)[1].reshape(shape)
+
+
+def reference(w, layout, spec):
+    """(codes, scale, zero point) of every weight, in float64."""
+    blocks = reference_blocks(w.shape, layout, spec)
+    codes, scales, zeros = np.zeros(w.shape), np.zeros(w.shape), np.zeros(w.shape)
+    for block in np.unique(blocks):
+        inside = blocks == block
+        values = w[inside].astype(np.float64)
+        half = 2 ** (spec.bits - 1)
+        if spec.bits == 1:
+            scales[inside], zeros[inside], codes[inside] = 2 * np.abs(values).mean(), 0.5, values >= 0
+        elif spec.symmetric:
+            narrow = spec.convention == "narrow"
+            scale = np.float32(np.abs(values).max() / (half - 1 if narrow else half - 0.5))
+            scales[inside] = scale
+            codes[inside] = np.clip(np.round(values / scale), -(half - 1) if narrow else -half, half - 1)
+        else:
+            low, high = min(values.min(), 0), max(values.max(), 0)
+            scale = np.float32((high - low) / (2 * half - 1))
+            zero = np.clip(np.round(-low / scale), 0, 2 * half - 1)
+            scales[inside], zeros[inside] = scale, zero
+            codes[inside] = np.clip(np.round(values / scale) + zero, 0, 2 * half - 1)
+    return codes, scales, zeros
+
+
+def spread(parameter, shape):
+    """A scale or zero point, repeated for every weight."""
+    out = np.asarray(parameter, np.float64)
+    for axis, size in enumerate(shape):
+        out = np.repeat(out, size // out.shape[axis], axis)
+    return out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_against_numpy(name):
+    shape, layout = CASES[name][0], layout_of(name)
+    w = weights(shape)
+    # Op by op: compiling every spec would take a minute.
+    with jax.disable_jit():
+        for spec in specs_of(name):
+            leaf = quantize_array(w, spec, layout)
+            validate_array(leaf)
+            codes, scales, zeros = reference(np.asarray(w), layout, spec)
+            np.testing.assert_allclose(spread(leaf.scale, shape), scales, rtol=2e-7, err_msg=str(spec))
+            if spec.signed:
+                assert leaf.zero_point is None
+            else:
+                np.testing.assert_array_equal(spread(leaf.zero_point, shape), zeros, err_msg=str(spec))
+            assert leaf.codes().dtype == (jnp.int8 if spec.signed else jnp.uint8)
+            _equal_but_for_ties(np.asarray(leaf.codes()), codes, np.asarray(w) / spread(leaf.scale, shape), spec)
+            values = (np.asarray(leaf.codes()) - zeros) * spread(leaf.scale, shape)
+            np.testing.assert_array_equal(np.asarray(leaf.materialize()), values.astype(np.float32))
+            assert (leaf.shape, leaf.dtype, leaf.bits) == (shape, w.dtype, spec.bits)
+            assert leaf.scale.shape == scale_shape(shape, spec, layout)
+
+
+def _equal_but_for_ties(found, wanted, quotients, spec):
+    off = found != wanted
+    # float32 and float64 may part ways where a quotient is half-way between two codes.
+    assert (np.abs(np.abs(quotients[off]) % 1 - 0.5) < 1e-5).all(), spec
+    assert (np.abs(found.astype(int) - wanted)[off] <= 1).all(), spec
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_weights_and_scales(dtype):
+    layout, w = layout_of("in, out"), weights((12, 5), dtype=dtype)
+    for bits, variant in itertools.product((2, 4, 8), VARIANTS):
+        spec = QuantSpec(bits=bits, group_size=4, scale_dtype="bfloat16", **variant)
+        leaf = quantize_array(w, spec, layout)
+        assert leaf.scale.dtype == jnp.bfloat16
+        assert leaf.materialize().dtype == dtype
+        _, scales, _ = reference(np.asarray(w, np.float32), layout, spec)
+        scale = spread(leaf.scale, w.shape)
+        np.testing.assert_array_equal(scale, np.asarray(jnp.asarray(scales, jnp.bfloat16), np.float64))
+        # The codes are those of the rounded scale.
+        low, high = spec.code_range
+        zero = 0 if leaf.zero_point is None else spread(leaf.zero_point, w.shape)
+        codes = np.clip(np.round(np.asarray(w, np.float64) / scale) + zero, low, high)
+        _equal_but_for_ties(np.asarray(leaf.codes()), codes, np.asarray(w, np.float64) / scale, spec)
+
+
+def test_stored_bits_are_exact():
+    layout = layout_of("in, out")
+    for bits in range(1, 9):
+        leaf = quantize_array(weights((64, 5)), QuantSpec(bits=bits, group_size=32, scale_dtype="bfloat16"), layout)
+        assert leaf.nbits == 64 * 5 * bits + 2 * 5 * 16 + (16 if bits == 1 else 0)
+    leaf = quantize_array(weights((64, 5)), QuantSpec(bits=4, symmetric=False), layout)
+    assert leaf.nbits == 64 * 5 * 4 + 5 * 32 + 5 * 8
+
+
+@pytest.mark.parametrize(("name", "axis"), [("in, out", -2), ("out, in", -1), ("heads, d, out", -2), ("stacked", -2)])
+def test_codes_are_packed_along_the_innermost_input_axis(name, axis):
+    leaf = quantize_array(weights(CASES[name][0]), QuantSpec(bits=4), layout_of(name))
+    assert isinstance(leaf.data, PackedArray)
+    assert leaf.data.axis == axis
+
+
+def test_a_short_input_axis_is_not_packed_into_padding():
+    leaf = quantize_array(weights((3, 3, 1, 6)), QuantSpec(bits=4), layout_of("depthwise conv"))
+    assert leaf.data.nbits == 3 * 3 * 6 * 4
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, {"scale_dtype": "bfloat16"}, {"group_size": 4}])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_zeros_and_extremes(bits, variant):
+    """Zero blocks, subnormal blocks, and the largest values that a dtype holds."""
+    layout = layout_of("in, out")
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        top = float(jnp.finfo(dtype).max)
+        w = np.array(weights((12, 6), 3), np.float64) / 0.4
+        w[:, 0], w[3:5, 1], w[:, 3] = 0.0, 0.0, 0.3
+        w[:, 2] *= 1e-39 if dtype != jnp.float16 else 1e-7
+        w[:, 4], w[:3, 4], w[:, 5] = top, -top, top * np.clip(w[:, 5], -1, 1)
+        w = jnp.asarray(w, jnp.float32).astype(dtype)
+        spec = QuantSpec(bits=bits, **variant)
+        leaf = quantize_array(w, spec, layout)
+        validate_array(leaf)
+        plain = np.asarray(leaf.materialize(), np.float64)
+        exact = np.asarray(w, np.float64)
+        assert np.isfinite(plain).all()
+        assert (plain[np.asarray(w == 0)] == 0).all()
+        assert (plain[:, 0] == 0).all()
+        # A constant block is exact but for the rounding of its scale, and the cut near the largest finite value.
+        np.testing.assert_allclose(plain[:, 3], exact[:, 3], rtol=2**-6 if bits > 2 or spec.signed else 0.4)
+        if bits > 2:
+            step = spread(leaf.scale, w.shape)
+            assert (
+                np.abs(plain - exact) <= 0.51 * step + 0.02 * np.abs(exact) + 1.2e-38 + 2.0**-bits * np.abs(exact)
+            ).all()
+        same = fake_quantize_array(w, spec, layout)
+        np.testing.assert_array_equal(np.asarray(same, np.float64), plain)
+
+
+def test_one_bit_stores_no_zeros():
+    layout = layout_of("stacked")
+    w = np.array(weights((2, 12, 5)))
+    w[0, 2:7, 1], w[1, :, 3] = 0, 0
+    leaf = quantize_array(jnp.asarray(w), QuantSpec(bits=1), layout)
+    validate_array(leaf)
+    wanted = np.zeros(w.shape)
+    for stack, out in np.ndindex(2, 5):
+        kept = w[stack, :, out] != 0
+        size = np.abs(w[stack, kept, out].astype(np.float64)).mean() if kept.any() else 0
+        wanted[stack, :, out] = size * np.sign(w[stack, :, out])
+    np.testing.assert_allclose(leaf.materialize(), wanted, rtol=1e-6)
+    layer = jax.tree.map(lambda part: part[1], leaf)
+    np.testing.assert_array_equal(layer.materialize(), leaf.materialize()[1])
+
+
+def test_one_bit_mean_is_exact_enough_for_large_blocks():
+    """More than 2^16 weights are summed as integers, fewer as floats."""
+    for rows in (2**12, 2**17):
+        w = jnp.asarray(np.random.default_rng(1).normal(size=(rows, 2)), jnp.float32)
+        scale, _ = block_scales(w, QuantSpec(bits=1), LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,)))
+        np.testing.assert_allclose(scale[0], 2 * np.abs(np.asarray(w, np.float64)).mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (12, 0), (0, 0)])
+def test_empty_leaves(shape):
+    layout = layout_of("in, out")
+    for spec in (
+        QuantSpec(bits=4),
+        QuantSpec(bits=3, group_size=4),
+        QuantSpec(bits=1),
+        QuantSpec(bits=8, per_tensor=True),
+    ):
+        leaf = quantize_array(jnp.zeros(shape), spec, layout)
+        validate_array(leaf)
+        assert leaf.materialize().shape == fake_quantize_array(jnp.zeros(shape), spec, layout).shape == shape
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_quantizing_twice_changes_nothing(bits):
+    """Where the extreme code stands for the extreme value: narrow, asymmetric; not with full-range codes."""
+    for name, variant in itertools.product(("in, out", "stacked heads"), ({}, {"symmetric": False})):
+        spec, layout = QuantSpec(bits=bits, **variant), layout_of(name)
+        with jax.disable_jit():
+            once = quantize_array(weights(CASES[name][0]), spec, layout)
+            twice = quantize_array(once.materialize(), spec, layout)
+        np.testing.assert_array_equal(once.codes(), twice.codes())
+        np.testing.assert_allclose(once.scale, twice.scale, rtol=3e-7)
+
+
+def test_narrow_codes_are_odd():
+    layout = layout_of("in, out")
+    w, spec = weights((12, 5)), QuantSpec(bits=4)
+    np.testing.assert_array_equal(quantize_array(-w, spec, layout).codes(), -quantize_array(w, spec, layout).codes())
+
+
+def test_full_range_uses_the_lowest_code():
+    layout = layout_of("in, out")
+    w = jnp.concatenate([weights((64, 1)), jnp.full((1, 1), -1.0)]) / 2
+    leaf = quantize_array(w, QuantSpec(bits=3, convention="full"), layout)
+    assert int(leaf.codes().min()) == -4
+    np.testing.assert_allclose(leaf.scale, 0.5 / 3.5)
+
+
+def _equal_bits(x, y):
+    x, y = np.asarray(x), np.asarray(y)
+    assert x.dtype == y.dtype
+    np.testing.assert_array_equal(x.view(np.uint8), y.view(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", ["in, out", "stacked heads", "single"])
+def test_jit_equals_eager_bit_for_bit(name, dtype):
+    """Also alone on the axis, where XLA could cancel a division by a quotient."""
+    layout = layout_of(name)
+    specs = [
+        QuantSpec(bits=b, scale_dtype=s, **v)
+        for b, s, v in itertools.product((2, 5), ("float32", "bfloat16"), VARIANTS)
+    ]
+    specs += [QuantSpec(bits=1), QuantSpec(bits=4, group_size=CASES[name][3][0]), QuantSpec(bits=8, per_tensor=True)]
+    w = weights((64, *CASES[name][0]), dtype=dtype)[:64]
+
+    def all_specs(w):
+        return [(fake_quantize_array(w, s, layout), block_scales(w, s, layout)) for s in specs]
+
+    compiled = jax.jit(all_specs)
+    for one in w[:4]:
+        with jax.disable_jit():
+            wanted = all_specs(one)
+            stored = [quantize_array(one, s, layout) for s in specs]
+        for x, y in zip(jax.tree.leaves(compiled(one)), jax.tree.leaves(wanted), strict=True):
+            _equal_bits(x, y)
+        for leaf, (fake, _) in zip(stored, wanted, strict=True):
+            _equal_bits(leaf.materialize(), fake)
+
+
+def test_quotients_are_rounded_once():
+    """A reciprocal would move a tenth of these; its codes would depend on what XLA fuses."""
+    w = np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32)
+    layout = layout_of("in, out")
+    scale, _ = jax.jit(lambda w: block_scales(w, QuantSpec(bits=8), layout))(w)
+    np.testing.assert_array_equal(scale, np.abs(w).max(0, keepdims=True) / np.float32(127))
+    leaf = quantize_array(jnp.asarray(w), QuantSpec(bits=8), layout)
+    np.testing.assert_array_equal(leaf.codes(), np.round(w / np.asarray(scale)))
+
+
+def test_vmap_over_stacked_equals_the_stacked_layout():
+    w = weights((4, 12, 5))
+    stacked, single = layout_of("stacked"), layout_of("in, out")
+    for spec in (QuantSpec(bits=4, group_size=4), QuantSpec(bits=3, symmetric=False), QuantSpec(bits=1)):
+        whole = quantize_array(w, spec, stacked)
+        _equal_bits(jax.vmap(lambda x, spec=spec: fake_quantize_array(x, spec, single))(w), whole.materialize())
+        mapped = jax.vmap(lambda x, spec=spec: quantize_array(x, spec, single))(w)
+        _equal_bits(jax.vmap(lambda leaf: leaf.materialize())(mapped), whole.materialize())
+
+
+def test_eval_shape_gives_the_abstract_leaf():
+    leaf = jax.eval_shape(lambda w: quantize_array(w, QuantSpec(bits=4), layout_of("in, out")), weights((12, 5)))
+    assert (leaf.shape, leaf.bits, leaf.scale.shape) == ((12, 5), 4, (1, 5))
+
+
+def test_groups_that_do_not_fit_are_listed():
+    layout = layout_of("heads, d, out")
+    with pytest.raises(ValueError, match=r"`group_size` 8 .*sizes \(3, 4\).*that do: 1, 2, 4, 12\."):
+        scale_shape((3, 4, 5), QuantSpec(bits=4, group_size=8), layout)
+    with pytest.raises(ValueError, match="no input axes"):
+        scale_shape((6,), QuantSpec(bits=4, group_size=2), layout_of("bias"))
+    with pytest.raises(ValueError, match="does not describe the axes"):
+        scale_shape((12, 5, 2), QuantSpec(bits=4), layout_of("in, out"))
+
+
+def test_every_listed_group_size_fits():
+    layout = layout_of("conv")
+    total = math.prod((3, 3, 4))
+    fit = []
+    for group in range(1, total + 1):
+        try:
+            fit.append((group, scale_shape((3, 3, 4, 5), QuantSpec(bits=4, group_size=group), layout)))
+        except ValueError:
+            continue
+    assert [group for group, _ in fit] == [1, 2, 4, 12, 36]
+    assert all(math.prod(blocks) == total // group * 5 for group, blocks in fit)
+
+
+def test_scalars_are_refused():
+    with pytest.raises(ValueError, match="scalar"):
+        quantize_array(jnp.ones(()), QuantSpec(bits=4), LeafLayout(kind="other"))
