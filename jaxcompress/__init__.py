@@ -1,10 +1,20 @@
 """Model compression for JAX, as pure functions over parameter trees."""
 
 from jaxcompress import arrays as arrays
+from jaxcompress import checkpoint as checkpoint
+from jaxcompress import distillation as distillation
 from jaxcompress import execution as execution
+from jaxcompress import models as models
+from jaxcompress import pruning as pruning
+from jaxcompress import quantization as quantization
+from jaxcompress import report as report
 from jaxcompress import schedules as schedules
+from jaxcompress import solvers as solvers
 from jaxcompress import trace as trace
+from jaxcompress import transforms as transforms
 from jaxcompress import tree as tree
 from jaxcompress import types as types
 from jaxcompress.execution import execute as execute
 from jaxcompress.execution import materialize as materialize
+from jaxcompress.transforms import chain as chain
+from jaxcompress.transforms import identity as identity

@@ -36,7 +36,7 @@ class BertModel(nn.Module):
         ... )
         >>> module = BertModel(config)
         >>> input_ids = jnp.array([[2, 7, 9, 3]])
-        >>> params = module.init(jax.random.key(0), input_ids)["params"]
+        >>> params = jax.jit(module.init)(jax.random.key(0), input_ids)["params"]
         >>> outputs = module.apply({"params": params}, input_ids)
         >>> outputs["last_hidden_state"].shape, outputs["pooler_output"].shape
         ((1, 4, 32), (1, 32))
@@ -82,7 +82,7 @@ class BertModel(nn.Module):
         ids, mask, types, positions = _inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         embedded = self.embeddings(ids, types, positions, deterministic=deterministic)
         states, attentions = self.encoder(embedded, _attention_bias(mask), deterministic=deterministic)
-        outputs = {"last_hidden_state": states[-1], **self._pool(states[-1], mask)}
+        outputs: dict[str, Any] = {"last_hidden_state": states[-1], **self._pool(states[-1], mask)}
         if output_hidden_states:
             outputs["hidden_states"] = states
         return outputs | (_named(attentions) if output_attentions else {})

@@ -64,7 +64,7 @@ def from_pretrained(
         ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
         ... )
         >>> module = make_module(config)
-        >>> params = module.init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+        >>> params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     save_pretrained(directory, module, params)
         ...     classifier, params = from_pretrained(

@@ -42,7 +42,7 @@ def save_pretrained(directory: str | os.PathLike[str], module: nn.Module, params
         ...         vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
         ...     )
         ... )
-        >>> params = module.init(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
+        >>> params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 4), int))["params"]
         >>> with tempfile.TemporaryDirectory() as directory:
         ...     save_pretrained(directory, module, params)
         ...     sorted(os.listdir(directory)), from_pretrained(directory)[0] == module

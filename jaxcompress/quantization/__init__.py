@@ -14,3 +14,4 @@ from jaxcompress.quantization._round_to_nearest import round_to_codes as round_t
 from jaxcompress.quantization._round_to_nearest import store_codes as store_codes
 from jaxcompress.quantization._scales import block_scales as block_scales
 from jaxcompress.quantization._spec import QuantSpec as QuantSpec
+from jaxcompress.quantization._transform import quantization_aware as quantization_aware

@@ -14,8 +14,11 @@ def divide(x: Float[Array, "..."], y: Num[Array, "..."] | float | int) -> Float[
     one unit in the last place for a quarter of the values, and only where it sees the broadcast. Behind a barrier it
     cannot; the barrier is gone before loops are fused, so that no broadcast array is written.
     """
+    x = x.astype(jnp.float32)
     y = jnp.broadcast_to(jnp.asarray(y, jnp.float32), x.shape)
-    return jax.lax.div(x.astype(jnp.float32), jax.lax.optimization_barrier(y))
+    # Either way `y`: a value that depends on `x`, or `vmap` would broadcast it behind the barrier.
+    y = jax.lax.select(x == x, y, y)
+    return jax.lax.div(x, jax.lax.optimization_barrier(y))
 
 
 def mean_magnitude(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
@@ -37,4 +40,5 @@ def mean_magnitude(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array
     high = jnp.floor(scaled)
     low = jnp.round((scaled - high) * unit)
     mean = divide(total(high) / unit + total(low) / unit / unit, jnp.maximum(total(jnp.abs(jnp.sign(x))), 1))
-    return largest * mean
+    # The quotient may round to a little more than 1, and the largest float times that is Inf.
+    return largest * jnp.minimum(mean, 1)

@@ -25,4 +25,5 @@ from jaxcompress.recipe._text import Tokens as Tokens
 from jaxcompress.recipe._text import read_texts as read_texts
 from jaxcompress.recipe._text import rotten_tomatoes as rotten_tomatoes
 from jaxcompress.recipe._text import tokenize as tokenize
+from jaxcompress.recipe._train import model_apply as model_apply
 from jaxcompress.recipe._train import train as train

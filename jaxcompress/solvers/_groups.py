@@ -43,6 +43,13 @@ class Groups:
         sizes = [math.prod(shape[axis] for axis in axes) for shape, axes in pairs]
         return [sum(sizes)] if self.together else sizes
 
+    @property
+    def offsets(self) -> list[int]:
+        """The index, in its group, of the first entry of each leaf."""
+        if not self.together:
+            return [0] * len(self.shapes)
+        return list(itertools.accumulate(map(math.prod, self.shapes[:-1]), initial=0))
+
     def join(self, parts: list[Array]) -> Array:
         """Counts in every leaf -> counts per group."""
         flat = [part.reshape(-1) for part in parts]

@@ -14,7 +14,7 @@ from jaxcompress.solvers._groups import Axes, Groups, Keys
 from jaxcompress.solvers._order import LAST_KEY, key_shift, order_keys
 from jaxcompress.solvers._sampling import SAMPLE_SIZE, sample_bracket, thin
 from jaxcompress.solvers._search import search_threshold
-from jaxcompress.solvers._ties import places, split_ties
+from jaxcompress.solvers._ties import split_ties
 
 
 def keep_largest(
@@ -83,8 +83,10 @@ def _keep_largest(
 
 def _keys(score: Callable[[Any], Array], leaf: Any, shape: tuple[int, ...]) -> Keys:
     def keys(after: Array) -> UInt32[Array, "..."]:
-        # Without the barrier XLA would compute all keys once, before the loop: 4 bytes per entry.
-        here, _ = jax.lax.optimization_barrier((leaf, after))
+        # No number after which keys are asked for is ever -1, but XLA does not know: otherwise it would compute all
+        # keys once, before the loop, which takes 4 bytes per entry. It removes optimization barriers before that.
+        never = after.reshape(-1)[0].astype(jnp.int32) == -1
+        here = jax.tree.map(lambda part: jnp.where(never, jnp.zeros((), part.dtype), part), leaf)
         return order_keys(score(here)).reshape(shape)
 
     return keys
@@ -100,12 +102,12 @@ def _masks(keys: list[Keys], groups: Groups, rank: Int32[Array, " leaves"], shif
 
     sizes = groups.repeat(jnp.array(groups.sizes, jnp.int32))
     probes = tuple(probe >> shift for probe in _probes(keys, groups, rank))
-    threshold, below = search_threshold(count, ranks, sizes, probes, last=LAST_KEY >> shift)
-    limits = groups.split(threshold << shift)
-    ends = split_ties(keys, groups, limits, ranks - below)
+    found = search_threshold(count, ranks, sizes, probes, last=LAST_KEY >> shift)
+    limits = groups.split(found.key << shift)
+    before = split_ties(keys, groups, limits, found.ties, ranks - found.below)
     return [
-        (key(limit) > limit) | ((key(limit) == limit) & (places(shape, axes) < end))
-        for key, limit, end, shape, axes in zip(keys, limits, ends, groups.shapes, groups.axes, strict=True)
+        (key(limit) > limit) | ((key(limit) == limit) & kept)
+        for key, limit, kept in zip(keys, limits, before, strict=True)
     ]
 
 

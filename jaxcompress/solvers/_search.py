@@ -10,6 +10,20 @@ from jaxtyping import Array, Float32, Int32, UInt32
 MAX_STEPS = 34
 
 
+class Threshold(NamedTuple):
+    """What `search_threshold` finds.
+
+    Attributes:
+        key: t.
+        below: keys below t.
+        ties: keys equal to t; unless below is the rank, which leaves none of them to be split.
+    """
+
+    key: UInt32[Array, " groups"]
+    below: Int32[Array, " groups"]
+    ties: Int32[Array, " groups"]
+
+
 class _Bracket(NamedTuple):
     """count(lower) = below <= rank <= above = count(upper), for every group.
 
@@ -28,13 +42,13 @@ def search_threshold(
     count: Callable[[UInt32[Array, " groups"]], Int32[Array, " groups"]],
     rank: Int32[Array, " groups"],
     size: Int32[Array, " groups"],
-    probes: tuple[UInt32[Array, " groups"], UInt32[Array, " groups"]],
+    probes: tuple[UInt32[Array, " groups"], ...],
     *,
     last: int,
-) -> tuple[UInt32[Array, " groups"], Int32[Array, " groups"]]:
+) -> Threshold:
     """Finds keys t with `count(t) <= rank < count(t + 1)`, or with `count(t) == rank` if it comes across one.
 
-    Tries the two probes, then interpolates between the ends of the bracket (Illinois rule: an end that stays gets half
+    Tries the probes, then interpolates between the ends of the bracket (Illinois rule: an end that stays gets half
     the weight each time, else one end would never move). However bad the guesses, after step j the bracket is at most
     2^(33 - j) wide, so there are never more than 34 steps.
 
@@ -46,7 +60,7 @@ def search_threshold(
         last: no key is above this one.
 
     Returns:
-        The keys t and `count(t)`.
+        The keys and counts.
     """
     start = _Bracket(
         lower=jnp.zeros(rank.shape, jnp.uint32),
@@ -62,12 +76,14 @@ def search_threshold(
 
     def narrow(carry: tuple[Array, _Bracket]) -> tuple[Array, _Bracket]:
         step, bracket = carry
-        guess = jnp.where(step == 0, probes[0], jnp.where(step == 1, probes[1], _interpolate(bracket, rank)))
+        guess = _interpolate(bracket, rank)
+        for place, probe in enumerate(probes):
+            guess = jnp.where(step == place, probe, guess)
         key = _safeguard(guess, bracket, step)
         return step + 1, _update(bracket, key, count(key), rank)
 
     _, found = jax.lax.while_loop(is_open, narrow, (jnp.zeros((), jnp.int32), start))
-    return found.lower, found.below
+    return Threshold(found.lower, found.below, found.above - found.below)
 
 
 def _interpolate(bracket: _Bracket, rank: Int32[Array, " groups"]) -> UInt32[Array, " groups"]:

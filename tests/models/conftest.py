@@ -1,5 +1,6 @@
 """What the tests of models share: the golden model, a small uneven one, and how to copy files to damage them."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -106,12 +107,22 @@ def assert_same_params():
     return check
 
 
+@functools.cache
+def _compiled(config, dtype, options):
+    module = make_module(config, dtype=dtype)
+
+    def apply(params, key, *args):
+        rngs = None if key is None else {"dropout": key}
+        return module.apply({"params": params}, *args, rngs=rngs, **dict(options))
+
+    return jax.jit(apply)
+
+
 @pytest.fixture
 def run():
-    """Applies the module of a config, compiled, because op by op takes longer."""
+    """Applies the module of a config, compiled, because op by op takes longer. `dropout` is a key."""
 
-    def apply(config, params, *args, dtype=jnp.float32, **kwargs):
-        module = make_module(config, dtype=dtype)
-        return jax.jit(lambda p, *a: module.apply({"params": p}, *a, **kwargs))(params, *args)
+    def apply(config, params, *args, dtype=jnp.float32, dropout=None, **options):
+        return _compiled(config, dtype, tuple(options.items()))(params, dropout, *args)
 
     return apply

@@ -1,0 +1,117 @@
+"""How important each weight is. Low scores are pruned first."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.trace import selected_layouts
+from jaxcompress.tree import check_finite, combine, map_selected, partition_trainable
+from jaxcompress.types import Params, Selector, is_compressed
+
+Variant = Literal["normalized", "absolute", "taylor"]
+
+
+def magnitude_scores(params: Params, *, select: Selector | None = None, layouts: Params | None = None) -> Params:
+    """|w|.
+
+    Args:
+        params: the tree; a compressed leaf counts as the array it stands for.
+        select: which leaves; see `trace.selected_layouts`.
+        layouts: from `trace.layouts`.
+
+    Returns:
+        A partial tree of scores, each of its leaf's shape and dtype.
+
+    Raises:
+        ValueError: nothing is selected; a selected leaf holds NaN or Inf, or no floats.
+
+    Example:
+        >>> magnitude_scores({"kernel": jnp.array([[-2.0, 1.0]]), "bias": jnp.ones(2)})
+        {'bias': Unselected, 'kernel': Array([[2., 1.]], dtype=float32)}
+    """
+    chosen = selected_layouts(params, select=select, layouts=layouts)
+    return map_selected(lambda path, _, leaf: jnp.abs(checked_weight(path, leaf)), chosen, params)
+
+
+def gradient_scores(
+    loss: Callable[[Params, Any], jax.Array],
+    params: Params,
+    batches: Iterable[Any],
+    *,
+    variant: Variant = "absolute",
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> Params:
+    """Importance from the gradient g = mean over batches of dL/dw.
+
+    - "normalized": g / ||g||, the norm taken over every float leaf of the tree;
+    - "absolute": |g| / ||g||;
+    - "taylor": |w g|, the first-order change of the loss when w is removed.
+
+    Args:
+        loss: `(params, batch) -> scalar`.
+        params: plain arrays.
+        batches: streamed; each is used once, and counts the same.
+        variant: one of the three.
+        select: which leaves; see `trace.selected_layouts`.
+        layouts: from `trace.layouts`.
+
+    Returns:
+        A partial tree of scores.
+
+    Raises:
+        ValueError: no batches, an unknown variant, or a gradient that holds NaN or Inf; names the leaf.
+
+    Example:
+        >>> def loss(params, x):
+        ...     return jnp.sum(x @ params["kernel"])
+        >>> params = {"kernel": jnp.array([[2.0], [1.0]])}
+        >>> gradient_scores(loss, params, [jnp.array([[3.0, 4.0]])], variant="absolute")["kernel"]
+        Array([[0.6],
+               [0.8]], dtype=float32)
+
+    References:
+        "taylor": Molchanov et al. 2017, "Pruning convolutional neural networks for resource efficient inference".
+    """
+    if variant not in ("normalized", "absolute", "taylor"):
+        raise ValueError(f"`variant` must be 'normalized', 'absolute' or 'taylor', got {variant!r}.")
+    chosen = selected_layouts(params, select=select, layouts=layouts)
+    mean = _mean_gradient(loss, params, batches)
+    norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(mean)))
+    # A gradient of zero everywhere has no direction: its scores are zero.
+    norm = jnp.where(norm > 0, norm, 1.0)
+
+    def score(path: str, _: Any, leaf: Any, gradient: Any) -> jax.Array:
+        weight = checked_weight(path, leaf)
+        check_finite(path, gradient)
+        if variant == "taylor":
+            return jnp.abs(weight * gradient)
+        return (jnp.abs(gradient) if variant == "absolute" else gradient) / norm.astype(gradient.dtype)
+
+    return map_selected(score, chosen, params, mean)
+
+
+def checked_weight(path: str, leaf: Any) -> jax.Array:
+    """A leaf as floats; errors name it."""
+    plain = leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
+    if not jnp.issubdtype(plain.dtype, jnp.floating):
+        raise ValueError(f"Leaf {path!r} holds {plain.dtype}: only floats can be pruned; exclude it.")
+    check_finite(path, plain)
+    return plain
+
+
+def _mean_gradient(loss: Callable[[Params, Any], jax.Array], params: Params, batches: Iterable[Any]) -> Params:
+    floats, rest = partition_trainable(params)
+    add = jax.jit(
+        lambda total, floats, batch: jax.tree.map(
+            jnp.add, total, jax.grad(lambda part: loss(combine(part, rest), batch))(floats)
+        )
+    )
+    total, count = jax.tree.map(jnp.zeros_like, floats), 0
+    for batch in batches:
+        total, count = add(total, floats, batch), count + 1
+    if not count:
+        raise ValueError("`batches` is empty: gradients need at least one batch.")
+    return jax.tree.map(lambda g: g / count, total)
