@@ -11,3 +11,5 @@ import jaxtyping
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every jaxtyping annotation of the package is checked at run time: one that nothing runs would rot.
 jaxtyping.install_import_hook("jaxcompress", "beartype.beartype")
+
+pytest_plugins = ["small_bert"]

@@ -5,7 +5,7 @@ A pattern turns scores into *units* that are ranked, and a mask of units into a 
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from jaxcompress.solvers import keep_in_runs
 from jaxcompress.trace import LeafLayout
 
 
+@runtime_checkable
 class Pattern(Protocol):
     """What masks must look like. The shapes of units have the leaf's axes in the leaf's order."""
 

@@ -90,7 +90,7 @@ class QuantizeStep:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
-    """One training: fine-tuning or distillation, by AdamW with linear warm-up and linear decay.
+    """One training: fine-tuning or distillation, by AdamW with linear warm-up and cosine decay.
 
     Attributes:
         epochs: passes over the rows.

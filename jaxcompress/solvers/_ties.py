@@ -32,13 +32,10 @@ def split_ties(
     Returns:
         A mask for each leaf.
     """
-    places = [
-        _places(shape, axes, offset)
-        for shape, axes, offset in zip(groups.shapes, groups.axes, groups.offsets, strict=True)
-    ]
+    places = [_places(shape, axes) for shape, axes in zip(groups.shapes, groups.axes, strict=True)]
 
     def count(ends: UInt32[Array, " groups"]) -> Int32[Array, " groups"]:
-        leaves = zip(keys, limits, places, groups.split(ends), groups.axes, strict=True)
+        leaves = zip(keys, limits, places, _local_ends(groups, ends), groups.axes, strict=True)
         return groups.join([count_true((key(end) == limit) & (at < end), axes) for key, limit, at, end, axes in leaves])
 
     kept = jnp.where(dropped > 0, ties - dropped, 0)
@@ -46,13 +43,22 @@ def split_ties(
     share = kept.astype(jnp.float32) / jnp.maximum(ties, 1).astype(jnp.float32)
     guess = (share * groups.repeat(jnp.array(groups.sizes, jnp.float32))).astype(jnp.uint32)
     ends = search_threshold(count, kept, ties, (guess,), last=max(groups.sizes)).key
-    ends = groups.split(jnp.where(dropped > 0, ends, jnp.uint32(NO_END)))
+    ends = _local_ends(groups, jnp.where(dropped > 0, ends, jnp.uint32(NO_END)))
     return [at < end for at, end in zip(places, ends, strict=True)]
 
 
-def _places(shape: tuple[int, ...], axes: Axes, offset: int) -> UInt32[Array, "..."]:
-    """The flat index of each entry within its group, from `offset` on."""
+def _local_ends(groups: Groups, ends: UInt32[Array, " groups"]) -> list[UInt32[Array, "..."]]:
+    """The ends, counted from the first entry of each leaf.
+
+    Offsets belong to the ends, not to the places: leaves of one shape then share their compiled code.
+    """
+    pairs = zip(groups.split(ends), groups.offsets, strict=True)
+    return [jnp.where(end > offset, end - jnp.uint32(offset), jnp.uint32(0)) for end, offset in pairs]
+
+
+def _places(shape: tuple[int, ...], axes: Axes) -> UInt32[Array, "..."]:
+    """The flat index of each entry within its group."""
     place = jnp.zeros((1,) * len(shape), jnp.uint32)
     for axis in axes:
         place = place * shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return place + jnp.uint32(offset)
+    return place

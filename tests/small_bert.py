@@ -1,3 +1,5 @@
+"""Fixtures: a tiny BERT on disk, and sentences to classify."""
+
 import json
 
 import jax

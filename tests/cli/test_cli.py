@@ -1,0 +1,151 @@
+"""The commands, run as a user runs them; every user error is one line and exit code 2."""
+
+import json
+import sys
+
+import pytest
+
+from jaxcompress import checkpoint
+from jaxcompress.cli import main
+from jaxcompress.types import is_compressed
+
+RECIPE = """
+[[prune]]
+select = 'bert/encoder/.*/kernel'
+sparsity = 0.5
+pattern = "2:4"
+every = 2
+[[quantize]]
+select = 'bert/encoder/.*/kernel'
+bits = 4
+group_size = 32
+[[quantize]]
+select = 'bert/embeddings/.*/embedding'
+bits = 4
+group_size = 32
+frozen = true
+[distil]
+epochs = 2
+learning_rate = 1e-3
+soft_targets = 1.0
+hidden = 1.0
+widths = [16]
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`run("inspect", path)` -> (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["jaxcompress", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.toml"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_the_main_job_end_to_end(run, bert_directory, data_file, recipe_file, tmp_path):
+    out = tmp_path / "out"
+    code, stdout, stderr = run(
+        "compress", bert_directory, "--recipe", recipe_file, "--data", data_file, "--out", out, "--json"
+    )
+    assert code == 0, stderr
+    written = json.loads(stdout)
+    assert written["bytes_stored"] < written["bytes_dense"] / 6
+    assert "loss" in stderr
+    assert "s left" in stderr
+
+    params, info = checkpoint.restore(written["checkpoint"])
+    kernel = params["bert"]["encoder"]["layer"]["0"]["intermediate"]["dense"]["kernel"]
+    assert is_compressed(kernel)
+    assert float((kernel.materialize() == 0).mean()) >= 0.5
+    assert info.metadata["recipe"]["prune"][0]["pattern"] == "2:4"
+
+    code, stdout, _ = run("evaluate", out, "--against", bert_directory, "--data", data_file, "--json")
+    figures = json.loads(stdout)
+    assert code == 0
+    assert figures["rows"] == 150
+    assert figures["agreement"] > 0.5
+    assert figures["kl"] < 0.1
+
+    code, stdout, _ = run("inspect", out)
+    assert code == 0
+    assert "embedding" in stdout
+    assert "on disk" in stdout
+    code, stdout, _ = run("inspect", out, "--leaves", "--json")
+    assert {leaf["kind"] for leaf in json.loads(stdout)["leaves"]} >= {"float32", "int4 g32 2:4"}
+
+
+def test_one_shot_needs_no_data_and_overwriting_is_asked_for(run, bert_directory, tmp_path):
+    out = tmp_path / "out"
+    arguments = ("compress", bert_directory, "--recipe", "int4", "--out", out)
+    code, _, stderr = run(*arguments)
+    assert code == 0, stderr
+    code, _, stderr = run(*arguments)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "--overwrite" in stderr
+    assert run(*arguments, "--overwrite")[0] == 0
+
+
+def test_help_shows_examples(run):
+    for command in ("demo", "compress", "inspect", "evaluate"):
+        code, stdout, _ = run(command, "--help")
+        assert code == 0
+        assert f"jaxcompress {command}" in stdout
+        assert "Examples" in stdout
+
+
+def _case(*arguments, message):
+    return pytest.param(arguments, message, id=message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        _case("inspect", "{tmp}/absent", message="There is no directory"),
+        _case("inspect", "{tmp}", message="config.json"),
+        _case("compress", "{bert}", "--recipe", "int5", "--out", "{tmp}/o", message="recipes of the library"),
+        _case("compress", "{bert}", "--recipe", "{recipe}", "--out", "{tmp}/o", message="give --data"),
+        _case("compress", "{bert}", "--recipe", "int4", "--out", "{data}/o", message="is not a directory"),
+        _case("compress", "{tmp}/absent", "--recipe", "int4", "--out", "{tmp}/o", message="There is no directory"),
+        _case("compress", "{bert}", "--recipe", "{nothing}", "--out", "{tmp}/o", message="matches no leaf"),
+        _case("compress", "{bert}", "--recipe", "{uneven}", "--out", "{tmp}/o", message="at leaf"),
+        _case("evaluate", "{bert}", "--data", "{tmp}/absent.csv", message="There is no file"),
+        _case("evaluate", "{bert}", message="Missing option"),
+        _case("evaluate", "{bert}", "--dat", "x", message="No such option"),
+        _case("frobnicate", message="No such command"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(
+    run, arguments, message, bert_directory, data_file, recipe_file, tmp_path
+):
+    nothing, uneven = tmp_path / "nothing.toml", tmp_path / "uneven.toml"
+    nothing.write_text("[[quantize]]\nselect = 'no/such/leaf'\nbits = 4")
+    uneven.write_text("[[quantize]]\nselect = '.*kernel'\nbits = 4\ngroup_size = 7")
+    (tmp_path / "empty").mkdir()
+    names = {"bert": bert_directory, "data": data_file, "recipe": recipe_file, "nothing": nothing, "uneven": uneven}
+    code, _, stderr = run(*(argument.format(tmp=tmp_path / "empty", **names) for argument in arguments))
+    assert code == 2
+    assert message in " ".join(stderr.split())
+    assert "Traceback" not in stderr
+    if stderr.startswith("jaxcompress: error"):
+        assert stderr.count("\n") == 1
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_damaged_checkpoint_is_named(run, bert_directory, tmp_path):
+    out = tmp_path / "out"
+    assert run("compress", bert_directory, "--recipe", "int4", "--out", out)[0] == 0
+    (out / "checkpoint" / "manifest.json").write_text("{")
+    code, _, stderr = run("inspect", out)
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "manifest.json" in stderr

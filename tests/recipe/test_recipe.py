@@ -1,0 +1,96 @@
+"""Recipes read from TOML: what they mean, and every way they can be wrong."""
+
+import pytest
+
+from jaxcompress import recipe
+from jaxcompress.pruning import n_of_m, unstructured
+
+
+def _read(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return recipe.read_recipe(path)
+
+
+def test_the_recipes_of_the_library_can_be_read():
+    assert {"demo", "demo-full", "int4"} <= set(recipe.packaged_recipes())
+    for name in recipe.packaged_recipes():
+        assert recipe.read_recipe(name).quantize
+
+
+def test_options_reach_their_steps(tmp_path):
+    read = _read(
+        tmp_path,
+        """
+        [[prune]]
+        select = '.*kernel'
+        sparsity = 0.5
+        pattern = "2:4"
+        [[quantize]]
+        select = '.*kernel'
+        bits = 3
+        group_size = 16
+        scale_dtype = "float32"
+        [distil]
+        epochs = 2
+        learning_rate = 1
+        widths = [8, 16]
+        soft_targets = 0.5
+        """,
+    )
+    assert read.prune[0].parsed_pattern() == n_of_m(2, 4)
+    assert (read.quantize[0].spec().bits, read.quantize[0].spec().scale_dtype) == (3, "float32")
+    assert read.distil.widths == (8, 16)
+    assert read.distil.learning_rate == 1.0
+    assert recipe.PruneStep(select=".*", sparsity=0.1).parsed_pattern() == unstructured()
+    assert recipe.without_distillation(read).distil is None
+
+
+QUANTIZE = "[[quantize]]\nselect = '.*'\nbits = 4\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"needs at least one \[\[prune\]\] or \[\[quantize\]\]"),
+        ("[[prune]", "recipe.toml"),
+        ("[[prun]]\nselect = '.*'", "unknown table 'prun'; known are prune, quantize, distil"),
+        ("[prune]\nselect = '.*'", r"`prune` is a list of tables: write \[\[prune\]\]"),
+        (
+            "[[prune]]\nselect = '.*'\nsparsty = 0.5",
+            r"\[\[prune\]\] 1: unknown option 'sparsty'; known are select, sparsity",
+        ),
+        ("[[prune]]\nselect = '.*'", r"\[\[prune\]\] 1: the option 'sparsity' is needed"),
+        ("[[prune]]\nselect = '.*'\nsparsity = 1.5", r"`sparsity` must be in \[0, 1\], got 1.5"),
+        ("[[prune]]\nselect = '.*'\nsparsity = '0.5'", "`sparsity` must be of type float, found '0.5'"),
+        ("[[prune]]\nselect = '.*'\nsparsity = true", "`sparsity` must be of type float, found True"),
+        ("[[prune]]\nselect = '.*'\nsparsity = 0.5\npattern = '2-4'", "`pattern` must be unstructured or N:M"),
+        ("[[prune]]\nselect = '.*'\nsparsity = 0.5\npattern = '5:4'", "n=5, m=4"),
+        ("[[prune]]\nselect = '.*'\nsparsity = 0.5\nbegin = 0.5\nend = 0.5", "0 <= begin < end <= 1"),
+        ("[[prune]]\nselect = '.*'\nsparsity = 0.5\nscope = 'all'", "`scope` must be leaf, global or row"),
+        ("[[prune]]\nselect = '.*'\nsparsity = 0.5\nevery = 0", "`every` must be at least 1"),
+        ("[[quantize]]\nselect = '.*'\nbits = 9", r"\[\[quantize\]\] 1: `bits` must be an integer in \[1, 8\], got 9"),
+        ("[[quantize]]\nselect = '.*'\nbits = 4.5", "`bits` must be of type int, found 4.5"),
+        ("quantize = [1]", r"\[\[quantize\]\] 1 must be a table of options, found 1"),
+        (f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 0.1", "At least one loss needs a positive weight"),
+        (f"{QUANTIZE}[distil]\nepochs = 0\nlearning_rate = 0.1\nsoft_targets = 1", "`epochs` must be at least 1"),
+        (f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = -1\nsoft_targets = 1", "`learning_rate` must be positive"),
+        (
+            f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1\nwidths = [32, 16]",
+            "`widths` must be positive and ascending",
+        ),
+        (
+            f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1\nwarmup = 1",
+            r"`warmup` is a share of the steps and must be in \[0, 1\)",
+        ),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        _read(tmp_path, text)
+    assert "recipe.toml" in str(caught.value)
+
+
+def test_a_recipe_that_does_not_exist_lists_those_that_do():
+    with pytest.raises(FileNotFoundError, match="recipes of the library: demo, demo-full, int4"):
+        recipe.read_recipe("int5")
