@@ -46,12 +46,11 @@ def block_scales(
     shape = scale_shape(w.shape, spec, layout)
     axes = reduced_axes(w.shape, shape)
     blocks = split_blocks(w.astype(jnp.float32), shape)
+    bound = _largest_magnitude(w.dtype, spec)
     if spec.bits == 1:
-        mean = _cut(mean_magnitude(blocks, axes), float(jnp.finfo(spec.scale_dtype).max) / 2)
-        scale = _stored(2 * mean, spec)
+        scale = _stored(2 * _cut(mean_magnitude(blocks, axes), bound), spec)
         kept = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(shape)]
         return scale.reshape(shape), jnp.full(kept, 0.5, spec.scale_dtype)
-    bound = _largest_magnitude(w.dtype, spec)
     highest = _cut(blocks.max(axis=axes, keepdims=True, initial=0), bound)
     lowest = _cut(blocks.min(axis=axes, keepdims=True, initial=0), bound)
     if spec.symmetric:
@@ -65,7 +64,8 @@ def block_scales(
 
 
 def _largest_magnitude(dtype: jnp.dtype, spec: QuantSpec) -> float:
-    # The outermost code stands for up to 1 / (1 - 2^-b) of the range, and bfloat16 scales are rounded up by 2^-9.
+    # The outermost code stands for up to 1 / (1 - 2^-b) of the range, and bfloat16 scales are rounded up by 2^-9. At
+    # one bit this halves the bound, and the scale is twice the mean.
     narrow = spec.symmetric and spec.convention == "narrow"
     largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
     return largest * (1 - 2.0**-8) * (1.0 if narrow else 1 - 2.0**-spec.bits)
