@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcompress.pruning._patterns import Pattern, Unstructured, unstructured
@@ -160,7 +161,7 @@ def ranked_masks(
         units, inside = [pattern.units(score(leaf), layout) for leaf, layout in zip(chosen, found, strict=True)], _as_it_is
     axes = _group_axes(units, found, scope)
     limits = [pattern.droppable(leaf.shape, layout) for leaf, layout in zip(chosen, found, strict=True)]
-    dropped = _dropped(units, axes, limits, sparsity)
+    dropped = _dropped(units, axes, limits, sparsity, allowed=pattern.allowed)
     kept = iter(keep_largest(units, dropped, axes=axes, score=inside))
 
     def spread(_: str, leaf: Any, layout: LeafLayout) -> jax.Array:
@@ -171,7 +172,7 @@ def ranked_masks(
 
 def check_sparsity(sparsity: ArrayLike) -> None:
     """Raises when a concrete sparsity is outside [0, 1]."""
-    if not isinstance(sparsity, jax.core.Tracer) and not 0.0 <= float(jnp.asarray(sparsity)) <= 1.0:
+    if not isinstance(sparsity, jax.core.Tracer) and not 0.0 <= float(np.asarray(sparsity)) <= 1.0:
         raise ValueError(f"`sparsity` must be in [0, 1], got {sparsity}.")
 
 
@@ -203,7 +204,12 @@ def _group_axes(units: list[Any], layouts: list[LeafLayout], scope: Scope) -> tu
 
 
 def _dropped(
-    units: list[Any], axes: tuple[tuple[int, ...], ...] | None, limits: list[float], sparsity: ArrayLike
+    units: list[Any],
+    axes: tuple[tuple[int, ...], ...] | None,
+    limits: list[float],
+    sparsity: ArrayLike,
+    *,
+    allowed: float,
 ) -> jax.Array:
     """How many units of each group go: round(s n), and not more than the pattern allows."""
     if axes is None:
@@ -215,12 +221,10 @@ def _dropped(
     if isinstance(sparsity, jax.core.Tracer):
         wanted = jnp.round(jnp.asarray(sizes, jnp.float32) * sparsity).astype(jnp.int32)
     else:
-        counts = [round(float(jnp.asarray(sparsity)) * size) for size in sizes]
-        short = [(count, limit) for count, limit in zip(counts, most, strict=True) if count > limit]
-        # A short last run keeps more than its share: a shortfall of rounding there is no mistake of the caller.
-        if short and float(jnp.asarray(sparsity)) > 1 - min(1 - limit for limit in limits) + 1e-6:
-            raise ValueError(f"The pattern allows a sparsity of at most {max(limits):g}, got {sparsity}.")
-        wanted = jnp.asarray(counts, jnp.int32)
+        share = float(np.asarray(sparsity))
+        if share > allowed + 1e-6:
+            raise ValueError(f"The pattern allows a `sparsity` of at most {allowed:g}, got {share:g}.")
+        wanted = jnp.asarray([round(share * size) for size in sizes], jnp.int32)
     dropped = jnp.minimum(wanted, jnp.asarray(most, jnp.int32))
     return dropped[0] if axes is None else dropped
 

@@ -27,8 +27,13 @@ class Pattern(Protocol):
         """The mask of weights that a mask of units means."""
         ...
 
+    @property
+    def allowed(self) -> float:
+        """The largest sparsity that may be asked for."""
+        ...
+
     def droppable(self, shape: tuple[int, ...], layout: LeafLayout) -> float:
-        """The largest share of units that may be dropped."""
+        """The largest share of units of one leaf that can be dropped."""
         ...
 
 
@@ -45,6 +50,11 @@ class Unstructured:
         """The mask itself."""
         del shape, layout
         return kept
+
+    @property
+    def allowed(self) -> float:
+        """Everything."""
+        return 1.0
 
     def droppable(self, shape: tuple[int, ...], layout: LeafLayout) -> float:
         """Everything."""
@@ -77,6 +87,11 @@ class NOfM:
         """The mask itself."""
         del shape, layout
         return kept
+
+    @property
+    def allowed(self) -> float:
+        """1 - n/m."""
+        return 1 - self.n / self.m
 
     def droppable(self, shape: tuple[int, ...], layout: LeafLayout) -> float:
         """1 - n/m, less where the last run is short."""
@@ -111,6 +126,11 @@ class Block:
         for axis, size in self._sizes(layout).items():
             kept = jnp.repeat(kept, size, axis=axis)
         return jax.lax.slice(kept, (0,) * len(shape), shape)
+
+    @property
+    def allowed(self) -> float:
+        """Everything."""
+        return 1.0
 
     def droppable(self, shape: tuple[int, ...], layout: LeafLayout) -> float:
         """Everything."""

@@ -1,5 +1,7 @@
 """Quantization inside a loss: rounded forward, straight through backward."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -35,7 +37,7 @@ def straight_through(rounded: Float[Array, "..."], x: Float[Array, "..."]) -> Fl
 
 
 @straight_through.defjvp
-def _straight_through_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _straight_through_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
     return primals[0], tangents[1]
 
 

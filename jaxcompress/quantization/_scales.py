@@ -66,7 +66,7 @@ def block_scales(
 def _largest_magnitude(dtype: jnp.dtype, spec: QuantSpec) -> float:
     # The outermost code stands for up to 1 / (1 - 2^-b) of the range, and bfloat16 scales are rounded up by 2^-9. At
     # one bit this halves the bound, and the scale is twice the mean.
-    narrow = spec.symmetric and spec.convention == "narrow"
+    narrow = spec.signed and spec.convention == "narrow"
     largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
     return largest * (1 - 2.0**-8) * (1.0 if narrow else 1 - 2.0**-spec.bits)
 

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Int32, UInt32
 
-from jaxcompress.solvers._counting import count_true, total_size
-from jaxcompress.solvers._groups import Axes, Groups, Keys
-from jaxcompress.solvers._order import LAST_KEY, key_shift, order_keys
+from jaxcompress.solvers._candidates import Axes, Candidates, count_below
+from jaxcompress.solvers._counting import total_size
+from jaxcompress.solvers._groups import Groups
+from jaxcompress.solvers._order import LAST_KEY, key_shift
 from jaxcompress.solvers._sampling import SAMPLE_SIZE, sample_bracket, thin
 from jaxcompress.solvers._search import search_threshold
-from jaxcompress.solvers._ties import split_ties
+from jaxcompress.solvers._ties import masks_at
 
 
 def keep_largest(
@@ -60,63 +61,62 @@ def _keep_largest(
     leaves: tuple[Any, ...], dropped: Array, *, axes: tuple[Axes, ...] | None, score: Callable[[Any], Array]
 ) -> list[Array]:
     scored = [jax.eval_shape(score, leaf) for leaf in leaves]
-    full = [place for place, scores in enumerate(scored) if scores.size]
     masks = [jnp.zeros(scores.shape, bool) for scores in scored]
+    full = [place for place, scores in enumerate(scored) if scores.size]
     if not full:
         return masks
-    together = axes is None
-    groups = Groups(
-        # A scalar is ranked as a vector of one entry.
-        shapes=tuple(scored[i].shape or (1,) for i in full),
-        axes=tuple(
-            tuple(range(len(scored[i].shape) or 1)) if together or not scored[i].shape else axes[i] for i in full
-        ),
-        together=together,
-    )
-    keys = [_keys(score, leaves[i], shape) for i, shape in zip(full, groups.shapes, strict=True)]
-    rank = dropped.reshape(1) if together else dropped.reshape(-1)[jnp.array(full)]
-    shift = min(key_shift(scored[i].dtype) for i in full)
-    for place, mask in zip(full, _masks(keys, groups, rank, shift), strict=True):
+    rank = dropped.reshape(1) if axes is None else dropped.reshape(-1)[jnp.array(full)]
+    shapes = [scored[place].shape for place in full]
+    group_axes = [None if axes is None else axes[place] for place in full]
+    groups = _groups([leaves[place] for place in full], score, shapes, group_axes, rank)
+    shift = min(key_shift(scored[place].dtype) for place in full)
+    for place, mask in zip(full, _masks(groups, rank, shift), strict=True):
         masks[place] = mask.reshape(scored[place].shape)
     return masks
 
 
-def _keys(score: Callable[[Any], Array], leaf: Any, shape: tuple[int, ...]) -> Keys:
-    def keys(after: Array) -> UInt32[Array, "..."]:
-        # No number after which keys are asked for is ever -1, but XLA does not know: otherwise it would compute all
-        # keys once, before the loop, which takes 4 bytes per entry. It removes optimization barriers before that.
-        never = after.reshape(-1)[0].astype(jnp.int32) == -1
-        here = jax.tree.map(lambda part: jnp.where(never, jnp.zeros((), part.dtype), part), leaf)
-        return order_keys(score(here)).reshape(shape)
+def _groups(
+    leaves: list[Any],
+    score: Callable[[Any], Array],
+    shapes: list[tuple[int, ...]],
+    axes: list[Axes | None],
+    rank: Int32[Array, " leaves"],
+) -> Groups:
+    # Zero, but XLA does not know: the starts must not become constants.
+    start = (rank[0] == -1).astype(jnp.int32)
+    candidates = []
+    for leaf, shape, own in zip(leaves, shapes, axes, strict=True):
+        everything = tuple(range(max(len(shape), 1)))
+        candidate = Candidates(
+            values=leaf,
+            start=start,
+            score=score,
+            shape=shape or (1,),
+            axes=everything if own is None or not shape else own,
+            together=own is None,
+        )
+        candidates.append(candidate)
+        start = start + math.prod(candidate.group_shape)
+    return Groups(leaves=tuple(candidates), together=axes[0] is None)
 
-    return keys
 
-
-def _masks(keys: list[Keys], groups: Groups, rank: Int32[Array, " leaves"], shift: int) -> list[Bool[Array, "..."]]:
+def _masks(groups: Groups, rank: Int32[Array, " leaves"], shift: int) -> list[Bool[Array, "..."]]:
     total_size(groups.sizes)
-    ranks = groups.repeat(rank)
 
-    def count(threshold: UInt32[Array, " groups"]) -> Int32[Array, " groups"]:
-        limits = zip(keys, groups.split(threshold << shift), groups.axes, strict=True)
-        return groups.join([count_true(key(limit) < limit, axes) for key, limit, axes in limits])
+    def count(limits: UInt32[Array, " groups"]) -> Int32[Array, " groups"]:
+        return groups.join([count_below(leaf, limits << shift) for leaf in groups.leaves])
 
-    sizes = groups.repeat(jnp.array(groups.sizes, jnp.int32))
-    probes = tuple(probe >> shift for probe in _probes(keys, groups, rank))
+    ranks, sizes = groups.repeat(rank), groups.repeat(jnp.array(groups.sizes, jnp.int32))
+    probes = tuple(probe >> shift for probe in _probes(groups, rank))
     found = search_threshold(count, ranks, sizes, probes, last=LAST_KEY >> shift)
-    limits = groups.split(found.key << shift)
-    before = split_ties(keys, groups, limits, found.ties, ranks - found.below)
-    return [
-        (key(limit) > limit) | ((key(limit) == limit) & kept)
-        for key, limit, kept in zip(keys, limits, before, strict=True)
-    ]
+    return masks_at(groups, found.key << shift, found, ranks)
 
 
-def _probes(
-    keys: list[Keys], groups: Groups, rank: Int32[Array, " leaves"]
-) -> tuple[UInt32[Array, " groups"], UInt32[Array, " groups"]]:
-    ratio = max(sum(math.prod(shape) for shape in groups.shapes) / SAMPLE_SIZE, 32)
-    samples = [thin(key(rank), ratio=ratio) for key in keys]
-    weights = [math.prod(shape) / len(sample) for shape, sample in zip(groups.shapes, samples, strict=True)]
+def _probes(groups: Groups, rank: Int32[Array, " leaves"]) -> tuple[UInt32[Array, " groups"], UInt32[Array, " groups"]]:
+    totals = [math.prod(leaf.shape) for leaf in groups.leaves]
+    ratio = max(sum(totals) / SAMPLE_SIZE, 32.0)
+    samples = [thin(leaf.keys(rank), ratio=ratio) for leaf in groups.leaves]
+    weights = [total / len(sample) for total, sample in zip(totals, samples, strict=True)]
     size = jnp.array(groups.sizes, jnp.float32)
     fraction = rank / size
     # A group is itself a sample of its leaf.

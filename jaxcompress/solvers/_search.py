@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 MAX_STEPS = 34
 
@@ -71,19 +71,21 @@ def search_threshold(
         upper_weight=jnp.full(rank.shape, 2, jnp.float32),
     )
 
-    def is_open(carry: tuple[Array, _Bracket]) -> Array:
-        return (carry[1].upper - carry[1].lower > 1).any()
-
     def narrow(carry: tuple[Array, _Bracket]) -> tuple[Array, _Bracket]:
         step, bracket = carry
-        guess = _interpolate(bracket, rank)
+        key = _interpolate(bracket, rank)
         for place, probe in enumerate(probes):
-            guess = jnp.where(step == place, probe, guess)
-        key = _safeguard(guess, bracket, step)
+            key = jnp.where(step == place, probe, key)
+        key = _safeguard(key, bracket, step)
         return step + 1, _update(bracket, key, count(key), rank)
 
-    _, found = jax.lax.while_loop(is_open, narrow, (jnp.zeros((), jnp.int32), start))
+    carry = (jnp.zeros((), jnp.int32), start)
+    _, found = jax.lax.while_loop(lambda carry: _is_open(carry[1]).any(), narrow, carry)
     return Threshold(found.lower, found.below, found.above - found.below)
+
+
+def _is_open(bracket: _Bracket) -> Bool[Array, " groups"]:
+    return bracket.upper - bracket.lower > 1
 
 
 def _interpolate(bracket: _Bracket, rank: Int32[Array, " groups"]) -> UInt32[Array, " groups"]:
@@ -109,7 +111,7 @@ def _safeguard(key: UInt32[Array, " groups"], bracket: _Bracket, step: Int32[Arr
 def _update(
     bracket: _Bracket, key: UInt32[Array, " groups"], counted: Int32[Array, " groups"], rank: Int32[Array, " groups"]
 ) -> _Bracket:
-    still = bracket.upper - bracket.lower > 1
+    still = _is_open(bracket)
     up = still & (counted <= rank)
     down = still & (counted > rank)
     return _Bracket(

@@ -4,61 +4,60 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
-from jaxcompress.solvers._counting import count_true
-from jaxcompress.solvers._groups import Axes, Groups, Keys
-from jaxcompress.solvers._search import search_threshold
-
-NO_END = 0xFFFFFFFF
+from jaxcompress.solvers._candidates import count_ties, kept
+from jaxcompress.solvers._groups import Groups
+from jaxcompress.solvers._search import Threshold, search_threshold
 
 
-def split_ties(
-    keys: list[Keys],
-    groups: Groups,
-    limits: list[UInt32[Array, "..."]],
-    ties: Int32[Array, " groups"],
-    dropped: Int32[Array, " groups"],
+def masks_at(
+    groups: Groups, limits: UInt32[Array, " groups"], found: Threshold, rank: Int32[Array, " groups"]
 ) -> list[Bool[Array, "..."]]:
-    """Which places lie before the last `dropped` keys that equal the limit of their group.
+    """Masks without the `rank` first keys of each group, given the limits that `found` names.
 
-    The end of each group is found by counting, like the limit. Where nothing is dropped the leaves are not read.
+    Where ties at the limit must be split, the place before which they stay is found by counting, like the limit.
 
     Args:
-        keys: of each leaf.
         groups: of the keys.
-        limits: per leaf, of the shape of its groups.
-        ties: number of keys that equal the limit.
-        dropped: less than that.
+        limits: the keys `found.key`.
+        found: for `rank`.
+        rank: how many go.
 
     Returns:
-        A mask for each leaf.
+        One mask per leaf.
     """
-    places = [_places(shape, axes) for shape, axes in zip(groups.shapes, groups.axes, strict=True)]
+    dropped = rank - found.below
 
-    def count(ends: UInt32[Array, " groups"]) -> Int32[Array, " groups"]:
-        leaves = zip(keys, limits, places, _local_ends(groups, ends), groups.axes, strict=True)
-        return groups.join([count_true((key(end) == limit) & (at < end), axes) for key, limit, at, end, axes in leaves])
+    each = groups.apart()
+    if groups.together:
+        limits = jnp.broadcast_to(limits, (len(each.leaves),))
+    ends = jax.lax.cond(
+        (dropped > 0).any(),
+        lambda: _ends(groups, each, limits, found.ties - dropped, found.ties),
+        lambda: each.repeat(jnp.array(each.sizes, jnp.int32)),
+    )
+    return [kept(leaf, limits, ends) for leaf in each.leaves]
 
-    kept = jnp.where(dropped > 0, ties - dropped, 0)
+
+def _ends(
+    groups: Groups,
+    each: Groups,
+    limits: UInt32[Array, " parts"],
+    kept: Int32[Array, " groups"],
+    ties: Int32[Array, " groups"],
+) -> Int32[Array, " parts"]:
+    """The ends before which `kept` of the `ties` keys of each group lie that equal the limit."""
+
+    def count(ends: Array) -> Int32[Array, " parts"]:
+        return each.join([count_ties(leaf, limits, ends.astype(jnp.int32)) for leaf in each.leaves])
+
+    sizes = each.repeat(jnp.array(each.sizes, jnp.int32))
+    if groups.together:
+        ties = count(sizes.astype(jnp.uint32))
+        # The first leaves keep theirs first.
+        kept = jnp.clip(kept - (jnp.cumsum(ties) - ties), 0, ties)
     # Ties lie anywhere: the first guess gives every tie the same share of the places.
     share = kept.astype(jnp.float32) / jnp.maximum(ties, 1).astype(jnp.float32)
-    guess = (share * groups.repeat(jnp.array(groups.sizes, jnp.float32))).astype(jnp.uint32)
-    ends = search_threshold(count, kept, ties, (guess,), last=max(groups.sizes)).key
-    ends = _local_ends(groups, jnp.where(dropped > 0, ends, jnp.uint32(NO_END)))
-    return [at < end for at, end in zip(places, ends, strict=True)]
-
-
-def _local_ends(groups: Groups, ends: UInt32[Array, " groups"]) -> list[UInt32[Array, "..."]]:
-    """The ends, counted from the first entry of each leaf.
-
-    Offsets belong to the ends, not to the places: leaves of one shape then share their compiled code.
-    """
-    pairs = zip(groups.split(ends), groups.offsets, strict=True)
-    return [jnp.where(end > offset, end - jnp.uint32(offset), jnp.uint32(0)) for end, offset in pairs]
-
-
-def _places(shape: tuple[int, ...], axes: Axes) -> UInt32[Array, "..."]:
-    """The flat index of each entry within its group."""
-    place = jnp.zeros((1,) * len(shape), jnp.uint32)
-    for axis in axes:
-        place = place * shape[axis] + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return place
+    guess = (share * sizes.astype(jnp.float32)).astype(jnp.uint32)
+    is_split = kept < ties
+    found = search_threshold(count, jnp.where(is_split, kept, 0), ties, (guess,), last=max(each.sizes))
+    return jnp.where(is_split, found.key.astype(jnp.int32), sizes)

@@ -25,8 +25,10 @@ def check_finite(path: str, leaf: Any) -> None:
     """
     if isinstance(leaf, jax.core.Tracer) or is_compressed(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
-    if not bool(jnp.isfinite(leaf).all()):
+    # Inside `jit` a concrete array may still be at hand: it is checked there and then.
+    with jax.ensure_compile_time_eval():
         nans, infs = int(jnp.isnan(leaf).sum()), int(jnp.isinf(leaf).sum())
+    if nans or infs:
         raise ValueError(
             f"Leaf {path!r} holds {nans} NaN and {infs} Inf among {leaf.size} values; repair or exclude it first."
         )

@@ -143,8 +143,6 @@ def test_finalize_accepts_leaves_that_were_quantized_before(name):
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="`every` must be at least 1"):
         pruning.gradual(schedule=constant(0.5), every=0)
-    with pytest.raises(ValueError, match="`store` must be"):
-        pruning.gradual(schedule=constant(0.5), store="csr")
     transform = pruning.gradual(schedule=constant(0.5), select=tree.by_path("absent"))
     with pytest.raises(ValueError, match="matches no leaf"):
         transform.init(_params(), key=jax.random.key(0))
