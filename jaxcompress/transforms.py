@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.tree import is_unselected, map_with_path, partition_trainable
+from jaxcompress.tree import combine, is_unselected, map_with_path, partition_trainable
 from jaxcompress.types import Params, Transform, TransformState, is_compressed
 
 PullBack = Callable[[Params], tuple[Any, Params, Any]]
@@ -110,11 +110,11 @@ def _stage_pullback(
     trainable, not_trainable = partition_trainable(state.trainable)
 
     def forward(floats: Params, trainable: Any) -> tuple[Params, Params]:
-        inner = TransformState(_combine(trainable, not_trainable), state.fixed)
-        return partition_trainable(stage.apply(_combine(floats, rest), inner, key=key))
+        inner = TransformState(combine(trainable, not_trainable), state.fixed)
+        return partition_trainable(stage.apply(combine(floats, rest), inner, key=key))
 
     outputs, pull, others = jax.vjp(forward, floats, trainable, has_aux=True)
-    return _combine(outputs, others), pull
+    return combine(outputs, others), pull
 
 
 def _chain_init(stages: tuple[Transform, ...]) -> Callable[..., TransformState]:
@@ -183,11 +183,6 @@ def _chain_finalize(stages: tuple[Transform, ...]) -> Callable[..., Params]:
         return params
 
     return finalize
-
-
-def _combine(floats: Params, rest: Params) -> Params:
-    # Unlike `tree.combine`: trees of masks or scores have entries that are `Unselected` on both sides.
-    return jax.tree.map(lambda x, y: y if is_unselected(x) else x, floats, rest, is_leaf=is_unselected)
 
 
 def _join_states(states: list[TransformState]) -> TransformState:

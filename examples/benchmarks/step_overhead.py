@@ -1,8 +1,8 @@
 """What pruning and fake quantization add to one distillation step, as a ratio within one run.
 
-Both steps distil a BERT of MiniLM's sizes from itself, on the same batch, compiled, with AdamW; the second one prunes 2:4 and
-fakes 4-bit weights inside the loss, with rankings every ten steps. They run in turn, so that a machine whose speed drifts
-slows both; quoted are the medians and the median of the ratios of neighbours.
+Both steps distil a BERT of MiniLM's sizes from itself, on the same batch, compiled, with AdamW; the second one prunes
+2:4 and fakes 4-bit weights inside the loss, with rankings every ten steps. They run in turn, so that a machine whose
+speed drifts slows both; quoted are the medians and the median of the ratios of neighbours.
 
     python examples/benchmarks/step_overhead.py [--quick]
 """

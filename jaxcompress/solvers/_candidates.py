@@ -81,6 +81,12 @@ def count_ties(
 
 
 @jax.jit
+def at_least(leaf: Candidates, limits: UInt32[Array, " groups"]) -> Bool[Array, "..."]:
+    """Keys not below the limit."""
+    return leaf.keys(limits) >= leaf.own(limits)
+
+
+@jax.jit
 def kept(leaf: Candidates, limits: UInt32[Array, " groups"], ends: Int32[Array, " groups"]) -> Bool[Array, "..."]:
     """Keys above the limit, and those at the limit that lie before the end."""
     keys, limit = leaf.keys(limits), leaf.own(limits)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
-from jaxcompress.solvers._candidates import count_ties, kept
+from jaxcompress.solvers._candidates import at_least, count_ties, kept
 from jaxcompress.solvers._groups import Groups
 from jaxcompress.solvers._search import Threshold, search_threshold
 
@@ -30,12 +30,16 @@ def masks_at(
     each = groups.apart()
     if groups.together:
         limits = jnp.broadcast_to(limits, (len(each.leaves),))
-    ends = jax.lax.cond(
-        (dropped > 0).any(),
-        lambda: _ends(groups, each, limits, found.ties - dropped, found.ties),
-        lambda: each.repeat(jnp.array(each.sizes, jnp.int32)),
-    )
-    return [kept(leaf, limits, ends) for leaf in each.leaves]
+
+    # The masks are made inside `cond`: outside, XLA would merge the starts of the leaves, as numbers, into the kernels.
+    def split() -> list[Array]:
+        ends = _ends(groups, each, limits, found.ties - dropped, found.ties)
+        return [kept(leaf, limits, ends) for leaf in each.leaves]
+
+    def whole() -> list[Array]:
+        return [at_least(leaf, limits) for leaf in each.leaves]
+
+    return jax.lax.cond((dropped > 0).any(), split, whole)
 
 
 def _ends(

@@ -18,8 +18,9 @@ from jaxcompress.types import Params, is_compressed
 def layouts(apply: Callable[..., Any], params: Params, *inputs: Any) -> Params:
     """What `apply` does with each leaf, read from its jaxpr; nothing is computed.
 
-    Uses that do not reach an output are ignored. Matmuls inside `scan` count once per iteration, those of every branch of
-    `cond` once, those of `while` once. When a leaf is contracted more than once, its first contraction gives the axes.
+    Uses that do not reach an output are ignored. Matmuls inside `scan` count once per iteration, those of every branch
+    of `cond` once, those of `while` once. When a leaf is contracted more than once, its first contraction gives the
+    axes.
 
     Args:
         apply: `(params, *inputs) -> outputs`, pure.

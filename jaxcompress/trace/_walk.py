@@ -45,7 +45,7 @@ def walk(body: Body, values: Sequence[Any], visit: Visit) -> list[Any]:
 
 
 def called_body(eqn: Any) -> Body | None:
-    """The body of an equation whose inputs are the body's inputs, one to one (`jit`, `remat`, `custom_jvp`), or None."""
+    """The body of an equation whose inputs are the body's, one to one (`jit`, `remat`, `custom_jvp`), or None."""
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in eqn.params:
             body = as_body(eqn.params[name])

@@ -53,8 +53,10 @@ def partition(predicate: Callable[[Any], bool], tree: Params) -> tuple[Params, P
 def combine(first: Params, second: Params) -> Params:
     """The tree whose parts are `first` and `second`; the inverse of `partition_trainable`.
 
+    A leaf that neither has stays `Unselected`.
+
     Raises:
-        ValueError: the structures differ, or both trees (or none) have a leaf.
+        ValueError: the structures differ, or both trees have the same leaf.
 
     Example:
         >>> combine({"a": 1, "b": Unselected}, {"a": Unselected, "b": 2})
@@ -65,8 +67,8 @@ def combine(first: Params, second: Params) -> Params:
 
 
 def _either(x: Any, y: Any) -> Any:
-    if is_unselected(x) == is_unselected(y):
-        raise ValueError(f"`combine` needs each leaf in exactly one of the trees, got {x!r} and {y!r}.")
+    if not is_unselected(x) and not is_unselected(y):
+        raise ValueError(f"`combine` needs each leaf in one of the trees only, got {x!r} and {y!r}.")
     return y if is_unselected(x) else x
 
 

@@ -113,11 +113,8 @@ def test_blocks_live_and_die_together(scope):
     dead = np.array([[not mask[tile].any() for tile in row] for row in tiles])
     np.testing.assert_array_equal(kept, ~dead)
     means = np.array([[scores[tile].mean() for tile in row] for row in tiles])
-    if scope == "row":
-        expected = np.stack([_keep(column, 2) for column in means.T]).T
-    else:
-        expected = _keep(means, round(0.5 * 9))
-    np.testing.assert_array_equal(kept, expected)
+    rows = np.stack([_keep(column, 2) for column in means.T]).T
+    np.testing.assert_array_equal(kept, rows if scope == "row" else _keep(means, round(0.5 * 9)))
 
 
 def test_a_traced_sparsity_compiles_once():

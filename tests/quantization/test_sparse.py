@@ -14,10 +14,13 @@ STACKED = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axe
 SPECS = [
     QuantSpec(bits=4, group_size=8),
     QuantSpec(bits=3, symmetric=False),
-    QuantSpec(bits=8, convention="full"),
     QuantSpec(bits=8, per_tensor=True, symmetric=False, scale_dtype="bfloat16"),
     QuantSpec(bits=1),
 ]
+
+
+plain = jax.jit(lambda leaf: leaf.materialize())
+fake = jax.jit(fake_quantize_array, static_argnames=("spec", "layout"))
 
 
 def masked(shape, density, seed=0):
@@ -43,7 +46,7 @@ def test_bit_mask(spec):
     sparse = sparsify(w, w != 0, shards=2)
     leaf = quantize_array(sparse, spec, PLAIN)
     validate_array(leaf)
-    equal_bits(leaf.materialize(), fake_quantize_array(w, spec, PLAIN))
+    equal_bits(plain(leaf), fake(w, spec, PLAIN))
     assert isinstance(leaf.data, BitmaskSparseArray)
     assert leaf.bits == spec.bits
     for part in ("index", "starts"):
@@ -52,7 +55,7 @@ def test_bit_mask(spec):
     if spec.bits < 8:
         assert isinstance(leaf.data.values, PackedArray)
         assert leaf.data.values.axis == -1
-    assert (np.asarray(leaf.materialize())[np.asarray(w) == 0] == 0).all()
+    assert (np.asarray(plain(leaf))[np.asarray(w) == 0] == 0).all()
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -60,13 +63,12 @@ def test_stacked_bit_mask_is_cut_by_layer(spec):
     w = masked((3, 16, 6), 0.4)
     leaf = quantize_array(sparsify(w, w != 0, stack_ndim=1), spec, STACKED)
     validate_array(leaf)
-    equal_bits(leaf.materialize(), fake_quantize_array(w, spec, STACKED))
+    equal_bits(plain(leaf), fake(w, spec, STACKED))
     for layer in range(3):
-        equal_bits(jax.tree.map(lambda part, i=layer: part[i], leaf).materialize(), leaf.materialize()[layer])
+        equal_bits(plain(jax.tree.map(lambda part, i=layer: np.asarray(part)[i], leaf)), plain(leaf)[layer])
 
 
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("axis", "spec"), [*((0, spec) for spec in SPECS), (1, SPECS[1])])
 def test_two_of_four(spec, axis):
     w = jnp.asarray(np.random.default_rng(2).normal(size=(16, 8)), jnp.float32)
     mask = two_of_four(w, axis)
@@ -74,7 +76,7 @@ def test_two_of_four(spec, axis):
     sparse = sparsify(w, mask, pattern=(2, 4), axis=axis)
     leaf = quantize_array(sparse, spec, PLAIN)
     validate_array(leaf)
-    equal_bits(leaf.materialize(), fake_quantize_array(w, spec, PLAIN))
+    equal_bits(plain(leaf), fake(w, spec, PLAIN))
     assert isinstance(leaf.data, NMSparseArray)
     if spec.bits < 8:
         assert leaf.data.values.axis == axis - 2
@@ -88,7 +90,7 @@ def test_unused_slots_of_a_pattern_stay_zero(spec):
     leaf = quantize_array(sparsify(w, w != 0, pattern=(2, 4), axis=0), spec, PLAIN)
     validate_array(leaf)
     assert isinstance(leaf.data, BitmaskSparseArray if spec.bits == 1 else NMSparseArray)
-    equal_bits(leaf.materialize(), fake_quantize_array(w, spec, PLAIN))
+    equal_bits(plain(leaf), fake(w, spec, PLAIN))
 
 
 def test_one_bit_drops_stored_zeros_and_keeps_the_shards():
@@ -97,15 +99,15 @@ def test_one_bit_drops_stored_zeros_and_keeps_the_shards():
     leaf = quantize_array(sparsify(w, kept, shards=4), QuantSpec(bits=1), PLAIN)
     validate_array(leaf)
     assert leaf.data.values.shape[-2] == 4
-    equal_bits(leaf.materialize(), fake_quantize_array(w, QuantSpec(bits=1), PLAIN))
+    equal_bits(plain(leaf), fake(w, QuantSpec(bits=1), PLAIN))
 
 
 def test_everything_pruned():
     w = jnp.zeros((16, 6))
-    for spec in SPECS:
+    for spec in (SPECS[1], SPECS[-1]):
         leaf = quantize_array(sparsify(w, w != 0), spec, PLAIN)
         validate_array(leaf)
-        assert (leaf.materialize() == 0).all()
+        assert (plain(leaf) == 0).all()
 
 
 def test_stored_bits_are_exact():

@@ -79,7 +79,7 @@ def test_labels_are_optional(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text\nfirst\nsecond")
     assert recipe.read_texts(path).labels.tolist() == [-100, -100]
-    with pytest.raises(FileNotFoundError, match="absent.csv"):
+    with pytest.raises(FileNotFoundError, match=r"absent\.csv"):
         recipe.read_texts(tmp_path / "absent.csv")
 
 
