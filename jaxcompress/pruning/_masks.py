@@ -12,7 +12,7 @@ from jaxcompress.pruning._patterns import Pattern, Unstructured, unstructured
 from jaxcompress.solvers import keep_largest
 from jaxcompress.trace import LeafLayout, default_layout
 from jaxcompress.tree import check_finite, is_unselected, leaves_with_paths, map_selected
-from jaxcompress.types import Params, is_compressed
+from jaxcompress.types import Params, Selector, is_compressed
 
 Scope = Literal["leaf", "global", "row"]
 
@@ -22,7 +22,7 @@ _UNSTRUCTURED = unstructured()
 def masks_from_scores(
     scores: Params,
     *,
-    sparsity: ArrayLike,
+    sparsity: ArrayLike = 0.5,
     scope: Scope = "leaf",
     pattern: Pattern = _UNSTRUCTURED,
     layouts: Params | None = None,
@@ -85,8 +85,10 @@ def threshold_masks(scores: Params, *, threshold: ArrayLike | None = None, quant
     def mask(path: str, leaf: Any) -> jax.Array:
         magnitude = jnp.abs(leaf.materialize() if is_compressed(leaf) else leaf)
         check_finite(path, magnitude)
-        least = jnp.quantile(magnitude, quantile) if threshold is None else jnp.asarray(threshold)
-        return magnitude >= least.astype(magnitude.dtype)
+        # In float32: a threshold rounded to bfloat16 would be another one.
+        magnitude = magnitude.astype(jnp.float32)
+        least = jnp.quantile(magnitude, quantile) if threshold is None else jnp.asarray(threshold, jnp.float32)
+        return magnitude >= least
 
     return map_selected(mask, scores)
 
@@ -111,8 +113,8 @@ def apply_masks(params: Params, masks: Params) -> Params:
     return overlay(map_selected(apply, masks, params), params)
 
 
-def clip_weights(params: Params, limit: ArrayLike) -> Params:
-    """clamp(w, -limit, limit) on every float leaf.
+def clip_weights(params: Params, limit: ArrayLike, *, select: Selector | None = None) -> Params:
+    """clamp(w, -limit, limit) on every plain float leaf, or on those that `select` marks.
 
     Raises:
         ValueError: a concrete negative limit.
@@ -124,13 +126,15 @@ def clip_weights(params: Params, limit: ArrayLike) -> Params:
     if not isinstance(limit, jax.core.Tracer) and not limit >= 0:
         raise ValueError(f"`limit` must not be negative, got {limit}.")
 
-    def clip(leaf: Any) -> Any:
-        if is_compressed(leaf) or not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    def clip(leaf: Any, mark: bool) -> Any:
+        is_float = hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+        if not mark or not is_float or is_compressed(leaf):
             return leaf
         bound = jnp.asarray(limit, leaf.dtype)
         return jnp.clip(leaf, -bound, bound)
 
-    return jax.tree.map(clip, params, is_leaf=is_compressed)
+    marks = jax.tree.map(lambda _: True, params, is_leaf=is_compressed) if select is None else select(params)
+    return jax.tree.map(clip, params, marks, is_leaf=is_compressed)
 
 
 def ranked_masks(

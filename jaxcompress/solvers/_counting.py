@@ -52,13 +52,13 @@ def fold_factor(size: int) -> int:
     return max(enough, key=lambda k: ((size // k) & -(size // k), k), default=1)
 
 
-def total_size(sizes: list[int]) -> int:
-    """The sum, if counts of it fit int32.
+def check_sizes(sizes: list[int]) -> None:
+    """Raises when a group has too many entries to count in int32.
 
     Raises:
-        ValueError: they do not.
+        ValueError: 2^31 or more.
     """
-    total = sum(sizes)
-    if total >= 2**31:
-        raise ValueError(f"Ranking counts in int32: at most 2**31 - 1 weights may be ranked together, got {total}.")
-    return total
+    if max(sizes) >= 2**31:
+        raise ValueError(
+            f"Ranking counts in int32: at most 2**31 - 1 weights can be ranked together, got {max(sizes)}."
+        )

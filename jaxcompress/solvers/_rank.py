@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Int32, UInt32
 
 from jaxcompress.solvers._candidates import Axes, Candidates, count_below
-from jaxcompress.solvers._counting import total_size
+from jaxcompress.solvers._counting import check_sizes
 from jaxcompress.solvers._groups import Groups
 from jaxcompress.solvers._order import LAST_KEY, key_shift
 from jaxcompress.solvers._sampling import SAMPLE_SIZE, sample_bracket, thin
@@ -28,8 +28,8 @@ def keep_largest(
     """Masks without the `dropped` smallest scores of each group; among equal scores the lowest indices are kept.
 
     The threshold is found by counting the keys below a guess, about nine times for real-valued weights and never more
-    than 34 times; ties are split by counts along the axes. Nothing of the size of the leaves is sorted, concatenated
-    or gathered from its shards, and scores and keys exist inside the counting loops only.
+    than 34 times; where ties must be split, so is the place of the last one that stays. Nothing of the size of the
+    leaves is sorted, concatenated or gathered from its shards, and keys exist inside the counting loops only.
 
     Args:
         leaves: arrays, or trees of arrays that `score` maps to one array.
@@ -101,7 +101,7 @@ def _groups(
 
 
 def _masks(groups: Groups, rank: Int32[Array, " leaves"], shift: int) -> list[Bool[Array, "..."]]:
-    total_size(groups.sizes)
+    check_sizes(groups.sizes)
 
     def count(limits: UInt32[Array, " groups"]) -> Int32[Array, " groups"]:
         return groups.join([count_below(leaf, limits << shift) for leaf in groups.leaves])

@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
-MAX_STEPS = 34
-
 
 class Threshold(NamedTuple):
     """What `search_threshold` finds.

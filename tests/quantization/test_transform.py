@@ -51,7 +51,7 @@ def test_finalize_stores_what_apply_returns(spec):
     state = transform.init(params(), key=KEY)
     assert state == TransformState((), ())
     wanted = jax.jit(transform.apply)(params(), state)
-    equal_bits(jc.materialize(transform.finalize(params(), state)), wanted)
+    equal_bits(jax.jit(jc.materialize)(transform.finalize(params(), state)), wanted)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -60,7 +60,7 @@ def test_finalize_stores_what_apply_returns_after_pruning(spec):
     state = transform.init(params(), key=KEY)
     wanted = jax.jit(transform.apply)(params(), state)
     stored = transform.finalize(params(), state)
-    equal_bits(jc.materialize(stored), wanted)
+    equal_bits(jax.jit(jc.materialize)(stored), wanted)
     mask = state.fixed[0]["masks"]["first"]["kernel"]
     assert (wanted["first"]["kernel"][~mask] == 0).all()
     assert type(stored["first"]["kernel"].data).__name__ == "BitmaskSparseArray"
