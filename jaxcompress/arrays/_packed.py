@@ -131,6 +131,8 @@ def _planes(bits: int) -> list[tuple[int, int]]:
     return planes
 
 
+# Compiled as one: called op by op, each new shape would cost a dozen compilations, and each call a dozen passes.
+@functools.partial(jax.jit, static_argnames=("bits", "axis"), inline=True)
 def _pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:
     at = axis + codes.ndim
     per_block = codes_per_block(bits)
@@ -145,6 +147,7 @@ def _pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "...
     return jnp.concatenate(parts, axis=at + 1).reshape(*before, codes.shape[at] * bits // 8, *after)
 
 
+@functools.partial(jax.jit, static_argnames=("bits", "axis", "width"), inline=True)
 def _unpack(data: UInt8[Array, "..."], bits: int, axis: int, width: int) -> UInt8[Array, "..."]:
     at = axis + data.ndim
     before, after = data.shape[:at], data.shape[at + 1 :]

@@ -90,6 +90,8 @@ class QuantizedArray:
         return plain if mask is None else jnp.where(mask, plain, jnp.zeros((), plain.dtype))
 
 
+# Compiled as one, so that a call outside `jit` writes no float32 temporaries.
+@functools.partial(jax.jit, static_argnames=("levels", "dtype"), inline=True)
 def dequantize(
     codes: Integer[Array, "..."],
     scale: Float[Array, "..."],

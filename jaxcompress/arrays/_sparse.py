@@ -1,11 +1,13 @@
 """From a plain array and a mask to a sparse array, and the name that covers both kinds."""
 
+import functools
 import math
 from typing import TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Shaped
+from jaxtyping import Array, Bool, Shaped, UInt8
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
@@ -99,19 +101,29 @@ def _sparsify_n_of_m(
     kept, run = pattern
     if not 1 <= kept <= run:
         raise ValueError(f"`pattern` (N, M) needs 1 <= N <= M, got {pattern}.")
-    at, width = axis + array.ndim, array.shape[axis]
-    tail = -width % run
-    padding = [(0, tail if i == at else 0) for i in range(array.ndim)]
-    runs = (*array.shape[:at], (width + tail) // run, run, *array.shape[at + 1 :])
-    mask = jnp.pad(mask, padding).reshape(runs)
-    if bool((mask.sum(axis=at + 1) > kept).any()):
+    values, places, fits = _pick(array, mask, kept, run, axis)
+    if not bool(fits):
         raise ValueError(f"The mask keeps more than {kept} of {run} entries along axis {axis} of shape {array.shape}.")
-    # A stable sort brings the kept places of each run to the front, in ascending order.
-    places = jnp.sort(
-        jnp.argsort(~mask, axis=at + 1, stable=True)[(slice(None),) * (at + 1) + (slice(0, kept),)], at + 1
-    )
-    clean = jnp.where(mask, jnp.pad(array, padding).reshape(runs), jnp.zeros((), array.dtype))
+    index = pack(places, bits=max((run - 1).bit_length(), 1), axis=axis)
+    return NMSparseArray(values=values, index=index, pattern=pattern, axis=axis, width=array.shape[axis])
+
+
+@functools.partial(jax.jit, static_argnames=("kept", "run", "axis"))
+def _pick(
+    array: Shaped[Array, "..."], mask: Bool[Array, "..."], kept: int, run: int, axis: int
+) -> tuple[Shaped[Array, "..."], UInt8[Array, "..."], Bool[Array, ""]]:
+    """The values and places of the kept entries of each run, and whether no run has more than `kept`."""
+    at = axis + array.ndim
+    padding = [(0, -array.shape[at] % run if i == at else 0) for i in range(array.ndim)]
+    array, mask = jnp.pad(array, padding), jnp.pad(mask, padding)
+    count = array.shape[at] // run
+    runs = (*array.shape[:at], count, run, *array.shape[at + 1 :])
+    stored = (*array.shape[:at], count * kept, *array.shape[at + 1 :])
+    clean = jnp.where(mask, array, jnp.zeros((), array.dtype)).reshape(runs)
+    mask = mask.reshape(runs)
+    # A stable sort brings the kept places of each run to the front; then into ascending order.
+    places = jax.lax.slice_in_dim(jnp.argsort(~mask, axis=at + 1, stable=True), 0, kept, axis=at + 1)
+    places = jnp.sort(places, axis=at + 1)
     values = jnp.take_along_axis(clean, places, axis=at + 1)
-    stored = (*array.shape[:at], runs[at] * kept, *array.shape[at + 1 :])
-    index = pack(places.reshape(stored).astype(jnp.uint8), bits=max((run - 1).bit_length(), 1), axis=axis)
-    return NMSparseArray(values=values.reshape(stored), index=index, pattern=pattern, axis=axis, width=width)
+    fits = (mask.sum(axis=at + 1) <= kept).all()
+    return values.reshape(stored), places.astype(jnp.uint8).reshape(stored), fits

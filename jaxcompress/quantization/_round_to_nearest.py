@@ -99,16 +99,13 @@ def store_codes(codes: Integer[Array, "..."], *, bits: int, axis: int, keep: Spa
         axis of the pattern.
     """
     if keep is None:
-        return _pack(codes, bits=bits, axis=axis)
+        return pack(codes, bits=bits, axis=axis)
     stored = sparsify_like(codes, keep)
     along = -1 if isinstance(stored, BitmaskSparseArray) else stored.axis
-    return dataclasses.replace(stored, values=_pack(stored.values, bits=bits, axis=along))
+    return dataclasses.replace(stored, values=pack(stored.values, bits=bits, axis=along))
 
 
-# Compiled once for each shape: op by op, the first leaf of each shape costs some thirty compilations.
-_pack = jax.jit(pack, static_argnames=("bits", "axis"))
-
-
+# Compiled as one: op by op, the first leaf of each shape costs some thirty compilations.
 @functools.partial(jax.jit, static_argnames=("spec", "layout"))
 def _scales_and_codes(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> tuple[Array, Array | None, Array]:
     scale, zero_point = block_scales(w, spec, layout)
