@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxcompress.distillation._losses import agreement
 from jaxcompress.distillation._outputs import LossFn, Outputs, mean
 from jaxcompress.execution import execute
-from jaxcompress.tree import partition_trainable
+from jaxcompress.tree import combine, partition_trainable
 from jaxcompress.types import Params, Schedule
 
 Apply: TypeAlias = Callable[..., Outputs]
@@ -61,7 +61,7 @@ def gradients(objective: Callable[..., Any], *trees: Params) -> tuple[Any, tuple
     floats, rests = zip(*map(partition_trainable, trees), strict=True)
 
     def of_floats(floats: tuple[Params, ...]) -> Any:
-        return objective(*map(join, floats, rests))
+        return objective(*map(combine, floats, rests))
 
     grads, others = jax.grad(of_floats, has_aux=True)(floats)
     return others, grads

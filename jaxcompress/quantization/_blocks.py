@@ -72,6 +72,13 @@ def packing_axis(shape: Sequence[int], bits: int, layout: LeafLayout) -> int:
     return axis - len(shape)
 
 
+def axes_of(layout: LeafLayout) -> LeafLayout:
+    """The axes alone, so that equal leaves of a model share one compiled function."""
+    return LeafLayout(
+        kind="other", stack_axes=layout.stack_axes, input_axes=layout.input_axes, output_axes=layout.output_axes
+    )
+
+
 def _group_extents(sizes: tuple[int, ...], group_size: int) -> tuple[int, ...]:
     """How far a group of consecutive inputs reaches along every input axis: (12, 32), 64 -> (2, 32)."""
     if 0 in sizes:

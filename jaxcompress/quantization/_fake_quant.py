@@ -1,5 +1,6 @@
 """Quantization inside a loss: rounded forward, straight through backward."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import dequantize
+from jaxcompress.quantization._blocks import axes_of
 from jaxcompress.quantization._round_to_nearest import round_to_codes
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
@@ -64,10 +66,12 @@ def fake_quantize_array(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLay
         Array([[ 7. ,  0.5],
                [-3. , -3.5]], dtype=float32)
     """
-    frozen = jax.lax.stop_gradient(w)
-    scale, zero_point = block_scales(frozen, spec, layout)
-    codes = round_to_codes(frozen, scale, zero_point, spec)
-    rounded = dequantize(codes, scale, zero_point, dtype=w.dtype)
-    if spec.bits == 1:
-        rounded = jnp.where(frozen == 0, jnp.zeros_like(rounded), rounded)
-    return straight_through(rounded, w)
+    return straight_through(_rounded(jax.lax.stop_gradient(w), spec, axes_of(layout)), w)
+
+
+# Compiled as one also outside `jit`: a chain of transforms applies its stages once when it is initialised.
+@functools.partial(jax.jit, static_argnames=("spec", "layout"), inline=True)
+def _rounded(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> Float[Array, "..."]:
+    scale, zero_point = block_scales(w, spec, layout)
+    rounded = dequantize(round_to_codes(w, scale, zero_point, spec), scale, zero_point, dtype=w.dtype)
+    return jnp.where(w == 0, jnp.zeros_like(rounded), rounded) if spec.bits == 1 else rounded

@@ -19,7 +19,7 @@ from jaxcompress.arrays import (
     split_blocks,
 )
 from jaxcompress.quantization._arithmetic import divide
-from jaxcompress.quantization._blocks import packing_axis
+from jaxcompress.quantization._blocks import axes_of, packing_axis
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout
@@ -54,7 +54,7 @@ def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, la
                [-3, -7]], dtype=int8), Array([[1. , 0.5]], dtype=float32))
     """
     dense = w.materialize() if is_compressed(w) else w
-    scale, zero_point, codes = _scales_and_codes(dense, spec, _axes_of(layout))
+    scale, zero_point, codes = _scales_and_codes(dense, spec, axes_of(layout))
     keep = w if isinstance(w, SparseArray) else None
     if spec.bits == 1 and not isinstance(dense, jax.core.Tracer):
         keep = _without_zeros(dense != 0, keep, layout)
@@ -106,17 +106,10 @@ def store_codes(codes: Integer[Array, "..."], *, bits: int, axis: int, keep: Spa
 
 
 # Compiled as one: op by op, the first leaf of each shape costs some thirty compilations.
-@functools.partial(jax.jit, static_argnames=("spec", "layout"))
+@functools.partial(jax.jit, static_argnames=("spec", "layout"), inline=True)
 def _scales_and_codes(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> tuple[Array, Array | None, Array]:
     scale, zero_point = block_scales(w, spec, layout)
     return scale, zero_point, round_to_codes(w, scale, zero_point, spec)
-
-
-def _axes_of(layout: LeafLayout) -> LeafLayout:
-    """The axes alone, so that equal leaves of a model share one compiled function."""
-    return LeafLayout(
-        kind="other", stack_axes=layout.stack_axes, input_axes=layout.input_axes, output_axes=layout.output_axes
-    )
 
 
 def _without_zeros(nonzero: Bool[Array, "..."], keep: SparseArray | None, layout: LeafLayout) -> SparseArray | None:
