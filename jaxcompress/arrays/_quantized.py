@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Integer, Num
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
-from jaxcompress.arrays._packed import PackedArray
+from jaxcompress.arrays._packed import PackedArray, unpacked
 from jaxcompress.arrays._sparse import SparseArray
 from jaxcompress.types import is_compressed
 
@@ -155,7 +155,7 @@ def _zero_is_zero(array: QuantizedArray) -> bool:
 def _take_code_rows(data: Any, rows: Integer[Array, "..."]) -> Integer[Array, "..."]:
     if isinstance(data, PackedArray) and data.axis != -data.ndim:
         return dataclasses.replace(data, data=data.data[rows]).materialize()
-    return (data.materialize() if is_compressed(data) else data)[rows]
+    return unpacked(data)[rows]
 
 
 def _take_parameter_rows(parameter: Any, rows: Integer[Array, "..."], length: int) -> Any:

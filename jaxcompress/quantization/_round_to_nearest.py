@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Integer, Num
 
 from jaxcompress.arrays import (
@@ -53,11 +54,11 @@ def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, la
         (Array([[ 7,  1],
                [-3, -7]], dtype=int8), Array([[1. , 0.5]], dtype=float32))
     """
-    dense = w.materialize() if is_compressed(w) else w
+    dense: Any = w.materialize() if is_compressed(w) else w
     scale, zero_point, codes = _scales_and_codes(dense, spec, axes_of(layout))
     keep = w if isinstance(w, SparseArray) else None
-    if spec.bits == 1 and not isinstance(dense, jax.core.Tracer):
-        keep = _without_zeros(dense != 0, keep, layout)
+    if spec.bits == 1 and not isinstance(dense, Tracer):
+        keep = _without_zeros(jnp.not_equal(dense, 0), keep, layout)
     data = store_codes(codes, bits=spec.bits, axis=packing_axis(codes.shape, spec.bits, layout), keep=keep)
     return QuantizedArray(data=data, scale=scale, zero_point=zero_point, dtype=jnp.dtype(dense.dtype))
 
