@@ -181,7 +181,10 @@ def test_lookups_out_of_range(kind):
         return [jnp.take(table, ids, axis=0, mode=mode) for mode in ("fill", "clip", "wrap")]
 
     table, ids = _compressed("embed", kind)["embedding"], jnp.array([[0, 23, 24], [-1, -25, 7]])
-    got, wanted = jax.jit(jc.execute(apply), compiler_options=_FAST)(table, ids), jax.jit(apply)(table.materialize(), ids)
+    got, wanted = (
+        jax.jit(jc.execute(apply), compiler_options=_FAST)(table, ids),
+        jax.jit(apply)(table.materialize(), ids),
+    )
     for x, y in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(x, y)
 
@@ -258,7 +261,9 @@ def test_shard_map_gets_plain_arrays():
         return x @ w
 
     x = jax.random.normal(jax.random.key(1), (16, 16))
-    np.testing.assert_allclose(jax.jit(jc.execute(apply), compiler_options=_FAST)(leaf, x), x @ leaf.materialize(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(jc.execute(apply), compiler_options=_FAST)(leaf, x), x @ leaf.materialize(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_sharding_constraints_reach_the_parts():
@@ -271,7 +276,9 @@ def test_sharding_constraints_reach_the_parts():
 
     x = jnp.ones((4, 16))
     assert execution.fallbacks(apply, leaf, x) == ()
-    np.testing.assert_allclose(jax.jit(jc.execute(apply), compiler_options=_FAST)(leaf, x), x @ leaf.materialize(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(jc.execute(apply), compiler_options=_FAST)(leaf, x), x @ leaf.materialize(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_flags_and_keywords_stay_static_and_outputs_keep_their_structure():
