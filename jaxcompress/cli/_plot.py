@@ -38,7 +38,7 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         fidelity.bar_label(bars, [f"{100 * value:.1f}" for value in values], fontsize=8)
     fidelity.set_xticks(range(len(names)), names)
     fidelity.set_ylim(50, 108)
-    fidelity.set_title(f"{figures['rows_test']} test rows, %", loc="left")
+    fidelity.set_title(f"{figures['rows_held_out']} {figures['held_out']} rows, %", loc="left")
     fidelity.legend(fontsize=8, loc="lower right")
     for axes in (size, fidelity):
         axes.spines[["top", "right"]].set_visible(False)
