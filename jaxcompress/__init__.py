@@ -14,6 +14,7 @@ from jaxcompress import trace as trace
 from jaxcompress import transforms as transforms
 from jaxcompress import tree as tree
 from jaxcompress import types as types
+from jaxcompress import units as units
 from jaxcompress.execution import execute as execute
 from jaxcompress.execution import materialize as materialize
 from jaxcompress.transforms import chain as chain

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parent.parent / "jaxcompress"
 # Lower rows may be imported by higher ones; within a row nothing imports anything else. Layer 2 is ordered.
 LAYERS = [
     {"types"},
-    {"tree", "arrays", "schedules", "units"},
+    {"tree", "arrays", "schedules"},
+    {"units"},
     {"transforms"},
     {"trace"},
     {"execution"},

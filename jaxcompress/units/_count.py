@@ -1,0 +1,93 @@
+"""How many weights units own, and how many are left."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.tree import leaves_with_paths
+from jaxcompress.types import Params
+from jaxcompress.units._group import UnitGroup, UnitSlices
+from jaxcompress.units._slicing import spread_units
+
+
+def expected_parameters(
+    params: Params,
+    groups: Sequence[UnitGroup],
+    probabilities: Mapping[str, Any],
+    *,
+    weights: Mapping[str, float] | None = None,
+) -> jax.Array:
+    """Σ over leaves of Π over axes of the expected kept indices: the size of what is left; differentiable.
+
+    Units of different groups are taken as independent, and so are the axes of a leaf; at probabilities 0 and 1 it is
+    the number of weights that `remove_units` leaves (zeroed leaves without an axis to shrink count as removed).
+
+    Args:
+        params: gives the shapes.
+        groups: see `check_groups`; those without an entry in `probabilities` keep everything.
+        probabilities: name -> float (count,), that a unit is kept.
+        weights: path -> factor of a leaf's count (FLOPs per weight, say); paths without an entry are not counted. By
+            default every leaf counts once.
+
+    Returns:
+        float32 scalar.
+
+    Example:
+        >>> from jaxcompress.units import UnitSlices
+        >>> group = UnitGroup(name="ffn", count=2, slices=(UnitSlices(path="down", axis=0),))
+        >>> float(expected_parameters({"down": jnp.ones((2, 3))}, [group], {"ffn": [1.0, 0.5]}))
+        4.5
+    """
+    owners: dict[str, list[tuple[UnitSlices, jax.Array]]] = {}
+    for group in groups:
+        if group.name in probabilities:
+            own = jnp.asarray(probabilities[group.name], jnp.float32)
+            for part in group.slices:
+                owners.setdefault(part.path, []).append((part, own))
+    total = jnp.zeros((), jnp.float32)
+    for path, leaf in leaves_with_paths(params):
+        factor = 1.0 if weights is None else weights.get(path, 0.0)
+        if factor and hasattr(leaf, "shape"):
+            total = total + factor * _expected(leaf.shape, owners.get(path, ()))
+    return total
+
+
+def unit_parameters(group: UnitGroup, params: Params) -> int:
+    """How many weights one unit of the group owns, the slices of all leaves together.
+
+    Example:
+        >>> from jaxcompress.units import UnitSlices
+        >>> group = UnitGroup(name="ffn", count=2, slices=(UnitSlices(path="down", axis=0),))
+        >>> unit_parameters(group, {"down": jnp.ones((2, 3))})
+        3
+    """
+    shapes = {path: leaf.shape for path, leaf in leaves_with_paths(params) if hasattr(leaf, "shape")}
+    total = 0
+    for part in group.slices:
+        size = math.prod(shapes[part.path])
+        if part.unit is None and part.axis is not None:
+            total += size // max(shapes[part.path][part.axis], 1) * part.size
+        elif part.unit in (None, 0):
+            # Units that own whole leaves are alike: those of the first are counted.
+            total += size
+    return total
+
+
+def _expected(shape: tuple[int, ...], owners: Sequence[tuple[UnitSlices, jax.Array]]) -> Any:
+    size: Any = 1.0
+    for axis, length in enumerate(shape):
+        on_axis = [(part, own) for part, own in owners if part.axis == axis]
+        kept: Any = float(length)
+        if on_axis:
+            along = jnp.ones((length,), jnp.float32)
+            for part, own in on_axis:
+                along = along * spread_units(part, own, length)
+            kept = along.sum()
+        size = size * kept
+    for part, own in owners:
+        if part.axis is None:
+            size = size * own[part.unit]
+    return size

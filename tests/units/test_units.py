@@ -1,0 +1,169 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcompress.quantization import QuantSpec, quantize
+from jaxcompress.units import (
+    UnitGroup,
+    UnitSlices,
+    check_groups,
+    expected_parameters,
+    multiply_units,
+    remove_units,
+    sum_units,
+    unit_masks,
+    unit_parameters,
+)
+
+HEADS = UnitGroup(
+    name="heads",
+    count=3,
+    kind="heads",
+    slices=(
+        UnitSlices(path="fused", axis=0, start=0, size=2),
+        UnitSlices(path="fused", axis=0, start=6, size=2),
+        UnitSlices(path="out/kernel", axis=0, size=2, gated=True),
+    ),
+)
+LAYERS = UnitGroup(
+    name="layers",
+    count=2,
+    kind="layers",
+    slices=(
+        UnitSlices(path="fused", axis=0, unit=0),
+        UnitSlices(path="out/kernel", axis=0, unit=0, gated=True),
+        UnitSlices(path="out/bias", axis=None, unit=0, gated=True),
+    ),
+)
+
+
+@pytest.fixture
+def params():
+    rng = np.random.default_rng(0)
+    return {
+        "fused": jnp.asarray(rng.normal(size=(12, 5)), jnp.float32),
+        "out": {"kernel": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "bias": jnp.ones(4)},
+    }
+
+
+def test_gates_multiply_the_gated_slices_only(params):
+    values = {"heads": jnp.array([2.0, 0.0, 1.0]), "layers": jnp.array([0.5, 7.0])}
+    found = multiply_units(params, [HEADS, LAYERS], values)
+    factor = np.repeat([2.0, 0.0, 1.0], 2)[:, None] * 0.5
+    np.testing.assert_array_equal(found["out"]["kernel"], params["out"]["kernel"] * factor)
+    np.testing.assert_array_equal(found["out"]["bias"], 0.5 * params["out"]["bias"])
+    np.testing.assert_array_equal(found["fused"], params["fused"])
+
+
+def test_the_gradient_of_a_gate_is_the_sum_over_its_slices(params):
+    def loss(z):
+        return (multiply_units(params, [HEADS], {"heads": z})["out"]["kernel"] ** 2).sum()
+
+    grads = jax.jit(jax.grad(loss))(jnp.ones(3))
+    squares = jax.tree.map(jnp.square, params)
+    np.testing.assert_allclose(grads, 2 * sum_units(HEADS, squares, gated_only=True), rtol=1e-6)
+
+
+def test_removing_takes_the_same_indices_as_masking(params):
+    keep = {"heads": np.array([True, False, True])}
+    masks = unit_masks(params, [HEADS], keep)
+    small = remove_units(params, [HEADS], keep)
+    assert small["fused"].shape == (8, 5)
+    assert small["out"]["kernel"].shape == (4, 4)
+    for path, leaf, full in (
+        ("fused", small["fused"], params["fused"]),
+        ("out/kernel", small["out"]["kernel"], params["out"]["kernel"]),
+    ):
+        rows = np.flatnonzero(np.broadcast_to(masks[path], full.shape).all(axis=1))
+        np.testing.assert_array_equal(leaf, np.asarray(full)[rows])
+    assert small["out"]["bias"] is params["out"]["bias"]
+
+
+def test_a_layer_takes_everything_of_its_heads(params):
+    small = remove_units(params, [HEADS, LAYERS], {"heads": [True] * 3, "layers": [False, True]})
+    assert small["fused"].shape == (0, 5)
+    assert small["out"]["kernel"].shape == (0, 4)
+    np.testing.assert_array_equal(small["out"]["bias"], np.zeros(4))
+    masks = unit_masks(params, [HEADS, LAYERS], {"layers": jnp.array([False, True])})
+    assert not any(bool(mask.any()) for mask in masks.values())
+
+
+@pytest.mark.parametrize("kept", [(True, True, True), (False, False, False), (True, False, True)])
+@pytest.mark.parametrize("layer", [True, False])
+def test_the_expected_size_is_exact_for_certain_units(params, kept, layer):
+    keep = {"heads": np.array(kept), "layers": np.array([layer, True])}
+    small = remove_units(params, [HEADS, LAYERS], keep)
+    size = sum(leaf.size for leaf in jax.tree.leaves(small)) - (0 if layer else 4)
+    assert float(expected_parameters(params, [HEADS, LAYERS], keep)) == size
+
+
+def test_the_expected_size_is_the_mean_over_draws(params):
+    """Units are independent: the expectation over all eight outcomes, by their probabilities."""
+    p = np.array([0.9, 0.3, 0.5])
+    total = 0.0
+    for outcome in np.ndindex(2, 2, 2):
+        chance = np.prod(np.where(outcome, p, 1 - p))
+        total += chance * float(expected_parameters(params, [HEADS], {"heads": np.array(outcome, bool)}))
+    np.testing.assert_allclose(float(expected_parameters(params, [HEADS], {"heads": p})), total, rtol=1e-6)
+
+
+def test_counts_of_single_units_and_of_weighted_leaves(params):
+    assert unit_parameters(HEADS, params) == 2 * 5 + 2 * 5 + 2 * 4
+    assert unit_parameters(LAYERS, params) == 12 * 5 + 6 * 4 + 4
+    found = expected_parameters(params, [HEADS], {"heads": [1.0, 1.0, 0.5]}, weights={"out/kernel": 10.0})
+    assert float(found) == 10 * 5 * 4
+
+
+def test_sums_of_units_of_whole_leaves(params):
+    found = sum_units(LAYERS, params)
+    np.testing.assert_allclose(found, [sum(float(leaf.sum()) for leaf in jax.tree.leaves(params)), 0.0], rtol=1e-6)
+
+
+def test_bfloat16_leaves_keep_their_dtype():
+    params = {"fused": jnp.ones((12, 5)), "out": {"kernel": jnp.ones((6, 4), jnp.bfloat16), "bias": jnp.ones(4)}}
+    found = multiply_units(params, [HEADS], {"heads": jnp.array([0.5, 0.0, 1.0])})
+    assert found["out"]["kernel"].dtype == jnp.bfloat16
+    assert sum_units(HEADS, params).dtype == jnp.float32
+
+
+def _group(name="other", count=1, **options):
+    return UnitGroup(name=name, count=count, slices=(UnitSlices(**options),))
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        (lambda: _group(path="absent", axis=0), "needs the leaf 'absent'. The leaves are:\n  fused"),
+        (lambda: _group(path="fused", axis=2), r"needs axis 2 of 'fused', whose shape is \(12, 5\)"),
+        (lambda: _group(path="fused", axis=1, count=6), "needs indices 0 to 5 on axis 1"),
+        (lambda: _group(path="out/kernel", axis=0, count=2, size=3), "in conflict on axis 0 of 'out/kernel'"),
+        (lambda: _group(path="out/kernel", axis=0, count=1, start=1, size=4), "in conflict on axis 0"),
+        (lambda: _group("heads", path="fused", axis=1), "Two unit groups have the name 'heads'"),
+        (lambda: _group(path="fused", axis=0, count=0), "`count` must be at least 1"),
+        (lambda: _group(path="fused", axis=0, unit=1), "belongs to unit 1, but there are 1"),
+        (lambda: _group(path="fused", axis=None), "`axis` may be None only where `unit` is given"),
+        (lambda: _group(path="fused", axis=-1), "`axis` must not be negative"),
+        (lambda: _group(path="fused", axis=0, size=0), "`size` at least 1"),
+    ],
+)
+def test_bad_groups_are_named(params, group, message):
+    with pytest.raises(ValueError, match=message):
+        check_groups([HEADS, group()], params)
+
+
+def test_nested_and_disjoint_groups_are_no_conflict(params):
+    pairs = _group("pairs", path="fused", axis=0, count=3, size=4)
+    single = _group("single", path="fused", axis=0, count=12)
+    behind = _group("behind", path="out/kernel", axis=1, count=4)
+    check_groups([HEADS, LAYERS, single, behind], params)
+    check_groups([single, pairs], params)
+
+
+def test_values_of_the_wrong_length_and_compressed_leaves_are_named(params):
+    with pytest.raises(ValueError, match="'heads' needs 3 values"):
+        remove_units(params, [HEADS], {"heads": [True]})
+    with pytest.raises(ValueError, match="'heads' needs 3 values"):
+        multiply_units(params, [HEADS], {"heads": jnp.ones(2)})
+    with pytest.raises(ValueError, match="Leaf 'fused' is compressed"):
+        remove_units(quantize(params, QuantSpec(bits=8)), [HEADS], {"heads": [True, False, True]})
