@@ -30,8 +30,8 @@ def model_apply(module: nn.Module, *, dropout: bool = False, hidden: bool = Fals
 
     def apply(params: Params, batch: Mapping[str, Any], *, key: jax.Array | None, train: bool) -> Mapping[str, Any]:
         noisy = dropout and train
-        rngs = {"dropout": key} if noisy else None
-        return module.apply(
+        rngs: Any = {"dropout": key} if noisy else None
+        outputs: Any = module.apply(
             {"params": params},
             batch["input_ids"],
             batch["attention_mask"],
@@ -39,6 +39,7 @@ def model_apply(module: nn.Module, *, dropout: bool = False, hidden: bool = Fals
             output_hidden_states=hidden,
             rngs=rngs,
         )
+        return outputs
 
     return apply
 
@@ -122,7 +123,7 @@ def _with_teacher(batch: dict[str, Any], cached: Mapping[str, np.ndarray] | None
 
 
 def _losses(training: Training, module: nn.Module) -> dict[str, tuple[float, LossFn]]:
-    layers = range(module.config.num_hidden_layers + 1)  # type: ignore[attr-defined]
+    layers = range(module.config.num_hidden_layers + 1)  # pyright: ignore[reportAttributeAccessIssue]
     every: dict[str, tuple[float, LossFn]] = {
         "soft_targets": (training.soft_targets, soft_targets(temperature=training.temperature)),
         "pooled": (training.pooled, hidden_states(pairs=None, output="pooler_output", mask=None)),
