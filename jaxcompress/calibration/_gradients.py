@@ -1,7 +1,7 @@
 """Gradients of a loss, and the diagonal of the empirical Fisher information."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,8 @@ import numpy as np
 from jaxcompress.tree import combine, leaves_with_paths, partition_trainable
 from jaxcompress.types import Params
 
-
-class Loss(Protocol):
-    """`(params, batch) -> scalar`."""
-
-    def __call__(self, params: Params, batch: Any, /) -> jax.Array:
-        """The mean loss of a batch."""
-        ...
+Loss = Callable[[Params, Any], jax.Array]
+"""`(params, batch) -> scalar`."""
 
 
 def gradients(loss: Loss, params: Params, batches: Iterable[Any]) -> Params:
@@ -34,7 +29,8 @@ def gradients(loss: Loss, params: Params, batches: Iterable[Any]) -> Params:
         ValueError: no batches; a gradient that holds NaN or Inf; names the leaf.
 
     Example:
-        >>> gradients(lambda p, x: jnp.sum(p["w"] * x), {"w": jnp.ones(2)}, [jnp.array([1.0, 2.0]), jnp.array([3.0, 0.0])])
+        >>> batches = [jnp.array([1.0, 2.0]), jnp.array([3.0, 0.0])]
+        >>> gradients(lambda p, x: jnp.sum(p["w"] * x), {"w": jnp.ones(2)}, batches)
         {'w': Array([2., 1.], dtype=float32)}
     """
     return _mean(loss, params, batches, _gradient)
@@ -70,7 +66,7 @@ def fisher(loss: Loss, params: Params, batches: Iterable[Any], *, per_example: b
     return _mean(loss, params, batches, _squares_by_example if per_example else _squares)
 
 
-_Evidence = Callable[[Callable[[Params, Any], jax.Array], Params, Any], tuple[Params, Any]]
+_Evidence = Callable[[Loss, Params, Any], tuple[Params, Any]]
 """`(loss, floats, batch) -> (sum over its examples, number of them)`."""
 
 
@@ -95,17 +91,17 @@ def _mean(loss: Loss, params: Params, batches: Iterable[Any], evidence: _Evidenc
     return mean
 
 
-def _gradient(loss: Callable[[Params, Any], jax.Array], floats: Params, batch: Any) -> tuple[Params, Any]:
+def _gradient(loss: Loss, floats: Params, batch: Any) -> tuple[Params, Any]:
     found = jax.grad(loss)(floats, batch)
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found), 1
 
 
-def _squares(loss: Callable[[Params, Any], jax.Array], floats: Params, batch: Any) -> tuple[Params, Any]:
+def _squares(loss: Loss, floats: Params, batch: Any) -> tuple[Params, Any]:
     found, number = _gradient(loss, floats, batch)
     return jax.tree.map(jnp.square, found), number
 
 
-def _squares_by_example(loss: Callable[[Params, Any], jax.Array], floats: Params, batch: Any) -> tuple[Params, Any]:
+def _squares_by_example(loss: Loss, floats: Params, batch: Any) -> tuple[Params, Any]:
     sizes = {leaf.shape[:1] for leaf in map(jnp.asarray, jax.tree.leaves(batch))}
     if len(sizes) != 1 or () in sizes:
         raise ValueError(f"The arrays of a batch need one common leading axis, got {sorted(sizes)}.")

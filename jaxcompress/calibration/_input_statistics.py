@@ -26,11 +26,11 @@ def input_statistics(
 ) -> Params:
     """What each leaf multiplies: Σ x xᵀ, Σ x², Σ |x|, max |x| and the number of rows x.
 
-    The model runs once over each batch, forward only, compiled once for each shape of a batch; sums stay on the device,
-    in float32. A leaf that is used several times (tied, a constant of a scan) adds its uses up; leaves that multiply the
-    same rows (query, key, value) share one object. A stack that a scan runs over has one statistic for each entry. Of a
-    convolution the rows are its patches; of a table that is looked up, the rows are counted (`LookupCounts`). With
-    sharded batches or params the sums are those of the whole batch.
+    The model runs once over each batch, forward only, compiled once for each shape of a batch; sums stay on the
+    device, in float32. A leaf that is used several times (tied, a constant of a scan) adds its uses up; leaves that
+    multiply the same rows (query, key, value) share one object. A stack that a scan runs over has one statistic for
+    each entry. Of a convolution the rows are its patches; of a table that is looked up, the rows are counted
+    (`LookupCounts`). With sharded batches or params the sums are those of the whole batch.
 
     Args:
         apply: `(params, *inputs) -> outputs`, pure.
@@ -51,8 +51,8 @@ def input_statistics(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
-        >>> found = input_statistics(lambda p, x: x @ p["kernel"] + p["bias"], params, [(jnp.array([[1.0, -2.0]]),)])
+        >>> params = {"kernel": jnp.ones((2, 3))}
+        >>> found = input_statistics(lambda p, x: x @ p["kernel"], params, [(jnp.array([[1.0, -2.0]]),)])
         >>> found["kernel"].gram.tolist(), found["kernel"].absolute_max.tolist(), found["kernel"].count.item()
         ([[1.0, -2.0], [-2.0, 4.0]], [1.0, 2.0], 1.0)
     """
@@ -108,8 +108,8 @@ def check_memory(program: Program, limit: int | None) -> None:
         return
     largest = max(sizes, key=lambda path: sizes[path])
     raise ValueError(
-        f"The statistics would take {total} bytes, `memory_limit` is {limit}; the largest are those of {largest!r} with "
-        f"{sizes[largest]}. Give fewer leaves by `select`, or `statistics` without 'gram' (D x D floats per leaf)."
+        f"The statistics would take {total} bytes, `memory_limit` is {limit}; the largest are those of {largest!r}, "
+        f"{sizes[largest]} bytes. Give fewer leaves by `select`, or `statistics` without 'gram' (D x D floats)."
     )
 
 

@@ -7,7 +7,7 @@ of the leaf), N rows.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,8 @@ class LookupCounts:
 
 Statistics = InputStatistics | LookupCounts
 
+_Statistics = TypeVar("_Statistics", InputStatistics, LookupCounts)
+
 
 def empty_statistics(
     stack: Sequence[int], width: int, names: Sequence[Statistic], *, cross: bool = False
@@ -115,7 +117,7 @@ def statistics_of(
     )
 
 
-def add_statistics(total: Statistics, more: Statistics) -> Statistics:
+def add_statistics(total: _Statistics, more: _Statistics) -> _Statistics:
     """The statistics of both sets of rows: sums are added, maxima compared.
 
     Example:
@@ -125,9 +127,9 @@ def add_statistics(total: Statistics, more: Statistics) -> Statistics:
         (2.0, 2.0, 1.0)
     """
     added = jax.tree.map(jnp.add, total, more)
-    if isinstance(added, LookupCounts) or added.absolute_max is None:
-        return added
-    return dataclasses.replace(added, absolute_max=jnp.maximum(total.absolute_max, more.absolute_max))
+    if isinstance(total, InputStatistics) and isinstance(more, InputStatistics) and total.absolute_max is not None:
+        return dataclasses.replace(added, absolute_max=jnp.maximum(total.absolute_max, more.absolute_max))
+    return added
 
 
 def add_at(
