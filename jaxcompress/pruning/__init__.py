@@ -2,6 +2,7 @@
 
 from jaxcompress.pruning._gradual import GradualState as GradualState
 from jaxcompress.pruning._gradual import gradual as gradual
+from jaxcompress.pruning._leaf_info import LeafInfo as LeafInfo
 from jaxcompress.pruning._masks import Scope as Scope
 from jaxcompress.pruning._masks import apply_masks as apply_masks
 from jaxcompress.pruning._masks import clip_weights as clip_weights
@@ -16,4 +17,7 @@ from jaxcompress.pruning._patterns import n_of_m as n_of_m
 from jaxcompress.pruning._patterns import unstructured as unstructured
 from jaxcompress.pruning._scores import gradient_scores as gradient_scores
 from jaxcompress.pruning._scores import magnitude_scores as magnitude_scores
+from jaxcompress.pruning._sparsegpt import sparsegpt as sparsegpt
 from jaxcompress.pruning._store import store_masked as store_masked
+from jaxcompress.pruning._wanda import wanda as wanda
+from jaxcompress.pruning._wanda import wanda_scores as wanda_scores
