@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.pruning._masks import Scope, apply_masks, overlay, ranked_masks
+from jaxcompress.pruning._masks import apply_masks, overlay
 from jaxcompress.pruning._patterns import Pattern, unstructured
+from jaxcompress.pruning._ranking import Scope, ranked_masks
 from jaxcompress.pruning._scores import checked_weight
 from jaxcompress.pruning._store import store_masked
 from jaxcompress.trace import selected_layouts

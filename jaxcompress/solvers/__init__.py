@@ -4,3 +4,4 @@ from jaxcompress.solvers._counting import count_true as count_true
 from jaxcompress.solvers._order import order_keys as order_keys
 from jaxcompress.solvers._rank import keep_largest as keep_largest
 from jaxcompress.solvers._runs import keep_in_runs as keep_in_runs
+from jaxcompress.solvers._share import share_of as share_of
