@@ -1,5 +1,7 @@
 """Array-level mathematics that several techniques share."""
 
+from jaxcompress.solvers._budget import Choice as Choice
+from jaxcompress.solvers._budget import cheapest_choice as cheapest_choice
 from jaxcompress.solvers._counting import count_true as count_true
 from jaxcompress.solvers._order import order_keys as order_keys
 from jaxcompress.solvers._rank import keep_largest as keep_largest
