@@ -1,6 +1,17 @@
 """Pruning: scores, masks, and pruning while training."""
 
+from jaxcompress.pruning._allocation import Allocation as Allocation
+from jaxcompress.pruning._allocation import erdos_renyi as erdos_renyi
+from jaxcompress.pruning._allocation import erdos_renyi_kernel as erdos_renyi_kernel
+from jaxcompress.pruning._allocation import global_rank as global_rank
+from jaxcompress.pruning._allocation import uniform as uniform
 from jaxcompress.pruning._counting_rules import CountingRule as CountingRule
+from jaxcompress.pruning._evidence_scores import add_movement as add_movement
+from jaxcompress.pruning._evidence_scores import fisher_scores as fisher_scores
+from jaxcompress.pruning._evidence_scores import movement_scores as movement_scores
+from jaxcompress.pruning._evidence_scores import random_scores as random_scores
+from jaxcompress.pruning._evidence_scores import snip_scores as snip_scores
+from jaxcompress.pruning._evidence_scores import taylor_scores as taylor_scores
 from jaxcompress.pruning._gradual import GradualState as GradualState
 from jaxcompress.pruning._gradual import gradual as gradual
 from jaxcompress.pruning._masks import apply_masks as apply_masks
@@ -8,6 +19,7 @@ from jaxcompress.pruning._masks import clip_weights as clip_weights
 from jaxcompress.pruning._masks import magnitude_masks as magnitude_masks
 from jaxcompress.pruning._masks import masks_from_scores as masks_from_scores
 from jaxcompress.pruning._masks import threshold_masks as threshold_masks
+from jaxcompress.pruning._normalize import normalized_scores as normalized_scores
 from jaxcompress.pruning._patterns import Block as Block
 from jaxcompress.pruning._patterns import NOfM as NOfM
 from jaxcompress.pruning._patterns import Pattern as Pattern
@@ -18,6 +30,9 @@ from jaxcompress.pruning._patterns import unstructured as unstructured
 from jaxcompress.pruning._ranking import Scope as Scope
 from jaxcompress.pruning._scores import gradient_scores as gradient_scores
 from jaxcompress.pruning._scores import magnitude_scores as magnitude_scores
+from jaxcompress.pruning._sensitivity import Sensitivity as Sensitivity
+from jaxcompress.pruning._sensitivity import by_sensitivity as by_sensitivity
+from jaxcompress.pruning._sensitivity import measure_sensitivity as measure_sensitivity
 from jaxcompress.pruning._sparsity import leaf_sparsities as leaf_sparsities
 from jaxcompress.pruning._sparsity import sparsity_of as sparsity_of
 from jaxcompress.pruning._store import store_masked as store_masked

@@ -24,9 +24,7 @@ class Choice(NamedTuple):
     bound: float
 
 
-def cheapest_choice(
-    costs: Sequence[Any], losses: Sequence[Any], budget: int, *, max_states: int = 200_000
-) -> Choice:
+def cheapest_choice(costs: Sequence[Any], losses: Sequence[Any], budget: int, *, max_states: int = 200_000) -> Choice:
     """Minimises Σ losses[i][o_i] subject to Σ costs[i][o_i] <= budget, over one option o_i for every item i.
 
     Dynamic programming over the items. A state is what some choice for the first items costs and loses. States that
