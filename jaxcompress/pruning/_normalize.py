@@ -39,7 +39,8 @@ def normalized_scores(scores: Params, *, by: Norm = "mean") -> Params:
 
     References:
         "lamp": Lee et al. 2021, "Layer-adaptive sparsity for the magnitude-based pruning", equation 3.
-        "l2": Molchanov et al. 2017, "Pruning convolutional neural networks for resource efficient inference", section 2.2.
+        "l2": Molchanov et al. 2017, "Pruning convolutional neural networks for resource
+        efficient inference", section 2.2.
     """
     if by not in _NORMS:
         raise ValueError(f"`by` must be 'mean', 'l2' or 'lamp', got {by!r}.")
