@@ -73,12 +73,11 @@ def group_lasso(
         ValueError: a negative constant strength, unknown groups; from `init` as `gradual`.
 
     Example:
-        >>> params = {"kernel": jnp.array([[3.0, 0.3], [4.0, 0.4]])}
-        >>> transform = group_lasso(strength=0.5)
+        >>> params = {"kernel": jnp.array([[2.0, 0.1]] * 4)}
+        >>> transform = group_lasso(strength=1.0)
         >>> state = transform.init(params, key=jax.random.key(0))
-        >>> transform.project(params, state)[0]["kernel"]  # the first norm is 5, and shrinks by √2 / 2
-        Array([[2.5757358, 0.       ],
-               [3.4343145, 0.       ]], dtype=float32)
+        >>> transform.project(params, state)[0]["kernel"][0]  # √|g| is 2, the norms are 4 and 0.2
+        Array([1., 0.], dtype=float32)
 
     References:
         Yuan and Lin 2006, "Model selection and estimation in regression with grouped variables"; Wen et al. 2016,
