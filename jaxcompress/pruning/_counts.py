@@ -2,11 +2,9 @@
 
 from typing import Any, Literal
 
-import numpy as np
-
-from jaxcompress.pruning._masks import check_sparsity
 from jaxcompress.pruning._matrices import Calibrated
 from jaxcompress.pruning._patterns import NOfM, Pattern
+from jaxcompress.pruning._ranking import check_shares, is_tree
 from jaxcompress.tree import is_unselected, leaves_with_paths
 
 Count = Literal["exact", "reference"]
@@ -35,17 +33,16 @@ def sparsity_by_path(sparsity: Any, leaves: list[Calibrated], pattern: Pattern) 
         if not isinstance(pattern, NOfM):
             raise ValueError("`sparsity` is needed: only patterns n of m imply one.")
         return {leaf.path: pattern.allowed for leaf in leaves}
-    if np.ndim(sparsity) == 0 and not isinstance(sparsity, dict):
-        found = {leaf.path: sparsity for leaf in leaves}
-    else:
-        given = dict(leaves_with_paths(sparsity, is_leaf=is_unselected))
-        found = {leaf.path: given.get(leaf.path) for leaf in leaves}
-    for path, share in found.items():
+    check_shares(sparsity)
+    given = dict(leaves_with_paths(sparsity, is_leaf=is_unselected)) if is_tree(sparsity) else {}
+    found = {}
+    for leaf in leaves:
+        share = given.get(leaf.path) if is_tree(sparsity) else sparsity
         if share is None or is_unselected(share):
-            raise ValueError(f"`sparsity` has no entry for leaf {path!r}.")
-        check_sparsity(share)
+            raise ValueError(f"`sparsity` has no entry for leaf {leaf.path!r}.")
         if float(share) > pattern.allowed + 1e-6:
             raise ValueError(
-                f"The pattern allows a `sparsity` of at most {pattern.allowed:g}, got {share} at {path!r}."
+                f"The pattern allows a `sparsity` of at most {pattern.allowed:g}, got {share} at {leaf.path!r}."
             )
-    return {path: float(share) for path, share in found.items()}
+        found[leaf.path] = float(share)
+    return found

@@ -1,20 +1,19 @@
 """Masks from scores: exact counts, at any scope, in any pattern. True is kept."""
 
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxcompress.pruning._patterns import Pattern, Unstructured, unstructured
-from jaxcompress.solvers import keep_largest
-from jaxcompress.trace import LeafLayout, default_layout
-from jaxcompress.tree import check_finite, is_unselected, leaves_with_paths, map_selected
+from jaxcompress.pruning._counting_rules import CountingRule, check_rule, drops, settle_ties
+from jaxcompress.pruning._patterns import Pattern, unstructured
+from jaxcompress.pruning._ranking import Scope, as_it_is, check_shares, ranked_masks
+from jaxcompress.pruning._scores import checked_weight
+from jaxcompress.trace import LeafLayout, default_layout, selected_layouts
+from jaxcompress.tree import check_finite, is_traced, is_unselected, map_selected
 from jaxcompress.types import Params, Selector, is_compressed
-
-Scope = Literal["leaf", "global", "row"]
 
 _UNSTRUCTURED = unstructured()
 
@@ -22,10 +21,11 @@ _UNSTRUCTURED = unstructured()
 def masks_from_scores(
     scores: Params,
     *,
-    sparsity: ArrayLike = 0.5,
+    sparsity: ArrayLike | Params = 0.5,
     scope: Scope = "leaf",
     pattern: Pattern = _UNSTRUCTURED,
     layouts: Params | None = None,
+    counting: CountingRule = "exact",
 ) -> Params:
     """Keeps exactly n - round(sparsity n) weights (halves to even) of every group of n: those with the highest scores.
 
@@ -33,28 +33,75 @@ def masks_from_scores(
 
     Args:
         scores: a partial tree, as the score functions return it; any float dtype.
-        sparsity: share of pruned weights in [0, 1]; may be traced, so that a schedule does not retrace (n is then
-            multiplied in float32).
+        sparsity: share of pruned weights in [0, 1]; may be traced, so that a schedule does not retrace (its float32
+            value is then what counts, exactly). Or a partial tree of them, one for each leaf that has scores, as the
+            allocations (`erdos_renyi` and others) return it; not in global scope.
         scope: what is ranked together: "leaf", "global" (all leaves), or "row" (the inputs of one output unit).
         pattern: `unstructured()`, `n_of_m(2, 4)` or `block(32, 32)`; with blocks, counts are of blocks.
         layouts: from `trace.layouts`; needed for rows and patterns where kernels are not (in..., out).
+        counting: "exact", or the rule of a reference implementation, for comparisons with it (unstructured only, a
+            concrete sparsity): "jaxpruner" keeps max(1, round((1 - sparsity) n)); "sparsegpt" drops all that is not
+            above the int(sparsity n)-th smallest score, counted from 0, as the magnitude pruning of the SparseGPT and
+            Wanda repositories does: one more than asked, and all ties; "tfmot" keeps all that reaches the
+            max(1, round((1 - sparsity) n))-th largest: all ties stay.
 
     Returns:
         A partial tree of bool masks, True = kept.
 
     Raises:
         ValueError: a concrete sparsity outside [0, 1] or above what the pattern allows; concrete scores with NaN or
-            Inf; an unknown scope. Names option or leaf.
+            Inf; an unknown scope or counting rule; a tree of sparsities without an entry for a leaf, with one for a
+            leaf without scores, or in global scope. Names option or leaf.
 
     Example:
         >>> scores = {"kernel": jnp.array([[3.0, 1.0], [2.0, 2.0]])}
         >>> masks_from_scores(scores, sparsity=0.5)
         {'kernel': Array([[ True, False],
                [ True, False]], dtype=bool)}
+        >>> masks_from_scores(scores, sparsity={"kernel": 0.25})["kernel"].sum()
+        Array(3, dtype=int32)
     """
-    check_sparsity(sparsity)
+    check_shares(sparsity)
     map_selected(lambda path, leaf: check_finite(path, leaf), scores)
-    return ranked_masks(scores, _layouts(scores, layouts), sparsity, scope=scope, pattern=pattern, score=_as_it_is)
+    known = _layouts(scores, layouts)
+    check_rule(counting, sparsity, pattern)
+    masks = ranked_masks(scores, known, sparsity, scope=scope, pattern=pattern, score=as_it_is, dropped=drops(counting))
+    return settle_ties(scores, masks, known, counting=counting, scope=scope)
+
+
+def magnitude_masks(
+    params: Params,
+    *,
+    sparsity: ArrayLike | Params = 0.5,
+    scope: Scope = "leaf",
+    pattern: Pattern = _UNSTRUCTURED,
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> Params:
+    """`masks_from_scores(magnitude_scores(params))` without storing the scores: no more memory than the masks need.
+
+    Args:
+        params: the tree; a compressed leaf counts as the array it stands for.
+        sparsity: see `masks_from_scores`.
+        scope: see `masks_from_scores`.
+        pattern: see `masks_from_scores`.
+        select: which leaves; see `trace.selected_layouts`.
+        layouts: from `trace.layouts`.
+
+    Returns:
+        A partial tree of bool masks, True = kept.
+
+    Raises:
+        ValueError: as `masks_from_scores` and `magnitude_scores`.
+
+    Example:
+        >>> magnitude_masks({"kernel": jnp.array([[-3.0, 1.0]]), "bias": jnp.ones(2)})
+        {'bias': Unselected, 'kernel': Array([[ True, False]], dtype=bool)}
+    """
+    check_shares(sparsity)
+    chosen = selected_layouts(params, select=select, layouts=layouts)
+    weights = map_selected(lambda path, _, leaf: checked_weight(path, leaf), chosen, params)
+    return ranked_masks(weights, chosen, sparsity, scope=scope, pattern=pattern, score=jnp.abs)
 
 
 def threshold_masks(scores: Params, *, threshold: ArrayLike | None = None, quantile: float | None = None) -> Params:
@@ -87,7 +134,7 @@ def threshold_masks(scores: Params, *, threshold: ArrayLike | None = None, quant
         check_finite(path, magnitude)
         # In float32: a threshold rounded to bfloat16 would be another one.
         magnitude = magnitude.astype(jnp.float32)
-        least = jnp.quantile(magnitude, quantile) if threshold is None else jnp.asarray(threshold, jnp.float32)
+        least = jnp.quantile(magnitude, quantile) if quantile is not None else jnp.asarray(threshold, jnp.float32)
         return magnitude >= least
 
     return map_selected(mask, scores)
@@ -123,7 +170,7 @@ def clip_weights(params: Params, limit: ArrayLike, *, select: Selector | None = 
         >>> clip_weights({"kernel": jnp.array([-3.0, 0.5])}, 1.0)
         {'kernel': Array([-1. ,  0.5], dtype=float32)}
     """
-    if not isinstance(limit, jax.core.Tracer) and not limit >= 0:
+    if not is_traced(limit) and not np.asarray(limit) >= 0:
         raise ValueError(f"`limit` must not be negative, got {limit}.")
 
     def clip(leaf: Any, mark: bool) -> Any:
@@ -135,52 +182,6 @@ def clip_weights(params: Params, limit: ArrayLike, *, select: Selector | None = 
 
     marks = jax.tree.map(lambda _: True, params, is_leaf=is_compressed) if select is None else select(params)
     return jax.tree.map(clip, params, marks, is_leaf=is_compressed)
-
-
-def ranked_masks(
-    leaves: Params,
-    layouts: Params,
-    sparsity: ArrayLike,
-    *,
-    scope: Scope,
-    pattern: Pattern,
-    score: Callable[[Any], jax.Array],
-) -> Params:
-    """`masks_from_scores` of `score(leaf)`, computed where it is compared, without checks.
-
-    Args:
-        leaves: a partial tree.
-        layouts: the partial tree of their layouts.
-        sparsity: as there.
-        scope: as there.
-        pattern: as there.
-        score: array -> scores.
-    """
-    chosen = [leaf for _, leaf in leaves_with_paths(map_selected(lambda _, leaf: leaf, leaves))]
-    found = [layout for _, layout in leaves_with_paths(layouts)]
-    if isinstance(pattern, Unstructured):
-        # Scores are then computed inside the counts, and never stored.
-        units, inside = chosen, score
-    else:
-        units, inside = (
-            [pattern.units(score(leaf), layout) for leaf, layout in zip(chosen, found, strict=True)],
-            _as_it_is,
-        )
-    axes = _group_axes(units, found, scope)
-    limits = [pattern.droppable(leaf.shape, layout) for leaf, layout in zip(chosen, found, strict=True)]
-    dropped = _dropped(units, axes, limits, sparsity, allowed=pattern.allowed)
-    kept = iter(keep_largest(units, dropped, axes=axes, score=inside))
-
-    def spread(_: str, leaf: Any, layout: LeafLayout) -> jax.Array:
-        return pattern.spread(next(kept), leaf.shape, layout)
-
-    return map_selected(spread, leaves, layouts)
-
-
-def check_sparsity(sparsity: ArrayLike) -> None:
-    """Raises when a concrete sparsity is outside [0, 1]."""
-    if not isinstance(sparsity, jax.core.Tracer) and not 0.0 <= float(np.asarray(sparsity)) <= 1.0:
-        raise ValueError(f"`sparsity` must be in [0, 1], got {sparsity}.")
 
 
 def overlay(partial: Params, params: Params) -> Params:
@@ -198,50 +199,3 @@ def _layouts(scores: Params, layouts: Params | None) -> Params:
         return found[0] if found and found[0].is_weight else default_layout(path, score)
 
     return map_selected(known, scores, *(() if layouts is None else (layouts,)))
-
-
-def _group_axes(units: list[Any], layouts: list[LeafLayout], scope: Scope) -> tuple[tuple[int, ...], ...] | None:
-    if scope == "global":
-        return None
-    if scope == "leaf":
-        return tuple(tuple(range(unit.ndim)) for unit in units)
-    if scope == "row":
-        return tuple(layout.input_axes for layout in layouts)
-    raise ValueError(f"`scope` must be 'leaf', 'global' or 'row', got {scope!r}.")
-
-
-def _dropped(
-    units: list[Any],
-    axes: tuple[tuple[int, ...], ...] | None,
-    limits: list[float],
-    sparsity: ArrayLike,
-    *,
-    allowed: float,
-) -> jax.Array:
-    """How many units of each group go: round(s n), and not more than the pattern allows."""
-    if axes is None:
-        sizes = [sum(unit.size for unit in units)]
-        most = [round(sum(limit * unit.size for limit, unit in zip(limits, units, strict=True)))]
-    else:
-        sizes = [_group_size(unit.shape, group) for unit, group in zip(units, axes, strict=True)]
-        most = [round(limit * size) for limit, size in zip(limits, sizes, strict=True)]
-    if isinstance(sparsity, jax.core.Tracer):
-        wanted = jnp.round(jnp.asarray(sizes, jnp.float32) * sparsity).astype(jnp.int32)
-    else:
-        share = float(np.asarray(sparsity))
-        if share > allowed + 1e-6:
-            raise ValueError(f"The pattern allows a `sparsity` of at most {allowed:g}, got {share:g}.")
-        wanted = jnp.asarray([round(share * size) for size in sizes], jnp.int32)
-    dropped = jnp.minimum(wanted, jnp.asarray(most, jnp.int32))
-    return dropped[0] if axes is None else dropped
-
-
-def _group_size(shape: tuple[int, ...], axes: tuple[int, ...]) -> int:
-    size = 1
-    for axis in axes:
-        size *= shape[axis]
-    return size
-
-
-def _as_it_is(score: jax.Array) -> jax.Array:
-    return score

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Shaped
 from jaxcompress.calibration import InputStatistics
 from jaxcompress.pruning._scores import checked_weight
 from jaxcompress.trace import LeafLayout, default_layout
-from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths, map_selected, map_with_path
+from jaxcompress.tree import Unselected, is_traced, is_unselected, leaves_with_paths, map_selected, map_with_path
 from jaxcompress.types import Params, Selector, is_compressed
 
 
@@ -131,5 +131,5 @@ def _check_width(entry: Calibrated, needs: str) -> None:
             f"{given[0]} and {given[1]}; give `layouts` from `trace.layouts`."
         )
     for part in jax.tree.leaves(found):
-        if not isinstance(part, jax.core.Tracer) and not bool(jnp.isfinite(part).all()):
+        if not is_traced(part) and not bool(jnp.isfinite(part).all()):
             raise ValueError(f"The statistics of leaf {entry.path!r} hold NaN or Inf.")

@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Num
+from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from jaxcompress.solvers import keep_in_runs
 from jaxcompress.trace import LeafLayout
@@ -117,12 +117,15 @@ class Block:
 
     def units(self, scores: Num[Array, "..."], layout: LeafLayout) -> Float[Array, "..."]:
         """The mean score of every tile, in float32."""
-        sizes = self._sizes(layout)
-        total = _tile_sums(scores.astype(jnp.float32), sizes)
-        return total / _tile_sums(jnp.ones(scores.shape, jnp.float32), sizes)
+        total = _tile_sums(scores.astype(jnp.float32), self._sizes(layout))
+        return total / self.counts(scores.shape, layout)
 
-    def spread(self, kept: Bool[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Bool[Array, "..."]:
-        """Every weight shares the fate of its tile."""
+    def counts(self, shape: tuple[int, ...], layout: LeafLayout) -> Float[Array, "..."]:
+        """Weights of every tile: fewer at the borders."""
+        return _tile_sums(jnp.ones(shape, jnp.float32), self._sizes(layout))
+
+    def spread(self, kept: Shaped[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Shaped[Array, "..."]:
+        """Every weight shares the fate (or whatever else is given) of its tile."""
         for axis, size in self._sizes(layout).items():
             kept = jnp.repeat(kept, size, axis=axis)
         return jax.lax.slice(kept, (0,) * len(shape), shape)

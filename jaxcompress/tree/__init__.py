@@ -1,6 +1,7 @@
 """Trees of parameters: paths, selectors, partial trees, keys."""
 
 from jaxcompress.tree._checks import check_finite as check_finite
+from jaxcompress.tree._checks import is_traced as is_traced
 from jaxcompress.tree._keys import split_key as split_key
 from jaxcompress.tree._maps import flatten_like as flatten_like
 from jaxcompress.tree._maps import leaf_paths as leaf_paths

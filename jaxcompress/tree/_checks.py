@@ -9,6 +9,16 @@ from jax.core import Tracer
 from jaxcompress.types import is_compressed
 
 
+def is_traced(value: Any) -> bool:
+    """Whether `value` is known only when the traced function runs; such values are never checked.
+
+    Example:
+        >>> is_traced(0.5), is_traced(jnp.ones(2))
+        (False, False)
+    """
+    return isinstance(value, Tracer)
+
+
 def check_finite(path: str, leaf: Any) -> None:
     """Raises when a concrete array holds NaN or Inf; traced values are never checked.
 
@@ -24,7 +34,7 @@ def check_finite(path: str, leaf: Any) -> None:
         Traceback (most recent call last):
         ValueError: Leaf 'dense/kernel' holds 1 NaN and 0 Inf among 2 values; ...
     """
-    if isinstance(leaf, Tracer) or is_compressed(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if is_traced(leaf) or is_compressed(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
     # Inside `jit` a concrete array may still be at hand: it is checked there and then.
     with jax.ensure_compile_time_eval():

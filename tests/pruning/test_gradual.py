@@ -81,7 +81,7 @@ def test_laws(name):
 
 
 def test_pruned_weights_get_no_gradient_and_may_come_back_until_frozen():
-    transform = pruning.gradual(schedule=constant(0.5), every=1, freeze_at=2)
+    transform = pruning.gradual(schedule=constant(0.5), every=1, freeze_at=2, rerank=True)
     params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
     state = transform.init(params, key=jax.random.key(0))
     update = jax.jit(lambda p, s: transform.update(p, s, p, key=jax.random.key(0), loss=0.0)[0])
@@ -93,6 +93,36 @@ def test_pruned_weights_get_no_gradient_and_may_come_back_until_frozen():
     assert state.fixed.masks["w"].tolist() == [[True, True, False, False]]
     state = update(params, state)
     assert state.fixed.masks["w"].tolist() == [[True, True, False, False]]
+
+
+def test_no_ranking_while_the_schedule_stands_still():
+    transform = pruning.gradual(schedule=cubic(0.0, 0.5, begin=0, end=2), every=1)
+    params = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}
+    state = transform.init(params, key=jax.random.key(0))
+    update = jax.jit(lambda p, s: transform.update(p, s, p, key=jax.random.key(0), loss=0.0)[0])
+    for _ in range(3):
+        state = update(params, state)
+    assert float(state.fixed.sparsity) == 0.5
+    state = update({"w": params["w"][:, ::-1]}, state)
+    assert state.fixed.masks["w"].tolist() == [[False, False, True, True]]
+
+
+def test_a_sparsity_per_leaf_follows_the_schedule():
+    params = {"a": jnp.arange(1.0, 11.0).reshape(2, 5), "b": jnp.arange(1.0, 11.0).reshape(5, 2)}
+    transform = pruning.gradual(
+        schedule=cubic(0.0, 1.0, begin=0, end=2), every=1, sparsities={"a": 0.8, "b": 0.6}, store="dense"
+    )
+    state = transform.init(params, key=jax.random.key(0))
+    update = jax.jit(lambda s: transform.update(params, s, params, key=jax.random.key(0), loss=0.0)[0])
+    found = []
+    for _ in range(3):
+        state = update(state)
+        found.append([int((~mask).sum()) for mask in jax.tree.leaves(state.fixed.masks)])
+    # The cubic is at 0, 7/8 and 1.
+    assert found == [[0, 0], [7, 5], [8, 6]]
+    mistaken = pruning.gradual(schedule=constant(1.0), every=1, sparsities={"a": 0.8, "b": tree.Unselected})
+    with pytest.raises(ValueError, match="has no entry"):
+        mistaken.update(params, state, params, key=jax.random.key(0), loss=0.0)
 
 
 def test_stacked_leaves_are_stored_layer_by_layer():
