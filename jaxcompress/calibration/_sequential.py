@@ -21,7 +21,7 @@ GroupFn = Callable[[Params, Params, Params], tuple[Params, Mapping[str, Any]]]
 def sequential(
     apply: Callable[..., Any],
     params: Params,
-    batches: Iterable[tuple[Any, ...]],
+    batches: Iterable[Any],
     fn: GroupFn,
     *,
     select: Selector | None = None,
@@ -87,6 +87,9 @@ def sequential(
         if turn.entry is None:
             check_totals(program, totals, only=turn.group)
         progress.compress(turn, totals[turn.group], fn)
+        if turn.entry is None:
+            # `fn` may have kept the sums, and the next step would donate them.
+            totals[turn.group] = program.zero(turn.group)
     return progress.result(), progress.info
 
 
