@@ -19,5 +19,7 @@ from jaxcompress.pruning._scores import gradient_scores as gradient_scores
 from jaxcompress.pruning._scores import magnitude_scores as magnitude_scores
 from jaxcompress.pruning._sparsegpt import sparsegpt as sparsegpt
 from jaxcompress.pruning._store import store_masked as store_masked
+from jaxcompress.pruning._tune import alps as alps
+from jaxcompress.pruning._tune import tune_masked as tune_masked
 from jaxcompress.pruning._wanda import wanda as wanda
 from jaxcompress.pruning._wanda import wanda_scores as wanda_scores

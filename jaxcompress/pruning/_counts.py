@@ -40,12 +40,13 @@ def sparsity_by_path(sparsity: Any, leaves: list[Calibrated], pattern: Pattern) 
     else:
         given = dict(leaves_with_paths(sparsity, is_leaf=is_unselected))
         found = {leaf.path: given.get(leaf.path) for leaf in leaves}
-    for path, share in found.items():
-        if share is None or is_unselected(share):
-            raise ValueError(f"`sparsity` has no entry for leaf {path!r}.")
+    missing = [path for path, share in found.items() if share is None or is_unselected(share)]
+    if missing:
+        raise ValueError(f"`sparsity` has no entry for leaf {missing[0]!r}.")
+    shares = {path: float(share) for path, share in found.items()}  # type: ignore[arg-type]
+    for path, share in shares.items():
         check_sparsity(share)
-        if float(share) > pattern.allowed + 1e-6:
-            raise ValueError(
-                f"The pattern allows a `sparsity` of at most {pattern.allowed:g}, got {share} at {path!r}."
-            )
-    return {path: float(share) for path, share in found.items()}
+        if share > pattern.allowed + 1e-6:
+            allowed = f"The pattern allows a `sparsity` of at most {pattern.allowed:g}"
+            raise ValueError(f"{allowed}, got {share} at leaf {path!r}.")
+    return shares

@@ -82,6 +82,18 @@ def test_layers_of_a_scan_take_turns(dense_inputs):
     jax.tree.map(lambda w, v: np.testing.assert_array_equal(w, 2 * v), found, stack)
 
 
+def test_groups_together_see_the_same_model():
+    seen = []
+    calibration.sequential(_apply, PARAMS, [(X,)], _double(seen), together=lambda path: "all")
+    expected = calibration.input_statistics(_apply, PARAMS, [(X,)])
+    assert [names for names, _, _ in seen] == [["a", "b"], ["last"]]
+    for (names, statistics, _), name in zip(seen, ("a", "last"), strict=True):
+        np.testing.assert_allclose(statistics.gram, expected[name].gram, rtol=1e-5, err_msg=names[0])
+    apart = []
+    calibration.sequential(_apply, PARAMS, [(X,)], _double(apart), together=lambda path: path)
+    assert float(jnp.abs(apart[1][1].gram - seen[1][1].gram).max()) > 0.1
+
+
 def test_compressed_leaves_come_back_and_are_run_on():
     seen = []
 
