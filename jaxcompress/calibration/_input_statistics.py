@@ -17,7 +17,7 @@ from jaxcompress.types import Params, Selector
 def input_statistics(
     apply: Callable[..., Any],
     params: Params,
-    batches: Iterable[tuple[Any, ...]],
+    batches: Iterable[Any],
     *,
     select: Selector | None = None,
     statistics: Sequence[Statistic] = STATISTICS,

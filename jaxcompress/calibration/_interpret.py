@@ -25,6 +25,9 @@ from jaxcompress.trace import Body, LeafLayout, Origin, as_body, called_body, re
 Totals = dict[int, Statistics]
 """Number of a group of leaves that share their inputs -> what has been summed up."""
 
+ALL, NONE = -1, -2
+"""Of a group that is gathered in sequence: every stack entry, or nothing."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tap:
@@ -91,7 +94,7 @@ class Interpreter:
         taps: leaf number -> tap.
         totals: the sums so far.
         mask: weights of rows, or None.
-        active: None: every group is gathered. Otherwise a traced pair (group, stack entry or -1): that one only.
+        active: None: every group is gathered. Otherwise, for each group, the stack entry to gather, `ALL` or `NONE`.
         count: number of streams, 1 or 2.
         note: told about every use.
     """
@@ -99,7 +102,7 @@ class Interpreter:
     taps: Mapping[int, Tap]
     totals: Totals
     mask: Any = None
-    active: tuple[Any, Any] | None = None
+    active: Any = None
     count: int = 1
     note: Callable[[Use], None] = lambda use: None
     place: tuple[int | None, ...] = (0,)
@@ -161,10 +164,10 @@ class Interpreter:
         if self.active is None:
             self.totals[group] = add(self.totals[group])
             return
-        wanted, entry = self.active
-        due = wanted == group
+        entry = self.active[group]
+        due = entry != NONE
         if len(starts) == 1:
-            due &= (entry < 0) | (starts[0] == entry)
+            due &= (entry == ALL) | (starts[0] == entry)
         self.totals[group] = jax.lax.cond(due, add, lambda total: total, self.totals[group])
 
 

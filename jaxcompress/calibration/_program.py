@@ -67,10 +67,11 @@ class Program:
 
     def zeros(self) -> Totals:
         """Empty sums."""
-        return {
-            number: jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), group.empty)
-            for number, group in enumerate(self.groups)
-        }
+        return {number: self.zero(number) for number in range(len(self.groups))}
+
+    def zero(self, group: int) -> Statistics:
+        """Empty sums of one group."""
+        return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), self.groups[group].empty)
 
     def tree(self, entries: Mapping[int, Any], blank: Any) -> Params:
         """A tree with entries at some leaves."""
@@ -172,8 +173,8 @@ def _uses(model: _Model, inputs: tuple[Any, ...], taps: Mapping[int, Tap], row_m
     missing = [tap.path for number, tap in taps.items() if number not in {use.leaf for use in uses.values()}]
     if missing:
         raise ValueError(
-            f"No input of leaf {missing[0]!r} was reached: the model uses it inside `shard_map`, a Pallas kernel, or "
-            "after arithmetic on the leaf itself; exclude it, or gather before such a wrapper is applied."
+            f"No input of leaf {missing[0]!r} was reached: the model uses it in the condition of a loop, inside "
+            "`shard_map` or a kernel; exclude it, or gather from a model without that wrapper."
         )
     return list(uses.values())
 

@@ -1,13 +1,16 @@
 """Compressing leaf by leaf, in execution order: later leaves see what earlier ones became."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.calibration._input_statistics import check_memory, check_totals
+from jaxcompress.calibration._interpret import ALL, NONE
 from jaxcompress.calibration._program import Group, Program, RowMask, build
 from jaxcompress.calibration._statistics import STATISTICS, Statistic
 from jaxcompress.trace import LeafLayout
@@ -21,20 +24,21 @@ GroupFn = Callable[[Params, Params, Params], tuple[Params, Mapping[str, Any]]]
 def sequential(
     apply: Callable[..., Any],
     params: Params,
-    batches: Iterable[tuple[Any, ...]],
+    batches: Iterable[Any],
     fn: GroupFn,
     *,
     select: Selector | None = None,
     statistics: Sequence[Statistic] = STATISTICS,
     row_mask: RowMask | None = None,
+    together: Callable[[str], Any] | None = None,
     dense_inputs: bool = False,
     memory_limit: int | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Compresses group after group of leaves that share their inputs; each sees the inputs that it will really get.
 
-    For each group the batches run once more, through what has been compressed so far; the model is compiled once for
-    each shape of a batch, not once for each group. The entries of a stack that a scan runs over are leaves of their
-    own here: layer 0 is done before layer 1 is looked at.
+    For each group (or for those `together`) the batches run once more, through what has been compressed so far; the
+    model is compiled once for each shape of a batch, not once for each group. The entries of a stack that a scan runs
+    over are leaves of their own here: layer 0 is done before layer 1 is looked at.
 
     Args:
         apply: as for `input_statistics`.
@@ -47,6 +51,8 @@ def sequential(
         select: as for `input_statistics`.
         statistics: likewise.
         row_mask: likewise.
+        together: path of a group's first leaf -> key. Neighbouring groups of equal keys are gathered in one run of
+            the batches, before any of them is compressed: fewer runs, and inputs that are a little out of date.
         dense_inputs: also gather `InputStatistics.cross`, between the inputs in the dense model and those in the
             compressed one; both then run.
         memory_limit: as for `input_statistics`.
@@ -79,14 +85,20 @@ def sequential(
     check_memory(program, memory_limit)
     progress = _Progress(program, params)
     totals = program.zeros()
-    for turn in _turns(program):
+    for turns in _runs(program, together):
+        active = np.full(len(program.groups), NONE, np.int32)
+        for turn in turns:
+            active[turn.group] = ALL if turn.entry is None else turn.entry
+        trees = (params, progress.running()) if dense_inputs else (progress.running(),)
         for batch in kept:
-            trees = (params, progress.running()) if dense_inputs else (progress.running(),)
-            active = (jnp.int32(turn.group), jnp.int32(-1 if turn.entry is None else turn.entry))
             totals = program.step(totals, trees, batch, active)
-        if turn.entry is None:
-            check_totals(program, totals, only=turn.group)
-        progress.compress(turn, totals[turn.group], fn)
+        for turn in turns:
+            if turn.entry is None:
+                check_totals(program, totals, only=turn.group)
+            progress.compress(turn, totals[turn.group], fn)
+            if turn.entry is None:
+                # `fn` may have kept the sums, and the next step would donate them.
+                totals[turn.group] = program.zero(turn.group)
     return progress.result(), progress.info
 
 
@@ -98,7 +110,20 @@ class _Turn:
     entry: int | None
 
 
-def _turns(program: Program) -> Iterator[_Turn]:
+def _runs(program: Program, together: Callable[[str], Any] | None) -> Iterator[list[_Turn]]:
+    """What each run of the batches gathers."""
+    turns = _turns(program)
+    if together is None:
+        return ([turn] for turn in turns)
+
+    def key(turn: _Turn) -> Any:
+        # Entry after entry even where the key is the same: a group has one entry active at a time.
+        return turn.entry, together(program.leaves[program.groups[turn.group].leaves[0]][0])
+
+    return (list(run) for _, run in itertools.groupby(turns, key))
+
+
+def _turns(program: Program) -> list[_Turn]:
     """Groups in execution order; those inside one loop take turns, entry by entry."""
     turns = []
     for number, group in enumerate(program.groups):
@@ -108,7 +133,7 @@ def _turns(program: Program) -> Iterator[_Turn]:
             continue
         for entry in range(leaf.shape[layout.stack_axes[0]]):
             turns.append((_filled(group, entry), number, _Turn(number, entry)))
-    return iter([turn for _, _, turn in sorted(turns, key=lambda item: item[:2])])
+    return [turn for _, _, turn in sorted(turns, key=lambda item: item[:2])]
 
 
 def _filled(group: Group, entry: int) -> tuple[int, ...]:

@@ -50,5 +50,7 @@ from jaxcompress.pruning._sparsity import sparsity_of as sparsity_of
 from jaxcompress.pruning._sr_ste import sr_ste as sr_ste
 from jaxcompress.pruning._store import store_masked as store_masked
 from jaxcompress.pruning._straight_through import straight_through_magnitude as straight_through_magnitude
+from jaxcompress.pruning._tune import alps as alps
+from jaxcompress.pruning._tune import tune_masked as tune_masked
 from jaxcompress.pruning._wanda import wanda as wanda
 from jaxcompress.pruning._wanda import wanda_scores as wanda_scores

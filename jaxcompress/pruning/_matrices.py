@@ -36,6 +36,11 @@ class Calibrated:
     layout: LeafLayout
     statistics: InputStatistics
 
+    @property
+    def stack(self) -> int:
+        """Number of stack entries."""
+        return math.prod(self.weight.shape[axis] for axis in self.layout.stack_axes)
+
     def matrix(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "S D R"]:
         """An array of the leaf's shape, as one matrix for each stack entry."""
         layout = self.layout

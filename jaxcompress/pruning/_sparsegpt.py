@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
+from jaxcompress.pruning._hessian import problem
 from jaxcompress.pruning._leaf_info import LeafInfo, output_error
 from jaxcompress.pruning._matrices import Calibrated, calibrated, entries, with_leaves
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
@@ -19,7 +20,6 @@ from jaxcompress.solvers import (
     QuantizeColumn,
     StartGroup,
     block_sizes,
-    damped_cholesky,
     inverse_factor,
     keep_in_runs,
     keep_largest,
@@ -147,10 +147,10 @@ def _prune(entry: Calibrated, sparsity: float, rule: _Rule) -> tuple[jax.Array, 
     gram = entry.flat(statistics.gram, ndim=2)
     cross = None if statistics.cross is None else entry.flat(statistics.cross, ndim=2)
     weights = entry.matrix(entry.weight).astype(jnp.float32)
-    scale = 2.0 / statistics.count.reshape(-1)
+    rows = statistics.count.reshape(-1)
     depth, width = weights.shape[1:]
     dropped = np.int32(round(sparsity * depth * width))
-    solved, before, after = _solve(weights, gram, cross, scale, dropped, np.float32(sparsity), rule)
+    solved, before, after = _solve(weights, gram, cross, rows, dropped, np.float32(sparsity), rule)
     pruned = entry.leaf(solved.weights).astype(entry.weight.dtype)
     return pruned, LeafInfo(
         sparsity=float((pruned == 0).mean()) if pruned.size else 0.0,
@@ -167,7 +167,7 @@ def _solve(
     weights: Float32[Array, "S D R"],
     gram: Float32[Array, "S D D"],
     cross: Float32[Array, "S D D"] | None,
-    scale: Float32[Array, " S"],
+    count: Float32[Array, " S"],
     dropped: Any,
     sparsity: Any,
     rule: _Rule,
@@ -175,7 +175,7 @@ def _solve(
     def one(parts: Any) -> tuple[_Solved, Array]:
         return _solve_matrix(*parts, dropped=dropped, sparsity=sparsity, rule=rule)
 
-    solved, targets = jax.lax.map(one, (weights, gram, cross, scale))
+    solved, targets = jax.lax.map(one, (weights, gram, cross, count))
     masked = jnp.where(solved.weights == 0, 0.0, targets)
     return solved, output_error(gram, targets, masked), output_error(gram, targets, solved.weights)
 
@@ -184,21 +184,14 @@ def _solve_matrix(
     weights: Float32[Array, "D R"],
     gram: Float32[Array, "D D"],
     cross: Float32[Array, "D D"] | None,
-    scale: Float32[Array, ""],
+    count: Float32[Array, ""],
     *,
     dropped: Any,
     sparsity: Any,
     rule: _Rule,
 ) -> tuple[_Solved, Float32[Array, "D R"]]:
-    hessian = gram * scale
-    dead = jnp.diagonal(hessian) == 0
-    alive = jnp.where(dead.all(), 1.0, jnp.diagonal(hessian).sum() / jnp.maximum((~dead).sum(), 1))
-    # A dead input gets a diagonal of its own, or nothing could be factored; the reference's is 1.
-    fill = 1.0 if rule.count == "reference" else alive
-    hessian = hessian + jnp.diag(jnp.where(dead, fill, 0.0))
-    if cross is not None:
-        weights = dense_targets(weights, hessian, cross * scale, rule.damping)
-    targets = jnp.where(dead[:, None], 0.0, weights)
+    dead_diagonal = 1.0 if rule.count == "reference" else None
+    targets, hessian, _ = problem(weights, gram, cross, count, rule.damping, dead_diagonal=dead_diagonal)
     factor = inverse_factor(hessian, rule.damping)
     hooks = _hooks(targets, jnp.diagonal(factor.factor), dropped, sparsity, rule)
     solved = solve_columns(
@@ -211,22 +204,6 @@ def _solve_matrix(
         **hooks,
     )
     return _Solved(solved, factor.damping, factor.retries), targets
-
-
-def dense_targets(
-    weights: Float32[Array, "D R"], hessian: Float32[Array, "D D"], cross: Float32[Array, "D D"], damping: float
-) -> Float32[Array, "D R"]:
-    """The weights whose outputs on the new inputs X come closest to the dense ones, Y W: W + H⁻¹ (XᵀY - XᵀX) W.
-
-    Args:
-        weights: W.
-        hessian: XᵀX, positive definite.
-        cross: YᵀX, on the same scale.
-        damping: λ; with a large one the weights stay W.
-    """
-    factor = damped_cholesky(hessian, damping).factor
-    gap = jnp.matmul(cross.T - hessian, weights, precision=jax.lax.Precision.HIGHEST)
-    return weights + jax.scipy.linalg.cho_solve((factor, True), gap)
 
 
 def _hooks(

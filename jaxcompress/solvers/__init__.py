@@ -1,5 +1,7 @@
 """Array-level mathematics that several techniques share."""
 
+from jaxcompress.solvers._alternating import KeepMask as KeepMask
+from jaxcompress.solvers._alternating import alternating_mask as alternating_mask
 from jaxcompress.solvers._budget import Choice as Choice
 from jaxcompress.solvers._budget import cheapest_choice as cheapest_choice
 from jaxcompress.solvers._cholesky import DampedFactor as DampedFactor
@@ -12,6 +14,7 @@ from jaxcompress.solvers._columns import StartGroup as StartGroup
 from jaxcompress.solvers._columns import block_sizes as block_sizes
 from jaxcompress.solvers._columns import solve_columns as solve_columns
 from jaxcompress.solvers._counting import count_true as count_true
+from jaxcompress.solvers._masked import masked_least_squares as masked_least_squares
 from jaxcompress.solvers._order import order_keys as order_keys
 from jaxcompress.solvers._rank import keep_largest as keep_largest
 from jaxcompress.solvers._runs import keep_in_runs as keep_in_runs

@@ -4,6 +4,7 @@ Shape letters: D inputs, R outputs; a kernel is (D, R), so that one *column* of 
 here. B inputs in a block.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -200,9 +201,8 @@ def _solve_step(
     def column(i: Int32[Array, ""], state: Any) -> Any:
         weights, errors, kept = state
         if rules.keep_run is not None:
-            kept = jax.lax.cond(
-                i % rules.run == 0, lambda kept: _run_kept(weights, kept, diagonal, i, rules), _same, kept
-            )
+            decide = functools.partial(_run_kept, weights=weights, diagonal=diagonal, i=i, rules=rules)
+            kept = jax.lax.cond(i % rules.run == 0, decide, _same, kept)
         own = weights[i]
         found = own if rules.quantize_column is None else rules.quantize_column(own, parameters, index + i)
         found = jnp.where(kept[i], found, 0.0)
@@ -216,7 +216,7 @@ def _solve_step(
     return weights, errors
 
 
-def _run_kept(weights: Array, kept: Array, *, diagonal: Array, i: Array, rules: _Rules) -> Array:
+def _run_kept(kept: Array, *, weights: Array, diagonal: Array, i: Array, rules: _Rules) -> Array:
     assert rules.keep_run is not None  # the caller looked
     own, before, scale = (jax.lax.dynamic_slice_in_dim(part, i, rules.run) for part in (weights, kept, diagonal))
     return jax.lax.dynamic_update_slice_in_dim(kept, before & rules.keep_run(own, scale), i, 0)
