@@ -66,7 +66,10 @@ def main() -> None:
     for method in arguments.methods:
         for sparsity in (0.0,) if method == "dense" else arguments.sparsities:
             begun = time.perf_counter()
-            runs = [train(method, sparsity, data, epochs=epochs, seed=seed, settings=setting(arguments, method)) for seed in seeds]
+            runs = [
+                train(method, sparsity, data, epochs=epochs, seed=seed, settings=setting(arguments, method))
+                for seed in seeds
+            ]
             accuracies = [accuracy for accuracy, _ in runs]
             rows.append(
                 {
@@ -111,9 +114,14 @@ def images(path: Path | None, *, validate: bool, quick: bool) -> dict[str, tuple
     """(pixels as uint8, labels) to train on and to report."""
     read = functools.partial(_idx, path)
     x, y = read("train-images-idx3-ubyte.gz"), read("train-labels-idx1-ubyte.gz")
-    held = (x[55000:], y[55000:]) if validate else (read("t10k-images-idx3-ubyte.gz"), read("t10k-labels-idx1-ubyte.gz"))
+    held = (
+        (x[55000:], y[55000:]) if validate else (read("t10k-images-idx3-ubyte.gz"), read("t10k-labels-idx1-ubyte.gz"))
+    )
     count = 4096 if quick else 55000
-    return {"train": (jnp.asarray(x[:count]), jnp.asarray(y[:count])), "held": (jnp.asarray(held[0]), jnp.asarray(held[1]))}
+    return {
+        "train": (jnp.asarray(x[:count]), jnp.asarray(y[:count])),
+        "held": (jnp.asarray(held[0]), jnp.asarray(held[1])),
+    }
 
 
 def _idx(path: Path, name: str) -> np.ndarray:
@@ -132,7 +140,9 @@ def train(
     steps = epochs * per_epoch
     transform = transforms(method, sparsity, steps, settings.options)
     rate = optax.schedules.warmup_cosine_decay_schedule(0.0, settings.rate, per_epoch // 2, steps)
-    optimizer = optax.adamw(rate, weight_decay=settings.decay, mask=lambda tree: jax.tree.map(lambda w: w.ndim > 1, tree))
+    optimizer = optax.adamw(
+        rate, weight_decay=settings.decay, mask=lambda tree: jax.tree.map(lambda w: w.ndim > 1, tree)
+    )
     init_state, step = make_train_step(
         apply,
         None,
@@ -146,7 +156,9 @@ def train(
     @functools.partial(jax.jit, donate_argnums=0)
     def epoch(state: Any, key: jax.Array, x: jax.Array, y: jax.Array) -> Any:
         order = jax.random.permutation(key, len(y))[: per_epoch * BATCH].reshape(per_epoch, BATCH)
-        return jax.lax.scan(lambda state, rows: (step(state, None, {"x": x[rows], "labels": y[rows]})[0], None), state, order)[0]
+        return jax.lax.scan(
+            lambda state, rows: (step(state, None, {"x": x[rows], "labels": y[rows]})[0], None), state, order
+        )[0]
 
     for key in jax.random.split(jax.random.key(200 + seed), epochs):
         state = epoch(state, key, *data["train"])
