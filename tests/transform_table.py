@@ -70,7 +70,7 @@ TABLE: dict[str, Row] = {
     "SR-STE": Row(make=lambda: pruning.sr_ste(2, 4, strength=0.1), zeros=0.5),
     "group lasso": Row(make=lambda: pruning.group_lasso(strength=0.05, freeze_at=3), zeros=None),
     "group lasso, blocks": Row(
-        make=lambda: pruning.group_lasso(strength=0.03, groups=pruning.block(4, 4)), zeros=None, variant=True
+        make=lambda: pruning.group_lasso(strength=0.05, groups=pruning.block(4, 4)), zeros=None, variant=True
     ),
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
