@@ -28,7 +28,7 @@ class Groups:
         sizes = [math.prod(leaf.shape[axis] for axis in leaf.axes) for leaf in self.leaves]
         return [sum(sizes)] if self.together else sizes
 
-    def join(self, parts: list[Shaped[Array, " own"]]) -> Shaped[Array, " groups"]:
+    def join(self, parts: list[Array]) -> Shaped[Array, " groups"]:
         """Counts in every leaf -> counts per group."""
         return functools.reduce(jnp.add, parts) if self.together else jnp.concatenate(parts)
 

@@ -1,0 +1,144 @@
+"""The laws of the contract, on every transform there is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toys
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from transform_table import TABLE, batch, model, params, run, trained
+
+import jaxcompress as jc
+from jaxcompress.checkpoint import restore, save
+from jaxcompress.quantization import QuantSpec, quantization_aware
+from jaxcompress.tree import is_unselected
+from jaxcompress.types import TransformState
+
+pytestmark = pytest.mark.parametrize("name", TABLE)
+
+
+def _weights(tree):
+    return [tree[layer]["kernel"] for layer in ("first", "second")]
+
+
+def _assert_same(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def test_one_trace_over_all_steps(name):
+    _, state, traces = trained(name)
+    assert traces == 1
+    assert int(state.step) == 5
+
+
+def test_apply_keeps_structure_shapes_and_dtypes(name):
+    transform, state, _ = trained(name)
+    effective = transform.apply(state.params, state.transform_state)
+    assert jax.tree.structure(effective) == jax.tree.structure(state.params)
+    for x, y in zip(jax.tree.leaves(effective), jax.tree.leaves(params()), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
+    narrow = transform.apply(half, state.transform_state)
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype("bfloat16")}
+    for x, y in zip(_weights(narrow), _weights(effective), strict=True):
+        assert bool((x[y == 0] == 0).all())
+
+
+def test_zeros_are_as_many_as_asked(name):
+    transform, state, _ = trained(name)
+    effective = transform.apply(state.params, state.transform_state)
+    zeros = sum(int((w == 0).sum()) for w in _weights(effective))
+    total = sum(w.size for w in _weights(effective))
+    if TABLE[name].zeros is None:
+        assert zeros < total
+        assert zeros > 0 or "bits" in name
+    else:
+        assert zeros == round(TABLE[name].zeros * total)
+
+
+def test_jit_equals_eager(name):
+    transform, state, _ = trained(name)
+    for key in (None, jax.random.key(5)):
+        eager = transform.apply(state.params, state.transform_state, key=key)
+        jitted = jax.jit(lambda p, s, key=key: transform.apply(p, s, key=key))(state.params, state.transform_state)
+        _assert_same(jitted, eager)
+    grads = jax.tree.map(lambda w: jnp.sin(50 * w), state.params)
+    stage_grads = (grads,) * len(transform.stages) if transform.stages else grads
+
+    def after(tree, inner):
+        inner, fresh = transform.update(stage_grads, inner, tree, key=jax.random.key(6), loss=jnp.float32(0.3))
+        return transform.project(tree, inner), fresh
+
+    (tree, inner), fresh = after(state.params, state.transform_state)
+    (jitted_tree, jitted_inner), jitted_fresh = jax.jit(after)(state.params, state.transform_state)
+    _assert_same((inner, fresh), (jitted_inner, jitted_fresh))
+    for x, y in zip(jax.tree.leaves(jitted_tree), jax.tree.leaves(tree), strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=1e-5)
+    marks = [] if fresh is None else jax.tree.leaves(fresh, is_leaf=is_unselected)
+    for mark, leaf in zip(marks, jax.tree.leaves(state.params), strict=fresh is not None):
+        assert is_unselected(mark) or (mark.shape == leaf.shape and mark.dtype == bool)
+    penalty = transform.penalty(state.transform_state, state.params, loss=jnp.float32(0.3))
+    assert jnp.shape(penalty) == ()
+    assert np.isfinite(penalty)
+
+
+def test_what_is_stored_is_what_was_trained(name):
+    transform, state, _ = trained(name)
+    effective = jax.jit(transform.apply)(state.params, state.transform_state)
+    final = transform.finalize(state.params, state.transform_state)
+    _assert_same(jax.jit(jc.materialize)(final), effective)
+    x = batch()["x"]
+    np.testing.assert_allclose(jax.jit(jc.execute(model))(final, x), jax.jit(model)(effective, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        lambda: quantization_aware(QuantSpec(bits=4, group_size=8)),
+        lambda: quantization_aware(QuantSpec(bits=3, symmetric=False)),
+        lambda: jc.pruning.sr_ste(2, 4),
+        lambda: toys.toy_scale(0.7),
+    ],
+)
+def test_zeros_stay_zero_through_later_transforms(name, later):
+    transform, state, _ = trained(name)
+    before = transform.apply(state.params, state.transform_state)
+    second = later()
+    after = second.apply(before, second.init(before, key=jax.random.key(0)))
+    for x, y in zip(_weights(before), _weights(after), strict=True):
+        assert bool((y[x == 0] == 0).all())
+
+
+def test_state_is_strongly_typed_and_survives_a_checkpoint(name, tmp_path):
+    _, state, _ = trained(name)
+    inner = state.transform_state
+    assert isinstance(inner, TransformState)
+    assert not any(leaf.weak_type for leaf in jax.tree.leaves(inner))
+    save(tmp_path / "state", {"state": inner, "params": state.params})
+    found, _ = restore(tmp_path / "state", like={"state": inner, "params": state.params})
+    _assert_same(found["state"], inner)
+
+
+def test_one_and_eight_devices_agree(name):
+    if TABLE[name].variant:
+        return
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    _, alone, _ = trained(name)
+    split, whole, rows = (NamedSharding(mesh, spec) for spec in (P(None, "data"), P(), P("data")))
+
+    def place(tree):
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, split if leaf.ndim > 1 else whole), tree)
+
+    _, spread, traces = run(TABLE[name], place, lambda tree: jax.device_put(tree, rows))
+    assert traces == 1
+    assert len(spread.params["first"]["kernel"].sharding.device_set) == 8
+    for x, y in zip(
+        jax.tree.leaves((alone.params, alone.transform_state)),
+        jax.tree.leaves((spread.params, spread.transform_state)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(x, np.float32), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,141 @@
+"""Every transform of the library, one row each: what the laws of the contract are tested on."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcompress as jc
+from jaxcompress import pruning
+from jaxcompress.distillation import make_train_step
+from jaxcompress.quantization import QuantSpec, quantization_aware
+from jaxcompress.schedules import constant, cubic
+from jaxcompress.types import Transform
+
+STEPS = 5
+SHAPE = (16, 24)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One transform.
+
+    Attributes:
+        make: a new one.
+        zeros: the share of zeros among the weights that `apply` returns after `STEPS` steps; None: not known before.
+        trains: has trainable state.
+        variant: of the row above; not run on eight devices, too.
+    """
+
+    make: Callable[[], Transform]
+    zeros: float | None = 0.0
+    trains: bool = False
+    variant: bool = False
+
+
+def _soon() -> Any:
+    return cubic(0.0, 0.5, begin=0, end=STEPS - 1)
+
+
+TABLE: dict[str, Row] = {
+    "identity": Row(make=jc.identity),
+    "gradual": Row(make=lambda: pruning.gradual(schedule=_soon(), every=1), zeros=0.5),
+    "gradual, global": Row(
+        make=lambda: pruning.gradual(schedule=_soon(), every=1, scope="global"), zeros=0.5, variant=True
+    ),
+    "gradual, 2:4": Row(
+        make=lambda: pruning.gradual(schedule=_soon(), every=2, pattern=pruning.n_of_m(2, 4)),
+        zeros=0.5,
+        variant=True,
+    ),
+    "gradual, a sparsity per leaf": Row(
+        make=lambda: pruning.gradual(
+            schedule=cubic(0.0, 1.0, begin=0, end=STEPS - 1),
+            every=1,
+            sparsities=pruning.erdos_renyi(params(), sparsity=0.75),
+        ),
+        zeros=0.75,
+        variant=True,
+    ),
+    "straight-through": Row(make=lambda: pruning.straight_through_magnitude(schedule=_soon(), scope="row"), zeros=0.5),
+    "movement": Row(make=lambda: pruning.movement(schedule=_soon()), zeros=0.5, trains=True),
+    "soft movement": Row(make=lambda: pruning.soft_movement(threshold=0.5, strength=1.0), zeros=None, trains=True),
+    "RigL": Row(make=lambda: pruning.rigl(sparsity=0.75, until=STEPS, every=2), zeros=0.75),
+    "SET": Row(make=lambda: pruning.sparse_evolution(sparsity=0.5, until=STEPS, every=1), zeros=0.5),
+    "SR-STE": Row(make=lambda: pruning.sr_ste(2, 4, strength=0.1), zeros=0.5),
+    "group lasso": Row(make=lambda: pruning.group_lasso(strength=0.05, freeze_at=3), zeros=None),
+    "group lasso, blocks": Row(
+        make=lambda: pruning.group_lasso(strength=0.05, groups=pruning.block(4, 4)), zeros=None, variant=True
+    ),
+    "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
+    "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
+    "gradual, then 4 bits": Row(
+        make=lambda: jc.chain(
+            pruning.gradual(schedule=constant(0.5), every=1), quantization_aware(QuantSpec(bits=4, symmetric=False))
+        ),
+        zeros=None,
+    ),
+}
+
+
+def params() -> Any:
+    """Two kernels, not square, but of one shape: kernels of one shape compile once."""
+    rng = np.random.default_rng(0)
+    return {
+        name: {"kernel": jnp.asarray(rng.normal(size=SHAPE) / 4, jnp.float32), "bias": jnp.zeros(SHAPE[1])}
+        for name in ("first", "second")
+    }
+
+
+def model(tree: Any, x: jax.Array) -> jax.Array:
+    """One layer, gated by the other."""
+    first, second = (x @ layer["kernel"] + layer["bias"][None] for layer in (tree["first"], tree["second"]))
+    return jnp.tanh(first) * second
+
+
+def batch() -> dict[str, jax.Array]:
+    """16 rows with targets."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(16, 16))
+    return {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(np.sin(np.tile(x, 2)[:, : SHAPE[1]] * 2), jnp.float32)}
+
+
+def run(row: Row, place: Callable[[Any], Any] = lambda tree: tree, place_batch: Any = None) -> tuple[Any, Any, int]:
+    """`(transform, train state, traces)` after `STEPS` donated steps with momentum and weight decay.
+
+    Not Adam: it makes whole steps out of gradients that are rounding errors, which differ with the number of devices.
+    """
+    traces = []
+
+    def apply(tree: Any, inputs: Any, *, key: Any, train: bool) -> Any:
+        traces.append(train)
+        return {"y": model(tree, inputs["x"])}
+
+    def squared(student: Any, teacher: Any, inputs: Any) -> Any:
+        return jnp.square(student["y"] - inputs["y"]).sum(), jnp.float32(inputs["y"].size)
+
+    transform = row.make()
+    init_state, step = make_train_step(
+        apply,
+        None,
+        optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9)),
+        losses={"squared": squared},
+        transform=transform,
+        transform_optimizer=optax.sgd(10.0) if row.trains else None,
+    )
+    state = init_state(place(params()), key=jax.random.key(3))
+    inputs = (place_batch or place)(batch())
+    for _ in range(STEPS):
+        state, _ = step(state, None, inputs)
+    return transform, state, len(traces)
+
+
+@functools.cache
+def trained(name: str) -> tuple[Any, Any, int]:
+    """`run` on one device, once per session."""
+    return run(TABLE[name])
