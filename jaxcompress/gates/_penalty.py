@@ -100,7 +100,7 @@ def lambda_penalty(strength: float | Mapping[str, float], *, examples: int, weig
     return Penalty(init, value)
 
 
-def by_name(option: float | Mapping[str, float], name: str, kind: str, default: float) -> float:
+def by_name(option: Any, name: str, kind: str, default: Any) -> Any:
     """The entry of an option that may be given by name, by kind, or for all."""
     if not isinstance(option, Mapping):
         return option
