@@ -23,7 +23,7 @@ import optax
 
 import jaxcompress as jc
 from jaxcompress import gates
-from jaxcompress.distillation import make_train_step
+from jaxcompress.distillation import make_train_step, soft_targets
 from jaxcompress.recipe import Images, fashion_mnist, mnist_5k
 from jaxcompress.units import UnitGroup, remove_units, sum_units
 
@@ -41,6 +41,8 @@ class Plan:
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
     gate_rate: float = 0.02
+    distilled: float = 0.7
+    temperature: float = 3.0
 
 
 PLANS = {
@@ -111,16 +113,24 @@ NETWORKS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rows:
-    """Images and labels on the device."""
+    """Images and labels on the device, and what the dense network says of them, where it teaches."""
 
     images: jax.Array
     labels: jax.Array
+    teacher: jax.Array | None = None
 
 
 def cross_entropy(student: Mapping[str, jax.Array], teacher: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
     del teacher
     losses = optax.softmax_cross_entropy_with_integer_labels(student["logits"], batch["labels"])
     return losses.sum(), len(losses)
+
+
+def losses_of(rows: Rows, plan: Plan) -> dict[str, Any]:
+    if rows.teacher is None:
+        return {"task": cross_entropy}
+    soft = soft_targets(temperature=plan.temperature)
+    return {"task": (1 - plan.distilled, cross_entropy), "soft": (plan.distilled, soft)}
 
 
 def train(
@@ -140,27 +150,30 @@ def train(
         lambda params, batch, *, key, train: {"logits": network.apply(params, batch["images"])},
         None,
         optax.adamw(rate, weight_decay=plan.weight_decay),
-        losses={"task": cross_entropy},
+        losses=losses_of(rows, plan),
         transform=jc.identity() if transform is None else transform,
         transform_optimizer=optax.adam(plan.gate_rate, b1=0.9),
     )
 
     @jax.jit
-    def epoch(state: Any, rows: tuple[jax.Array, jax.Array], key: jax.Array) -> tuple[Any, Any]:
-        images, labels = rows
-        order = jax.random.permutation(key, len(labels))[: batches * plan.batch].reshape(batches, plan.batch)
+    def epoch(state: Any, table: Mapping[str, Any], key: jax.Array) -> tuple[Any, Any]:
+        order = jax.random.permutation(key, len(table["labels"]))
+        order = order[: batches * plan.batch].reshape(batches, plan.batch)
 
         def visit(state: Any, places: jax.Array) -> tuple[Any, Any]:
-            state, figures = step(state, (), {"images": images[places], "labels": labels[places]})
+            state, figures = step(state, (), jax.tree.map(lambda column: column[places], table))
             return state, (figures["task"][0] / plan.batch, figures["penalty"][0])
 
         return jax.lax.scan(visit, state, order)
 
     key, own = jax.random.split(key)
     state = init_state(params, key=own)
+    table = {"images": rows.images, "labels": rows.labels}
+    if rows.teacher is not None:
+        table["teacher"] = {"logits": rows.teacher}
     for number in range(epochs):
         start = time.perf_counter()
-        state, (losses, penalties) = epoch(state, (rows.images, rows.labels), jax.random.fold_in(key, number))
+        state, (losses, penalties) = epoch(state, table, jax.random.fold_in(key, number))
         print(
             f"  epoch {number + 1}/{epochs}: loss {float(losses.mean()):.4f}, penalty {float(penalties[-1]):.4f}, "
             f"{time.perf_counter() - start:.1f} s",
@@ -169,14 +182,14 @@ def train(
     return state
 
 
+def logits(network: Network, params: Params, rows: Rows) -> jax.Array:
+    apply = jax.jit(network.apply)
+    return jnp.concatenate([apply(params, rows.images[i : i + 1000]) for i in range(0, len(rows.labels), 1000)])
+
+
 def accuracy(network: Network, params: Params, rows: Rows) -> float:
     """Percent of the rows."""
-    apply = jax.jit(network.apply)
-    hits = sum(
-        float((apply(params, rows.images[i : i + 1000]).argmax(axis=1) == rows.labels[i : i + 1000]).sum())
-        for i in range(0, len(rows.labels), 1000)
-    )
-    return 100 * hits / len(rows.labels)
+    return 100 * float((logits(network, params, rows).argmax(axis=1) == rows.labels).mean())
 
 
 def with_gates(network: Network, params: Params, rows: Rows, plan: Plan, groups: Any, *, key: jax.Array) -> Any:
@@ -224,7 +237,7 @@ def report(network: Network, small: Params, masked: Params, sets: Any, small_set
     difference = network.apply(small, small_sets["test"].images[:1000]) - network.apply(
         masked, sets["test"].images[:1000]
     )
-    size = sum(leaf.size for leaf in jax.tree.leaves(small))
+    size = int(sum(leaf.size for leaf in jax.tree.leaves(small)))
     widths = [small[name]["kernel"].shape[-2] for name in names[:1] if network.gated_inputs]
     widths += [small[name]["kernel"].shape[-1] for name in names[:-1]]
     return {
@@ -245,9 +258,13 @@ def print_gates(log_alpha: Mapping[str, jax.Array], multipliers: Any) -> None:
 def run(network: Network, images: Images, plan: Plan, *, held_out: int, seed: int) -> dict[str, Any]:
     """Trains the three networks; choices are made on the last `held_out` training rows, the test rows only reported."""
     sets = {
-        "train": Rows(images=jnp.asarray(images.train_images[:-held_out]), labels=images.train_labels[:-held_out]),
-        "validation": Rows(images=jnp.asarray(images.train_images[-held_out:]), labels=images.train_labels[-held_out:]),
-        "test": Rows(images=jnp.asarray(images.test_images), labels=images.test_labels),
+        "train": Rows(
+            images=jnp.asarray(images.train_images[:-held_out]), labels=jnp.asarray(images.train_labels[:-held_out])
+        ),
+        "validation": Rows(
+            images=jnp.asarray(images.train_images[-held_out:]), labels=jnp.asarray(images.train_labels[-held_out:])
+        ),
+        "test": Rows(images=jnp.asarray(images.test_images), labels=jnp.asarray(images.test_labels)),
     }
     keys = jax.random.split(jax.random.key(seed), 6)
     start = network.init(keys[0])
@@ -258,6 +275,8 @@ def run(network: Network, images: Images, plan: Plan, *, held_out: int, seed: in
     dense = train(network, start, sets["train"], plan, plan.epochs, key=keys[1]).params
     figures: dict[str, Any] = {"dense": {"architecture": "dense", "parameters": dense_size, "weights_left_%": 100.0}}
     scores = {"dense": {name: accuracy(network, dense, rows) for name, rows in sets.items()}}
+    if plan.distilled:
+        sets["train"] = dataclasses.replace(sets["train"], teacher=logits(network, dense, sets["train"]))
     methods = (("gates", with_gates, keys[2], keys[3]), ("norm", by_norm, keys[4], keys[5]))
     for name, method, first, second in methods:
         print(name, flush=True)
@@ -285,7 +304,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="a PNG file of the result")
     parser.add_argument("--quick", action="store_true", help="2,000 training rows and 4 epochs")
-    for field in ("learning_rate", "weight_decay", "gate_rate"):
+    for field in ("learning_rate", "weight_decay", "gate_rate", "distilled", "temperature"):
         parser.add_argument("--" + field.replace("_", "-"), type=float)
     arguments = parser.parse_args()
     read = fashion_mnist if arguments.images == "fashion-mnist" else mnist_5k
@@ -301,7 +320,7 @@ def main() -> None:
         plan = dataclasses.replace(plan, epochs=4, gate_epochs=2)
     if arguments.epochs:
         plan = dataclasses.replace(plan, epochs=arguments.epochs, gate_epochs=arguments.epochs // 2)
-    for field in ("keep", "learning_rate", "weight_decay", "gate_rate"):
+    for field in ("keep", "learning_rate", "weight_decay", "gate_rate", "distilled", "temperature"):
         if getattr(arguments, field) is not None:
             plan = dataclasses.replace(plan, **{field: getattr(arguments, field)})
     print(plan)

@@ -89,7 +89,7 @@ def expected_size(
 
 def full_size(params: Params, weights: Mapping[str, float]) -> float:
     """The size with everything kept."""
-    return sum(weights[path] * leaf.size for path, leaf in leaves_with_paths(params) if path in weights)
+    return float(sum(weights[path] * leaf.size for path, leaf in leaves_with_paths(params) if path in weights))
 
 
 def _marked(params: Params, count: Selector | None) -> set[str]:
