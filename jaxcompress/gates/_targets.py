@@ -63,7 +63,7 @@ def lagrangian(
         """What a weight counts, the full size, the target."""
         weights = measure(gated.params)
         full = full_size(gated.params, weights)
-        return weights, full, size if size is not None else (1 - (sparsity or 0.0)) * full
+        return weights, full, float(size) if size is not None else (1 - (sparsity or 0.0)) * full
 
     def init(gated: Gated) -> Multipliers:
         weights, _, target = sizes(gated)
