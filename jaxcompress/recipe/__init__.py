@@ -8,6 +8,11 @@ from jaxcompress.recipe._assets import cache_directory as cache_directory
 from jaxcompress.recipe._assets import fetch as fetch
 from jaxcompress.recipe._compress import compress as compress
 from jaxcompress.recipe._compress import without_distillation as without_distillation
+from jaxcompress.recipe._images import FASHION_MNIST as FASHION_MNIST
+from jaxcompress.recipe._images import MNIST_5K as MNIST_5K
+from jaxcompress.recipe._images import Images as Images
+from jaxcompress.recipe._images import fashion_mnist as fashion_mnist
+from jaxcompress.recipe._images import mnist_5k as mnist_5k
 from jaxcompress.recipe._predict import predict as predict
 from jaxcompress.recipe._predict import predictor as predictor
 from jaxcompress.recipe._progress import Progress as Progress

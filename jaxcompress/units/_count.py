@@ -69,7 +69,7 @@ def unit_parameters(group: UnitGroup, params: Params) -> int:
     for part in group.slices:
         size = math.prod(shapes[part.path])
         if part.unit is None and part.axis is not None:
-            total += size // max(shapes[part.path][part.axis], 1) * part.size
+            total += size // max(shapes[part.path][part.axis], 1) * part.size * part.repeat
         elif part.unit in (None, 0):
             # Units that own whole leaves are alike: those of the first are counted.
             total += size

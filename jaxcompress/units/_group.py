@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
 
@@ -11,15 +13,16 @@ from jaxcompress.types import Params
 class UnitSlices:
     """The part of one leaf that belongs to the units of a group.
 
-    Without `unit`, unit k owns the `size` indices from `start + k * size` on, along `axis`. With `unit`, that one unit
-    owns the whole leaf: removing it leaves length 0 along `axis`, or, if `axis` is None, a leaf of zeros (the bias of
-    an output that stays).
+    Without `unit`, unit k owns the `size` indices from `start + k * size` on, along `axis`, and the same again after
+    every `count * size` indices, `repeat` times in all. With `unit`, that one unit owns the whole leaf: removing it
+    leaves length 0 along `axis`, or, if `axis` is None, a leaf of zeros (the bias of an output that stays).
 
     Attributes:
         path: of the leaf, as `tree.path_string` writes it.
         axis: of the leaf, not negative; None only together with `unit`.
         start: first index that belongs to unit 0.
-        size: indices of each unit.
+        size: indices of each unit, in one run.
+        repeat: runs of each unit: of a channel, after flattening (height, width, channel), that is height * width.
         unit: the only unit that owns this leaf; None: all do, in turn.
         gated: whether a gate multiplies these slices. Of a head or an FFN column, that is the rows of the kernel that
             reads it: one multiplication switches the unit off, whatever lies before.
@@ -29,6 +32,7 @@ class UnitSlices:
     axis: int | None
     start: int = 0
     size: int = 1
+    repeat: int = 1
     unit: int | None = None
     gated: bool = False
 
@@ -38,10 +42,10 @@ class UnitSlices:
             raise ValueError(f"Slices of {self.path!r}: `axis` may be None only where `unit` is given.")
         if self.axis is not None and self.axis < 0:
             raise ValueError(f"Slices of {self.path!r}: `axis` must not be negative, got {self.axis}.")
-        if self.start < 0 or self.size < 1:
+        if self.start < 0 or self.size < 1 or self.repeat < 1:
             raise ValueError(
-                f"Slices of {self.path!r}: `start` must be at least 0 and `size` at least 1, "
-                f"got {self.start} and {self.size}."
+                f"Slices of {self.path!r}: `start` must be at least 0, `size` at least 1 and `repeat` at least 1, "
+                f"got {self.start}, {self.size} and {self.repeat}."
             )
 
 
@@ -118,7 +122,7 @@ def check_groups(groups: Sequence[UnitGroup], params: Params) -> None:
     for (path, axis), owners in claims.items():
         for place, (group, part) in enumerate(owners):
             for other, other_part in owners[:place]:
-                if _cut_each_other(part, group.count, other_part, other.count):
+                if _cut_each_other(_owners(part, group.count), _owners(other_part, other.count)):
                     raise ValueError(
                         f"Unit groups {other.name!r} and {group.name!r} are in conflict on axis {axis} of {path!r}: "
                         "a unit of one holds only a part of a unit of the other."
@@ -132,7 +136,7 @@ def _check_slices(group: UnitGroup, part: UnitSlices, shapes: dict[str, tuple[in
     shape = shapes[part.path]
     if part.axis is not None and part.axis >= len(shape):
         raise ValueError(f"Unit group {group.name!r} needs axis {part.axis} of {part.path!r}, whose shape is {shape}.")
-    end = part.start + group.count * part.size
+    end = part.start + group.count * part.size * part.repeat
     if part.unit is None and part.axis is not None and end > shape[part.axis]:
         raise ValueError(
             f"Unit group {group.name!r} needs indices {part.start} to {end - 1} on axis {part.axis} of {part.path!r}, "
@@ -140,11 +144,19 @@ def _check_slices(group: UnitGroup, part: UnitSlices, shapes: dict[str, tuple[in
         )
 
 
-def _cut_each_other(first: UnitSlices, first_count: int, second: UnitSlices, second_count: int) -> bool:
-    """Whether two runs of units overlap without every border of the coarser one being a border of the finer one."""
-    low = max(first.start, second.start)
-    high = min(first.start + first_count * first.size, second.start + second_count * second.size)
-    if low >= high:
-        return False
-    fine, coarse = sorted((first, second), key=lambda part: part.size)
-    return coarse.size % fine.size != 0 or (coarse.start - fine.start) % fine.size != 0
+def _owners(part: UnitSlices, count: int) -> np.ndarray:
+    """The unit that owns each index of the axis, -1 for none, up to the last index that has one."""
+    runs = np.tile(np.repeat(np.arange(count), part.size), part.repeat)
+    return np.concatenate([np.full(part.start, -1), runs])
+
+
+def _cut_each_other(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether some unit of one and some unit of the other overlap, and neither holds the other."""
+    length = max(len(first), len(second))
+    first, second = (np.pad(owners, (0, length - len(owners)), constant_values=-1) for owners in (first, second))
+    pairs, shared = np.unique(np.stack([first, second]), axis=1, return_counts=True)
+    sizes = [np.bincount(owners[owners >= 0]) for owners in (first, second)]
+    for (one, other), common in zip(pairs.T, shared, strict=True):
+        if one >= 0 and other >= 0 and common < min(sizes[0][one], sizes[1][other]):
+            return True
+    return False

@@ -91,8 +91,8 @@ def sum_units(group: UnitGroup, tree: Params, *, gated_only: bool = False) -> ja
             total = total.at[part.unit].add(entries.sum())
             continue
         along = entries.sum(axis=tuple(axis for axis in range(entries.ndim) if axis != part.axis))
-        owned = along[part.start : part.start + group.count * part.size]
-        total = total + owned.reshape(group.count, part.size).sum(axis=1)
+        owned = along[part.start : part.start + part.repeat * group.count * part.size]
+        total = total + owned.reshape(part.repeat, group.count, part.size).sum(axis=(0, 2))
     return total
 
 
@@ -151,7 +151,7 @@ def spread_units(part: UnitSlices, own: Any, length: int) -> jax.Array:
     own = jnp.asarray(own)
     if part.unit is not None:
         return jnp.broadcast_to(own[part.unit], (length,))
-    repeated = jnp.repeat(own, part.size)
+    repeated = jnp.tile(jnp.repeat(own, part.size), part.repeat)
     return jnp.ones((length,), own.dtype).at[part.start : part.start + len(repeated)].set(repeated)
 
 

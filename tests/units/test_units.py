@@ -145,6 +145,9 @@ def _group(name="other", count=1, **options):
         (lambda: _group(path="fused", axis=None), "`axis` may be None only where `unit` is given"),
         (lambda: _group(path="fused", axis=-1), "`axis` must not be negative"),
         (lambda: _group(path="fused", axis=0, size=0), "`size` at least 1"),
+        (lambda: _group(path="fused", axis=0, repeat=0), "`repeat` at least 1, got 0, 1 and 0"),
+        (lambda: _group(path="fused", axis=0, count=5, repeat=3), "needs indices 0 to 14 on axis 0 of 'fused'"),
+        (lambda: _group(path="out/kernel", axis=0, count=3, repeat=2), "in conflict on axis 0 of 'out/kernel'"),
     ],
 )
 def test_bad_groups_are_named(params, group, message):
@@ -167,3 +170,39 @@ def test_values_of_the_wrong_length_and_compressed_leaves_are_named(params):
         multiply_units(params, [HEADS], {"heads": jnp.ones(2)})
     with pytest.raises(ValueError, match="Leaf 'fused' is compressed"):
         remove_units(quantize(params, QuantSpec(bits=8)), [HEADS], {"heads": [True, False, True]})
+
+
+def test_a_channel_owns_a_row_for_every_position():
+    """After flattening (2, 2, 3) in the order of NHWC, channel c has the rows c, 3 + c, 6 + c and 9 + c."""
+    slices = (
+        UnitSlices(path="conv", axis=3),
+        UnitSlices(path="dense", axis=0, start=1, repeat=4, gated=True),
+    )
+    group = UnitGroup(name="channels", count=3, slices=slices)
+    rng = np.random.default_rng(1)
+    params = {
+        "conv": jnp.asarray(rng.normal(size=(5, 5, 1, 3)), jnp.float32),
+        "dense": jnp.asarray(rng.normal(size=(14, 2)), jnp.float32),
+    }
+    check_groups([group], params)
+    assert unit_parameters(group, params) == 25 + 4 * 2
+    rows = np.array([0, *(1 + np.array([0, 2, 3, 5, 6, 8, 9, 11])), 13])
+    small = remove_units(params, [group], {"channels": [True, False, True]})
+    np.testing.assert_array_equal(small["dense"], np.asarray(params["dense"])[rows])
+    assert small["conv"].shape == (5, 5, 1, 2)
+    gates = np.array([0.5, 2.0, 3.0])
+    found = multiply_units(params, [group], {"channels": gates})["dense"]
+    np.testing.assert_allclose(found, params["dense"] * np.array([1, *np.tile(gates, 4), 1])[:, None], rtol=1e-6)
+    expected = np.asarray(params["dense"])[1:13].reshape(4, 3, 2).sum(axis=(0, 2))
+    np.testing.assert_allclose(sum_units(group, params, gated_only=True), expected, rtol=1e-5)
+    size = expected_parameters(params, [group], {"channels": [1.0, 0.5, 0.0]})
+    assert float(size) == 25 * 1.5 + 2 * (2 + 4 * 1.5)
+
+
+def test_units_of_repeated_runs_may_nest_in_pixels_but_not_cut_pairs():
+    params = {"dense": jnp.ones((12, 2))}
+    channels = _group("channels", path="dense", axis=0, count=3, repeat=4)
+    check_groups([channels, _group("rows", path="dense", axis=0, count=12)], params)
+    check_groups([channels, _group("all", path="dense", axis=0, count=1, size=12)], params)
+    with pytest.raises(ValueError, match="in conflict"):
+        check_groups([channels, _group("pairs", path="dense", axis=0, count=6, size=2)], params)

@@ -1,0 +1,332 @@
+"""LeNets with L0 gates on their inputs, channels and neurons, until they are a fraction of their size.
+
+Gates (hard concrete, one for every unit) are trained with the weights against a Lagrangian target; then the units that
+fit into the target are chosen, their gates folded into the weights, the others taken out of the arrays, and the small
+network is trained on. Beside it, with the same number of epochs each: the dense network, and one that was trained
+dense, then cut to the same size by the norms of its units, and trained on.
+
+    python examples/l0_lenet.py [--model lenet-300-100] [--images fashion-mnist] [--quick] [--plot FILE]
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxcompress as jc
+from jaxcompress import gates
+from jaxcompress.distillation import make_train_step, soft_targets
+from jaxcompress.recipe import Images, fashion_mnist, mnist_5k
+from jaxcompress.units import UnitGroup, remove_units, sum_units
+
+Params = dict[str, dict[str, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What differs between the networks and between the data sets; chosen on rows held out from training."""
+
+    keep: float
+    epochs: int
+    gate_epochs: int
+    batch: int = 100
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.0
+    gate_rate: float = 0.02
+    distilled: float = 0.7
+    temperature: float = 3.0
+
+
+PLANS = {
+    ("lenet-300-100", "fashion-mnist"): Plan(keep=0.14, epochs=40, gate_epochs=20),
+    ("lenet-300-100", "mnist-5k"): Plan(keep=0.14, epochs=120, gate_epochs=60),
+    ("lenet-5", "fashion-mnist"): Plan(keep=0.14, epochs=10, gate_epochs=5),
+    ("lenet-5", "mnist-5k"): Plan(keep=0.1, epochs=60, gate_epochs=30),
+}
+QUICK_ROWS = 2000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Network:
+    """A pure function, the paths of its kernels in order, and whether its input features are units."""
+
+    apply: Callable[[Params, jax.Array], jax.Array]
+    shapes: Mapping[str, tuple[int, ...]]
+    gated_inputs: bool
+
+    @property
+    def kernels(self) -> list[str]:
+        """Paths of the kernels, in the order of execution."""
+        return [f"{name}/kernel" for name in self.shapes]
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh parameters."""
+        keys = jax.random.split(key, len(self.shapes))
+        make = jax.nn.initializers.he_normal()
+        return {
+            name: {"kernel": make(own, shape, jnp.float32), "bias": jnp.zeros(shape[-1])}
+            for own, (name, shape) in zip(keys, self.shapes.items(), strict=True)
+        }
+
+
+def mlp(params: Params, images: jax.Array) -> jax.Array:
+    """LeNet-300-100 on (batch, features)."""
+    x = images.reshape(len(images), -1)
+    for name in ("first", "second"):
+        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"][None])
+    return x @ params["last"]["kernel"] + params["last"]["bias"][None]
+
+
+def convolutional(params: Params, images: jax.Array) -> jax.Array:
+    """LeNet-5 on (batch, 28, 28)."""
+    x = images[..., None]
+    for name in ("first", "second"):
+        x = jax.lax.conv_general_dilated(
+            x, params[name]["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = jax.nn.relu(x + params[name]["bias"][None, None, None])
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+    x = x.reshape(len(x), -1)
+    x = jax.nn.relu(x @ params["third"]["kernel"] + params["third"]["bias"][None])
+    return x @ params["last"]["kernel"] + params["last"]["bias"][None]
+
+
+NETWORKS = {
+    "lenet-300-100": Network(
+        apply=mlp, shapes={"first": (784, 300), "second": (300, 100), "last": (100, 10)}, gated_inputs=True
+    ),
+    "lenet-5": Network(
+        apply=convolutional,
+        shapes={"first": (5, 5, 1, 20), "second": (5, 5, 20, 50), "third": (800, 500), "last": (500, 10)},
+        gated_inputs=False,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Images and labels on the device, and what the dense network says of them, where it teaches."""
+
+    images: jax.Array
+    labels: jax.Array
+    teacher: jax.Array | None = None
+
+
+def cross_entropy(student: Mapping[str, jax.Array], teacher: Any, batch: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    del teacher
+    losses = optax.softmax_cross_entropy_with_integer_labels(student["logits"], batch["labels"])
+    return losses.sum(), len(losses)
+
+
+def losses_of(rows: Rows, plan: Plan) -> dict[str, Any]:
+    if rows.teacher is None:
+        return {"task": cross_entropy}
+    soft = soft_targets(temperature=plan.temperature)
+    return {"task": (1 - plan.distilled, cross_entropy), "soft": (plan.distilled, soft)}
+
+
+def train(
+    network: Network,
+    params: Params,
+    rows: Rows,
+    plan: Plan,
+    epochs: int,
+    *,
+    key: jax.Array,
+    transform: Any = None,
+) -> Any:
+    """The train state after so many epochs; an epoch is one call of a compiled scan over its batches."""
+    batches = len(rows.labels) // plan.batch
+    rate = optax.cosine_decay_schedule(plan.learning_rate, epochs * batches)
+    init_state, step = make_train_step(
+        lambda params, batch, *, key, train: {"logits": network.apply(params, batch["images"])},
+        None,
+        optax.adamw(rate, weight_decay=plan.weight_decay),
+        losses=losses_of(rows, plan),
+        transform=jc.identity() if transform is None else transform,
+        transform_optimizer=optax.adam(plan.gate_rate, b1=0.9),
+    )
+
+    @jax.jit
+    def epoch(state: Any, table: Mapping[str, Any], key: jax.Array) -> tuple[Any, Any]:
+        order = jax.random.permutation(key, len(table["labels"]))
+        order = order[: batches * plan.batch].reshape(batches, plan.batch)
+
+        def visit(state: Any, places: jax.Array) -> tuple[Any, Any]:
+            state, figures = step(state, (), jax.tree.map(lambda column: column[places], table))
+            return state, (figures["task"][0] / plan.batch, figures["penalty"][0])
+
+        return jax.lax.scan(visit, state, order)
+
+    key, own = jax.random.split(key)
+    state = init_state(params, key=own)
+    table = {"images": rows.images, "labels": rows.labels}
+    if rows.teacher is not None:
+        table["teacher"] = {"logits": rows.teacher}
+    for number in range(epochs):
+        start = time.perf_counter()
+        state, (losses, penalties) = epoch(state, table, jax.random.fold_in(key, number))
+        print(
+            f"  epoch {number + 1}/{epochs}: loss {float(losses.mean()):.4f}, penalty {float(penalties[-1]):.4f}, "
+            f"{time.perf_counter() - start:.1f} s",
+            flush=True,
+        )
+    return state
+
+
+def logits(network: Network, params: Params, rows: Rows) -> jax.Array:
+    apply = jax.jit(network.apply)
+    return jnp.concatenate([apply(params, rows.images[i : i + 1000]) for i in range(0, len(rows.labels), 1000)])
+
+
+def accuracy(network: Network, params: Params, rows: Rows) -> float:
+    """Percent of the rows."""
+    return 100 * float((logits(network, params, rows).argmax(axis=1) == rows.labels).mean())
+
+
+def with_gates(network: Network, params: Params, rows: Rows, plan: Plan, groups: Any, *, key: jax.Array) -> Any:
+    """`(masked parameters, kept units)` after training with gates: the units that fit, their gates folded in."""
+    batches = len(rows.labels) // plan.batch
+    transform = gates.hard_concrete(
+        groups,
+        penalty=gates.lagrangian(
+            sparsity=1 - plan.keep, warm_up=optax.linear_schedule(0.0, 1.0, plan.gate_epochs * batches // 2)
+        ),
+        drop_rate={"inputs": 0.2} if network.gated_inputs else 0.5,
+    )
+    state = train(network, params, rows, plan, plan.gate_epochs, key=key, transform=transform)
+    log_alpha = state.transform_state.trainable["log_alpha"]
+    print_gates(log_alpha, state.transform_state.trainable["multipliers"])
+    keep = gates.units_within(log_alpha, groups, state.params, sparsity=1 - plan.keep, at_least=1)
+    return gates.multiply_gates(state.params, groups, gates.gate_values(log_alpha, keep=keep)), keep
+
+
+def by_norm(network: Network, params: Params, rows: Rows, plan: Plan, groups: Any, *, key: jax.Array) -> Any:
+    """The same after training without gates, by the norm of a unit's weights, relative to that of its group."""
+    state = train(network, params, rows, plan, plan.gate_epochs, key=key)
+    norms = {}
+    for group in groups:
+        squares = sum_units(group, jax.tree.map(jnp.square, state.params))
+        norms[group.name] = jnp.sqrt(squares / squares.mean())
+    keep = gates.units_within(norms, groups, state.params, sparsity=1 - plan.keep, at_least=1)
+    values = {name: jnp.asarray(kept, jnp.float32) for name, kept in keep.items()}
+    return gates.multiply_gates(state.params, groups, values), keep
+
+
+def shrink(masked: Params, groups: tuple[UnitGroup, ...], keep: Any, *many: Rows) -> tuple[Params, list[Rows]]:
+    """Smaller arrays, and rows without the input features that nobody reads."""
+    small = remove_units(masked, groups, keep)
+    if "inputs" not in keep:
+        return small, list(many)
+    features = jnp.asarray(np.flatnonzero(keep["inputs"]))
+    taken = [dataclasses.replace(r, images=r.images.reshape(len(r.images), -1)[:, features]) for r in many]
+    return small, taken
+
+
+def report(network: Network, small: Params, masked: Params, sets: Any, small_sets: Any, dense_size: int) -> Any:
+    """Figures of a shrunk network, and how far it is from the masked one before further training."""
+    names = list(network.shapes)
+    difference = network.apply(small, small_sets["test"].images[:1000]) - network.apply(
+        masked, sets["test"].images[:1000]
+    )
+    size = int(sum(leaf.size for leaf in jax.tree.leaves(small)))
+    widths = [small[name]["kernel"].shape[-2] for name in names[:1] if network.gated_inputs]
+    widths += [small[name]["kernel"].shape[-1] for name in names[:-1]]
+    return {
+        "architecture": "-".join(map(str, widths)),
+        "parameters": size,
+        "weights_left_%": round(100 * size / dense_size, 2),
+        "masked_and_shrunk_differ_by": float(jnp.abs(difference).max()),
+    }
+
+
+def print_gates(log_alpha: Mapping[str, jax.Array], multipliers: Any) -> None:
+    for name, values in log_alpha.items():
+        shares = np.percentile(np.asarray(values), [0, 10, 25, 50, 75, 90, 100]).round(2)
+        print(f"  log alpha of {name}: percentiles {shares.tolist()}")
+    print(f"  multipliers { ({name: round(float(value), 3) for name, value in multipliers.items()}) }", flush=True)
+
+
+def run(network: Network, images: Images, plan: Plan, *, held_out: int, seed: int) -> dict[str, Any]:
+    """Trains the three networks; choices are made on the last `held_out` training rows, the test rows only reported."""
+    sets = {
+        "train": Rows(
+            images=jnp.asarray(images.train_images[:-held_out]), labels=jnp.asarray(images.train_labels[:-held_out])
+        ),
+        "validation": Rows(
+            images=jnp.asarray(images.train_images[-held_out:]), labels=jnp.asarray(images.train_labels[-held_out:])
+        ),
+        "test": Rows(images=jnp.asarray(images.test_images), labels=jnp.asarray(images.test_labels)),
+    }
+    keys = jax.random.split(jax.random.key(seed), 6)
+    start = network.init(keys[0])
+    groups = gates.layer_units(start, network.kernels, inputs=network.gated_inputs)
+    dense_size = sum(leaf.size for leaf in jax.tree.leaves(start))
+
+    print("dense", flush=True)
+    dense = train(network, start, sets["train"], plan, plan.epochs, key=keys[1]).params
+    figures: dict[str, Any] = {"dense": {"architecture": "dense", "parameters": dense_size, "weights_left_%": 100.0}}
+    scores = {"dense": {name: accuracy(network, dense, rows) for name, rows in sets.items()}}
+    if plan.distilled:
+        sets["train"] = dataclasses.replace(sets["train"], teacher=logits(network, dense, sets["train"]))
+    methods = (("gates", with_gates, keys[2], keys[3]), ("norm", by_norm, keys[4], keys[5]))
+    for name, method, first, second in methods:
+        print(name, flush=True)
+        masked, keep = method(network, start, sets["train"], plan, groups, key=first)
+        small, many = shrink(masked, groups, keep, *sets.values())
+        small_sets = dict(zip(sets, many, strict=True))
+        figures[name] = report(network, small, masked, sets, small_sets, dense_size)
+        before = accuracy(network, small, small_sets["validation"])
+        small = train(network, small, small_sets["train"], plan, plan.epochs - plan.gate_epochs, key=second).params
+        scores[name] = {part: accuracy(network, small, rows) for part, rows in small_sets.items()}
+        figures[name]["validation_before_fine_tuning"] = round(before, 2)
+        print(name, figures[name], scores[name], flush=True)
+    for name, score in scores.items():
+        figures[name] |= {part: round(value, 2) for part, value in score.items()}
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=NETWORKS, default="lenet-300-100")
+    parser.add_argument("--images", choices=["fashion-mnist", "mnist-5k"], default="fashion-mnist")
+    parser.add_argument("--data", type=Path, help="the directory, or the file, of the images; fetched by default")
+    parser.add_argument("--keep", type=float, help="share of the weights that is left")
+    parser.add_argument("--epochs", type=int, help="of every network in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", type=Path, help="a PNG file of the result")
+    parser.add_argument("--quick", action="store_true", help="2,000 training rows and 4 epochs")
+    for field in ("learning_rate", "weight_decay", "gate_rate", "distilled", "temperature"):
+        parser.add_argument("--" + field.replace("_", "-"), type=float)
+    arguments = parser.parse_args()
+    read = fashion_mnist if arguments.images == "fashion-mnist" else mnist_5k
+    images = read(arguments.data, note=print)
+    plan = PLANS[arguments.model, arguments.images]
+    held_out = 5000 if arguments.images == "fashion-mnist" else 500
+    if arguments.quick:
+        images = dataclasses.replace(
+            images,
+            train_images=images.train_images[-QUICK_ROWS - held_out :],
+            train_labels=images.train_labels[-QUICK_ROWS - held_out :],
+        )
+        plan = dataclasses.replace(plan, epochs=4, gate_epochs=2)
+    if arguments.epochs:
+        plan = dataclasses.replace(plan, epochs=arguments.epochs, gate_epochs=arguments.epochs // 2)
+    for field in ("keep", "learning_rate", "weight_decay", "gate_rate", "distilled", "temperature"):
+        if getattr(arguments, field) is not None:
+            plan = dataclasses.replace(plan, **{field: getattr(arguments, field)})
+    print(plan)
+    figures = run(NETWORKS[arguments.model], images, plan, held_out=held_out, seed=arguments.seed)
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()

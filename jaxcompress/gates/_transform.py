@@ -1,0 +1,196 @@
+"""Gates as a transform: learned switches on units, or on single weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.gates._hard_concrete import (
+    STANDARD,
+    Form,
+    HardConcrete,
+    initial_log_alpha,
+    nonzero_probability,
+    sample_gates,
+)
+from jaxcompress.gates._penalty import Gated, Penalty, by_name, check_known
+from jaxcompress.gates._values import gate_values
+from jaxcompress.transforms import identity
+from jaxcompress.tree import is_unselected, leaves_with_paths, map_with_path
+from jaxcompress.types import Params, Selector, Transform, TransformState, is_compressed
+from jaxcompress.units import UnitGroup, check_groups, multiply_units
+
+CLAMP = (-4.605170185988091, 4.605170185988092)
+"""log 1e-2 and log 1e2."""
+
+
+def hard_concrete(
+    groups: Sequence[UnitGroup] = (),
+    *,
+    penalty: Penalty,
+    select: Selector | None = None,
+    drop_rate: float | Mapping[str, float] = 0.5,
+    form: Form = "louizos",
+    clamp: tuple[float, float] = CLAMP,
+    distribution: HardConcrete = STANDARD,
+) -> Transform:
+    """Multiplies every unit by a hard concrete gate, whose location log alpha is trained with the model.
+
+    `apply` draws one sample for each gate and call, or takes the deterministic form without a key; `penalty` prices
+    open gates; `project` clamps log alpha. `finalize` folds the deterministic gates into the weights they multiply:
+    closed units are exactly zero there, and `units.remove_units` with `kept_units(...)` takes them out for good.
+
+    Args:
+        groups: units with gates; each needs gated slices.
+        penalty: `lambda_penalty`, `lagrangian`, `shape_lagrangian` or `smallest_with`.
+        select: leaves whose single weights have gates of their own; they may be in no group.
+        drop_rate: 1 - P at the start, in (0, 1); by name or kind of a group or path of a leaf, 0.5 for those left out.
+        form: what gates are without noise; see `deterministic_gates`.
+        clamp: log alpha stays in between.
+        distribution: constants of the hard concrete distribution.
+
+    Returns:
+        The transform. `state.trainable` is {"log_alpha": name or path -> float32 array, "multipliers": those of the
+        penalty}; `state.fixed` is the number of updates (int32).
+
+    Raises:
+        ValueError: neither groups nor `select`, an empty `clamp`, an unknown form; from `init`: whatever
+            `units.check_groups` finds, a group without gated slices, a gated leaf that is no float, a selected leaf
+            that a group has too, a `drop_rate` out of range or for something unknown, or what the penalty finds.
+
+    Example:
+        >>> from jaxcompress.gates import lambda_penalty
+        >>> from jaxcompress.units import UnitSlices
+        >>> rows = UnitGroup(name="rows", count=3, slices=(UnitSlices(path="w", axis=0, gated=True),))
+        >>> params = {"w": jnp.ones((3, 2))}
+        >>> transform = hard_concrete([rows], penalty=lambda_penalty(1.0, examples=100))
+        >>> state = transform.init(params, key=jax.random.key(0))
+        >>> state.trainable["log_alpha"]["rows"] = jnp.array([4.0, -4.0, 0.0])
+        >>> transform.finalize(params, state)["w"]
+        Array([[1. , 1. ],
+               [0. , 0. ],
+               [0.5, 0.5]], dtype=float32)
+
+    References:
+        Louizos, Welling and Kingma 2018, "Learning sparse neural networks through L0 regularization".
+    """
+    groups = tuple(groups)
+    _check_options(groups, select, form, clamp)
+
+    def gated(params: Params, log_alpha: Mapping[str, Any], step: Any, loss: Any) -> Gated:
+        probabilities = {name: nonzero_probability(x, distribution=distribution) for name, x in log_alpha.items()}
+        return Gated(params=params, groups=groups, probabilities=probabilities, step=step, loss=loss)
+
+    def init(params: Params, *, key: jax.Array, statistics: Any = None) -> TransformState:
+        del statistics
+        shapes = _gate_shapes(params, groups, select)
+        rates = _drop_rates(drop_rate, groups, shapes)
+        keys = jax.random.split(key, len(shapes))
+        log_alpha = {
+            name: initial_log_alpha(own, shape, rates[name])
+            for own, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+        multipliers = penalty.init(gated(params, log_alpha, 0, jnp.zeros(())))
+        return TransformState({"log_alpha": log_alpha, "multipliers": multipliers}, jnp.zeros((), jnp.int32))
+
+    def apply(params: Params, state: TransformState, *, key: jax.Array | None = None) -> Params:
+        log_alpha = state.trainable["log_alpha"]
+        if key is None:
+            values = gate_values(log_alpha, form=form, distribution=distribution)
+        else:
+            keys = jax.random.split(key, len(log_alpha))
+            names = sorted(log_alpha)
+            values = {
+                name: sample_gates(own, log_alpha[name], distribution=distribution)
+                for own, name in zip(keys, names, strict=True)
+            }
+        return multiply_gates(params, groups, values)
+
+    def add(state: TransformState, params: Params, *, loss: Any) -> jax.Array:
+        inner = state.trainable
+        return penalty.value(gated(params, inner["log_alpha"], state.fixed, loss), inner["multipliers"])
+
+    def update(
+        grads: Any, state: TransformState, params: Params, *, key: Any, loss: Any
+    ) -> tuple[TransformState, None]:
+        del grads, params, key, loss
+        return state._replace(fixed=state.fixed + 1), None
+
+    def project(params: Params, state: TransformState) -> tuple[Params, TransformState]:
+        inner = {
+            "log_alpha": {name: jnp.clip(x, *clamp) for name, x in state.trainable["log_alpha"].items()},
+            "multipliers": penalty.project(state.trainable["multipliers"]),
+        }
+        return params, state._replace(trainable=inner)
+
+    return identity()._replace(init=init, apply=apply, penalty=add, update=update, project=project, finalize=apply)
+
+
+def multiply_gates(params: Params, groups: Sequence[UnitGroup], values: Mapping[str, Any]) -> Params:
+    """Multiplies units, and leaves whose weights have gates of their own, by their numbers.
+
+    Args:
+        params: compressed leaves are materialized where a gate multiplies them.
+        groups: of units.
+        values: name of a group -> (count,), or path of a leaf -> its shape; from `gate_values`.
+
+    Example:
+        >>> multiply_gates({"w": jnp.ones(2)}, [], {"w": jnp.array([0.5, 0.0])})["w"]
+        Array([0.5, 0. ], dtype=float32)
+    """
+    names = {group.name for group in groups}
+    own = {path: value for path, value in values.items() if path not in names}
+    touched = {part.path for group in groups if group.name in values for part in group.gated} | set(own)
+
+    def multiply(path: str, leaf: Any) -> Any:
+        if path in touched and is_compressed(leaf):
+            leaf = leaf.materialize()
+        return leaf * own[path].astype(leaf.dtype) if path in own else leaf
+
+    return multiply_units(map_with_path(multiply, params), groups, values)
+
+
+def _check_options(groups: tuple[UnitGroup, ...], select: Any, form: str, clamp: tuple[float, float]) -> None:
+    if not groups and select is None:
+        raise ValueError("Nothing has a gate: give `groups`, `select`, or both.")
+    if form not in ("louizos", "topk"):
+        raise ValueError(f"`form` must be 'louizos' or 'topk', got {form!r}.")
+    if not clamp[0] < clamp[1]:
+        raise ValueError(f"`clamp` must be (low, high) with low < high, got {clamp}.")
+
+
+def _gate_shapes(params: Params, groups: tuple[UnitGroup, ...], select: Selector | None) -> dict[str, tuple[int, ...]]:
+    """The shape of log alpha by name of a group, or path of a leaf, with all checks."""
+    check_groups(groups, params)
+    leaves = dict(leaves_with_paths(params))
+    for group in groups:
+        if not group.gated:
+            raise ValueError(f"Unit group {group.name!r} has no gated slices: its gates would multiply nothing.")
+        for part in group.gated:
+            _check_float(part.path, leaves[part.path])
+    shapes = {group.name: (group.count,) for group in groups}
+    owned = {part.path: group.name for group in groups for part in group.slices}
+    marks = [] if select is None else leaves_with_paths(select(params))
+    for path in [path for path, mark in marks if mark and not is_unselected(mark)]:
+        if path in owned or path in shapes:
+            raise ValueError(
+                f"Leaf {path!r} cannot have gates of single weights: unit group {owned.get(path, path)!r}."
+            )
+        _check_float(path, leaves[path])
+        shapes[path] = tuple(leaves[path].shape)
+    return shapes
+
+
+def _check_float(path: str, leaf: Any) -> None:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"Leaf {path!r} has dtype {leaf.dtype}: gates multiply floats.")
+
+
+def _drop_rates(
+    drop_rate: float | Mapping[str, float], groups: tuple[UnitGroup, ...], shapes: Mapping[str, Any]
+) -> dict[str, float]:
+    kinds = {group.name: group.kind for group in groups}
+    if isinstance(drop_rate, Mapping):
+        check_known(drop_rate, {*shapes, *(kind for kind in kinds.values() if kind)}, "drop_rate")
+    return {name: by_name(drop_rate, name, kinds.get(name, ""), 0.5) for name in shapes}
