@@ -25,8 +25,8 @@ def save_pretrained(
     """Writes `config.json` and `model.safetensors`, with the names and the orientation of PyTorch.
 
     transformers loads them as the class of the head. It knows one shape for all layers: as many heads as make up
-    `hidden_size`, and one FFN width. Pooling by mean is for `from_pretrained` alone. Files are complete before they take
-    the place of older ones. Tokenizer files are left to the caller.
+    `hidden_size`, and one FFN width. Pooling by mean is for `from_pretrained` alone. Files are complete before they
+    take the place of older ones. Tokenizer files are left to the caller.
 
     Args:
         directory: made if there is none; other files in it stay.

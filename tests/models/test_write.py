@@ -138,7 +138,7 @@ def test_saving_replaces_an_older_model(uneven_config, draw_params, assert_same_
     [
         (
             {},
-            "numbers of heads differ: 4 in layer 0, 1 in layer 1, 0 in layer 2, 2 in layer 3; FFN widths differ: 40 in",
+            "numbers of heads differ: 4 in layer 0, 1 in layer 1, 0 in layer 2, 2 in layer 3; FFN widths differ: 40",
         ),
         ({"num_attention_heads": 3}, "cannot load this shape: FFN widths differ: 40 in layer 0, 8 in layer 1"),
         ({"intermediate_size": 9}, r"numbers of heads differ: .* 2 in layer 3\. Save it with `uneven=True`"),
