@@ -3,6 +3,7 @@
 from jaxcompress.structured._costs import flop_costs as flop_costs
 from jaxcompress.structured._costs import parameter_costs as parameter_costs
 from jaxcompress.structured._rearrange import rearrange as rearrange
+from jaxcompress.structured._reconstruct import reconstruct as reconstruct
 from jaxcompress.structured._scores import fisher_matrix as fisher_matrix
 from jaxcompress.structured._scores import fisher_unit_scores as fisher_unit_scores
 from jaxcompress.structured._scores import gate_gradients as gate_gradients
