@@ -129,7 +129,7 @@ def relative_error(moments: Moments, kernel: np.ndarray, bias: np.ndarray) -> fl
 
 
 def _about(moments: Moments, bias: np.ndarray, free_bias: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Gram and cross moments about the means if the bias is free: it takes up the means. Otherwise with b subtracted."""
+    """Gram and cross moments: about the means if the bias is free, which takes them up; otherwise of t - b."""
     m = moments
     if free_bias:
         count = max(m.count, 1.0)

@@ -84,9 +84,8 @@ def reconstruct(
         # A bias that went with its sublayer must stay 0: `shrink` makes it so.
         free = bias and place.bias is not None and bool(np.all(masks.get(place.bias, True)))
         before = _Kernel.of(fitted, path, place)
-        kept = np.flatnonzero(
-            np.broadcast_to(np.asarray(masks[path]), _shape(params, path)).any(axis=1 - place.input_axis)
-        )
+        # Kernels are cut along their inputs, so that the mask has one entry for each of these.
+        kept = np.flatnonzero(np.asarray(masks[path]).reshape(-1))
         whole = _Kernel.of(params, path, place).weight
         options = {"ridge": ridge, "free_bias": free}
         if form == "rows":
@@ -225,10 +224,6 @@ def _unit_of_row(group: UnitGroup, part: UnitSlices, rows: int) -> np.ndarray:
     units = group.count + np.arange(rows)
     units[part.start : part.start + group.count * part.size] = np.repeat(np.arange(group.count), part.size)
     return units
-
-
-def _shape(params: Params, path: str) -> tuple[int, ...]:
-    return dict(leaves_with_paths(params))[path].shape
 
 
 def _check_options(form: str, ridge: float, limit: float) -> None:
