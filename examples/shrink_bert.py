@@ -141,7 +141,7 @@ def batches(tokens: Tokens, rows: np.ndarray, *, size: int = 32) -> list[dict[st
     for start in range(0, len(ordered) // size * size, size):
         chosen = ordered[start : start + size]
         longest = max(len(tokens.ids[row]) for row in chosen)
-        ids = np.full((size, next(width for width in (24, 40, 64) if width >= longest)), tokens.pad_id, np.int32)
+        ids = np.full((size, next(width for width in (32, 64) if width >= longest)), tokens.pad_id, np.int32)
         for i, row in enumerate(chosen):
             ids[i, : len(tokens.ids[row])] = tokens.ids[row]
         lengths = np.array([len(tokens.ids[row]) for row in chosen])

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.structured._least_squares import Moments, fit_gates, fit_rows, relative_error
-from jaxcompress.structured._record import Site, record
+from jaxcompress.structured._least_squares import fit_gates, fit_rows, relative_error
+from jaxcompress.structured._moments import gather
+from jaxcompress.structured._record import record
 from jaxcompress.structured._shrink import check_keep, mask_units
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
@@ -79,8 +80,10 @@ def reconstruct(
     owners = _owners(params, groups, keep)
     masks = unit_masks(params, [group for group in groups if group.name in keep], keep)
     fitted, info = mask_units(params, groups, keep), {}
-    for path, place in _places(apply, params, owners, batches[0]).items():
-        moments = _moments(apply, params, fitted, path, batches, row_mask)
+    places = _places(apply, params, owners, batches[0])
+    moments_of = gather(apply, params, list(places), batches, row_mask)
+    for path, place in places.items():
+        moments = moments_of(fitted, path)
         # A bias that went with its sublayer must stay 0: `shrink` makes it so.
         free = bias and place.bias is not None and bool(np.all(masks.get(place.bias, True)))
         before = _Kernel.of(fitted, path, place)
@@ -168,55 +171,6 @@ def _places(
                 f"{places[path].input_axis}: only what a kernel reads can be fitted."
             )
     return places
-
-
-def _moments(
-    apply: Callable[..., Any],
-    dense: Params,
-    pruned: Params,
-    path: str,
-    batches: Sequence[tuple[Any, ...]],
-    row_mask: Callable[..., Any] | None,
-) -> Moments:
-    run = record(apply, [path])
-
-    @jax.jit
-    def sums(dense: Params, pruned: Params, batch: tuple[Any, ...]) -> dict[str, jax.Array]:
-        whole, now = run(dense, *batch)[path], run(pruned, *batch)[path]
-        target = _written(whole, dense, path)
-        if whole.residual is not None and now.residual is not None:
-            target = target + whole.residual.astype(jnp.float32) - now.residual.astype(jnp.float32)
-        rows = jnp.ones(len(target)) if row_mask is None else jnp.asarray(row_mask(*batch)).reshape(-1)
-        if rows.shape != (len(target),):
-            raise ValueError(f"`row_mask` gives {rows.size} entries; the input of {path!r} has {len(target)} rows.")
-        weight = (rows > 0).astype(jnp.float32)[:, None]
-        x, target = jnp.where(weight > 0, now.inputs.astype(jnp.float32), 0.0), jnp.where(weight > 0, target, 0.0)
-        return {
-            "count": weight.sum(),
-            "inputs": x.sum(axis=0),
-            "targets": target.sum(axis=0),
-            "gram": x.T @ x,
-            "cross": x.T @ target,
-            "square": jnp.square(target).sum(),
-        }
-
-    total: dict[str, np.ndarray] = {}
-    for batch in batches:
-        for name, value in sums(dense, pruned, tuple(batch)).items():
-            total[name] = total.get(name, 0.0) + np.asarray(value, np.float64)
-    if not all(np.isfinite(value).all() for value in total.values()):
-        raise ValueError(f"What goes into {path!r} holds NaN or Inf.")
-    count, square = float(total.pop("count")), float(total.pop("square"))
-    if not count:
-        raise ValueError(f"`row_mask` leaves no row of the input of {path!r}.")
-    return Moments(count=count, square=square, **total)
-
-
-def _written(site: Site, params: Params, path: str) -> jax.Array:
-    leaves = dict(leaves_with_paths(params))
-    kernel = leaves[path] if site.input_axis == 0 else leaves[path].T
-    product = site.inputs.astype(jnp.float32) @ kernel.astype(jnp.float32)
-    return product if site.bias is None else product + leaves[site.bias].astype(jnp.float32)[None, :]
 
 
 def _unit_of_row(group: UnitGroup, part: UnitSlices, rows: int) -> np.ndarray:
