@@ -12,6 +12,7 @@ from jaxcompress import quantization as quantization
 from jaxcompress import report as report
 from jaxcompress import schedules as schedules
 from jaxcompress import solvers as solvers
+from jaxcompress import structured as structured
 from jaxcompress import trace as trace
 from jaxcompress import transforms as transforms
 from jaxcompress import tree as tree

@@ -19,20 +19,24 @@ from jaxcompress.models._parameters import check_parameters, flatten_params
 from jaxcompress.types import Params
 
 
-def save_pretrained(directory: str | os.PathLike[str], module: nn.Module, params: Params) -> None:
+def save_pretrained(
+    directory: str | os.PathLike[str], module: nn.Module, params: Params, *, uneven: bool = False
+) -> None:
     """Writes `config.json` and `model.safetensors`, with the names and the orientation of PyTorch.
 
-    transformers loads them as the class of the head, as long as every layer has `hidden_size / head_size` heads and
-    the same FFN width; `from_pretrained` reads any sizes back. Pooling by mean is for `from_pretrained` too. Files
-    are complete before they take the place of older ones. Tokenizer files are left to the caller.
+    transformers loads them as the class of the head. It knows one shape for all layers: as many heads as make up
+    `hidden_size`, and one FFN width. Pooling by mean is for `from_pretrained` alone. Files are complete before they
+    take the place of older ones. Tokenizer files are left to the caller.
 
     Args:
         directory: made if there is none; other files in it stay.
         module: of `make_module` or `from_pretrained`.
         params: its plain parameters. Their dtypes are kept: float32, float16, bfloat16.
+        uneven: write shapes that transformers cannot load too; `from_pretrained` reads them back.
 
     Raises:
-        ValueError: a leaf is compressed, or does not fit the module's config; the message names it.
+        ValueError: a leaf is compressed, or does not fit the module's config; the message names it. Or the layers have
+            a shape that transformers cannot load, without `uneven`; the message names the layers.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -57,9 +61,35 @@ def save_pretrained(directory: str | os.PathLike[str], module: nn.Module, params
                 "compressed parameters with `jaxcompress.checkpoint`."
             )
     check_parameters(leaves, config)
+    if not uneven:
+        _check_even(config)
     tensors = {torch_name(path): _stored(path, leaf) for path, leaf in leaves.items()}
     settings = config_to_huggingface(config) | {"torch_dtype": _common_dtype(tensors)}
     _write(Path(directory), tensors, settings)
+
+
+def _check_even(config: BertConfig) -> None:
+    """Transformers makes query, key and value `hidden_size` wide, and reads one FFN width for all layers."""
+    heads, widths = config.num_attention_heads, config.intermediate_size
+    reasons = [f"{name} differ: {_by_layer(sizes)}" for name, sizes in _sizes(config).items() if len(set(sizes)) > 1]
+    if not reasons and heads[0] * config.head_size != config.hidden_size:
+        inner = f"{heads[0]} heads of {config.head_size} make up {heads[0] * config.head_size}"
+        reasons.append(f"in every layer {inner}, not `hidden_size`, {config.hidden_size}")
+    if not reasons and not widths[0]:
+        reasons.append("no layer has FFN columns")
+    if reasons:
+        raise ValueError(
+            f"transformers cannot load this shape: {'; '.join(reasons)}. Save it with `uneven=True`, for "
+            "`jaxcompress.models.from_pretrained` alone, or with `jaxcompress.checkpoint`."
+        )
+
+
+def _sizes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    return {"numbers of heads": config.num_attention_heads, "FFN widths": config.intermediate_size}
+
+
+def _by_layer(sizes: tuple[int, ...]) -> str:
+    return ", ".join(f"{size} in layer {layer}" for layer, size in enumerate(sizes))
 
 
 def _stored(path: str, leaf: Any) -> np.ndarray:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
+
 from jaxcompress.models._config import BertConfig
 from jaxcompress.models._parameters import check_parameters, flatten_params
 from jaxcompress.types import Params
@@ -50,6 +52,40 @@ def config_from_params(params: Params, config: BertConfig) -> BertConfig:
     )
     check_parameters(leaves, recovered)
     return recovered
+
+
+def resized(module: nn.Module, params: Params) -> nn.Module:
+    """The module for parameters that have become smaller: the same, with the sizes that `params` have.
+
+    Args:
+        module: of `make_module` or `from_pretrained`.
+        params: what `structured.shrink` left of its parameters: fewer heads, FFN columns or hidden features.
+
+    Returns:
+        A module of the same class and dtype; its config is that of `config_from_params`, with the `hidden_size` of the
+        embedding's norm.
+
+    Raises:
+        ValueError: as `config_from_params`.
+
+    Example:
+        >>> import jax
+        >>> from jaxcompress.models import make_module
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+        ... )
+        >>> smaller = dataclasses.replace(config, num_attention_heads=3, intermediate_size=(7,))
+        >>> ids = jax.ShapeDtypeStruct((1, 4), "int32")
+        >>> params = jax.eval_shape(make_module(smaller).init, jax.random.key(0), ids)["params"]
+        >>> resized(make_module(config), params).config == smaller
+        True
+    """
+    config: BertConfig = module.config  # pyright: ignore[reportAttributeAccessIssue]
+    leaves = flatten_params(params)
+    norm = f"{'' if config.head == 'encoder' else 'bert/'}embeddings/LayerNorm/scale"
+    if norm in leaves:
+        config = dataclasses.replace(config, hidden_size=leaves[norm].shape[0])
+    return module.clone(config=config_from_params(params, config))
 
 
 def _layers(leaves: Mapping[str, Any], prefix: str) -> int:

@@ -2,6 +2,7 @@
 
 from jaxcompress.units._count import expected_parameters as expected_parameters
 from jaxcompress.units._count import unit_parameters as unit_parameters
+from jaxcompress.units._count import unit_sizes as unit_sizes
 from jaxcompress.units._group import UnitGroup as UnitGroup
 from jaxcompress.units._group import UnitSlices as UnitSlices
 from jaxcompress.units._group import check_groups as check_groups

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
@@ -74,6 +75,35 @@ def unit_parameters(group: UnitGroup, params: Params) -> int:
             # Units that own whole leaves are alike: those of the first are counted.
             total += size
     return total
+
+
+def unit_sizes(group: UnitGroup, params: Params, *, weights: Mapping[str, float] | None = None) -> np.ndarray:
+    """How many weights each unit owns, the slices of all leaves together; units may differ.
+
+    Args:
+        group: its units.
+        params: gives the shapes.
+        weights: as in `expected_parameters`: path -> factor of a leaf's count; paths without an entry are not counted.
+
+    Returns:
+        float64 (count,).
+
+    Example:
+        >>> from jaxcompress.units import UnitSlices
+        >>> slices = (UnitSlices(path="a", axis=0, unit=0), UnitSlices(path="b", axis=0, unit=1))
+        >>> group = UnitGroup(name="layers", count=2, slices=slices)
+        >>> unit_sizes(group, {"a": jnp.ones((2, 3)), "b": jnp.ones(5)}).tolist()
+        [6.0, 5.0]
+    """
+    shapes = {path: leaf.shape for path, leaf in leaves_with_paths(params) if hasattr(leaf, "shape")}
+    sizes = np.zeros(group.count)
+    for part in group.slices:
+        size = math.prod(shapes[part.path]) * (1.0 if weights is None else weights.get(part.path, 0.0))
+        if part.unit is not None:
+            sizes[part.unit] += size
+        elif part.axis is not None:
+            sizes += size / max(shapes[part.path][part.axis], 1) * part.size
+    return sizes
 
 
 def _expected(shape: tuple[int, ...], owners: Sequence[tuple[UnitSlices, jax.Array]]) -> Any:

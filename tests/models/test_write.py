@@ -51,7 +51,7 @@ def test_settings_of_the_golden_file_survive(golden_dir, tmp_path):
 def test_uneven_round_trip(uneven_config, draw_params, assert_same_params, tmp_path, head, pooling, dtype):
     config = dataclasses.replace(uneven_config, head=head, pooling=pooling, num_labels=3)
     params = draw_params(config, dtype=dtype)
-    save_pretrained(tmp_path / "new" / "directory", make_module(config), params)
+    save_pretrained(tmp_path / "new" / "directory", make_module(config), params, uneven=True)
     module, found = from_pretrained(tmp_path / "new" / "directory")
     assert module.config == config
     assert_same_params(found, params)
@@ -62,12 +62,12 @@ def test_uneven_round_trip(uneven_config, draw_params, assert_same_params, tmp_p
 def test_mixed_dtypes_round_trip(uneven_config, draw_params, assert_same_params, tmp_path):
     params = draw_params(uneven_config)
     params["pooler"] = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params["pooler"])
-    save_pretrained(tmp_path, make_module(uneven_config), params)
+    save_pretrained(tmp_path, make_module(uneven_config), params, uneven=True)
     assert_same_params(from_pretrained(tmp_path)[1], params)
 
 
 def test_files_are_as_readable_as_any_other(uneven_config, draw_params, tmp_path):
-    save_pretrained(tmp_path, make_module(uneven_config), draw_params(uneven_config))
+    save_pretrained(tmp_path, make_module(uneven_config), draw_params(uneven_config), uneven=True)
     (tmp_path / "other").touch()
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / name).stat().st_mode == (tmp_path / "other").stat().st_mode
@@ -94,20 +94,20 @@ def test_params_that_do_not_fit_are_refused(uneven_config, draw_params, tmp_path
         save_pretrained(tmp_path, make_module(wrong), params)
     del params["pooler"]
     with pytest.raises(ValueError, match=r"missing .*'pooler/dense/kernel', 'pooler/dense/bias'"):
-        save_pretrained(tmp_path, make_module(uneven_config), params)
+        save_pretrained(tmp_path, make_module(uneven_config), params, uneven=True)
 
 
 def test_integer_leaf_is_refused(uneven_config, draw_params, tmp_path):
     params = draw_params(uneven_config)
     params["pooler"]["dense"]["bias"] = jnp.zeros(24, jnp.int8)
     with pytest.raises(ValueError, match=r"'pooler/dense/bias' is int8; only float32, float16 and bfloat16"):
-        save_pretrained(tmp_path, make_module(uneven_config), params)
+        save_pretrained(tmp_path, make_module(uneven_config), params, uneven=True)
 
 
 @pytest.mark.parametrize("broken", ["weights", "sync"])
 def test_failure_leaves_the_old_files_alone(uneven_config, draw_params, tmp_path, monkeypatch, broken):
     module = make_module(uneven_config)
-    save_pretrained(tmp_path, module, draw_params(uneven_config))
+    save_pretrained(tmp_path, module, draw_params(uneven_config), uneven=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def half(tensors, path, **_):
@@ -119,7 +119,7 @@ def test_failure_leaves_the_old_files_alone(uneven_config, draw_params, tmp_path
 
     monkeypatch.setattr(_hf_write, *(("save_file", half) if broken == "weights" else ("_sync", fail)))
     with pytest.raises(OSError, match="disk full"):
-        save_pretrained(tmp_path, module, draw_params(uneven_config, seed=1))
+        save_pretrained(tmp_path, module, draw_params(uneven_config, seed=1), uneven=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -128,6 +128,36 @@ def test_saving_replaces_an_older_model(uneven_config, draw_params, assert_same_
     (tmp_path / "vocab.txt").write_text("kept")
     for seed in (0, 1):
         params = draw_params(uneven_config, seed=seed)
-        save_pretrained(tmp_path, module, params)
+        save_pretrained(tmp_path, module, params, uneven=True)
     assert_same_params(from_pretrained(tmp_path)[1], params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            {},
+            "numbers of heads differ: 4 in layer 0, 1 in layer 1, 0 in layer 2, 2 in layer 3; FFN widths differ: 40",
+        ),
+        ({"num_attention_heads": 3}, "cannot load this shape: FFN widths differ: 40 in layer 0, 8 in layer 1"),
+        ({"intermediate_size": 9}, r"numbers of heads differ: .* 2 in layer 3\. Save it with `uneven=True`"),
+        ({"num_attention_heads": 2, "intermediate_size": 9}, "2 heads of 8 make up 16, not `hidden_size`, 24"),
+        ({"num_attention_heads": 3, "intermediate_size": 0}, "no layer has FFN columns"),
+    ],
+)
+def test_shape_that_transformers_cannot_load_needs_a_word(uneven_config, draw_params, tmp_path, sizes, message):
+    config = dataclasses.replace(uneven_config, **sizes)
+    with pytest.raises(ValueError, match=message):
+        save_pretrained(tmp_path / "new", make_module(config), draw_params(config))
+    assert not (tmp_path / "new").exists()
+    save_pretrained(tmp_path / "new", make_module(config), draw_params(config), uneven=True)
+    assert from_pretrained(tmp_path / "new")[0].config == config
+
+
+def test_even_shape_needs_no_word(uneven_config, draw_params, tmp_path):
+    config = dataclasses.replace(uneven_config, num_attention_heads=3, intermediate_size=9)
+    save_pretrained(tmp_path, make_module(config), draw_params(config))
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert (settings["num_attention_heads"], settings["intermediate_size"]) == (3, 9)
+    assert "jaxcompress" not in settings

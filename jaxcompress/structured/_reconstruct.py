@@ -1,0 +1,189 @@
+"""Making up for removed units by least squares, layer by layer, without training."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.structured._least_squares import fit_gates, fit_rows, relative_error
+from jaxcompress.structured._moments import gather
+from jaxcompress.structured._record import record
+from jaxcompress.structured._shrink import check_keep, mask_units
+from jaxcompress.tree import leaves_with_paths, map_with_path
+from jaxcompress.types import Params, is_compressed
+from jaxcompress.units import UnitGroup, UnitSlices, unit_masks
+
+Form = Literal["rows", "gates"]
+
+
+def reconstruct(
+    apply: Callable[..., Any],
+    params: Params,
+    groups: Sequence[UnitGroup],
+    keep: Mapping[str, Any],
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    form: Form = "rows",
+    bias: bool = True,
+    ridge: float = 1e-2,
+    limit: float = 10.0,
+    row_mask: Callable[..., Any] | None = None,
+) -> tuple[Params, dict[str, dict[str, float]]]:
+    """Fits the gated kernels of the kept units so that they stand in for the removed ones.
+
+    Kernel after kernel, in the order of the model, with what came before already pruned and fitted: with x what the
+    pruned model feeds into the kernel W, r what its output is added to, and t = y W + b + s the same of the dense
+    model, it minimises Σ |x W' + b' + r - t|² over the rows of kept units (and b'), plus
+    ridge · mean(diag Σ x xᵀ) · |W' - W|². So a sublayer makes up for the errors of those before it, too. Rows of
+    removed units become 0: `shrink` takes them out without a change of the function.
+
+    Args:
+        apply: `(params, *inputs) -> outputs`; its gated kernels must each be in one plain matmul outside of loops.
+        params: the dense tree, plain arrays.
+        groups: the units.
+        keep: name -> bool (count,). Kernels of groups without an entry stay as they are.
+        batches: tuples of inputs, gone through once for each kernel: a list, not a generator. No labels are needed.
+        form: "rows": the whole rows of the kept units are free. "gates": one number for each unit multiplies its rows.
+        bias: fit the bias too, where one is added to the output.
+        ridge: how much the solution is held to where it was.
+        limit: of the absolute value of gates.
+        row_mask: `(*inputs) -> mask` with one entry for each row of the kernels' inputs (each token), above 0 where it
+            counts; by default all count.
+
+    Returns:
+        The parameters, of the same shapes, and for each kernel `error_before` and `error`, after:
+        Σ |x W' + b' + r - t|² / Σ |t - r - mean(t - r)|².
+
+    Raises:
+        ValueError: an option out of range; no batches, or no row that counts; a kernel that `record` cannot follow, or
+            that several groups cut; a compressed leaf; inputs with NaN or Inf. Names the leaf.
+
+    Example:
+        >>> group = UnitGroup(name="in", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
+        >>> x = jnp.array([[1.0, 2.0], [2.0, 4.1], [3.0, 6.0]])  # the second input is twice the first
+        >>> params, info = reconstruct(
+        ...     lambda p, x: x @ p["w"], {"w": jnp.ones((2, 1))}, [group], {"in": [True, False]}, [(x,)], ridge=0.0
+        ... )
+        >>> round(float(params["w"][0, 0]), 2), round(info["w"]["error_before"], 2), info["w"]["error"] < 1e-3
+        (3.01, 3.15, True)
+
+    References:
+        Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4.3: "gates", no bias.
+    """
+    check_keep(params, groups, keep)
+    _check_options(form, ridge, limit)
+    batches = list(batches)
+    if not batches:
+        raise ValueError("`batches` is empty: least squares needs inputs.")
+    owners = _owners(params, groups, keep)
+    masks = unit_masks(params, [group for group in groups if group.name in keep], keep)
+    fitted, info = mask_units(params, groups, keep), {}
+    places = _places(apply, params, owners, batches[0])
+    moments_of = gather(apply, params, list(places), batches, row_mask)
+    for path, place in places.items():
+        moments = moments_of(fitted, path)
+        # A bias that went with its sublayer must stay 0: `shrink` makes it so.
+        free = bias and place.bias is not None and bool(np.all(masks.get(place.bias, True)))
+        before = _Kernel.of(fitted, path, place)
+        # Kernels are cut along their inputs, so that the mask has one entry for each of these.
+        kept = np.flatnonzero(np.asarray(masks[path]).reshape(-1))
+        whole = _Kernel.of(params, path, place).weight
+        options = {"ridge": ridge, "free_bias": free}
+        if form == "rows":
+            after = _Kernel(*fit_rows(moments, whole, before.bias, kept, **options))
+        else:
+            units = _unit_of_row(*owners[path], len(whole))
+            after = _Kernel(*fit_gates(moments, whole, before.bias, kept, units, limit=limit, **options))
+        fitted = after.put(fitted, path, place, with_bias=free)
+        info[path] = {"error_before": relative_error(moments, *before), "error": relative_error(moments, *after)}
+    return fitted, info
+
+
+class _Place(NamedTuple):
+    """Where a kernel's bias is, and which axis it sums over."""
+
+    bias: str | None
+    input_axis: int
+
+
+class _Kernel(NamedTuple):
+    """(inputs, outputs), and the bias; float64."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    @classmethod
+    def of(cls, params: Params, path: str, place: _Place) -> "_Kernel":
+        leaves = dict(leaves_with_paths(params))
+        weight = np.asarray(leaves[path], np.float64)
+        weight = weight.T if place.input_axis else weight
+        bias = np.zeros(weight.shape[1]) if place.bias is None else np.asarray(leaves[place.bias], np.float64)
+        return cls(weight, bias)
+
+    def put(self, params: Params, path: str, place: _Place, *, with_bias: bool) -> Params:
+        changed = {path: self.weight.T if place.input_axis else self.weight}
+        if with_bias and place.bias is not None:
+            changed[place.bias] = self.bias
+        return map_with_path(lambda at, leaf: jnp.asarray(changed[at], leaf.dtype) if at in changed else leaf, params)
+
+
+def _owners(
+    params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any]
+) -> dict[str, tuple[UnitGroup, UnitSlices]]:
+    """The group whose units cut each gated kernel."""
+    owners: dict[str, tuple[UnitGroup, UnitSlices]] = {}
+    leaves = dict(leaves_with_paths(params))
+    for group in groups:
+        for part in group.gated if group.name in keep else ():
+            if is_compressed(leaves[part.path]):
+                raise ValueError(f"Leaf {part.path!r} is compressed: reconstruct before quantizing.")
+            if part.unit is not None or leaves[part.path].ndim != 2:
+                continue
+            if part.path in owners:
+                raise ValueError(
+                    f"Leaf {part.path!r} has gated slices of {owners[part.path][0].name!r} and of {group.name!r}: "
+                    "reconstruct and `shrink` for one of them after the other."
+                )
+            owners[part.path] = group, part
+    if not owners:
+        raise ValueError("No group in `keep` has gated slices of a kernel: there is nothing to fit.")
+    return owners
+
+
+def _places(
+    apply: Callable[..., Any], params: Params, owners: Mapping[str, tuple[UnitGroup, UnitSlices]], batch: Any
+) -> dict[str, _Place]:
+    """In the order in which the model uses the kernels; found abstractly."""
+    places: dict[str, _Place] = {}
+
+    def note(params: Params, *inputs: Any) -> Any:
+        for path, site in record(apply, list(owners))(params, *inputs).items():
+            places[path] = _Place(site.bias, site.input_axis)
+        return 0
+
+    jax.eval_shape(note, params, *batch)
+    for path, (group, part) in owners.items():
+        if part.axis != places[path].input_axis:
+            raise ValueError(
+                f"Group {group.name!r} has gated slices on axis {part.axis} of {path!r}, but the model sums over axis "
+                f"{places[path].input_axis}: only what a kernel reads can be fitted."
+            )
+    return places
+
+
+def _unit_of_row(group: UnitGroup, part: UnitSlices, rows: int) -> np.ndarray:
+    """The unit of every row; rows of none are units of their own."""
+    units = group.count + np.arange(rows)
+    units[part.start : part.start + group.count * part.size] = np.repeat(np.arange(group.count), part.size)
+    return units
+
+
+def _check_options(form: str, ridge: float, limit: float) -> None:
+    if form not in get_args(Form):
+        raise ValueError(f"`form` must be 'rows' or 'gates', got {form!r}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+    if not limit > 0:
+        raise ValueError(f"`limit` must be above 0, got {limit}.")

@@ -1,0 +1,184 @@
+"""Selection against brute force; budgets met as closely as units allow."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxcompress import trace, tree
+from jaxcompress.models import bert_units
+from jaxcompress.structured import flop_costs, parameter_costs, select_units, shrink
+from jaxcompress.units import UnitGroup, UnitSlices, unit_sizes
+
+
+def _problem(counts, widths, fixed=3):
+    """Groups of `count` rows of `width` weights each, and leaves that belong to nobody."""
+    groups = [
+        UnitGroup(name=f"g{i}", kind=f"k{width}", count=count, slices=(UnitSlices(path=f"w{i}", axis=0, gated=True),))
+        for i, (count, width) in enumerate(zip(counts, widths, strict=True))
+    ]
+    params = {f"w{i}": jnp.ones((count, width)) for i, (count, width) in enumerate(zip(counts, widths, strict=True))}
+    return groups, params | {"fixed": jnp.ones(fixed)}
+
+
+def _split(flat, counts):
+    return dict(zip((f"g{i}" for i in range(len(counts))), np.split(flat, np.cumsum(counts)[:-1]), strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    counts=st.lists(st.integers(1, 4), min_size=1, max_size=3),
+    widths=st.lists(st.integers(1, 5), min_size=3, max_size=3),
+    share=st.floats(0.0, 1.0),
+    scores=st.lists(st.integers(0, 5), min_size=12, max_size=12),
+)
+def test_no_choice_within_the_budget_scores_higher(counts, widths, share, scores):
+    groups, params = _problem(counts, widths[: len(counts)], fixed=0)
+    values = np.array(scores[: sum(counts)], float)
+    cost = np.repeat(widths[: len(counts)], counts)
+    found = select_units(_split(values, counts), groups, params, share=share)
+    kept = np.concatenate([found.keep[group.name] for group in groups])
+    budget = share * cost.sum() * (1 + 1e-12)
+    best = max(
+        values[np.array(choice, bool)].sum()
+        for choice in itertools.product([0, 1], repeat=len(values))
+        if cost[np.array(choice, bool)].sum() <= budget
+    )
+    assert found.exact
+    assert found.cost == cost[kept].sum() <= budget
+    assert values[kept].sum() == best
+
+
+def test_the_budget_is_filled_even_by_units_without_a_score():
+    groups, params = _problem([6], [2], fixed=0)
+    found = select_units({"g0": np.zeros(6)}, groups, params, share=0.5)
+    np.testing.assert_array_equal(found.keep["g0"], [True] * 3 + [False] * 3)
+
+
+def test_what_is_left_has_the_size_that_was_promised(config, params):
+    groups = bert_units(config)
+    rng = np.random.default_rng(0)
+    costs = parameter_costs(params, tree.by_path("bert/encoder/.*"))
+    for share in (0.3, 0.5, 0.77, 1.0):
+        scores = {group.name: rng.random(group.count) for group in groups}
+        found = select_units(scores, groups, params, share=share, costs=costs)
+        small = shrink(params, groups, found.keep)["bert"]["encoder"]
+        assert sum(leaf.size for _, leaf in tree.leaves_with_paths(small)) == found.cost
+        assert found.share <= share
+        removed = [unit_sizes(group, params, weights=costs)[~found.keep[group.name]] for group in groups]
+        assert min(np.concatenate(removed), default=np.inf) > share * found.total - found.cost
+    assert all(kept.all() for kept in found.keep.values())
+
+
+@pytest.mark.parametrize("within", ["all", "kind", "group"])
+def test_shares_of_zero_and_one(within):
+    groups, params = _problem([3, 2], [2, 5], fixed=0)
+    scores = {"g0": [1.0, 1.0, 1.0], "g1": [0.0, 2.0]}
+    nothing = select_units(scores, groups, params, share=0.0, within=within)
+    assert not any(kept.any() for kept in nothing.keep.values())
+    assert nothing.cost == nothing.least == 0
+    everything = select_units(scores, groups, params, share=1.0, within=within)
+    assert all(kept.all() for kept in everything.keep.values())
+    assert everything.share == 1
+
+
+def test_share_below_what_units_allow_names_the_least():
+    groups, params = _problem([3, 2], [2, 5], fixed=4)
+    scores = {"g0": np.ones(3), "g1": np.ones(2)}
+    with pytest.raises(ValueError, match=r"`share` is 0.1, but 4 of the total cost of 20 .* possible is 0\.200000"):
+        select_units(scores, groups, params, share=0.1)
+    least = select_units(scores, groups, params, share=0.2)
+    assert least.cost == least.least == 4
+
+
+def test_equal_scores_keep_the_earlier_group_and_the_lower_index():
+    groups, params = _problem([3, 3], [2, 2], fixed=0)
+    found = select_units({"g0": np.ones(3), "g1": np.ones(3)}, groups, params, share=0.67)
+    np.testing.assert_array_equal(np.concatenate(list(found.keep.values())), [1, 1, 1, 1, 0, 0])
+
+
+def test_every_pool_keeps_the_same_share():
+    groups, params = _problem([8, 8, 4], [1, 1, 2], fixed=0)
+    scores = {"g0": np.arange(8) + 10.0, "g1": np.arange(8.0), "g2": np.arange(4.0)}
+    by_kind = select_units(scores, groups, params, share=0.5, within="kind").keep
+    np.testing.assert_array_equal([kept.sum() for kept in by_kind.values()], [8, 0, 2])
+    by_group = select_units(scores, groups, params, share=0.5, within="group").keep
+    np.testing.assert_array_equal(by_group["g1"], [0, 0, 0, 0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(by_group["g2"], [0, 0, 1, 1])
+
+
+def test_many_costs_are_selected_greedily(monkeypatch):
+    from jaxcompress.structured import _select
+
+    monkeypatch.setattr(_select, "_MOST_COMBINATIONS", 1)
+    groups, params = _problem([2, 2, 2], [1, 2, 5], fixed=0)
+    found = select_units({"g0": [1, 0], "g1": [4, 1], "g2": [1, 4.9]}, groups, params, share=0.45)
+    assert not found.exact
+    np.testing.assert_array_equal(np.concatenate(list(found.keep.values())), [1, 1, 1, 1, 0, 0])
+    assert found.cost == 6
+
+
+def test_units_of_one_group_may_differ_in_cost():
+    slices = (UnitSlices(path="w0", axis=0, unit=0, gated=True), UnitSlices(path="w1", axis=0, unit=1, gated=True))
+    groups = [UnitGroup(name="layers", count=2, slices=slices)]
+    params = {"w0": jnp.ones((2, 4)), "w1": jnp.ones((2, 1))}
+    assert select_units({"layers": [1.0, 1.0]}, groups, params, share=0.5).keep["layers"].tolist() == [False, True]
+    assert select_units({"layers": [1.0, 1.0]}, groups, params, share=0.8).keep["layers"].tolist() == [True, False]
+
+
+def test_flops_of_leaves_that_are_used_more_often_weigh_more():
+    groups, params = _problem([2, 2], [3, 3], fixed=0)
+
+    def apply(params, x):
+        return (x @ params["w0"]).sum() + (x[:1] @ params["w1"]).sum()
+
+    costs = flop_costs(trace.layouts(apply, params, jnp.ones((5, 2))), params)
+    assert costs == {"w0": 10.0, "w1": 2.0}
+    found = select_units({"g0": [1, 1], "g1": [1, 1]}, groups, params, share=0.6, costs=costs)
+    assert found.total == 72
+    assert [kept.tolist() for kept in found.keep.values()] == [[True, False], [True, True]]
+
+
+def test_what_costs_nothing_stays():
+    groups, params = _problem([2, 2], [3, 3], fixed=0)
+    scores = {"g0": [1, 1], "g1": [0, 0]}
+    found = select_units(scores, groups, params, share=0.0, costs=parameter_costs(params, tree.by_path("w0")))
+    assert [kept.tolist() for kept in found.keep.values()] == [[False, False], [True, True]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "options", "message"),
+    [
+        ({"g0": [1.0, 1.0]}, {}, "`scores` has no entry for the unit group 'g1'"),
+        ({"g0": [1.0], "g1": [1.0]}, {}, r"`keep\['g0'\]` needs 2 values"),
+        ({"g0": [1.0, np.nan], "g1": [1.0]}, {}, "The scores of 'g0' must be finite and not negative"),
+        ({"g0": [1.0, -1.0], "g1": [1.0]}, {}, "The scores of 'g0' must be finite and not negative"),
+        ({"g0": [1.0, 1.0], "g1": [1.0]}, {"share": 1.5}, r"`share` must be in \[0, 1\], got 1.5"),
+        ({"g0": [1.0, 1.0], "g1": [1.0]}, {"within": "row"}, "`within` must be one of 'all', 'kind', 'group'"),
+        ({"g0": [1.0, 1.0], "g1": [1.0]}, {"costs": {"w7": 1.0}}, "check the paths in `costs`"),
+    ],
+)
+def test_bad_input_is_named(scores, options, message):
+    groups, params = _problem([2, 1], [3, 3])
+    with pytest.raises(ValueError, match=message):
+        _unchecked(scores, groups, params, **({"share": 0.5} | options))
+
+
+def _unchecked(*args, **options):
+    """The run-time types of the tests would refuse some of these first."""
+    function = select_units
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function(*args, **options)
+
+
+def test_groups_that_share_a_leaf_are_refused(config, params):
+    groups = bert_units(config, layers=True)
+    scores = {group.name: np.ones(group.count) for group in groups}
+    with pytest.raises(ValueError, match=r"/layer/\d/heads' and 'bert/encoder/attentions' both own weights"):
+        select_units(scores, groups, params, share=0.5)
+    with pytest.raises(ValueError, match="`groups` is empty"):
+        select_units({}, [], params, share=0.5)
