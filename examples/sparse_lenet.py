@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import functools
 import gzip
+import itertools
 import json
 import statistics
 import time
@@ -195,7 +196,7 @@ def transforms(method: str, sparsity: float, steps: int, options: dict[str, Any]
 def initial(key: jax.Array) -> dict[str, Any]:
     """Kernels of variance 2 / n_in."""
     layers = {}
-    for i, (n, m) in enumerate(zip(SIZES, SIZES[1:], strict=False)):
+    for i, (n, m) in enumerate(itertools.pairwise(SIZES)):
         kernel = jax.random.normal(jax.random.fold_in(key, i), (n, m)) * jnp.sqrt(2 / n)
         layers[f"layer_{i}"] = {"kernel": kernel, "bias": jnp.zeros(m)}
     return layers
