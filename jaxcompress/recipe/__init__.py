@@ -13,6 +13,7 @@ from jaxcompress.recipe._images import MNIST_5K as MNIST_5K
 from jaxcompress.recipe._images import Images as Images
 from jaxcompress.recipe._images import fashion_mnist as fashion_mnist
 from jaxcompress.recipe._images import mnist_5k as mnist_5k
+from jaxcompress.recipe._minilm import fine_tuned_minilm as fine_tuned_minilm
 from jaxcompress.recipe._predict import predict as predict
 from jaxcompress.recipe._predict import predictor as predictor
 from jaxcompress.recipe._progress import Progress as Progress

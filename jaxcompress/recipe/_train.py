@@ -56,8 +56,10 @@ def train(
     training: Training,
     *,
     teacher: Params | None = None,
+    teacher_module: nn.Module | None = None,
     cached: Mapping[str, np.ndarray] | None = None,
     transform: Transform | None = None,
+    transform_optimizer: optax.GradientTransformation | None = None,
     trainable: Selector | None = None,
     progress: Progress | None = None,
     name: str = "Training",
@@ -65,13 +67,15 @@ def train(
     """Trains `params`, by the labels or after a teacher.
 
     Args:
-        module: of the student, and of the teacher.
+        module: of the student.
         params: where to begin; copied.
         tokens: the rows.
         training: the options.
         teacher: the teacher's params, run at every step; needed for hidden states.
+        teacher_module: of the teacher; by default the student's.
         cached: the teacher's outputs for every row, instead.
         transform: compression inside the loss; none by default.
+        transform_optimizer: for what the transform learns, such as gates.
         trainable: leaves to train; by default all.
         progress: where to show loss and time left.
         name: of the task shown.
@@ -87,10 +91,11 @@ def train(
     hidden = training.hidden > 0
     init_state, step = make_train_step(
         model_apply(module, dropout=training.dropout, hidden=hidden),
-        None if teacher is None else model_apply(module, hidden=hidden),
+        None if teacher is None else model_apply(teacher_module or module, hidden=hidden),
         _optimizer(training, total),
         losses=_losses(training, module),
         transform=identity() if transform is None else transform,
+        transform_optimizer=transform_optimizer,
         trainable=trainable,
     )
     state = init_state(params, key=jax.random.key(training.seed))

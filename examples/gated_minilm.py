@@ -1,0 +1,112 @@
+"""The part of `shrink_bert.py` that trains: L0 gates under a size constraint, then distillation of what is left."""
+
+import functools
+from typing import Any
+
+import optax
+from flax import linen as nn
+
+import jaxcompress as jc
+from jaxcompress import gates, structured
+from jaxcompress.models import bert_units, resized
+from jaxcompress.recipe import Progress, Tokens, Training, train
+
+DISTILLATION = {"temperature": 2.0, "soft_targets": 1.0, "pooled": 1.0, "hidden": 1.0}
+GATES_AT_END = 0.6
+"""Share of the first stage in which the target size comes down."""
+
+
+def with_gates(
+    module: nn.Module,
+    dense: Any,
+    tokens: Tokens,
+    *,
+    share: float,
+    count: Any,
+    epochs: int,
+    progress: Progress,
+    seed: int = 0,
+) -> tuple[nn.Module, Any]:
+    """One epoch with gates on heads and FFN columns, Lagrangian and distillation; then the rest at fixed structure.
+
+    Args:
+        module: of the dense model.
+        dense: its parameters; the teacher.
+        tokens: training rows; labels are not used.
+        share: of the counted parameters to keep.
+        count: selector of the leaves that count.
+        epochs: passes over the rows in all; the first is that with gates.
+        progress: shows both stages.
+        seed: of order and gates.
+    """
+    groups = bert_units(module.config)
+    first = Training(epochs=1, learning_rate=1e-4, seed=seed, **DISTILLATION)
+    steps = len(tokens) // first.batch_size
+    measure = gates.parameters(count=count)
+    penalty = gates.lagrangian(
+        sparsity=1 - share,
+        measure=measure,
+        warm_up=optax.schedules.linear_schedule(0.0, 1.0, round(GATES_AT_END * steps)),
+    )
+    transform = gates.hard_concrete(groups, penalty=penalty, drop_rate=0.05)
+    params, state = train(
+        module,
+        dense,
+        tokens,
+        first,
+        teacher=dense,
+        transform=transform,
+        transform_optimizer=optax.adam(0.05),
+        trainable=_not_embeddings(),
+        progress=progress,
+        name="Gates",
+    )
+    keep = gates.units_within(state.trainable["log_alpha"], groups, params, sparsity=1 - share, measure=measure)
+    # What the kept gates still multiply by stays in the weights.
+    small = structured.shrink(transform.finalize(params, state), groups, keep)
+    return distilled(module, dense, small, tokens, epochs=epochs - 1, progress=progress, seed=seed)
+
+
+def by_magnitude(
+    module: nn.Module,
+    dense: Any,
+    tokens: Tokens,
+    *,
+    share: float,
+    count: Any,
+    epochs: int,
+    progress: Progress,
+    seed: int = 0,
+) -> tuple[nn.Module, Any]:
+    """The baseline: units by magnitude, the same share of heads and of columns, and all epochs of distillation."""
+    groups = bert_units(module.config)
+    scores = structured.magnitude_unit_scores(dense, groups)
+    costs = structured.parameter_costs(dense, count)
+    keep = structured.select_units(scores, groups, dense, share=share, costs=costs, within="kind").keep
+    small = structured.shrink(dense, groups, keep)
+    return distilled(module, dense, small, tokens, epochs=epochs, progress=progress, seed=seed)
+
+
+def distilled(
+    module: nn.Module, dense: Any, small: Any, tokens: Tokens, *, epochs: int, progress: Progress, seed: int
+) -> tuple[nn.Module, Any]:
+    """Trains a smaller tree to follow the dense model."""
+    student = resized(module, small)
+    training = Training(epochs=epochs, learning_rate=2e-4, seed=seed + 1, **DISTILLATION)
+    params, _ = train(
+        student,
+        small,
+        tokens,
+        training,
+        teacher=dense,
+        teacher_module=module,
+        trainable=_not_embeddings(),
+        progress=progress,
+        name="Distilling what is left",
+    )
+    return student, params
+
+
+@functools.cache
+def _not_embeddings() -> Any:
+    return jc.tree.exclude(jc.tree.by_path("bert/embeddings/.*"))
