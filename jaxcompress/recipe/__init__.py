@@ -28,6 +28,7 @@ from jaxcompress.recipe._recipe import read_recipe as read_recipe
 from jaxcompress.recipe._text import Split as Split
 from jaxcompress.recipe._text import Texts as Texts
 from jaxcompress.recipe._text import Tokens as Tokens
+from jaxcompress.recipe._text import evaluation_batches as evaluation_batches
 from jaxcompress.recipe._text import read_texts as read_texts
 from jaxcompress.recipe._text import rotten_tomatoes as rotten_tomatoes
 from jaxcompress.recipe._text import tokenize as tokenize

@@ -89,6 +89,8 @@ def solve_columns(
         Frantar and Alistarh 2023, "SparseGPT", algorithm 1; Frantar et al. 2022, "GPTQ", algorithm 1.
     """
     depth = weights.shape[0]
+    if not weights.size:
+        return weights.astype(jnp.float32)
     rules = _rules(depth, block_size, run_size, group_size, keep_block, keep_run, quantize_column, start_group)
     return _solve(weights.astype(jnp.float32), factor, rules)
 
@@ -115,7 +117,7 @@ def _rules(
     start_group: StartGroup | None,
 ) -> _Rules:
     group = depth if group_size is None else group_size
-    if min(block_size, run_size, group if depth else 1) < 1:
+    if min(block_size, run_size, group) < 1:
         raise ValueError(f"Sizes must be positive, got {block_size=}, {run_size=}, {group_size=}.")
     run = run_size if keep_run is not None else 1
     inner = math.lcm(run, group) if group < block_size else run
@@ -133,9 +135,7 @@ def _round_up(size: int, multiple: int) -> int:
 
 
 def _solve(weights: Float32[Array, "D R"], factor: Float32[Array, "D D"], rules: _Rules) -> Float32[Array, "D R"]:
-    depth, width = weights.shape
-    if not depth or not width:
-        return weights
+    depth = weights.shape[0]
     padding = -depth % rules.block
     weights, factor = jnp.pad(weights, ((0, padding), (0, 0))), jnp.pad(factor, (0, padding))
     parameters = _first_parameters(weights, rules)
