@@ -1,6 +1,7 @@
 """Model compression for JAX, as pure functions over parameter trees."""
 
 from jaxcompress import arrays as arrays
+from jaxcompress import calibration as calibration
 from jaxcompress import checkpoint as checkpoint
 from jaxcompress import distillation as distillation
 from jaxcompress import execution as execution

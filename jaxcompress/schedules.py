@@ -36,9 +36,10 @@ def cubic(initial: float, final: float, *, begin: int, end: int) -> Schedule:
             raise ValueError(f"`{name}` is a sparsity and must be in [0, 1], got {value}.")
     if end <= begin:
         raise ValueError(f"`end` must be greater than `begin`, got begin={begin}, end={end}.")
-    return optax.schedules.polynomial_schedule(
+    schedule = optax.schedules.polynomial_schedule(
         init_value=initial, end_value=final, power=3, transition_steps=end - begin, transition_begin=begin
     )
+    return lambda step: jnp.asarray(schedule(step), jnp.float32)
 
 
 def constant(value: float) -> Schedule:

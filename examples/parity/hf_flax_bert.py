@@ -1,7 +1,7 @@
 """Compares jaxcompress's BERT with Hugging Face's Flax BERT on the same weights.
 
 Needs transformers 4.57, the last line with Flax classes. The last line printed is JSON: the largest absolute
-difference of logits and (with `--model`) cosines between the mean-pooled vectors of sentences.
+difference of logits and (with `--model`) cosines between the mean-pooled vectors of sentences, ours and theirs.
 
     python examples/parity/hf_flax_bert.py --quick
     python examples/parity/hf_flax_bert.py --model DIRECTORY      # config.json, model.safetensors, tokenizer.json
@@ -20,10 +20,10 @@ import transformers
 from jaxcompress.models import from_pretrained
 
 SENTENCES = {
-    "guitar": "A man is playing a guitar on the stage.",
-    "instrument": "Someone is performing music with an instrument.",
-    "stock": "The stock market fell sharply on Monday.",
-    "shares": "Shares dropped after the company reported a loss.",
+    "guitar": "A man plays a guitar.",
+    "instrument": "A person is playing an instrument.",
+    "stock": "The stock market fell.",
+    "shares": "Shares dropped sharply on Monday.",
 }
 PAIRS = (("guitar", "instrument"), ("stock", "shares"), ("guitar", "stock"), ("instrument", "shares"))
 
@@ -84,12 +84,18 @@ def logits_difference(directory: Path, inputs: dict[str, np.ndarray]) -> float:
     return float(jnp.abs(ours - logits).max())
 
 
-def cosines(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, float]:
+def cosines(directory: Path, inputs: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """Of every pair: ours, theirs."""
     module, params = from_pretrained(directory, head="encoder", pooling="mean")
-    vectors = module.apply({"params": params}, **inputs)["pooler_output"]
-    vectors = vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-    row = dict(zip(SENTENCES, vectors, strict=True))
-    return {f"{a}/{b}": round(float(row[a] @ row[b]), 3) for a, b in PAIRS}
+    ours = module.apply({"params": params}, **inputs)["pooler_output"]
+    states = transformers.FlaxBertModel.from_pretrained(directory)(**inputs).last_hidden_state
+    mask = inputs["attention_mask"][..., None]
+    theirs = (states * mask).sum(1) / mask.sum(1)
+    rows = [
+        dict(zip(SENTENCES, vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True), strict=True))
+        for vectors in (ours, theirs)
+    ]
+    return {f"{a}/{b}": [round(float(row[a] @ row[b]), 4) for row in rows] for a, b in PAIRS}
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def save_compressed(
     """Writes `checkpoint/` and the tokenizer's files into `directory`; returns the checkpoint's path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "checkpoint"
-    config = config_to_huggingface(module.config)  # type: ignore[attr-defined]
+    config = config_to_huggingface(module.config)  # pyright: ignore[reportAttributeAccessIssue]
     checkpoint.save(path, params, config=config, metadata=metadata, overwrite=overwrite)
     for name in _TOKENIZER_FILES:
         if (tokenizer / name).is_file():

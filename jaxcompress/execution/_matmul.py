@@ -22,9 +22,8 @@ _LARGE = 2**18
 def dot_general(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Array:
     """`lax.dot_general` where one operand, or both, are compressed."""
     side = 0 if is_compressed(left) else 1
-    leaf = (left, right)[side]
-    other = (left, right)[1 - side]
-    other = other.materialize() if is_compressed(other) else other
+    leaf, other = (left, right) if side == 0 else (right, left)
+    other: Any = other.materialize() if is_compressed(other) else other
     axis = _block_axis(leaf, side, other, parameters)
     if axis is None:
         return _dot(leaf.materialize(), other, side, parameters)

@@ -20,7 +20,8 @@ def _one(result: Any) -> Sequence[Any] | None:
 
 
 def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    return [dot_general(*values, eqn.params)]
+    left, right = values
+    return [dot_general(left, right, eqn.params)]
 
 
 def _transpose(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
@@ -57,7 +58,7 @@ def _slice(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 
 def _dynamic_slice(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    if not is_compressed(values[0]) or len(values) != 1 + values[0].ndim:
+    if not is_compressed(values[0]) or len(values) != 1 + len(values[0].shape):
         return None
     leaf, starts = values[0], values[1:]
     for axis, (start, size) in enumerate(zip(starts, eqn.params["slice_sizes"], strict=True)):

@@ -15,6 +15,7 @@ from jaxcompress.pruning._evidence_scores import taylor_scores as taylor_scores
 from jaxcompress.pruning._gradual import gradual as gradual
 from jaxcompress.pruning._group_lasso import GroupLassoState as GroupLassoState
 from jaxcompress.pruning._group_lasso import group_lasso as group_lasso
+from jaxcompress.pruning._leaf_info import LeafInfo as LeafInfo
 from jaxcompress.pruning._masks import apply_masks as apply_masks
 from jaxcompress.pruning._masks import clip_weights as clip_weights
 from jaxcompress.pruning._masks import magnitude_masks as magnitude_masks
@@ -43,8 +44,11 @@ from jaxcompress.pruning._soft_movement import SoftMovementState as SoftMovement
 from jaxcompress.pruning._soft_movement import soft_movement as soft_movement
 from jaxcompress.pruning._sparse_evolution import sparse_evolution as sparse_evolution
 from jaxcompress.pruning._sparse_updates import sparse_updates as sparse_updates
+from jaxcompress.pruning._sparsegpt import sparsegpt as sparsegpt
 from jaxcompress.pruning._sparsity import leaf_sparsities as leaf_sparsities
 from jaxcompress.pruning._sparsity import sparsity_of as sparsity_of
 from jaxcompress.pruning._sr_ste import sr_ste as sr_ste
 from jaxcompress.pruning._store import store_masked as store_masked
 from jaxcompress.pruning._straight_through import straight_through_magnitude as straight_through_magnitude
+from jaxcompress.pruning._wanda import wanda as wanda
+from jaxcompress.pruning._wanda import wanda_scores as wanda_scores

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import BitmaskSparseArray, PackedArray, QuantizedArray, pack, sparsify
+from jaxcompress.arrays import BitmaskSparseArray, PackedArray, QuantizedArray, SparseArray, pack, sparsify
 from jaxcompress.pruning._patterns import NOfM, Pattern, innermost_input
 from jaxcompress.trace import LeafLayout
 from jaxcompress.types import is_compressed
@@ -43,7 +43,7 @@ def _sparse(array: jax.Array, mask: jax.Array, layout: LeafLayout, pattern: Patt
 
 def _quantized(leaf: QuantizedArray, mask: jax.Array, layout: LeafLayout, pattern: Pattern) -> Any:
     stored = _sparse(leaf.codes(), mask, layout, pattern)
-    if not is_compressed(stored):
+    if not isinstance(stored, SparseArray):
         return jnp.where(mask, leaf.materialize(), 0)
     axis = -1 if isinstance(stored, BitmaskSparseArray) else stored.axis
     values = pack(stored.values, bits=leaf.bits, axis=axis) if isinstance(_codes(leaf), PackedArray) else stored.values

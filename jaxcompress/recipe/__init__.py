@@ -1,6 +1,8 @@
-"""Declared pipelines on text classifiers: recipes, data, the loops that run them."""
+"""Declared pipelines on text classifiers: recipes, data (texts and images), the loops that run them."""
 
+from jaxcompress.recipe._assets import FASHION_MNIST as FASHION_MNIST
 from jaxcompress.recipe._assets import MINILM as MINILM
+from jaxcompress.recipe._assets import MNIST_5K as MNIST_5K
 from jaxcompress.recipe._assets import MOVIE_REVIEWS as MOVIE_REVIEWS
 from jaxcompress.recipe._assets import Asset as Asset
 from jaxcompress.recipe._assets import AssetError as AssetError
@@ -8,6 +10,9 @@ from jaxcompress.recipe._assets import cache_directory as cache_directory
 from jaxcompress.recipe._assets import fetch as fetch
 from jaxcompress.recipe._compress import compress as compress
 from jaxcompress.recipe._compress import without_distillation as without_distillation
+from jaxcompress.recipe._images import Images as Images
+from jaxcompress.recipe._images import fashion_mnist as fashion_mnist
+from jaxcompress.recipe._images import mnist_5k as mnist_5k
 from jaxcompress.recipe._predict import predict as predict
 from jaxcompress.recipe._predict import predictor as predictor
 from jaxcompress.recipe._progress import Progress as Progress

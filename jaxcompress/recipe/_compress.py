@@ -1,13 +1,13 @@
 """Running a recipe on a model."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxcompress import trace, tree
-from jaxcompress.pruning import gradual
+from jaxcompress.pruning import Scope, gradual
 from jaxcompress.quantization import quantization_aware, quantize
 from jaxcompress.recipe._predict import predict
 from jaxcompress.recipe._progress import Progress
@@ -96,7 +96,7 @@ def _pruning(step: PruneStep, layouts: Params, steps: int) -> Transform:
         every=1 if steps == 0 else step.every,
         select=tree.by_path(step.select),
         layouts=layouts,
-        scope=step.scope,
+        scope=cast(Scope, step.scope),  # checked by PruneStep
         pattern=step.parsed_pattern(),
     )
 

@@ -1,6 +1,6 @@
 """A model's outputs for every row."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ def predictor(module: nn.Module) -> Callable[[Params, Any, Any], dict[str, jax.A
     """A compiled `(params, input_ids, attention_mask) -> {"logits", "pooler_output"}`; leaves may be compressed."""
 
     def apply(params: Params, input_ids: Any, attention_mask: Any) -> dict[str, jax.Array]:
-        outputs: Mapping[str, jax.Array] = module.apply({"params": params}, input_ids, attention_mask)
+        outputs: Any = module.apply({"params": params}, input_ids, attention_mask)
         return {name: outputs[name] for name in _OUTPUTS}
 
     return jax.jit(execute(apply))

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jaxcompress.pruning import Pattern, n_of_m, unstructured
+from jaxcompress.pruning import Pattern, Scope, n_of_m, unstructured
 from jaxcompress.quantization import QuantSpec
 
 
@@ -40,7 +40,7 @@ class PruneStep:
             raise ValueError(f"`sparsity` must be in [0, 1], got {self.sparsity}.")
         if not 0.0 <= self.begin < self.end <= 1.0:
             raise ValueError(f"`begin` and `end` must be 0 <= begin < end <= 1, got {self.begin} and {self.end}.")
-        if self.scope not in ("leaf", "global", "row"):
+        if self.scope not in typing.get_args(Scope):
             raise ValueError(f"`scope` must be leaf, global or row, got {self.scope!r}.")
         if self.every < 1:
             raise ValueError(f"`every` must be at least 1, got {self.every}.")

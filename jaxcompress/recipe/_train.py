@@ -1,7 +1,7 @@
 """Training loops over tokenized texts: fine-tuning, and distillation with a transform inside."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -30,8 +30,8 @@ def model_apply(module: nn.Module, *, dropout: bool = False, hidden: bool = Fals
 
     def apply(params: Params, batch: Mapping[str, Any], *, key: jax.Array | None, train: bool) -> Mapping[str, Any]:
         noisy = dropout and train
-        rngs = {"dropout": key} if noisy else None
-        return module.apply(
+        rngs: Any = {"dropout": key} if noisy else None
+        outputs: Any = module.apply(
             {"params": params},
             batch["input_ids"],
             batch["attention_mask"],
@@ -39,6 +39,7 @@ def model_apply(module: nn.Module, *, dropout: bool = False, hidden: bool = Fals
             output_hidden_states=hidden,
             rngs=rngs,
         )
+        return outputs
 
     return apply
 
@@ -82,32 +83,19 @@ def train(
         ValueError: fewer rows than one batch; labels needed and absent; the loss became NaN or Inf.
     """
     _check_rows(tokens, training)
-    key = jax.random.key(training.seed)
-    rng = np.random.default_rng(training.seed)
     total = steps_of(training, tokens)
-    rate = optax.schedules.warmup_cosine_decay_schedule(
-        0.0, training.learning_rate, max(1, round(training.warmup * total)), max(total, 2)
-    )
-    student_apply = model_apply(module, dropout=training.dropout, hidden=training.hidden > 0)
-    teacher_apply = model_apply(module, hidden=training.hidden > 0) if teacher is not None else None
+    hidden = training.hidden > 0
     init_state, step = make_train_step(
-        student_apply,
-        teacher_apply,
-        optax.chain(
-            optax.clip_by_global_norm(1.0),
-            optax.adamw(rate, weight_decay=training.weight_decay),
-        ),
+        model_apply(module, dropout=training.dropout, hidden=hidden),
+        None if teacher is None else model_apply(module, hidden=hidden),
+        _optimizer(training, total),
         losses=_losses(training, module),
         transform=identity() if transform is None else transform,
         trainable=trainable,
     )
-    state = init_state(params, key=key)
-    passes = (
-        training_batches(tokens, batch_size=training.batch_size, widths=training.widths, rng=rng)
-        for _ in itertools.count()
-    )
+    state = init_state(params, key=jax.random.key(training.seed))
     with (progress or Silent()).task(name, total) as task:
-        for batch in itertools.islice(itertools.chain.from_iterable(passes), total):
+        for batch in itertools.islice(_batches(tokens, training), total):
             state, metrics = step(state, teacher, _with_teacher(batch, cached))
             loss = float(metrics["loss"][0])
             if not np.isfinite(loss):
@@ -116,13 +104,27 @@ def train(
     return state.params, state.transform_state
 
 
+def _optimizer(training: Training, steps: int) -> optax.GradientTransformation:
+    rate = optax.schedules.warmup_cosine_decay_schedule(
+        0.0, training.learning_rate, max(1, round(training.warmup * steps)), max(steps, 2)
+    )
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=training.weight_decay))
+
+
+def _batches(tokens: Tokens, training: Training) -> Iterator[dict[str, Any]]:
+    """Pass after pass over the rows, without end."""
+    rng = np.random.default_rng(training.seed)
+    while True:
+        yield from training_batches(tokens, batch_size=training.batch_size, widths=training.widths, rng=rng)
+
+
 def _with_teacher(batch: dict[str, Any], cached: Mapping[str, np.ndarray] | None) -> dict[str, Any]:
     rows = batch.pop("row")
     return batch if cached is None else batch | {"teacher": {name: values[rows] for name, values in cached.items()}}
 
 
 def _losses(training: Training, module: nn.Module) -> dict[str, tuple[float, LossFn]]:
-    layers = range(module.config.num_hidden_layers + 1)  # type: ignore[attr-defined]
+    layers = range(module.config.num_hidden_layers + 1)  # pyright: ignore[reportAttributeAccessIssue]
     every: dict[str, tuple[float, LossFn]] = {
         "soft_targets": (training.soft_targets, soft_targets(temperature=training.temperature)),
         "pooled": (training.pooled, hidden_states(pairs=None, output="pooler_output", mask=None)),

@@ -4,6 +4,8 @@ from jaxcompress.trace._layout import LeafLayout as LeafLayout
 from jaxcompress.trace._layout import default_layout as default_layout
 from jaxcompress.trace._layout import selected_layouts as selected_layouts
 from jaxcompress.trace._layouts import layouts as layouts
+from jaxcompress.trace._origin import Origin as Origin
+from jaxcompress.trace._origin import rearrange as rearrange
 from jaxcompress.trace._origin import reshape_runs as reshape_runs
 from jaxcompress.trace._walk import Body as Body
 from jaxcompress.trace._walk import as_body as as_body

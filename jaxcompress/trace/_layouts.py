@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
-from jaxcompress.trace._layout import LeafLayout
+from jaxcompress.trace._layout import LeafKind, LeafLayout
 from jaxcompress.trace._origin import Origin, rearrange
 from jaxcompress.trace._walk import Body, as_body, called_body, walk
 from jaxcompress.types import Params, is_compressed
@@ -210,7 +210,9 @@ def _layout(use: _Uses | None, leaf: Any) -> LeafLayout:
     if not contracted and "lookup" not in use.kinds:
         return LeafLayout(kind="other", output_axes=tuple(sorted(every)), order=use.order)
     inputs, outputs = use.axes["contracted" if contracted else "lookup"]
-    kind = "lookup" if not contracted else "tied" if "lookup" in use.kinds else min(contracted)
+    kind: LeafKind = "lookup"
+    if contracted:
+        kind = "tied" if "lookup" in use.kinds else "conv" if "conv" in contracted else "matmul"
     return LeafLayout(
         kind=kind,
         stack_axes=tuple(sorted(every - inputs - outputs)),
@@ -226,5 +228,5 @@ def _renumbered(found: list[LeafLayout], recorder: _Recorder) -> list[LeafLayout
     """Input ids counted from 0, in execution order."""
     by_order = sorted(recorder.uses.values(), key=lambda use: use.order)
     ids = dict.fromkeys(use.input_id for use in by_order if use.input_id is not None)
-    numbers = {number: i for i, number in enumerate(ids)}
+    numbers: dict[int | None, int] = {number: i for i, number in enumerate(ids)}
     return [dataclasses.replace(layout, input_id=numbers.get(layout.input_id)) for layout in found]

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxcompress.types import is_compressed
 
@@ -23,7 +24,7 @@ def check_finite(path: str, leaf: Any) -> None:
         Traceback (most recent call last):
         ValueError: Leaf 'dense/kernel' holds 1 NaN and 0 Inf among 2 values; ...
     """
-    if isinstance(leaf, jax.core.Tracer) or is_compressed(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+    if isinstance(leaf, Tracer) or is_compressed(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
     # Inside `jit` a concrete array may still be at hand: it is checked there and then.
     with jax.ensure_compile_time_eval():

@@ -52,7 +52,7 @@ def map_with_path(
     )
 
 
-def flatten_like(treedef: jax.tree_util.PyTreeDef, tree: Params) -> list[Any]:
+def flatten_like(treedef: Any, tree: Params) -> list[Any]:
     """The subtrees of `tree` at the leaves of `treedef`, with an error that shows both structures."""
     try:
         return treedef.flatten_up_to(tree)

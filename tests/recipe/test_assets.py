@@ -3,6 +3,7 @@
 import hashlib
 import subprocess
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +68,55 @@ def test_without_pip_or_network_there_is_one_clear_line(notes, monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(recipe.AssetError, match=r"no-such-distribution 1\.0 is needed.*No matching distribution found"):
         recipe.fetch(ASSET, note=notes.append)
+
+
+DEBIAN = recipe.Asset(
+    distribution="no-such-dataset",
+    version="0.1-1",
+    size=1,
+    members={"usr/share/no-such-dataset/weights.bin": hashlib.sha256(CONTENT).hexdigest()},
+    source="debian",
+)
+
+
+def _apt_that_brings(content, monkeypatch, name="usr/share/no-such-dataset/weights.bin"):
+    calls = []
+
+    def run(command, *, cwd, **_):
+        calls.append(command)
+        if command[0] == "apt-get":
+            (cwd / "no-such-dataset_0.1-1_all.deb").write_bytes(b"archive")
+        else:
+            path = Path(command[-1], name)
+            path.parent.mkdir(parents=True)
+            path.write_bytes(content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_a_debian_package_is_downloaded_and_unpacked_but_not_installed(notes, monkeypatch):
+    calls = _apt_that_brings(CONTENT, monkeypatch)
+    for _ in range(2):
+        directory = recipe.fetch(DEBIAN, note=notes.append)
+        assert (directory / "weights.bin").read_bytes() == CONTENT
+        assert [path.name for path in directory.iterdir()] == ["weights.bin"]
+    assert [command[:2] for command in calls] == [["apt-get", "download"], ["dpkg-deb", "-x"]]
+    assert calls[0][-1] == "no-such-dataset=0.1-1"
+
+
+def test_another_debian_package_is_refused(notes, monkeypatch):
+    _apt_that_brings(b"something else", monkeypatch)
+    with pytest.raises(recipe.AssetError, match="does not have sha256"):
+        recipe.fetch(DEBIAN, note=notes.append)
+    _apt_that_brings(CONTENT, monkeypatch, name="usr/share/other")
+    with pytest.raises(recipe.AssetError, match="does not hold usr/share/no-such-dataset"):
+        recipe.fetch(DEBIAN, note=notes.append)
+    assert list(recipe.cache_directory().iterdir()) == []
+
+
+def test_without_apt_there_is_one_clear_line(notes, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(recipe.AssetError, match=r"no-such-dataset 0\.1-1 is needed.*there is no apt-get here"):
+        recipe.fetch(DEBIAN, note=notes.append)

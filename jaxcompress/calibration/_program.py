@@ -1,0 +1,272 @@
+"""What is gathered of a model, and the compiled step that gathers it."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+
+from jaxcompress.calibration._interpret import Interpreter, Tap, Totals, Use, Value
+from jaxcompress.calibration._statistics import (
+    STATISTICS,
+    LookupCounts,
+    Statistic,
+    Statistics,
+    empty_statistics,
+)
+from jaxcompress.trace import Body, LeafLayout, Origin, layouts
+from jaxcompress.tree import leaves_with_paths
+from jaxcompress.types import Params, Selector, is_compressed
+
+RowMask = Callable[..., Any]
+"""`(*inputs) -> weights of rows`, such as `lambda ids, mask: mask`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Group:
+    """Leaves that multiply the same rows.
+
+    Attributes:
+        leaves: their numbers in the flattened tree; the first one gathers.
+        place: of the first use, in execution order.
+        empty: abstract statistics.
+    """
+
+    leaves: tuple[int, ...]
+    place: tuple[int | None, ...]
+    empty: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the statistics."""
+        return sum(math.prod(part.shape) * 4 for part in jax.tree.leaves(self.empty))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Program:
+    """A model with its taps; `step` is compiled once for each shape of the inputs.
+
+    Attributes:
+        leaves: paths and leaves of the tree.
+        treedef: of the tree.
+        layouts: of every leaf.
+        taps: leaf number -> tap.
+        groups: in execution order; `Tap.group` counts them.
+        step: `(totals, params of each stream, inputs, active) -> totals`.
+    """
+
+    leaves: list[tuple[str, Any]]
+    treedef: Any
+    layouts: list[LeafLayout]
+    taps: Mapping[int, Tap]
+    groups: Sequence[Group]
+    step: Callable[..., Totals]
+
+    def zeros(self) -> Totals:
+        """Empty sums."""
+        return {
+            number: jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), group.empty)
+            for number, group in enumerate(self.groups)
+        }
+
+    def tree(self, entries: Mapping[int, Any], blank: Any) -> Params:
+        """A tree with entries at some leaves."""
+        return self.treedef.unflatten([entries.get(number, blank) for number in range(len(self.leaves))])
+
+
+def build(
+    apply: Callable[..., Any],
+    params: Params,
+    inputs: tuple[Any, ...],
+    *,
+    select: Selector | None,
+    statistics: Sequence[Statistic],
+    row_mask: RowMask | None,
+    cross: bool = False,
+) -> Program:
+    """Traces the model, finds where each selected leaf meets its inputs, and which leaves share them."""
+    _check_names(statistics)
+    leaves, treedef = leaves_with_paths(params), jax.tree.structure(params, is_leaf=is_compressed)
+    found = jax.tree.leaves(layouts(apply, params, *inputs))
+    chosen = _chosen(params, found, select)
+    loose = {
+        number: Tap(path=path, layout=layout, width=_width(leaf, layout), group=None)
+        for number, ((path, leaf), layout) in enumerate(zip(leaves, found, strict=True))
+        if number in chosen
+    }
+    _check_layouts(loose)
+    model = _Model(apply, treedef, tuple(leaf for _, leaf in leaves))
+    uses = _uses(model, inputs, loose, row_mask)
+    groups = _groups(uses, loose, [leaf for _, leaf in leaves], statistics, cross)
+    taps = dict(loose)
+    for place, group in enumerate(groups):
+        taps[group.leaves[0]] = dataclasses.replace(loose[group.leaves[0]], group=place)
+    streams = 2 if cross else 1
+    step = _step(model, taps, row_mask, streams)
+    return Program(leaves=leaves, treedef=treedef, layouts=found, taps=taps, groups=groups, step=step)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Model:
+    """`apply` over the array leaves alone; whatever else is in the tree is static."""
+
+    apply: Callable[..., Any]
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+    @property
+    def numbers(self) -> list[int]:
+        """Of the array leaves."""
+        return [number for number, leaf in enumerate(self.leaves) if _is_array(leaf)]
+
+    def __call__(self, arrays: Sequence[Any], inputs: tuple[Any, ...]) -> Any:
+        """The outputs."""
+        filled = list(self.leaves)
+        for number, array in zip(self.numbers, arrays, strict=True):
+            filled[number] = array
+        return self.apply(self.treedef.unflatten(filled), *inputs)
+
+
+def _check_names(statistics: Sequence[Statistic]) -> None:
+    unknown = [name for name in statistics if name not in STATISTICS]
+    if unknown or not statistics or isinstance(statistics, str):
+        raise ValueError(f"`statistics` must be a sequence of names among {STATISTICS}, got {statistics!r}.")
+
+
+def _chosen(params: Params, found: list[LeafLayout], select: Selector | None) -> set[int]:
+    marks = [layout.is_weight for layout in found] if select is None else jax.tree.leaves(select(params))
+    chosen = {number for number, mark in enumerate(marks) if mark}
+    if not chosen:
+        raise ValueError("The model contracts or looks up no leaf of the tree: there are no inputs to gather.")
+    return chosen
+
+
+def _check_layouts(taps: Mapping[int, Tap]) -> None:
+    idle = [tap for tap in taps.values() if not tap.layout.is_weight]
+    if idle:
+        raise ValueError(
+            f"Leaf {idle[0].path!r} is never multiplied by an input (the model's use of it is "
+            f"{idle[0].layout.kind!r}): it has no input statistics; exclude it."
+        )
+
+
+def _width(leaf: Any, layout: LeafLayout) -> int:
+    return math.prod(leaf.shape[axis] for axis in layout.input_axes)
+
+
+def _uses(model: _Model, inputs: tuple[Any, ...], taps: Mapping[int, Tap], row_mask: RowMask | None) -> list[Use]:
+    """Every use of the tapped leaves, in execution order; nothing is computed."""
+    uses: dict[tuple[Any, ...], Use] = {}
+
+    def note(use: Use) -> None:
+        # JAX may trace the body of a loop more than once.
+        uses.setdefault((use.place, use.leaf), use)
+
+    run = _runner(model, taps, row_mask, 1, note)
+    plain, static = _split(inputs)
+    arrays = [model.leaves[number] for number in model.numbers]
+    jax.eval_shape(lambda arrays, plain: run({}, (arrays,), plain, static, None), arrays, plain)
+    missing = [tap.path for number, tap in taps.items() if number not in {use.leaf for use in uses.values()}]
+    if missing:
+        raise ValueError(
+            f"No input of leaf {missing[0]!r} was reached: the model uses it inside `shard_map`, a Pallas kernel, or "
+            "after arithmetic on the leaf itself; exclude it, or gather before such a wrapper is applied."
+        )
+    return list(uses.values())
+
+
+def _groups(
+    uses: list[Use],
+    taps: Mapping[int, Tap],
+    leaves: list[Any],
+    statistics: Sequence[Statistic],
+    cross: bool,
+) -> list[Group]:
+    of_leaf: dict[int, list[Use]] = {}
+    for use in uses:
+        of_leaf.setdefault(use.leaf, []).append(use)
+    together: dict[Any, list[int]] = {}
+    for number, own in of_leaf.items():
+        shared = taps[number].layout.input_id
+        # A leaf that is used twice has sums of its own.
+        alone = len(own) > 1 or shared is None or own[0].signature is None
+        key = ("leaf", number) if alone else (shared, own[0].signature, _stack_shape(leaves[number], taps[number]))
+        together.setdefault(key, []).append(number)
+    groups = [
+        Group(
+            leaves=tuple(numbers),
+            place=of_leaf[numbers[0]][0].place,
+            empty=_empty(leaves[numbers[0]], taps[numbers[0]], statistics, cross),
+        )
+        for numbers in together.values()
+    ]
+    return sorted(groups, key=lambda group: tuple(-1 if part is None else part for part in group.place))
+
+
+def _stack_shape(leaf: Any, tap: Tap) -> tuple[int, ...]:
+    return tuple(leaf.shape[axis] for axis in tap.layout.stack_axes)
+
+
+def _empty(leaf: Any, tap: Tap, statistics: Sequence[Statistic], cross: bool) -> Statistics:
+    if tap.layout.kind == "lookup":
+        rows = math.prod(leaf.shape[axis] for axis in tap.layout.output_axes)
+        abstract = jax.ShapeDtypeStruct((rows,), jnp.float32)
+        return LookupCounts(count=jax.ShapeDtypeStruct((), jnp.float32), rows=abstract)  # type: ignore[arg-type]
+    stack = _stack_shape(leaf, tap)
+    return jax.eval_shape(lambda: empty_statistics(stack, tap.width, statistics, cross=cross))
+
+
+def _step(model: _Model, taps: Mapping[int, Tap], row_mask: RowMask | None, streams: int) -> Callable[..., Totals]:
+    run = jax.jit(_runner(model, taps, row_mask, streams, lambda use: None), static_argnums=3, donate_argnums=0)
+
+    def step(totals: Totals, trees: tuple[Params, ...], inputs: tuple[Any, ...], active: Any = None) -> Totals:
+        plain, static = _split(inputs)
+        leaves = [jax.tree.leaves(tree, is_leaf=is_compressed) for tree in trees]
+        return run(totals, tuple([own[n] for n in model.numbers] for own in leaves), plain, static, active)
+
+    return step
+
+
+def _runner(
+    model: _Model, taps: Mapping[int, Tap], row_mask: RowMask | None, streams: int, note: Callable[[Use], None]
+) -> Callable[..., Totals]:
+    def run(totals: Totals, trees: tuple[list[Any], ...], plain: list[Any], static: Any, active: Any) -> Totals:
+        inputs = _joined(plain, static)
+        mask = None if row_mask is None else row_mask(*inputs)
+        logical = [[leaf.materialize() if is_compressed(leaf) else leaf for leaf in leaves] for leaves in trees]
+        closed = jax.make_jaxpr(lambda arrays, plain: model(arrays, _joined(plain, static)))(logical[-1], plain)
+        # What reaches no output is no use: `trace.layouts` does not see it either.
+        live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+        values = [
+            Value(leaves, Origin(number, tuple((axis,) for axis in range(leaves[-1].ndim))))
+            if number in taps
+            # Only tapped leaves differ between the streams.
+            else Value(leaves[-1:])
+            for number, leaves in zip(model.numbers, zip(*logical, strict=True), strict=True)
+        ]
+        interpreter = Interpreter(taps, dict(totals), mask=mask, active=active, count=streams, note=note)
+        interpreter.run(Body(live, closed.consts), [*values, *(Value((x,)) for x in plain)])
+        return interpreter.totals
+
+    return run
+
+
+def _split(inputs: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """Arrays, and what is static: the structure, and the leaves that are no arrays."""
+    leaves, treedef = jax.tree.flatten(inputs)
+    is_array = [_is_array(leaf) for leaf in leaves]
+    static = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
+    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], (treedef, tuple(is_array), static)
+
+
+def _joined(plain: list[Any], static: Any) -> tuple[Any, ...]:
+    treedef, is_array, others = static
+    arrays = iter(plain)
+    return treedef.unflatten([next(arrays) if a else other for a, other in zip(is_array, others, strict=True)])
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

@@ -1,0 +1,189 @@
+"""Compressing leaf by leaf, in execution order: later leaves see what earlier ones became."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.calibration._input_statistics import check_memory, check_totals
+from jaxcompress.calibration._program import Group, Program, RowMask, build
+from jaxcompress.calibration._statistics import STATISTICS, Statistic
+from jaxcompress.trace import LeafLayout
+from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths
+from jaxcompress.types import Params, Selector, is_compressed
+
+GroupFn = Callable[[Params, Params, Params], tuple[Params, Mapping[str, Any]]]
+"""`(params, statistics, layouts) -> (params, info)`, on partial trees that hold one group of leaves."""
+
+
+def sequential(
+    apply: Callable[..., Any],
+    params: Params,
+    batches: Iterable[tuple[Any, ...]],
+    fn: GroupFn,
+    *,
+    select: Selector | None = None,
+    statistics: Sequence[Statistic] = STATISTICS,
+    row_mask: RowMask | None = None,
+    dense_inputs: bool = False,
+    memory_limit: int | None = None,
+) -> tuple[Params, dict[str, Any]]:
+    """Compresses group after group of leaves that share their inputs; each sees the inputs that it will really get.
+
+    For each group the batches run once more, through what has been compressed so far; the model is compiled once for
+    each shape of a batch, not once for each group. The entries of a stack that a scan runs over are leaves of their
+    own here: layer 0 is done before layer 1 is looked at.
+
+    Args:
+        apply: as for `input_statistics`.
+        params: plain leaves, where selected.
+        batches: kept in memory, used once for each group.
+        fn: called as `fn(params, statistics, layouts)` with partial trees that hold one group, such as
+            `lambda p, s, layouts: pruning.sparsegpt(p, s, layouts=layouts, sparsity=0.5)`. It returns a tree of the
+            structure of its `params`, and what happened by path. Stack entries come without their stack axes (and
+            return plain arrays).
+        select: as for `input_statistics`.
+        statistics: likewise.
+        row_mask: likewise.
+        dense_inputs: also gather `InputStatistics.cross`, between the inputs in the dense model and those in the
+            compressed one; both then run.
+        memory_limit: as for `input_statistics`.
+
+    Returns:
+        `(params, info)`: `info` has the entries of every call, those of stack entries under `path[entry]`.
+
+    Raises:
+        ValueError: as for `input_statistics`; `fn` returned another structure, shape or dtype, or a compressed stack
+            entry.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def apply(params, x):
+        ...     return x @ params["first"] @ params["second"]
+        >>> params = {"first": jnp.ones((2, 2)), "second": jnp.ones((2, 1))}
+        >>> seen = []
+        >>> def halve(params, statistics, layouts):
+        ...     seen.append([float(s.squared_sum.sum()) for s in statistics.values() if s is not jc.tree.Unselected])
+        ...     return jax.tree.map(lambda w: w / 2, params), {}
+        >>> import jaxcompress as jc
+        >>> halved, _ = sequential(apply, params, [(jnp.ones((1, 2)),)], halve)
+        >>> seen, halved["second"].tolist()
+        ([[2.0], [2.0]], [[0.5], [0.5]])
+    """
+    kept = list(batches)
+    if not kept:
+        raise ValueError("`batches` is empty: statistics need at least one batch.")
+    program = build(apply, params, kept[0], select=select, statistics=statistics, row_mask=row_mask, cross=dense_inputs)
+    check_memory(program, memory_limit)
+    progress = _Progress(program, params)
+    totals = program.zeros()
+    for turn in _turns(program):
+        for batch in kept:
+            trees = (params, progress.running()) if dense_inputs else (progress.running(),)
+            active = (jnp.int32(turn.group), jnp.int32(-1 if turn.entry is None else turn.entry))
+            totals = program.step(totals, trees, batch, active)
+        if turn.entry is None:
+            check_totals(program, totals, only=turn.group)
+        progress.compress(turn, totals[turn.group], fn)
+    return progress.result(), progress.info
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+    """One group, or one stack entry of it."""
+
+    group: int
+    entry: int | None
+
+
+def _turns(program: Program) -> Iterator[_Turn]:
+    """Groups in execution order; those inside one loop take turns, entry by entry."""
+    turns = []
+    for number, group in enumerate(program.groups):
+        layout, leaf = program.layouts[group.leaves[0]], program.leaves[group.leaves[0]][1]
+        if None not in group.place or len(layout.stack_axes) != 1:
+            turns.append((_filled(group, 0), number, _Turn(number, None)))
+            continue
+        for entry in range(leaf.shape[layout.stack_axes[0]]):
+            turns.append((_filled(group, entry), number, _Turn(number, entry)))
+    return iter([turn for _, _, turn in sorted(turns, key=lambda item: item[:2])])
+
+
+def _filled(group: Group, entry: int) -> tuple[int, ...]:
+    return tuple(entry if part is None else part for part in group.place)
+
+
+class _Progress:
+    """The params on their way, and what has been said about them."""
+
+    def __init__(self, program: Program, params: Params) -> None:
+        self.program = program
+        self.info: dict[str, Any] = {}
+        # What the model runs on, as plain arrays, and what will be returned.
+        self._plain = [leaf for _, leaf in program.leaves]
+        self._kept = list(self._plain)
+        for number in program.taps:
+            if is_compressed(self._plain[number]):
+                raise ValueError(f"Leaf {program.leaves[number][0]!r} is compressed already; exclude it.")
+
+    def running(self) -> Params:
+        return self.program.treedef.unflatten(self._plain)
+
+    def result(self) -> Params:
+        return self.program.treedef.unflatten(self._kept)
+
+    def compress(self, turn: _Turn, statistics: Any, fn: GroupFn) -> None:
+        program, leaves = self.program, self.program.groups[turn.group].leaves
+        layouts = {number: program.layouts[number] for number in leaves}
+        params = {number: self._plain[number] for number in leaves}
+        if turn.entry is not None:
+            statistics = jax.tree.map(lambda part: part[turn.entry], statistics)
+            params = {n: jnp.take(leaf, turn.entry, axis=layouts[n].stack_axes[0]) for n, leaf in params.items()}
+            layouts = {number: _unstacked(layout) for number, layout in layouts.items()}
+        group = program.tree(params, Unselected)
+        sums = program.tree(dict.fromkeys(leaves, statistics), Unselected)
+        found, info = fn(group, sums, program.tree(layouts, Unselected))
+        entries = leaves_with_paths(found, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf))
+        for number in leaves:
+            path, leaf = entries[number] if len(entries) == len(program.leaves) else (None, None)
+            self._put(number, turn.entry, _checked(program.leaves[number][0], path, leaf, params[number]))
+        suffix = "" if turn.entry is None else f"[{turn.entry}]"
+        self.info |= {f"{path}{suffix}": entry for path, entry in info.items()}
+
+    def _put(self, number: int, entry: int | None, leaf: Any) -> None:
+        if entry is None:
+            self._kept[number] = leaf
+            self._plain[number] = leaf.materialize() if is_compressed(leaf) else leaf
+            return
+        path = self.program.leaves[number][0]
+        if is_compressed(leaf):
+            raise ValueError(
+                f"Entry {entry} of the stack {path!r} came back as {type(leaf).__name__}: stack entries must be plain "
+                "arrays; store the whole stack afterwards."
+            )
+        axis = self.program.layouts[number].stack_axes[0]
+        where = (slice(None),) * axis + (entry,)
+        self._plain[number] = self._kept[number] = jnp.asarray(self._plain[number]).at[where].set(leaf)
+
+
+def _checked(path: str, found_path: str | None, leaf: Any, like: Any) -> Any:
+    if found_path != path or is_unselected(leaf):
+        raise ValueError(f"`fn` must return a tree of the structure of its params; leaf {path!r} is missing.")
+    if leaf.shape != like.shape or leaf.dtype != like.dtype:
+        raise ValueError(
+            f"`fn` returned leaf {path!r} as {leaf.dtype}{tuple(leaf.shape)}, expected {like.dtype}{tuple(like.shape)}."
+        )
+    return leaf
+
+
+def _unstacked(layout: LeafLayout) -> LeafLayout:
+    stack = layout.stack_axes[0]
+
+    def without(axes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(axis - (axis > stack) for axis in axes)
+
+    return dataclasses.replace(
+        layout, stack_axes=(), input_axes=without(layout.input_axes), output_axes=without(layout.output_axes)
+    )

@@ -1,0 +1,160 @@
+"""What is kept of the inputs of a leaf: sums that can be streamed.
+
+Shape letters: S the leaf's stack axes (none, usually), D input features (the leaf's input axes, flattened in the order
+of the leaf), N rows.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int
+
+Statistic = Literal["gram", "squared_sum", "absolute_sum", "absolute_max"]
+"""The names of what can be gathered of a contracted leaf."""
+
+STATISTICS: tuple[Statistic, ...] = ("gram", "squared_sum", "absolute_sum", "absolute_max")
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["count", "gram", "squared_sum", "absolute_sum", "absolute_max", "cross"],
+    meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class InputStatistics:
+    """Sums over the rows x (N, D) that a leaf multiplies; all float32.
+
+    Invariants: `squared_sum` is the diagonal of `gram`, where both are there; an absent statistic is None.
+
+    Attributes:
+        count: (S), number of rows, or the sum of their weights.
+        gram: (S, D, D), Σ x xᵀ.
+        squared_sum: (S, D), Σ x².
+        absolute_sum: (S, D), Σ |x|.
+        absolute_max: (S, D), max |x| over the rows of positive weight.
+        cross: (S, D, D), Σ y xᵀ with y the inputs of the same leaf in the dense model; see `sequential`.
+    """
+
+    count: Any
+    gram: Any = None
+    squared_sum: Any = None
+    absolute_sum: Any = None
+    absolute_max: Any = None
+    cross: Any = None
+
+    @property
+    def absolute_mean(self) -> Float32[Array, "*stack D"] | None:
+        """Mean |x|."""
+        return None if self.absolute_sum is None else self.absolute_sum / self.count[..., None]
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["count", "rows"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class LookupCounts:
+    """How often each row of a table was looked up.
+
+    Attributes:
+        count: scalar, number of look-ups.
+        rows: (rows of the table,).
+    """
+
+    count: Any
+    rows: Any
+
+
+Statistics = InputStatistics | LookupCounts
+
+_Statistics = TypeVar("_Statistics", InputStatistics, LookupCounts)
+
+
+def empty_statistics(
+    stack: Sequence[int], width: int, names: Sequence[Statistic], *, cross: bool = False
+) -> InputStatistics:
+    """The statistics of no rows at all."""
+    shapes = {name: (*stack, width, width) if name == "gram" else (*stack, width) for name in names}
+    if cross:
+        shapes["cross"] = (*stack, width, width)
+    parts = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
+    return InputStatistics(count=jnp.zeros(tuple(stack), jnp.float32), **parts)
+
+
+def statistics_of(
+    x: Float[Array, "*stack N D"],
+    weights: Float32[Array, " N"] | None,
+    like: InputStatistics,
+    *,
+    dense: Float[Array, "*stack N D"] | None = None,
+) -> InputStatistics:
+    """The statistics of some rows.
+
+    Args:
+        x: rows of inputs; sums are made in float32.
+        weights: of the rows, at least 0; None counts each once.
+        like: says which statistics to make.
+        dense: the same rows in the dense model, for `cross`.
+    """
+    x = x.astype(jnp.float32)
+    weighted, largest, count = x, jnp.abs(x), jnp.float32(x.shape[-2])
+    if weights is not None:
+        column = jnp.broadcast_to(weights[:, None], x.shape)
+        # By `where`: what lies in the padding may be NaN.
+        weighted, count = jnp.where(column > 0, x * column, 0.0), weights.sum()
+        x = jnp.where(column > 0, x, 0.0)
+        largest = jnp.abs(x)
+    gram = None if like.gram is None else _product(x, weighted)
+    squared_sum = jnp.sum(x * weighted, axis=-2) if gram is None else jnp.diagonal(gram, axis1=-2, axis2=-1)
+    return InputStatistics(
+        count=jnp.broadcast_to(count, x.shape[:-2]),
+        gram=gram,
+        squared_sum=None if like.squared_sum is None else squared_sum,
+        absolute_sum=None if like.absolute_sum is None else jnp.abs(weighted).sum(axis=-2),
+        absolute_max=None if like.absolute_max is None else largest.max(axis=-2, initial=0.0),
+        cross=None if like.cross is None or dense is None else _product(dense.astype(jnp.float32), weighted),
+    )
+
+
+def add_statistics(total: _Statistics, more: _Statistics) -> _Statistics:
+    """The statistics of both sets of rows: sums are added, maxima compared.
+
+    Example:
+        >>> one = InputStatistics(count=jnp.float32(1), absolute_sum=jnp.ones(1), absolute_max=jnp.ones(1))
+        >>> two = add_statistics(one, one)
+        >>> two.count.item(), two.absolute_sum.item(), two.absolute_max.item()
+        (2.0, 2.0, 1.0)
+    """
+    added = jax.tree.map(jnp.add, total, more)
+    if isinstance(total, InputStatistics) and isinstance(more, InputStatistics) and total.absolute_max is not None:
+        return dataclasses.replace(added, absolute_max=jnp.maximum(total.absolute_max, more.absolute_max))
+    return added
+
+
+def add_at(
+    total: InputStatistics, more: InputStatistics, starts: Sequence[Int[Array, ""] | int], sizes: Sequence[int]
+) -> InputStatistics:
+    """Adds statistics of some stack entries to those of all.
+
+    Args:
+        total: over the whole stack.
+        more: of a box of entries.
+        starts: the first entry of the box, for each stack axis.
+        sizes: of the box.
+    """
+    if not sizes or all(size == whole for size, whole in zip(sizes, total.count.shape, strict=True)):
+        return add_statistics(total, more)
+
+    def box(leaf: Array) -> Array:
+        return jax.lax.dynamic_slice(leaf, _starts(leaf), (*sizes, *leaf.shape[len(sizes) :]))
+
+    def _starts(leaf: Array) -> list[Array]:
+        return [jnp.asarray(start, jnp.int32) for start in (*starts, *(0,) * (leaf.ndim - len(sizes)))]
+
+    sums = add_statistics(jax.tree.map(box, total), more)
+    return jax.tree.map(lambda leaf, part: jax.lax.dynamic_update_slice(leaf, part, _starts(leaf)), total, sums)
+
+
+def _product(y: Float32[Array, "*stack N D"], x: Float32[Array, "*stack N D"]) -> Float32[Array, "*stack D D"]:
+    return jnp.einsum("...ni,...nj->...ij", y, x, precision=jax.lax.Precision.HIGHEST)

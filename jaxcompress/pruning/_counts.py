@@ -1,0 +1,51 @@
+"""How many weights to prune, by our rule or by a reference's."""
+
+from typing import Any, Literal
+
+import numpy as np
+
+from jaxcompress.pruning._masks import check_sparsity
+from jaxcompress.pruning._matrices import Calibrated
+from jaxcompress.pruning._patterns import NOfM, Pattern
+from jaxcompress.tree import is_unselected, leaves_with_paths
+
+Count = Literal["exact", "reference"]
+"""`exact`: round(s n) of n, lowest index kept. `reference`: as the method's public implementation counts."""
+
+
+def check_count(count: str) -> None:
+    """Raises when the rule is unknown."""
+    if count not in ("exact", "reference"):
+        raise ValueError(f"`count` must be 'exact' or 'reference', got {count!r}.")
+
+
+def sparsity_by_path(sparsity: Any, leaves: list[Calibrated], pattern: Pattern) -> dict[str, float]:
+    """The share to prune of each leaf.
+
+    Args:
+        sparsity: one number, a partial tree of numbers, or None: what the pattern n of m prunes.
+        leaves: those to prune.
+        pattern: of the masks.
+
+    Raises:
+        ValueError: a number outside [0, 1] or above what the pattern allows; none at all where the pattern does not
+            give one; a leaf that the tree does not have.
+    """
+    if sparsity is None:
+        if not isinstance(pattern, NOfM):
+            raise ValueError("`sparsity` is needed: only patterns n of m imply one.")
+        return {leaf.path: pattern.allowed for leaf in leaves}
+    if np.ndim(sparsity) == 0 and not isinstance(sparsity, dict):
+        found = {leaf.path: sparsity for leaf in leaves}
+    else:
+        given = dict(leaves_with_paths(sparsity, is_leaf=is_unselected))
+        found = {leaf.path: given.get(leaf.path) for leaf in leaves}
+    for path, share in found.items():
+        if share is None or is_unselected(share):
+            raise ValueError(f"`sparsity` has no entry for leaf {path!r}.")
+        check_sparsity(share)
+        if float(share) > pattern.allowed + 1e-6:
+            raise ValueError(
+                f"The pattern allows a `sparsity` of at most {pattern.allowed:g}, got {share} at {path!r}."
+            )
+    return {path: float(share) for path, share in found.items()}

@@ -1,0 +1,135 @@
+"""Leaves as matrices (stack, inputs, outputs), next to the statistics of their inputs.
+
+Shape letters: S stack entries, D inputs, R outputs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Shaped
+
+from jaxcompress.calibration import InputStatistics
+from jaxcompress.pruning._scores import checked_weight
+from jaxcompress.trace import LeafLayout, default_layout
+from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths, map_selected, map_with_path
+from jaxcompress.types import Params, Selector, is_compressed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A leaf with the statistics of its inputs.
+
+    Attributes:
+        path: of the leaf.
+        weight: plain floats, in the leaf's shape.
+        layout: its axes.
+        statistics: of its inputs.
+    """
+
+    path: str
+    weight: jax.Array
+    layout: LeafLayout
+    statistics: InputStatistics
+
+    def matrix(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "S D R"]:
+        """An array of the leaf's shape, as one matrix for each stack entry."""
+        layout = self.layout
+        stack, inputs, outputs = (
+            math.prod(self.weight.shape[axis] for axis in axes)
+            for axes in (layout.stack_axes, layout.input_axes, layout.output_axes)
+        )
+        return leaf.transpose(self._permutation).reshape(stack, inputs, outputs)
+
+    def leaf(self, matrix: Shaped[Array, "S D R"]) -> Shaped[Array, "..."]:
+        """The inverse of `matrix`."""
+        shape = [self.weight.shape[axis] for axis in self._permutation]
+        return matrix.reshape(shape).transpose(np.argsort(self._permutation).tolist())
+
+    def of_inputs(self, values: Float[Array, "*stack D"]) -> Float[Array, "..."]:
+        """One value for each input, in a shape that broadcasts against the leaf."""
+        layout = self.layout
+        shape = [self.weight.shape[axis] for axis in (*layout.stack_axes, *layout.input_axes)]
+        spread = values.reshape(*shape, *(1,) * len(layout.output_axes))
+        return spread.transpose(np.argsort(self._permutation).tolist())
+
+    def flat(self, statistic: Float[Array, "..."], *, ndim: int) -> Float[Array, "..."]:
+        """A statistic with `ndim` axes of its own, with one axis for the stack."""
+        return statistic.reshape(-1, *statistic.shape[statistic.ndim - ndim :])
+
+    @property
+    def _permutation(self) -> tuple[int, ...]:
+        return (*self.layout.stack_axes, *self.layout.input_axes, *self.layout.output_axes)
+
+
+def calibrated(
+    params: Params, statistics: Params, *, needs: str, select: Selector | None, layouts: Params | None
+) -> Params:
+    """The leaves to prune with their statistics, `Unselected` elsewhere.
+
+    Args:
+        params: the tree.
+        statistics: from `calibration.input_statistics`.
+        needs: the statistic that must be there.
+        select: which leaves; by default all that have `InputStatistics`.
+        layouts: from `trace.layouts`; by default kernels are (in..., out).
+
+    Raises:
+        ValueError: a leaf without statistics, or with statistics of another width; nothing to prune. Names the leaf.
+    """
+    known = map_with_path(lambda *_: None, params) if layouts is None else layouts
+    marks = map_with_path(lambda *_: None, params) if select is None else select(params)
+
+    def visit(path: str, leaf: Any, found: Any, layout: LeafLayout | None, mark: bool | None) -> Any:
+        has = isinstance(found, InputStatistics) and getattr(found, needs) is not None
+        if mark and not has:
+            raise ValueError(f"Leaf {path!r} has no statistic {needs!r}; gather it with `input_statistics`.")
+        if not has or mark is False:
+            return Unselected
+        axes = layout if layout is not None and layout.is_weight else default_layout(path, leaf)
+        entry = Calibrated(path=path, weight=checked_weight(path, leaf), layout=axes, statistics=found)
+        _check_width(entry, needs)
+        return entry
+
+    chosen = map_with_path(visit, params, statistics, known, marks)
+    if not list(entries(chosen)):
+        raise ValueError(f"No leaf has the statistic {needs!r}: there is nothing to prune.")
+    return chosen
+
+
+def entries(chosen: Params) -> Iterator[Calibrated]:
+    """The leaves that are there."""
+    for _, entry in leaves_with_paths(chosen):
+        yield entry
+
+
+def map_entries(fn: Callable[[Calibrated], Any], chosen: Params) -> Params:
+    """`fn` of every leaf that is there; errors name the leaf."""
+    return map_selected(lambda _, entry: fn(entry), chosen)
+
+
+def with_leaves(params: Params, chosen: Params, leaves: dict[str, Any]) -> Params:
+    """`params` with new arrays for the chosen leaves, by path."""
+
+    def put(path: str, leaf: Any, entry: Any) -> Any:
+        return leaf if is_unselected(entry) else leaves[path]
+
+    return map_with_path(put, params, chosen, is_leaf=is_compressed)
+
+
+def _check_width(entry: Calibrated, needs: str) -> None:
+    layout, shape, found = entry.layout, entry.weight.shape, entry.statistics
+    wanted = [shape[axis] for axis in layout.stack_axes], math.prod(shape[axis] for axis in layout.input_axes)
+    given = list(found.count.shape), getattr(found, needs).shape[-1]
+    if wanted != given:
+        raise ValueError(
+            f"Leaf {entry.path!r} of shape {shape} has stack {wanted[0]} and {wanted[1]} inputs, its statistics have "
+            f"{given[0]} and {given[1]}; give `layouts` from `trace.layouts`."
+        )
+    for part in jax.tree.leaves(found):
+        if not isinstance(part, jax.core.Tracer) and not bool(jnp.isfinite(part).all()):
+            raise ValueError(f"The statistics of leaf {entry.path!r} hold NaN or Inf.")

@@ -1,0 +1,284 @@
+"""SparseGPT: pruning one input after another, while the rest makes up for it.
+
+Shape letters: S stack entries, D inputs, R outputs.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float32, Int32
+
+from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
+from jaxcompress.pruning._leaf_info import LeafInfo, output_error
+from jaxcompress.pruning._matrices import Calibrated, calibrated, entries, with_leaves
+from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
+from jaxcompress.solvers import (
+    QuantizeColumn,
+    StartGroup,
+    block_sizes,
+    damped_cholesky,
+    inverse_factor,
+    keep_in_runs,
+    keep_largest,
+    solve_columns,
+)
+from jaxcompress.types import Params, Selector
+
+_UNSTRUCTURED = unstructured()
+
+Share = Literal["block", "leaf"]
+"""Where the pruned weights of a leaf lie: as many in each block of inputs, or where they cost least."""
+
+
+def sparsegpt(
+    params: Params,
+    statistics: Params,
+    *,
+    sparsity: Any = None,
+    pattern: Pattern = _UNSTRUCTURED,
+    damping: float = 0.01,
+    block_size: int = 128,
+    share: Share = "leaf",
+    count: Count = "exact",
+    quantize_column: QuantizeColumn | None = None,
+    start_group: StartGroup | None = None,
+    group_size: int | None = None,
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> tuple[Params, dict[str, LeafInfo]]:
+    """Prunes the weights whose loss costs least after the others have made up for it, and lets them do so.
+
+    With U the upper factor of (XᵀX + λ mean(diag) I)⁻¹ = Uᵀ U, the score of w_ij, i an input, is (w_ij / U_ii)². Inputs
+    are fixed in their order: an input's error e = (w - q) / U_ii is subtracted from those still to come, times U_ij.
+    Which weights go is decided anew for every block of inputs (for every run of n of m), from the weights as updated.
+
+    Where the statistics have `cross` (inputs in the dense model against those in the compressed one), the weights
+    first become those that come closest to the dense outputs on the inputs that the leaf will really get.
+
+    Args:
+        params: the tree; compressed leaves count as the arrays they stand for.
+        statistics: from `calibration.input_statistics`, with "gram".
+        sparsity: share of pruned weights; one number, or a partial tree of them. A pattern n of m implies it.
+        pattern: `unstructured()` or `n_of_m(n, m)`.
+        damping: λ, at least 0; grows tenfold until the matrix can be factored.
+        block_size: inputs that are decided together; rounded up to a multiple of m, and of smaller groups.
+        share: "block": every block loses the same share, as in the paper. "leaf": blocks lose what a ranking of the
+            whole leaf by the scores of the dense weights says.
+        count: "exact": n - round(s n) weights are kept, lowest (input, output) first among equal scores. "reference":
+            as the public implementation counts, per block: scores up to the one of rank int(s n) go, that is
+            int(s n) + 1 weights, and more where scores tie.
+        quantize_column: applied to the kept weights of each input on the way; see `solvers.solve_columns`. Keep one
+            function for many calls: each new one is compiled.
+        start_group: likewise.
+        group_size: likewise.
+        select: which leaves; by default all that have statistics of contracted inputs.
+        layouts: from `trace.layouts`; needed where kernels are not (in..., out).
+
+    Returns:
+        `(params, info)`: plain leaves with exact zeros, and a `LeafInfo` for each of them by path.
+
+    Raises:
+        ValueError: options out of range; nothing to prune; a leaf without statistics, with statistics of another
+            width, or with NaN or Inf in either. Names option or leaf.
+
+    Example:
+        >>> from jaxcompress.calibration import input_statistics
+        >>> params = {"kernel": jnp.array([[1.0], [1.0]])}
+        >>> x = jnp.array([[1.0, 0.9], [0.9, 1.0]])
+        >>> statistics = input_statistics(lambda p, x: x @ p["kernel"], params, [(x,)])
+        >>> pruned, info = sparsegpt(params, statistics, sparsity=0.5, damping=0.0)
+        >>> (pruned["kernel"] > 0).tolist(), info["kernel"].error < 0.1 < info["kernel"].error_before
+        ([[False], [True]], True)
+
+    References:
+        Frantar and Alistarh 2023, "SparseGPT: massive language models can be accurately pruned in one-shot".
+    """
+    _check_options(pattern, damping, block_size, share, count)
+    chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
+    shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
+    if group_size is not None and group_size < block_size:
+        block_size = -(-block_size // group_size) * group_size
+    rule = _Rule(pattern, damping, block_size, share, count, quantize_column, start_group, group_size)
+    leaves: dict[str, Any] = {}
+    info: dict[str, LeafInfo] = {}
+    for entry in entries(chosen):
+        leaves[entry.path], info[entry.path] = _prune(entry, shares[entry.path], rule)
+    return with_leaves(params, chosen, leaves), info
+
+
+class _Rule(NamedTuple):
+    """The options; hashable, so that leaves of one shape share a compilation."""
+
+    pattern: Any
+    damping: float
+    block_size: int
+    share: Share
+    count: Count
+    quantize_column: QuantizeColumn | None
+    start_group: StartGroup | None
+    group_size: int | None
+
+
+class _Solved(NamedTuple):
+    weights: Array
+    damping: Array
+    retries: Array
+
+
+def _check_options(pattern: Pattern, damping: float, block_size: int, share: str, count: str) -> None:
+    check_count(count)
+    if not isinstance(pattern, Unstructured | NOfM):
+        raise ValueError(f"`sparsegpt` prunes single weights or n of m, got the pattern {pattern}.")
+    if not damping >= 0:
+        raise ValueError(f"`damping` must be at least 0, got {damping}.")
+    if block_size < 1:
+        raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
+    if share not in ("block", "leaf"):
+        raise ValueError(f"`share` must be 'block' or 'leaf', got {share!r}.")
+
+
+def _prune(entry: Calibrated, sparsity: float, rule: _Rule) -> tuple[jax.Array, LeafInfo]:
+    if isinstance(rule.pattern, NOfM) and not np.isclose(sparsity, rule.pattern.allowed):
+        raise ValueError(f"The pattern implies a `sparsity` of {rule.pattern.allowed:g}, got {sparsity:g}.")
+    statistics = entry.statistics
+    gram = entry.flat(statistics.gram, ndim=2)
+    cross = None if statistics.cross is None else entry.flat(statistics.cross, ndim=2)
+    weights = entry.matrix(entry.weight).astype(jnp.float32)
+    scale = 2.0 / statistics.count.reshape(-1)
+    depth, width = weights.shape[1:]
+    dropped = np.int32(round(sparsity * depth * width))
+    solved, before, after = _solve(weights, gram, cross, scale, dropped, np.float32(sparsity), rule)
+    pruned = entry.leaf(solved.weights).astype(entry.weight.dtype)
+    return pruned, LeafInfo(
+        sparsity=float((pruned == 0).mean()) if pruned.size else 0.0,
+        error_before=float(before),
+        error=float(after),
+        damping=float(solved.damping.max(initial=rule.damping)),
+        retries=int(solved.retries.max(initial=0)),
+        dead_inputs=int((jnp.diagonal(gram, axis1=1, axis2=2) == 0).sum()),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _solve(
+    weights: Float32[Array, "S D R"],
+    gram: Float32[Array, "S D D"],
+    cross: Float32[Array, "S D D"] | None,
+    scale: Float32[Array, " S"],
+    dropped: Any,
+    sparsity: Any,
+    rule: _Rule,
+) -> tuple[_Solved, Float32[Array, ""], Float32[Array, ""]]:
+    def one(parts: Any) -> tuple[_Solved, Array]:
+        return _solve_matrix(*parts, dropped=dropped, sparsity=sparsity, rule=rule)
+
+    solved, targets = jax.lax.map(one, (weights, gram, cross, scale))
+    masked = jnp.where(solved.weights == 0, 0.0, targets)
+    return solved, output_error(gram, targets, masked), output_error(gram, targets, solved.weights)
+
+
+def _solve_matrix(
+    weights: Float32[Array, "D R"],
+    gram: Float32[Array, "D D"],
+    cross: Float32[Array, "D D"] | None,
+    scale: Float32[Array, ""],
+    *,
+    dropped: Any,
+    sparsity: Any,
+    rule: _Rule,
+) -> tuple[_Solved, Float32[Array, "D R"]]:
+    hessian = gram * scale
+    dead = jnp.diagonal(hessian) == 0
+    alive = jnp.where(dead.all(), 1.0, jnp.diagonal(hessian).sum() / jnp.maximum((~dead).sum(), 1))
+    # A dead input gets a diagonal of its own, or nothing could be factored; the reference's is 1.
+    fill = 1.0 if rule.count == "reference" else alive
+    hessian = hessian + jnp.diag(jnp.where(dead, fill, 0.0))
+    if cross is not None:
+        weights = dense_targets(weights, hessian, cross * scale, rule.damping)
+    targets = jnp.where(dead[:, None], 0.0, weights)
+    factor = inverse_factor(hessian, rule.damping)
+    hooks = _hooks(targets, jnp.diagonal(factor.factor), dropped, sparsity, rule)
+    solved = solve_columns(
+        targets,
+        factor.factor,
+        block_size=rule.block_size,
+        quantize_column=rule.quantize_column,
+        start_group=rule.start_group,
+        group_size=rule.group_size,
+        **hooks,
+    )
+    return _Solved(solved, factor.damping, factor.retries), targets
+
+
+def dense_targets(
+    weights: Float32[Array, "D R"], hessian: Float32[Array, "D D"], cross: Float32[Array, "D D"], damping: float
+) -> Float32[Array, "D R"]:
+    """The weights whose outputs on the new inputs X come closest to the dense ones, Y W: W + H⁻¹ (XᵀY - XᵀX) W.
+
+    Args:
+        weights: W.
+        hessian: XᵀX, positive definite.
+        cross: YᵀX, on the same scale.
+        damping: λ; with a large one the weights stay W.
+    """
+    factor = damped_cholesky(hessian, damping).factor
+    gap = jnp.matmul(cross.T - hessian, weights, precision=jax.lax.Precision.HIGHEST)
+    return weights + jax.scipy.linalg.cho_solve((factor, True), gap)
+
+
+def _hooks(
+    weights: Float32[Array, "D R"], diagonal: Float32[Array, " D"], dropped: Any, sparsity: Any, rule: _Rule
+) -> dict[str, Any]:
+    """What to keep, for `solve_columns`."""
+    if isinstance(rule.pattern, NOfM):
+        n, m = rule.pattern.n, rule.pattern.m
+
+        def keep_run(weights: Any, diagonal: Any) -> Any:
+            return keep_in_runs(_scores(weights, diagonal, beyond=-1.0), n, m, axis=0)
+
+        return {"keep_run": keep_run, "run_size": m}
+    sizes = jnp.asarray(block_sizes(weights.shape[0], rule.block_size), jnp.int32) * weights.shape[1]
+    if rule.count == "reference":
+        ranks = jnp.floor(sizes * sparsity).astype(jnp.int32)
+        return {"keep_block": lambda weights, diagonal, block: _above(_scores(weights, diagonal), ranks[block])}
+    counts = _counts(weights, diagonal, sizes, dropped, sparsity, rule)
+
+    def keep_block(weights: Any, diagonal: Any, block: Any) -> Any:
+        return keep_largest([_scores(weights, diagonal)], counts[block])[0]
+
+    return {"keep_block": keep_block}
+
+
+def _counts(
+    weights: Float32[Array, "D R"],
+    diagonal: Float32[Array, " D"],
+    sizes: Int32[Array, " blocks"],
+    dropped: Any,
+    sparsity: Any,
+    rule: _Rule,
+) -> Int32[Array, " blocks"]:
+    """How many weights each block loses; `dropped` in all."""
+    if rule.share == "block":
+        ends = jnp.cumsum(sizes)
+        until = jnp.minimum(jnp.round(ends * sparsity).astype(jnp.int32), dropped).at[-1].set(dropped)
+        return jnp.diff(until, prepend=0)
+    kept = keep_largest([_scores(weights, diagonal)], dropped)[0]
+    padded = jnp.pad((~kept).sum(axis=1, dtype=jnp.int32), (0, -len(kept) % rule.block_size))
+    return padded.reshape(-1, rule.block_size).sum(axis=1, dtype=jnp.int32)
+
+
+def _scores(
+    weights: Float32[Array, "B R"], diagonal: Float32[Array, " B"], *, beyond: float = jnp.inf
+) -> Float32[Array, "B R"]:
+    """(w / U_ii)²; `beyond` for inputs that fill up the last block."""
+    real = diagonal > 0
+    scores = jnp.square(weights / jnp.where(real, diagonal, 1.0)[:, None])
+    return jnp.where(real[:, None], scores, beyond)
+
+
+def _above(scores: Float32[Array, "B R"], rank: Int32[Array, ""]) -> Bool[Array, "B R"]:
+    ordered = jnp.sort(scores.reshape(-1))
+    return scores > ordered[jnp.minimum(rank, scores.size - 1)]

@@ -1,0 +1,146 @@
+"""Wanda: weights by their size times the size of their input."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
+from jaxcompress.pruning._leaf_info import LeafInfo, output_error
+from jaxcompress.pruning._masks import Scope, masks_from_scores
+from jaxcompress.pruning._matrices import Calibrated, calibrated, entries, map_entries, with_leaves
+from jaxcompress.pruning._patterns import NOfM, Pattern, unstructured
+from jaxcompress.trace import LeafLayout
+from jaxcompress.types import Params, Selector
+
+_UNSTRUCTURED = unstructured()
+
+
+def wanda_scores(
+    params: Params, statistics: Params, *, select: Selector | None = None, layouts: Params | None = None
+) -> Params:
+    """|w_ij| sqrt(mean x_j²), in float32.
+
+    Args:
+        params: the tree.
+        statistics: from `calibration.input_statistics`, with "squared_sum".
+        select: which leaves; by default all that have statistics of contracted inputs.
+        layouts: from `trace.layouts`; needed where kernels are not (in..., out).
+
+    Returns:
+        A partial tree of scores, each of its leaf's shape.
+
+    Raises:
+        ValueError: nothing to score; a leaf without statistics, or with statistics of another width.
+
+    Example:
+        >>> from jaxcompress.calibration import input_statistics
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, 1.0]])}
+        >>> statistics = input_statistics(lambda p, x: x @ p["kernel"], params, [(jnp.array([[4.0, 1.0]]),)])
+        >>> wanda_scores(params, statistics)["kernel"].tolist()
+        [[4.0, 8.0], [3.0, 1.0]]
+
+    References:
+        Sun et al. 2023, "A simple and effective pruning approach for large language models", equation 1.
+    """
+    chosen = calibrated(params, statistics, needs="squared_sum", select=select, layouts=layouts)
+    return map_entries(_scores, chosen)
+
+
+def wanda(
+    params: Params,
+    statistics: Params,
+    *,
+    sparsity: Any = None,
+    pattern: Pattern = _UNSTRUCTURED,
+    scope: Scope = "row",
+    count: Count = "exact",
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> tuple[Params, dict[str, LeafInfo]]:
+    """Prunes by `wanda_scores`, in each output row by default; kept weights stay as they are.
+
+    Args:
+        params: the tree.
+        statistics: from `calibration.input_statistics`; with "gram" the info has the output error.
+        sparsity: share of pruned weights; one number, or a partial tree of them. A pattern n of m implies it.
+        pattern: see `masks_from_scores`.
+        scope: what is ranked together; see there.
+        count: "exact", as `masks_from_scores` counts; "reference": int(s n) of the n inputs of a row, and among equal
+            scores the lowest index is pruned (n of m: as "exact").
+        select: as for `wanda_scores`.
+        layouts: likewise.
+
+    Returns:
+        `(params, info)`: plain leaves with zeros, and a `LeafInfo` for each of them by path.
+
+    Raises:
+        ValueError: as for `wanda_scores` and `masks_from_scores`; "reference" with another scope than "row"; several
+            sparsities in global scope.
+
+    Example:
+        >>> from jaxcompress.calibration import input_statistics
+        >>> params = {"kernel": jnp.array([[1.0, -2.0], [3.0, 1.0]])}
+        >>> statistics = input_statistics(lambda p, x: x @ p["kernel"], params, [(jnp.array([[4.0, 1.0]]),)])
+        >>> pruned, info = wanda(params, statistics, sparsity=0.5)
+        >>> pruned["kernel"].tolist(), info["kernel"].sparsity
+        ([[1.0, -2.0], [0.0, 0.0]], 0.5)
+    """
+    check_count(count)
+    if count == "reference" and scope != "row":
+        raise ValueError(f"`count='reference'` counts in rows, got `scope` {scope!r}.")
+    chosen = calibrated(params, statistics, needs="squared_sum", select=select, layouts=layouts)
+    shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
+    if scope == "global":
+        masks = _global_masks(chosen, shares, pattern)
+    else:
+        of_leaf = _reference_mask if count == "reference" and not isinstance(pattern, NOfM) else _mask
+        masks = {e.path: of_leaf(e, shares[e.path], scope=scope, pattern=pattern) for e in entries(chosen)}
+    leaves = {e.path: jnp.where(masks[e.path], e.weight, jnp.zeros((), e.weight.dtype)) for e in entries(chosen)}
+    info = {e.path: _info(e, leaves[e.path]) for e in entries(chosen)}
+    return with_leaves(params, chosen, leaves), info
+
+
+def _scores(entry: Calibrated) -> jax.Array:
+    found = entry.statistics
+    mean = found.squared_sum / found.count[..., None]
+    return jnp.abs(entry.weight.astype(jnp.float32)) * jnp.sqrt(entry.of_inputs(mean))
+
+
+def _mask(entry: Calibrated, share: float, *, scope: Scope, pattern: Pattern) -> jax.Array:
+    scores, layouts = {entry.path: _scores(entry)}, {entry.path: entry.layout}
+    return masks_from_scores(scores, sparsity=share, scope=scope, pattern=pattern, layouts=layouts)[entry.path]
+
+
+def _reference_mask(entry: Calibrated, share: float, *, scope: Scope, pattern: Pattern) -> jax.Array:
+    del scope
+    # From the last input to the first: the rule that keeps the lowest index then keeps the highest.
+    scores = entry.matrix(_scores(entry))[:, ::-1]
+    rows = scores.shape[1]
+    layout = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
+    masks = masks_from_scores(
+        {"": scores}, sparsity=int(rows * share) / max(rows, 1), scope="row", pattern=pattern, layouts={"": layout}
+    )
+    return entry.leaf(masks[""][:, ::-1])
+
+
+def _global_masks(chosen: Params, shares: dict[str, float], pattern: Pattern) -> dict[str, jax.Array]:
+    if len(set(shares.values())) > 1:
+        raise ValueError("`scope='global'` ranks all leaves together: give one `sparsity` for all of them.")
+    scores = {entry.path: _scores(entry) for entry in entries(chosen)}
+    layouts = {entry.path: entry.layout for entry in entries(chosen)}
+    share = next(iter(shares.values()))
+    return masks_from_scores(scores, sparsity=share, scope="global", pattern=pattern, layouts=layouts)
+
+
+def _info(entry: Calibrated, pruned: jax.Array) -> LeafInfo:
+    statistics, sparsity = entry.statistics, float((pruned == 0).mean()) if pruned.size else 0.0
+    dead = int((statistics.squared_sum == 0).sum())
+    if statistics.gram is None:
+        return LeafInfo(sparsity=sparsity, dead_inputs=dead)
+    gram = entry.flat(statistics.gram, ndim=2)
+    error = float(_error(gram, entry.matrix(entry.weight), entry.matrix(pruned)))
+    return LeafInfo(sparsity=sparsity, error_before=error, error=error, dead_inputs=dead)
+
+
+_error = jax.jit(output_error)

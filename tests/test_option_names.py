@@ -1,0 +1,29 @@
+"""Wrong names of options, in a process of its own: the type checks of this test session would raise first."""
+
+import subprocess
+import sys
+
+CODE = """
+import jax.numpy as jnp
+import jaxcompress as jc
+
+params = {"kernel": jnp.ones((4, 4))}
+calls = {
+    "scope": lambda: jc.pruning.masks_from_scores(params, scope="layer"),
+    "variant": lambda: jc.pruning.gradient_scores(lambda p, x: p["kernel"].sum(), params, [1.0], variant="squared"),
+    "store": lambda: jc.pruning.gradual(schedule=jc.schedules.constant(0.5), store="csr"),
+}
+for option, call in calls.items():
+    try:
+        call()
+    except ValueError as err:
+        print(err)
+"""
+
+
+def test_wrong_names_list_the_right_ones():
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    scope, variant, store = done.stdout.splitlines()
+    assert scope == "`scope` must be 'leaf', 'global' or 'row', got 'layer'."
+    assert variant == "`variant` must be 'normalized', 'absolute' or 'taylor', got 'squared'."
+    assert store == "`store` must be 'sparse' or 'dense', got 'csr'."
