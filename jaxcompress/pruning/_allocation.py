@@ -10,7 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from jaxcompress.pruning._masks import masks_from_scores
-from jaxcompress.pruning._ranking import check_shares
+from jaxcompress.pruning._ranking import check_sparsity
 from jaxcompress.pruning._sparsity import leaf_sparsities
 from jaxcompress.trace import LeafLayout, selected_layouts
 from jaxcompress.tree import map_selected
@@ -145,7 +145,7 @@ def _allocate(
     select: Selector | None,
     layouts: Params | None,
 ) -> Params:
-    check_shares(sparsity)
+    check_sparsity(sparsity)
     chosen = selected_layouts(params, select=select, layouts=layouts)
     pairs: list[tuple[tuple[int, ...], LeafLayout]] = []
     map_selected(lambda _, layout, leaf: pairs.append((tuple(leaf.shape), layout)), chosen, params)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from jaxcompress.pruning._matrices import Calibrated
 from jaxcompress.pruning._patterns import NOfM, Pattern
-from jaxcompress.pruning._ranking import check_shares, is_tree
+from jaxcompress.pruning._ranking import check_sparsity, is_tree
 from jaxcompress.tree import is_unselected, leaves_with_paths
 
 Count = Literal["exact", "reference"]
@@ -33,7 +33,7 @@ def sparsity_by_path(sparsity: Any, leaves: list[Calibrated], pattern: Pattern) 
         if not isinstance(pattern, NOfM):
             raise ValueError("`sparsity` is needed: only patterns n of m imply one.")
         return {leaf.path: pattern.allowed for leaf in leaves}
-    check_shares(sparsity)
+    check_sparsity(sparsity)
     given = dict(leaves_with_paths(sparsity, is_leaf=is_unselected)) if is_tree(sparsity) else {}
     found = {}
     for leaf in leaves:

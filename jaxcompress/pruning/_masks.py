@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxcompress.pruning._counting_rules import CountingRule, check_rule, drops, settle_ties
 from jaxcompress.pruning._patterns import Pattern, unstructured
-from jaxcompress.pruning._ranking import Scope, as_it_is, check_shares, ranked_masks
+from jaxcompress.pruning._ranking import Scope, as_it_is, check_sparsity, ranked_masks
 from jaxcompress.pruning._scores import checked_weight
 from jaxcompress.trace import LeafLayout, default_layout, selected_layouts
 from jaxcompress.tree import check_finite, is_traced, is_unselected, map_selected
@@ -61,7 +61,7 @@ def masks_from_scores(
         >>> masks_from_scores(scores, sparsity={"kernel": 0.25})["kernel"].sum()
         Array(3, dtype=int32)
     """
-    check_shares(sparsity)
+    check_sparsity(sparsity)
     map_selected(lambda path, leaf: check_finite(path, leaf), scores)
     known = _layouts(scores, layouts)
     check_rule(counting, sparsity, pattern)
@@ -98,7 +98,7 @@ def magnitude_masks(
         >>> magnitude_masks({"kernel": jnp.array([[-3.0, 1.0]]), "bias": jnp.ones(2)})
         {'bias': Unselected, 'kernel': Array([[ True, False]], dtype=bool)}
     """
-    check_shares(sparsity)
+    check_sparsity(sparsity)
     chosen = selected_layouts(params, select=select, layouts=layouts)
     weights = map_selected(lambda path, _, leaf: checked_weight(path, leaf), chosen, params)
     return ranked_masks(weights, chosen, sparsity, scope=scope, pattern=pattern, score=jnp.abs)

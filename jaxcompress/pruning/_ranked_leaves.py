@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxcompress.pruning._masks import apply_masks, overlay
 from jaxcompress.pruning._patterns import Pattern, unstructured
-from jaxcompress.pruning._ranking import Scope, check_shares, ranked_masks
+from jaxcompress.pruning._ranking import Scope, check_sparsity, ranked_masks
 from jaxcompress.pruning._scores import checked_weight
 from jaxcompress.pruning._store import store_masked
 from jaxcompress.trace import selected_layouts
@@ -48,7 +48,7 @@ class RankedLeaves:
         if self.store not in ("sparse", "dense"):
             raise ValueError(f"`store` must be 'sparse' or 'dense', got {self.store!r}.")
         if self.sparsities is not None:
-            check_shares(self.sparsities)
+            check_sparsity(self.sparsities)
 
     def chosen(self, params: Params) -> Params:
         """The layouts of the leaves, `Unselected` elsewhere."""

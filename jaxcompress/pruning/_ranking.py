@@ -76,7 +76,7 @@ def is_tree(sparsity: ArrayLike | Params) -> bool:
     return not isinstance(sparsity, bool | int | float | np.generic | np.ndarray | jax.Array)
 
 
-def check_shares(sparsity: ArrayLike | Params) -> None:
+def check_sparsity(sparsity: ArrayLike | Params) -> None:
     """Raises when a concrete sparsity is outside [0, 1]; in a tree, names the leaf."""
 
     def check(_: str, share: Any) -> None:

@@ -13,7 +13,7 @@ from jaxcompress.pruning._evidence_scores import random_scores
 from jaxcompress.pruning._gradual import apply_state_masks
 from jaxcompress.pruning._masks import masks_from_scores
 from jaxcompress.pruning._ranked_leaves import RankedLeaves, Store
-from jaxcompress.pruning._ranking import check_shares, is_tree
+from jaxcompress.pruning._ranking import check_sparsity, is_tree
 from jaxcompress.schedules import constant
 from jaxcompress.solvers import count_true, keep_largest, share_of
 from jaxcompress.transforms import identity
@@ -59,7 +59,7 @@ class Rewiring:
 
     def __post_init__(self) -> None:
         """Checks the options."""
-        check_shares(self.sparsity)
+        check_sparsity(self.sparsity)
         if self.every < 1 or self.until < 1:
             raise ValueError(f"`every` and `until` must be at least 1, got {self.every} and {self.until}.")
 

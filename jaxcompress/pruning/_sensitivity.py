@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcompress.pruning._masks import apply_masks, masks_from_scores
 from jaxcompress.pruning._patterns import Pattern, unstructured
-from jaxcompress.pruning._ranking import Scope, check_shares
+from jaxcompress.pruning._ranking import Scope, check_sparsity
 from jaxcompress.solvers import cheapest_choice
 from jaxcompress.tree import Unselected, leaves_with_paths, map_selected
 from jaxcompress.types import Params
@@ -136,7 +136,7 @@ def by_sensitivity(sensitivity: Sensitivity, *, sparsity: float) -> Params:
         >>> by_sensitivity(table, sparsity=0.4)
         {'a': 0.8, 'b': 0.0}
     """
-    check_shares(sparsity)
+    check_sparsity(sparsity)
     pruned = [entry for _, entry in leaves_with_paths(sensitivity.pruned)]
     losses = [entry for _, entry in leaves_with_paths(sensitivity.losses)]
     sizes = [entry for _, entry in leaves_with_paths(sensitivity.sizes)]
