@@ -39,7 +39,7 @@ class Plan:
     gate_epochs: int
     batch: int = 100
     learning_rate: float = 1e-3
-    weight_decay: float = 0.0
+    dense_weight_decay: float = 0.0
     gate_rate: float = 0.02
     distilled: float = 0.7
     temperature: float = 3.0
@@ -142,6 +142,7 @@ def train(
     *,
     key: jax.Array,
     transform: Any = None,
+    weight_decay: float = 0.0,
 ) -> Any:
     """The train state after so many epochs; an epoch is one call of a compiled scan over its batches."""
     batches = len(rows.labels) // plan.batch
@@ -149,7 +150,7 @@ def train(
     init_state, step = make_train_step(
         lambda params, batch, *, key, train: {"logits": network.apply(params, batch["images"])},
         None,
-        optax.adamw(rate, weight_decay=plan.weight_decay),
+        optax.adamw(rate, weight_decay=weight_decay),
         losses=losses_of(rows, plan),
         transform=jc.identity() if transform is None else transform,
         transform_optimizer=optax.adam(plan.gate_rate, b1=0.9),
@@ -272,7 +273,9 @@ def run(network: Network, images: Images, plan: Plan, *, held_out: int, seed: in
     dense_size = sum(leaf.size for leaf in jax.tree.leaves(start))
 
     print("dense", flush=True)
-    dense = train(network, start, sets["train"], plan, plan.epochs, key=keys[1]).params
+    dense = train(
+        network, start, sets["train"], plan, plan.epochs, key=keys[1], weight_decay=plan.dense_weight_decay
+    ).params
     figures: dict[str, Any] = {"dense": {"architecture": "dense", "parameters": dense_size, "weights_left_%": 100.0}}
     scores = {"dense": {name: accuracy(network, dense, rows) for name, rows in sets.items()}}
     if plan.distilled:
@@ -304,7 +307,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="a PNG file of the result")
     parser.add_argument("--quick", action="store_true", help="2,000 training rows and 4 epochs")
-    for field in ("learning_rate", "weight_decay", "gate_rate", "distilled", "temperature"):
+    for field in ("learning_rate", "dense_weight_decay", "gate_rate", "distilled", "temperature"):
         parser.add_argument("--" + field.replace("_", "-"), type=float)
     arguments = parser.parse_args()
     read = fashion_mnist if arguments.images == "fashion-mnist" else mnist_5k
@@ -320,7 +323,7 @@ def main() -> None:
         plan = dataclasses.replace(plan, epochs=4, gate_epochs=2)
     if arguments.epochs:
         plan = dataclasses.replace(plan, epochs=arguments.epochs, gate_epochs=arguments.epochs // 2)
-    for field in ("keep", "learning_rate", "weight_decay", "gate_rate", "distilled", "temperature"):
+    for field in ("keep", "learning_rate", "dense_weight_decay", "gate_rate", "distilled", "temperature"):
         if getattr(arguments, field) is not None:
             plan = dataclasses.replace(plan, **{field: getattr(arguments, field)})
     print(plan)
