@@ -1,5 +1,6 @@
 """Learned gates on units: hard concrete switches, the price of open ones, the choice at the end."""
 
+from jaxcompress.gates._budget import kept_size as kept_size
 from jaxcompress.gates._budget import units_within as units_within
 from jaxcompress.gates._hard_concrete import STANDARD as STANDARD
 from jaxcompress.gates._hard_concrete import Form as Form

@@ -73,15 +73,17 @@ def units_within(
         }
     weights = measure(params)
     full = full_size(params, weights)
-    budget = (size if size is not None else (1 - (sparsity or 0.0)) * full) + 1e-9 * full
+    budget = size if size is not None else (1 - (sparsity or 0.0)) * full
     required = _required(scores, groups, at_least)
     count = kept_size(params, groups, weights)
-    if (least := count(required)) > budget:
+    # Budgets may be computed: 0.9 of 10 is less than 9 in floats.
+    slack = 1e-9 * full
+    if (least := count(required)) > budget + slack:
         raise ValueError(
             f"The budget {budget:g} is below what the units allow: the least possible is {least:g} of {full:g} "
             f"(sparsity {1 - least / full if full else 0:.6g})."
         )
-    return _fill(scores, groups, required, lambda keep: count(keep) <= budget)
+    return _fill(scores, groups, required, lambda keep: count(keep) <= budget + slack)
 
 
 def kept_size(params: Params, groups: Sequence[UnitGroup], weights: Mapping[str, float]) -> Callable[[Keep], float]:
