@@ -7,7 +7,7 @@ import pytest
 
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import mask_units, reconstruct, shrink
-from jaxcompress.structured._record import record
+from jaxcompress.structured._pause import pausing
 from jaxcompress.units import UnitGroup, UnitSlices
 
 WIDTH, INNER, BLOCKS = 4, (6, 10), 2
@@ -270,13 +270,26 @@ def test_wrong_axis_two_owners_and_compressed_leaves_are_named(params, batches):
         reconstruct(apply, quantize(params, QuantSpec(bits=8)), groups, KEEP, batches)
 
 
-def test_recording_reads_inputs_residual_and_bias(params, batches):
+def test_the_model_stops_at_its_kernels_and_goes_on_with_others(params, batches):
     (x,) = batches[0]
-    sites = jax.jit(lambda p, x: [(s.inputs, s.residual) for s in record(apply, ["0/down", "1/down"])(p, x).values()])
+    run, reply = pausing(apply, ["0/down", "1/down"], params, x), None
     h = np.float64(x).reshape(-1, WIDTH)
-    for i, (inputs, residual) in enumerate(sites(params, x)):
-        block = jax.tree.map(np.float64, params[str(i)])
-        np.testing.assert_allclose(inputs, np.tanh(h @ block["up"]), rtol=0, atol=1e-5)
-        np.testing.assert_allclose(residual, h, rtol=0, atol=1e-4)
-        h = h + np.tanh(h @ block["up"]) @ block["down"] + block["bias"]
-    assert record(apply, ["1/down"])(params, x)["1/down"].bias == "1/bias"
+    for i in range(BLOCKS):
+        site = run.send(reply)
+        up = np.float64(params[str(i)]["up"])
+        np.testing.assert_allclose(site.inputs, np.tanh(h @ up), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(site.residual, h, rtol=0, atol=1e-4)
+        assert (site.path, site.bias, site.input_axis) == (f"{i}/down", f"{i}/bias", 0)
+        reply = np.full((INNER[i], WIDTH), 0.1), np.full(WIDTH, 0.2)
+        h = h + np.tanh(h @ up) @ reply[0] + reply[1]
+    with pytest.raises(StopIteration):
+        run.send(reply)
+
+
+def test_an_output_that_is_added_to_nothing():
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    run = pausing(lambda p, x: jnp.sin(x @ p["a"]) @ p["b"], ["a", "b"], params, jnp.ones((3, 2)))
+    first = next(run)
+    assert (first.path, first.residual, first.bias) == ("a", None, None)
+    second = run.send((np.zeros((2, 2)), np.zeros(2)))
+    np.testing.assert_array_equal(second.inputs, np.zeros((3, 2)))
