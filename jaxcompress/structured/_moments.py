@@ -4,7 +4,6 @@ Shape letters: N rows (tokens), D inputs of a kernel, O its outputs.
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ def moments(
         ValueError: no row counts, or something that goes into the kernel is NaN or Inf; a mask has another length than
             there are rows. Names the kernel.
     """
-    total: dict[str, Any] = {}
+    total: dict[str, np.ndarray] = {}
     path = ""
     for (dense, pruned), counted in zip(pairs, rows, strict=True):
         path = dense.path
@@ -44,12 +43,13 @@ def moments(
                 f"`row_mask` gives {len(counted)} entries; the input of {path!r} has {len(pruned.inputs)} rows."
             )
         found = _sums((dense.inputs, dense.residual), (pruned.inputs, pruned.residual), kernel, bias, counted)
-        total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in found.items()}
+        total = {name: np.asarray(value, np.float64) + total.get(name, 0.0) for name, value in found.items()}
     if not all(np.isfinite(value).all() for value in total.values()):
         raise ValueError(f"What goes into {path!r}, or what is added to its output, holds NaN or Inf.")
     if not total["count"]:
         raise ValueError(f"`row_mask` leaves no row of the input of {path!r}.")
-    return Moments(**total | {name: float(total[name]) for name in ("count", "square")})
+    count, square = float(total.pop("count")), float(total.pop("square"))
+    return Moments(count=count, square=square, **total)
 
 
 @jax.jit

@@ -83,10 +83,11 @@ def reconstruct(
     masks = unit_masks(params, [group for group in groups if group.name in keep], keep)
     rows = [None if row_mask is None else np.asarray(row_mask(*batch)).reshape(-1) > 0 for batch in batches]
     fitted, info = mask_units(params, groups, keep), {}
-    both = [tuple(pausing(apply, list(owners), tree, *batch) for tree in (params, fitted)) for batch in batches]
+    paths = list(owners)
+    both = [(pausing(apply, paths, params, *batch), pausing(apply, paths, fitted, *batch)) for batch in batches]
     replies: tuple[Any, Any] = None, None
-    for _ in owners:
-        pairs = [tuple(run.send(reply) for run, reply in zip(runs, replies, strict=True)) for runs in both]
+    for _ in paths:
+        pairs = [(dense.send(replies[0]), pruned.send(replies[1])) for dense, pruned in both]
         site = pairs[0][0]
         _check_axis(site, *owners[site.path])
         sums = moments(pairs, *_stored(_Kernel.of(params, site), params, site), rows)
