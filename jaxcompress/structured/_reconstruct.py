@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.structured._least_squares import fit_gates, fit_rows, relative_error
-from jaxcompress.structured._moments import gather
-from jaxcompress.structured._record import record
+from jaxcompress.structured._moments import moments
+from jaxcompress.structured._pause import Site, pausing
 from jaxcompress.structured._shrink import check_keep, mask_units
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
@@ -44,7 +44,8 @@ def reconstruct(
         params: the dense tree, plain arrays.
         groups: the units.
         keep: name -> bool (count,). Kernels of groups without an entry stay as they are.
-        batches: tuples of inputs, gone through once for each kernel: a list, not a generator. No labels are needed.
+        batches: tuples of inputs; no labels are needed. All go through both models side by side, kernel by kernel:
+            one forward pass each, and memory for what one layer holds for all of them, twice.
         form: "rows": the whole rows of the kept units are free. "gates": one number for each unit multiplies its rows.
         bias: fit the bias too, where one is added to the output.
         ridge: how much the solution is held to where it was.
@@ -57,8 +58,9 @@ def reconstruct(
         Σ |x W' + b' + r - t|² / Σ |t - r - mean(t - r)|².
 
     Raises:
-        ValueError: an option out of range; no batches, or no row that counts; a kernel that `record` cannot follow, or
-            that several groups cut; a compressed leaf; inputs with NaN or Inf. Names the leaf.
+        ValueError: an option out of range; no batches, or no row that counts; a kernel in no matmul, in several, or
+            in a loop (stacked layers), or that several groups cut; a compressed leaf; inputs with NaN or Inf. Names
+            the leaf.
 
     Example:
         >>> group = UnitGroup(name="in", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
@@ -79,54 +81,66 @@ def reconstruct(
         raise ValueError("`batches` is empty: least squares needs inputs.")
     owners = _owners(params, groups, keep)
     masks = unit_masks(params, [group for group in groups if group.name in keep], keep)
+    rows = [None if row_mask is None else np.asarray(row_mask(*batch)).reshape(-1) > 0 for batch in batches]
     fitted, info = mask_units(params, groups, keep), {}
-    places = _places(apply, params, owners, batches[0])
-    moments_of = gather(apply, params, list(places), batches, row_mask)
-    for path, place in places.items():
-        moments = moments_of(fitted, path)
+    paths = list(owners)
+    both = [(pausing(apply, paths, params, *batch), pausing(apply, paths, fitted, *batch)) for batch in batches]
+    replies: tuple[Any, Any] = None, None
+    for _ in paths:
+        pairs = [(dense.send(replies[0]), pruned.send(replies[1])) for dense, pruned in both]
+        site = pairs[0][0]
+        _check_axis(site, *owners[site.path])
+        sums = moments(pairs, *_stored(_Kernel.of(params, site), params, site), rows)
         # A bias that went with its sublayer must stay 0: `shrink` makes it so.
-        free = bias and place.bias is not None and bool(np.all(masks.get(place.bias, True)))
-        before = _Kernel.of(fitted, path, place)
+        free = bias and site.bias is not None and bool(np.all(masks.get(site.bias, True)))
         # Kernels are cut along their inputs, so that the mask has one entry for each of these.
-        kept = np.flatnonzero(np.asarray(masks[path]).reshape(-1))
-        whole = _Kernel.of(params, path, place).weight
+        kept = np.flatnonzero(np.asarray(masks[site.path]).reshape(-1))
+        whole, before = _Kernel.of(params, site), _Kernel.of(fitted, site)
         options = {"ridge": ridge, "free_bias": free}
         if form == "rows":
-            after = _Kernel(*fit_rows(moments, whole, before.bias, kept, **options))
+            after = _Kernel(*fit_rows(sums, whole.weight, before.bias, kept, **options))
         else:
-            units = _unit_of_row(*owners[path], len(whole))
-            after = _Kernel(*fit_gates(moments, whole, before.bias, kept, units, limit=limit, **options))
-        fitted = after.put(fitted, path, place, with_bias=free)
-        info[path] = {"error_before": relative_error(moments, *before), "error": relative_error(moments, *after)}
+            units = _unit_of_row(*owners[site.path], len(whole.weight))
+            after = _Kernel(*fit_gates(sums, whole.weight, before.bias, kept, units, limit=limit, **options))
+        fitted = after.put(fitted, site)
+        replies = _stored(whole, params, site), _stored(after, params, site)
+        info[site.path] = {"error_before": relative_error(sums, *before), "error": relative_error(sums, *after)}
     return fitted, info
 
 
-class _Place(NamedTuple):
-    """Where a kernel's bias is, and which axis it sums over."""
-
-    bias: str | None
-    input_axis: int
-
-
 class _Kernel(NamedTuple):
-    """(inputs, outputs), and the bias; float64."""
+    """(inputs, outputs), and the bias, 0 where there is none; float64."""
 
     weight: np.ndarray
     bias: np.ndarray
 
     @classmethod
-    def of(cls, params: Params, path: str, place: _Place) -> "_Kernel":
+    def of(cls, params: Params, site: Site) -> "_Kernel":
         leaves = dict(leaves_with_paths(params))
-        weight = np.asarray(leaves[path], np.float64)
-        weight = weight.T if place.input_axis else weight
-        bias = np.zeros(weight.shape[1]) if place.bias is None else np.asarray(leaves[place.bias], np.float64)
+        weight = np.asarray(leaves[site.path], np.float64)
+        weight = weight.T if site.input_axis else weight
+        bias = np.zeros(weight.shape[1]) if site.bias is None else np.asarray(leaves[site.bias], np.float64)
         return cls(weight, bias)
 
-    def put(self, params: Params, path: str, place: _Place, *, with_bias: bool) -> Params:
-        changed = {path: self.weight.T if place.input_axis else self.weight}
-        if with_bias and place.bias is not None:
-            changed[place.bias] = self.bias
+    def put(self, params: Params, site: Site) -> Params:
+        changed = {site.path: self.weight.T if site.input_axis else self.weight, site.bias: self.bias}
         return map_with_path(lambda at, leaf: jnp.asarray(changed[at], leaf.dtype) if at in changed else leaf, params)
+
+
+def _stored(kernel: _Kernel, params: Params, site: Site) -> tuple[jax.Array, jax.Array]:
+    """As the tree will hold it: rounded to the dtypes of its leaves."""
+    leaves = dict(leaves_with_paths(params))
+    dtype = leaves[site.path].dtype
+    bias_dtype = dtype if site.bias is None else leaves[site.bias].dtype
+    return jnp.asarray(kernel.weight, dtype), jnp.asarray(kernel.bias, bias_dtype)
+
+
+def _check_axis(site: Site, group: UnitGroup, part: UnitSlices) -> None:
+    if part.axis != site.input_axis:
+        raise ValueError(
+            f"Group {group.name!r} has gated slices on axis {part.axis} of {site.path!r}, but the model sums over axis "
+            f"{site.input_axis}: only what a kernel reads can be fitted."
+        )
 
 
 def _owners(
@@ -150,27 +164,6 @@ def _owners(
     if not owners:
         raise ValueError("No group in `keep` has gated slices of a kernel: there is nothing to fit.")
     return owners
-
-
-def _places(
-    apply: Callable[..., Any], params: Params, owners: Mapping[str, tuple[UnitGroup, UnitSlices]], batch: Any
-) -> dict[str, _Place]:
-    """In the order in which the model uses the kernels; found abstractly."""
-    places: dict[str, _Place] = {}
-
-    def note(params: Params, *inputs: Any) -> Any:
-        for path, site in record(apply, list(owners))(params, *inputs).items():
-            places[path] = _Place(site.bias, site.input_axis)
-        return 0
-
-    jax.eval_shape(note, params, *batch)
-    for path, (group, part) in owners.items():
-        if part.axis != places[path].input_axis:
-            raise ValueError(
-                f"Group {group.name!r} has gated slices on axis {part.axis} of {path!r}, but the model sums over axis "
-                f"{places[path].input_axis}: only what a kernel reads can be fitted."
-            )
-    return places
 
 
 def _unit_of_row(group: UnitGroup, part: UnitSlices, rows: int) -> np.ndarray:

@@ -142,7 +142,7 @@ def _greedy(values: np.ndarray, sizes: np.ndarray, budget: float) -> np.ndarray:
     for place in np.argsort(-values / np.where(kept, 1.0, sizes), kind="stable"):
         if not kept[place] and sizes[place] <= budget:
             kept[place] = True
-            budget -= sizes[place]
+            budget -= float(sizes[place])
     return kept
 
 
@@ -157,7 +157,7 @@ def _same_share(values: np.ndarray, sizes: np.ndarray, pools: list[np.ndarray], 
     for members, number in sorted(zip(ranked, numbers, strict=True), key=lambda pair: pair[1] / len(pair[0])):
         if number < len(members) and sizes[members[number]] <= budget + 1e-9:
             kept[members[number]] = True
-            budget -= sizes[members[number]]
+            budget -= float(sizes[members[number]])
     return kept
 
 

@@ -198,10 +198,11 @@ def test_hidden_units_own_every_axis_of_the_residual_stream(config, params):
     assert owned == {(path, axis) for path, axis in sizes if leaves[path].shape[axis] == 12}
 
 
-def test_compressed_and_stacked_leaves_are_named(config, params):
+def test_compressed_and_stacked_leaves_are_named(config):
     groups = bert_units(config)
-    with pytest.raises(ValueError, match="is compressed: remove units before quantizing"):
-        shrink(quantize(params, QuantSpec(bits=8)), groups, {HEADS.format(0): [True, False, True]})
+    rows = UnitGroup(name="rows", count=4, slices=(UnitSlices(path="w", axis=0),))
+    with pytest.raises(ValueError, match="'w' is compressed: remove units before quantizing"):
+        shrink(quantize({"w": jnp.ones((4, 3))}, QuantSpec(bits=8)), [rows], {"rows": [True, False, True, True]})
     stacked = {"layers": {"kernel": jnp.ones((2, 3, 4))}}
     with pytest.raises(ValueError, match=r"needs the leaf 'bert/encoder/layer/0/attention.*\n  layers/kernel"):
         shrink(stacked, groups, {})
