@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxcompress.solvers import damped_cholesky
@@ -45,7 +46,7 @@ def problem(
     gram: Float32[Array, "D D"],
     cross: Float32[Array, "D D"] | None,
     count: Float32[Array, ""],
-    damping: float,
+    damping: ArrayLike,
     *,
     dead_diagonal: float | None = None,
 ) -> Problem:
@@ -70,7 +71,7 @@ def problem(
     return Problem(jnp.where(dead[:, None], 0.0, weights), hessian, dead)
 
 
-def damped(hessian: Float32[Array, "D D"], damping: float) -> Damped:
+def damped(hessian: Float32[Array, "D D"], damping: ArrayLike) -> Damped:
     """H with as much on its diagonal as it takes."""
     found = damped_cholesky(hessian, damping)
     mean = jnp.diagonal(hessian).mean()
@@ -79,7 +80,7 @@ def damped(hessian: Float32[Array, "D D"], damping: float) -> Damped:
 
 
 def dense_targets(
-    weights: Float32[Array, "D R"], hessian: Float32[Array, "D D"], cross: Float32[Array, "D D"], damping: float
+    weights: Float32[Array, "D R"], hessian: Float32[Array, "D D"], cross: Float32[Array, "D D"], damping: ArrayLike
 ) -> Float32[Array, "D R"]:
     """The weights whose outputs on the new inputs X come closest to the dense ones, Y W: W + H⁻¹ (XᵀY - XᵀX) W.
 

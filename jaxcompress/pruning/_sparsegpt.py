@@ -101,11 +101,11 @@ def sparsegpt(
     shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
     if group_size is not None and group_size < block_size:
         block_size = -(-block_size // group_size) * group_size
-    rule = _Rule(pattern, damping, block_size, share, count, quantize_column, start_group, group_size)
+    rule = _Rule(pattern, block_size, share, count, quantize_column, start_group, group_size)
     leaves: dict[str, Any] = {}
     info: dict[str, LeafInfo] = {}
     for entry in entries(chosen):
-        leaves[entry.path], info[entry.path] = _prune(entry, shares[entry.path], rule)
+        leaves[entry.path], info[entry.path] = _prune(entry, shares[entry.path], damping, rule)
     return with_leaves(params, chosen, leaves), info
 
 
@@ -113,13 +113,20 @@ class _Rule(NamedTuple):
     """The options; hashable, so that leaves of one shape share a compilation."""
 
     pattern: Any
-    damping: float
     block_size: int
     share: Share
     count: Count
     quantize_column: QuantizeColumn | None
     start_group: StartGroup | None
     group_size: int | None
+
+
+class _Numbers(NamedTuple):
+    """Options that may differ from leaf to leaf without another compilation."""
+
+    dropped: Any
+    sparsity: Any
+    damping: Any
 
 
 class _Solved(NamedTuple):
@@ -140,7 +147,7 @@ def _check_options(pattern: Pattern, damping: float, block_size: int, share: str
         raise ValueError(f"`share` must be 'block' or 'leaf', got {share!r}.")
 
 
-def _prune(entry: Calibrated, sparsity: float, rule: _Rule) -> tuple[jax.Array, LeafInfo]:
+def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> tuple[jax.Array, LeafInfo]:
     if isinstance(rule.pattern, NOfM) and not np.isclose(sparsity, rule.pattern.allowed):
         raise ValueError(f"The pattern implies a `sparsity` of {rule.pattern.allowed:g}, got {sparsity:g}.")
     statistics = entry.statistics
@@ -150,13 +157,14 @@ def _prune(entry: Calibrated, sparsity: float, rule: _Rule) -> tuple[jax.Array, 
     rows = statistics.count.reshape(-1)
     depth, width = weights.shape[1:]
     dropped = np.int32(round(sparsity * depth * width))
-    solved, before, after = _solve(weights, gram, cross, rows, dropped, np.float32(sparsity), rule)
+    numbers = _Numbers(dropped, np.float32(sparsity), np.float32(damping))
+    solved, before, after = _solve(weights, gram, cross, rows, numbers, rule)
     pruned = entry.leaf(solved.weights).astype(entry.weight.dtype)
     return pruned, LeafInfo(
         sparsity=float((pruned == 0).mean()) if pruned.size else 0.0,
         error_before=float(before),
         error=float(after),
-        damping=float(solved.damping.max(initial=rule.damping)),
+        damping=float(solved.damping.max(initial=damping)),
         retries=int(solved.retries.max(initial=0)),
         dead_inputs=int((jnp.diagonal(gram, axis1=1, axis2=2) == 0).sum()),
     )
@@ -168,12 +176,11 @@ def _solve(
     gram: Float32[Array, "S D D"],
     cross: Float32[Array, "S D D"] | None,
     count: Float32[Array, " S"],
-    dropped: Any,
-    sparsity: Any,
+    numbers: _Numbers,
     rule: _Rule,
 ) -> tuple[_Solved, Float32[Array, ""], Float32[Array, ""]]:
     def one(parts: Any) -> tuple[_Solved, Array]:
-        return _solve_matrix(*parts, dropped=dropped, sparsity=sparsity, rule=rule)
+        return _solve_matrix(*parts, numbers=numbers, rule=rule)
 
     solved, targets = jax.lax.map(one, (weights, gram, cross, count))
     masked = jnp.where(solved.weights == 0, 0.0, targets)
@@ -186,14 +193,13 @@ def _solve_matrix(
     cross: Float32[Array, "D D"] | None,
     count: Float32[Array, ""],
     *,
-    dropped: Any,
-    sparsity: Any,
+    numbers: _Numbers,
     rule: _Rule,
 ) -> tuple[_Solved, Float32[Array, "D R"]]:
     dead_diagonal = 1.0 if rule.count == "reference" else None
-    targets, hessian, _ = problem(weights, gram, cross, count, rule.damping, dead_diagonal=dead_diagonal)
-    factor = inverse_factor(hessian, rule.damping)
-    hooks = _hooks(targets, jnp.diagonal(factor.factor), dropped, sparsity, rule)
+    targets, hessian, _ = problem(weights, gram, cross, count, numbers.damping, dead_diagonal=dead_diagonal)
+    factor = inverse_factor(hessian, numbers.damping)
+    hooks = _hooks(targets, jnp.diagonal(factor.factor), numbers, rule)
     solved = solve_columns(
         targets,
         factor.factor,
@@ -207,7 +213,7 @@ def _solve_matrix(
 
 
 def _hooks(
-    weights: Float32[Array, "D R"], diagonal: Float32[Array, " D"], dropped: Any, sparsity: Any, rule: _Rule
+    weights: Float32[Array, "D R"], diagonal: Float32[Array, " D"], numbers: _Numbers, rule: _Rule
 ) -> dict[str, Any]:
     """What to keep, for `solve_columns`."""
     if isinstance(rule.pattern, NOfM):
@@ -219,9 +225,9 @@ def _hooks(
         return {"keep_run": keep_run, "run_size": m}
     sizes = jnp.asarray(block_sizes(weights.shape[0], rule.block_size), jnp.int32) * weights.shape[1]
     if rule.count == "reference":
-        ranks = jnp.floor(sizes * sparsity).astype(jnp.int32)
+        ranks = jnp.floor(sizes * numbers.sparsity).astype(jnp.int32)
         return {"keep_block": lambda weights, diagonal, block: _above(_scores(weights, diagonal), ranks[block])}
-    counts = _counts(weights, diagonal, sizes, dropped, sparsity, rule)
+    counts = _counts(weights, diagonal, sizes, numbers, rule)
 
     def keep_block(weights: Any, diagonal: Any, block: Any) -> Any:
         return keep_largest([_scores(weights, diagonal)], counts[block])[0]
@@ -233,14 +239,14 @@ def _counts(
     weights: Float32[Array, "D R"],
     diagonal: Float32[Array, " D"],
     sizes: Int32[Array, " blocks"],
-    dropped: Any,
-    sparsity: Any,
+    numbers: _Numbers,
     rule: _Rule,
 ) -> Int32[Array, " blocks"]:
-    """How many weights each block loses; `dropped` in all."""
+    """How many weights each block loses; `numbers.dropped` in all."""
+    dropped = numbers.dropped
     if rule.share == "block":
         ends = jnp.cumsum(sizes)
-        until = jnp.minimum(jnp.round(ends * sparsity).astype(jnp.int32), dropped).at[-1].set(dropped)
+        until = jnp.minimum(jnp.round(ends * numbers.sparsity).astype(jnp.int32), dropped).at[-1].set(dropped)
         return jnp.diff(until, prepend=0)
     kept = keep_largest([_scores(weights, diagonal)], dropped)[0]
     padded = jnp.pad((~kept).sum(axis=1, dtype=jnp.int32), (0, -len(kept) % rule.block_size))

@@ -134,14 +134,13 @@ def alps(
     leaves, info = {}, {}
     for entry in entries(chosen):
         dropped = np.int32(round(shares[entry.path] * entry.weight.size / max(entry.stack, 1)))
-        masks = _masks(*_parts(entry), dropped, _Search(pattern, damping, iterations))
+        masks = _masks(*_parts(entry), dropped, np.float32(damping), _Search(pattern, iterations))
         leaves[entry.path], info[entry.path] = _tuned(entry, masks, damping)
     return with_leaves(params, chosen, leaves), info
 
 
 class _Search(NamedTuple):
     pattern: Any
-    damping: float
     iterations: int
 
 
@@ -159,6 +158,7 @@ def _masks(
     cross: Float32[Array, "S D D"] | None,
     count: Float32[Array, " S"],
     dropped: Any,
+    damping: Any,
     search: _Search,
 ) -> Bool[Array, "S D R"]:
     def keep(scores: Any) -> Any:
@@ -168,8 +168,8 @@ def _masks(
 
     def one(parts: Any) -> Any:
         weights, gram, cross, count = parts
-        found = problem(weights, gram, cross, count, search.damping)
-        hessian = damped(found.hessian, search.damping).hessian
+        found = problem(weights, gram, cross, count, damping)
+        hessian = damped(found.hessian, damping).hessian
         return alternating_mask(found.targets, hessian, keep, iterations=search.iterations)
 
     return jax.lax.map(one, (weights, gram, cross, count))
@@ -180,7 +180,7 @@ def _tuned(entry: Calibrated, masks: Bool[Array, "S D R"], damping: float) -> tu
     most = int(masks.sum(axis=1).max(initial=0))
     # Few different sizes, so that few are compiled.
     most = min(-(-most // 64) * 64, masks.shape[1])
-    tuned, found, before, after = _tune(*parts, masks, damping, most)
+    tuned, found, before, after = _tune(*parts, masks, np.float32(damping), most)
     leaf = entry.leaf(tuned).astype(entry.weight.dtype)
     return leaf, LeafInfo(
         sparsity=float((leaf == 0).mean()) if leaf.size else 0.0,
@@ -192,14 +192,14 @@ def _tuned(entry: Calibrated, masks: Bool[Array, "S D R"], damping: float) -> tu
     )
 
 
-@functools.partial(jax.jit, static_argnames=("damping", "most"))
+@functools.partial(jax.jit, static_argnames="most")
 def _tune(
     weights: Float32[Array, "S D R"],
     gram: Float32[Array, "S D D"],
     cross: Float32[Array, "S D D"] | None,
     count: Float32[Array, " S"],
     masks: Bool[Array, "S D R"],
-    damping: float,
+    damping: Any,
     most: int,
 ) -> tuple[Array, tuple[Float32[Array, " S"], Int32[Array, " S"]], Float32[Array, ""], Float32[Array, ""]]:
     batch = max(1, _SYSTEM_FLOATS // max(most, 1) ** 2)
