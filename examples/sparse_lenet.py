@@ -40,11 +40,13 @@ class Settings:
     Attributes:
         rate: largest learning rate; it falls by a cosine.
         decay: weight decay of the kernels.
+        smoothing: of the labels.
         options: passed on to the transform.
     """
 
     rate: float = 2e-3
     decay: float = 0.05
+    smoothing: float = 0.0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -102,13 +104,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--validate", action="store_true", help="report the last 5,000 training images instead")
     parser.add_argument("--rate", type=float, help="instead of the settings: learning rate")
     parser.add_argument("--decay", type=float, help="instead of the settings: weight decay")
+    parser.add_argument("--smoothing", type=float, help="instead of the settings: label smoothing")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: options of the transform")
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
 
 def setting(arguments: argparse.Namespace, method: str) -> Settings:
-    given = {name: value for name in ("rate", "decay") if (value := getattr(arguments, name)) is not None}
+    given = {name: value for name in ("rate", "decay", "smoothing") if (value := getattr(arguments, name)) is not None}
     own = dataclasses.replace(SETTINGS[method], **given)
     return dataclasses.replace(own, options=own.options | arguments.options)
 
@@ -138,7 +141,7 @@ def train(
         apply,
         None,
         optimizer,
-        losses={"labels": hard_labels()},
+        losses={"labels": hard_labels(smoothing=settings.smoothing)},
         transform=transform,
         transform_optimizer=optax.adam(1e-2) if method == "movement" else None,
     )
