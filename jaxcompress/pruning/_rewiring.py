@@ -80,23 +80,13 @@ def rewiring(
     """The transform under `rigl` and `sparse_evolution`."""
     if not callable(fraction) and not 0 <= fraction <= 1:
         raise ValueError(f"`fraction` must be in [0, 1], got {fraction}.")
-<<<<<<< HEAD
-    shares: Any = fraction
-    if not callable(fraction):
-        shares = optax.schedules.cosine_decay_schedule(fraction, until) if decay else constant(fraction)
-=======
->>>>>>> training
     setup = Rewiring(
         leaves=RankedLeaves(select=select, layouts=layouts, store=store),
         sparsity=sparsity,
         allocation=allocation,
         every=every,
         until=until,
-<<<<<<< HEAD
-        fraction=shares,
-=======
         fraction=_fraction(fraction, until, decay=decay),
->>>>>>> training
         grow=grow,
     )
     return identity()._replace(
@@ -196,13 +186,8 @@ def _rewired(
         candidates = map_selected(lambda _, leaf, own: jax.random.uniform(own, leaf.shape), weights, keys)
     else:
         candidates = grads
-<<<<<<< HEAD
-    old, active, grown = ([leaf for _, leaf in leaves_with_paths(tree)] for tree in (masks, weights, candidates))
-    new = iter(rewire(old, active, grown, fraction))
-=======
     own, kept, grown = ([leaf for _, leaf in leaves_with_paths(tree)] for tree in (masks, weights, candidates))
     new = iter(rewire(own, kept, grown, fraction))
->>>>>>> training
     return map_selected(lambda *_: next(new), masks)
 
 
