@@ -68,8 +68,8 @@ def gate_gradients(
         params: the tree.
         groups: the units; each needs gated slices.
         batches: trees of arrays whose first axis is that of the examples.
-        per_example: one gradient for each example (the loss is then called with batches of one); otherwise one for
-            each batch.
+        per_example: one gradient for each example, one after the other (the loss is then called with batches of one);
+            otherwise one for each batch, whose examples may then lie on an explicit mesh axis.
 
     Returns:
         name -> (examples, units), or (batches, units).

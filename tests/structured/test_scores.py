@@ -69,6 +69,19 @@ def test_taylor_and_fisher_of_the_gradients(params, batches):
     np.testing.assert_allclose(fisher_matrix(found)["g"], expected.T @ expected / 5, rtol=1e-3, atol=1e-4)
 
 
+def test_batches_spread_over_devices_give_the_same(params):
+    rng = np.random.default_rng(2)
+    batch = {"x": rng.normal(size=(8, 4)).astype(np.float32), "y": rng.normal(size=(8, 5)).astype(np.float32)}
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+    placed = jax.tree.map(lambda x: jax.device_put(x, sharding), batch)
+    for per_example in (True, False):
+        found, expected = (
+            gate_gradients(loss, params, [GROUP], [given], per_example=per_example)["g"] for given in (placed, batch)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_taylor_is_the_sum_of_weight_times_gradient(params, batches):
     """Σ w g over the gated slices of a unit is the derivative by its gate."""
     gradient = jax.grad(lambda down: loss(params | {"down": down}, batches[0]))(params["down"])

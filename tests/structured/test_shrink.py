@@ -1,6 +1,7 @@
 """Masked and shrunk models are one function, and a shrunk tree needs no hand-written config."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -187,6 +188,29 @@ def test_shrunk_tree_is_saved_restored_and_run(config, params, module, run, tmp_
         save_pretrained(tmp_path / "directory", smaller, small)
     save_pretrained(tmp_path / "directory", smaller, small, uneven=True)
     np.testing.assert_array_equal(run(*from_pretrained(tmp_path / "directory")), expected)
+
+
+def test_uniform_shape_is_written_for_transformers_without_a_word(draw, config, run, tmp_path):
+    config = dataclasses.replace(config, num_attention_heads=2, head_size=6, intermediate_size=7)
+    params, groups = draw(config), bert_units(config, heads=False)
+    small = shrink(params, groups, {group.name: np.arange(7) % 3 > 0 for group in groups})
+    smaller = resized(make_module(config), small)
+    save_pretrained(tmp_path, smaller, small)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert (settings["num_attention_heads"], settings["intermediate_size"]) == (2, 4)
+    assert "jaxcompress" not in settings
+    np.testing.assert_array_equal(run(*from_pretrained(tmp_path)), run(smaller, small))
+
+
+def test_sharded_parameters_shrink_to_the_same(config, params):
+    mesh = jax.make_mesh((4,), ("model",))
+    sharding = jax.NamedSharding(mesh, jax.P())
+    split = jax.NamedSharding(mesh, jax.P("model"))
+    placed = jax.tree.map(lambda x: jax.device_put(x, split if x.shape[0] % 4 == 0 else sharding), params)
+    groups = bert_units(config, layers=True)
+    keep = _random(groups, 2)
+    for function in (shrink, mask_units):
+        jax.tree.map(np.testing.assert_array_equal, function(placed, groups, keep), function(params, groups, keep))
 
 
 def test_hidden_units_own_every_axis_of_the_residual_stream(config, params):
