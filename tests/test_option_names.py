@@ -12,6 +12,7 @@ calls = {
     "scope": lambda: jc.pruning.masks_from_scores(params, scope="layer"),
     "variant": lambda: jc.pruning.gradient_scores(lambda p, x: p["kernel"].sum(), params, [1.0], variant="squared"),
     "store": lambda: jc.pruning.gradual(schedule=jc.schedules.constant(0.5), store="csr"),
+    "form": lambda: jc.gates.deterministic_gates(jnp.ones(3), form="mean"),
 }
 for option, call in calls.items():
     try:
@@ -23,7 +24,8 @@ for option, call in calls.items():
 
 def test_wrong_names_list_the_right_ones():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
-    scope, variant, store = done.stdout.splitlines()
+    scope, variant, store, form = done.stdout.splitlines()
     assert scope == "`scope` must be 'leaf', 'global' or 'row', got 'layer'."
     assert variant == "`variant` must be 'normalized', 'absolute' or 'taylor', got 'squared'."
     assert store == "`store` must be 'sparse' or 'dense', got 'csr'."
+    assert form == "`form` must be 'louizos' or 'topk', got 'mean'."

@@ -174,34 +174,23 @@ def _fill(
     fits: Callable[[Keep], bool],
 ) -> Keep:
     """`required`, then the units in order of their score, as long as they fit."""
+    order, owner, split = _ranking(scores, required)
     names = list(scores)
-    counts = [scores[name].size for name in names]
-    owner = np.repeat(np.arange(len(names)), counts)
-    index = np.concatenate([np.arange(count) for count in counts])
-    value = np.concatenate([scores[name].ravel() for name in names])
-    first = np.concatenate([required[name].ravel() for name in names])
-    # The relative place within its group deals equal scores evenly over the groups.
-    order = np.lexsort((owner, index / np.repeat(counts, counts), -value, ~first))
-
-    def split(chosen: np.ndarray) -> Keep:
-        parts = np.split(chosen, np.cumsum(counts)[:-1])
-        return {name: part.reshape(scores[name].shape) for name, part in zip(names, parts, strict=True)}
 
     def best(number: int) -> np.ndarray:
         chosen = np.zeros(len(order), bool)
         chosen[order[:number]] = True
         return chosen
 
-    low, high = int(first.sum()), len(order)
+    low, high = sum(int(kept.sum()) for kept in required.values()), len(order)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(split(best(middle))) else (low, middle - 1)
     chosen = best(low)
-    # Units of one group that share all leaves cost the same, and never less when others were added.
-    alike = dict.fromkeys(names, True) | {
-        group.name: all(part.unit is None for part in group.slices) for group in groups
-    }
-    full = set()
+    # Where one unit did not fit, no other of its group does, now or later: they cost the same, unless they own leaves
+    # of their own.
+    alike = {group.name: all(part.unit is None for part in group.slices) for group in groups}
+    full: set[str] = set()
     for place in order[low:]:
         name = names[owner[place]]
         if name in full:
@@ -209,8 +198,27 @@ def _fill(
         chosen[place] = True
         if not fits(split(chosen)):
             chosen[place] = False
-            if alike[name]:
+            if alike.get(name, True):
                 full.add(name)
             if len(full) == len(names):
                 break
     return split(chosen)
+
+
+def _ranking(
+    scores: Mapping[str, np.ndarray], required: Keep
+) -> tuple[np.ndarray, np.ndarray, Callable[[np.ndarray], Keep]]:
+    """All units in one row: their order, the place of each one's group, and how to take the row apart again."""
+    counts = [own.size for own in scores.values()]
+    owner = np.repeat(np.arange(len(counts)), counts)
+    index = np.concatenate([np.arange(count) for count in counts])
+    value = np.concatenate([own.ravel() for own in scores.values()])
+    first = np.concatenate([required[name].ravel() for name in scores])
+    # The relative place within its group deals equal scores evenly over the groups.
+    order = np.lexsort((owner, index / np.repeat(counts, counts), -value, ~first))
+
+    def split(chosen: np.ndarray) -> Keep:
+        parts = np.split(chosen, np.cumsum(counts)[:-1])
+        return {name: part.reshape(own.shape) for (name, own), part in zip(scores.items(), parts, strict=True)}
+
+    return order, owner, split

@@ -139,6 +139,9 @@ def deterministic_gates(
         form: which one.
         distribution: constants.
 
+    Raises:
+        ValueError: an unknown form.
+
     Example:
         >>> log_alpha = jnp.array([-4.0, 0.0, 4.0, -3.0])
         >>> deterministic_gates(log_alpha, form="louizos").round(3)
@@ -158,6 +161,8 @@ def soft_gates(
     log_alpha: Float[Array, "*units"], *, form: Form, distribution: HardConcrete = STANDARD
 ) -> Float[Array, "*units"]:
     """As `deterministic_gates`, but "topk" sets none to zero: for units that were chosen in another way."""
+    if form not in ("louizos", "topk"):
+        raise ValueError(f"`form` must be 'louizos' or 'topk', got {form!r}.")
     if form == "louizos":
         return _stretch(jax.nn.sigmoid(log_alpha), distribution)
     return jax.nn.sigmoid(0.8 * log_alpha / distribution.beta)

@@ -86,11 +86,8 @@ def hard_concrete(
         del statistics
         shapes = _gate_shapes(params, groups, select)
         rates = _drop_rates(drop_rate, groups, shapes)
-        keys = jax.random.split(key, len(shapes))
-        log_alpha = {
-            name: initial_log_alpha(own, shape, rates[name])
-            for own, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
+        keys = _split(key, shapes)
+        log_alpha = {name: initial_log_alpha(keys[name], shape, rates[name]) for name, shape in shapes.items()}
         multipliers = penalty.init(gated(params, log_alpha, 0, jnp.zeros(())))
         return TransformState({"log_alpha": log_alpha, "multipliers": multipliers}, jnp.zeros((), jnp.int32))
 
@@ -99,12 +96,8 @@ def hard_concrete(
         if key is None:
             values = gate_values(log_alpha, form=form, distribution=distribution)
         else:
-            keys = jax.random.split(key, len(log_alpha))
-            names = sorted(log_alpha)
-            values = {
-                name: sample_gates(own, log_alpha[name], distribution=distribution)
-                for own, name in zip(keys, names, strict=True)
-            }
+            keys = _split(key, log_alpha)
+            values = {name: sample_gates(keys[name], x, distribution=distribution) for name, x in log_alpha.items()}
         return multiply_gates(params, groups, values)
 
     def add(state: TransformState, params: Params, *, loss: Any) -> jax.Array:
@@ -149,6 +142,11 @@ def multiply_gates(params: Params, groups: Sequence[UnitGroup], values: Mapping[
         return leaf * own[path].astype(leaf.dtype) if path in own else leaf
 
     return multiply_units(map_with_path(multiply, params), groups, values)
+
+
+def _split(key: jax.Array, named: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """A key for each name, whatever the order of the mapping: `jit` sorts it."""
+    return dict(zip(sorted(named), jax.random.split(key, len(named)), strict=True))
 
 
 def _check_options(groups: tuple[UnitGroup, ...], select: Any, form: str, clamp: tuple[float, float]) -> None:

@@ -60,6 +60,15 @@ def test_lambda_as_louizos_weighs_it(params, strength, prices):
     assert not gradient["up"].any()
 
 
+def test_lambda_of_single_weights(params):
+    probabilities = {"out": np.random.default_rng(1).random((4, 6)), "bias": np.full(7, 0.5)}
+    given = gated(params, probabilities=probabilities)
+    penalty = gates.lambda_penalty({"out": 2.0}, weight_decay=0.1, examples=4)
+    squares = {name: np.asarray(params[name], np.float64) ** 2 for name in probabilities}
+    total = (probabilities["out"] * (2 + 0.05 * squares["out"])).sum() + 0.5 * 0.05 * squares["bias"].sum()
+    np.testing.assert_allclose(penalty.value(given, penalty.init(given)), total / 4, rtol=1e-5)
+
+
 def _sparsity(weights=None):
     """By hand, in float64."""
     c, h = P["columns"].sum(), P["heads"].sum()
