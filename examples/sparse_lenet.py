@@ -41,14 +41,12 @@ class Settings:
         rate: largest learning rate; it falls by a cosine.
         decay: weight decay of the kernels.
         smoothing: of the labels.
-        dropout: of the hidden units.
         options: passed on to the transform.
     """
 
     rate: float = 2e-3
     decay: float = 0.05
     smoothing: float = 0.0
-    dropout: float = 0.0
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -107,18 +105,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, help="instead of the settings: learning rate")
     parser.add_argument("--decay", type=float, help="instead of the settings: weight decay")
     parser.add_argument("--smoothing", type=float, help="instead of the settings: label smoothing")
-    parser.add_argument("--dropout", type=float, help="instead of the settings: dropout")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: options of the transform")
     parser.add_argument("--plot", type=Path)
     return parser.parse_args()
 
 
 def setting(arguments: argparse.Namespace, method: str) -> Settings:
-    given = {
-        name: value
-        for name in ("rate", "decay", "smoothing", "dropout")
-        if (value := getattr(arguments, name)) is not None
-    }
+    given = {name: value for name in ("rate", "decay", "smoothing") if (value := getattr(arguments, name)) is not None}
     own = dataclasses.replace(SETTINGS[method], **given)
     return dataclasses.replace(own, options=own.options | arguments.options)
 
@@ -146,7 +139,7 @@ def train(
         rate, weight_decay=settings.decay, mask=lambda tree: jax.tree.map(lambda w: w.ndim > 1, tree)
     )
     init_state, step = make_train_step(
-        functools.partial(apply, dropout=settings.dropout),
+        apply,
         None,
         optimizer,
         losses={"labels": hard_labels(smoothing=settings.smoothing)},
@@ -203,16 +196,13 @@ def initial(key: jax.Array) -> dict[str, Any]:
     return layers
 
 
-def apply(
-    params: Any, batch: dict[str, jax.Array], *, key: Any, train: bool, dropout: float = 0.0
-) -> dict[str, jax.Array]:
+def apply(params: Any, batch: dict[str, jax.Array], *, key: Any, train: bool) -> dict[str, jax.Array]:
+    del key, train
     x = (batch["x"] - 0.286) / 0.353
     for i in range(len(params)):
         layer = params[f"layer_{i}"]
         x = x @ layer["kernel"] + layer["bias"][None]
         x = jax.nn.relu(x) if i < len(params) - 1 else x
-        if train and dropout and i < len(params) - 1:
-            x = jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), 1 - dropout, x.shape), x / (1 - dropout), 0)
     return {"logits": x}
 
 
