@@ -3,8 +3,10 @@
 import functools
 from typing import Any
 
+import numpy as np
 import optax
 from flax import linen as nn
+from minilm import batches
 
 import jaxcompress as jc
 from jaxcompress import gates, structured
@@ -12,6 +14,7 @@ from jaxcompress.models import bert_units, resized
 from jaxcompress.recipe import Progress, Tokens, Training, train
 
 DISTILLATION = {"temperature": 2.0, "soft_targets": 1.0, "pooled": 1.0, "hidden": 1.0}
+FITTED_ROWS = 1024
 GATES_AT_END = 0.6
 """Share of the first stage in which the target size comes down."""
 
@@ -62,9 +65,18 @@ def with_gates(
         name="Gates",
     )
     keep = gates.units_within(state.trainable["log_alpha"], groups, params, sparsity=1 - share, measure=measure)
-    # What the kept gates still multiply by stays in the weights.
-    small = structured.shrink(transform.finalize(params, state), groups, keep)
-    return distilled(module, dense, small, tokens, epochs=epochs - 1, progress=progress, seed=seed)
+    # The gates have found the structure; its weights begin from the dense ones, fitted to do the work of the others.
+    rows = np.random.default_rng(seed).permutation(len(tokens))[:FITTED_ROWS]
+    fitted, _ = structured.reconstruct(
+        lambda p, ids, mask: module.apply({"params": p}, ids, mask)["logits"],
+        dense,
+        groups,
+        keep,
+        [(batch["ids"], batch["mask"]) for batch in batches(tokens, rows)],
+        row_mask=lambda ids, mask: mask,
+    )
+    small = structured.shrink(fitted, groups, keep)
+    return distilled(module, dense, small, tokens, epochs=epochs - 1, learning_rate=1e-4, progress=progress, seed=seed)
 
 
 def by_magnitude(
@@ -84,15 +96,23 @@ def by_magnitude(
     costs = structured.parameter_costs(dense, count)
     keep = structured.select_units(scores, groups, dense, share=share, costs=costs, within="kind").keep
     small = structured.shrink(dense, groups, keep)
-    return distilled(module, dense, small, tokens, epochs=epochs, progress=progress, seed=seed)
+    return distilled(module, dense, small, tokens, epochs=epochs, learning_rate=2e-4, progress=progress, seed=seed)
 
 
 def distilled(
-    module: nn.Module, dense: Any, small: Any, tokens: Tokens, *, epochs: int, progress: Progress, seed: int
+    module: nn.Module,
+    dense: Any,
+    small: Any,
+    tokens: Tokens,
+    *,
+    epochs: int,
+    learning_rate: float,
+    progress: Progress,
+    seed: int,
 ) -> tuple[nn.Module, Any]:
     """Trains a smaller tree to follow the dense model."""
     student = resized(module, small)
-    training = Training(epochs=epochs, learning_rate=2e-4, seed=seed + 1, **DISTILLATION)
+    training = Training(epochs=epochs, learning_rate=learning_rate, seed=seed + 1, **DISTILLATION)
     params, _ = train(
         student,
         small,

@@ -66,6 +66,22 @@ def load_task(model: Path | None) -> Task:
     return Task(module=module, params=params, **rows)
 
 
+def batches(tokens: Tokens, rows: np.ndarray, *, size: int = 32) -> list[dict[str, np.ndarray]]:
+    """Rows of similar length together, padded to one of few widths: each width is one compilation."""
+    ordered = sorted(rows, key=lambda row: len(tokens.ids[row]))
+    made = []
+    for start in range(0, len(ordered) // size * size, size):
+        chosen = ordered[start : start + size]
+        longest = max(len(tokens.ids[row]) for row in chosen)
+        ids = np.full((size, next(width for width in (32, 64) if width >= longest)), tokens.pad_id, np.int32)
+        for i, row in enumerate(chosen):
+            ids[i, : len(tokens.ids[row])] = tokens.ids[row]
+        lengths = np.array([len(tokens.ids[row]) for row in chosen])
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int32)
+        made.append({"ids": ids, "mask": mask, "labels": tokens.labels[chosen]})
+    return made
+
+
 def compare(models: Models, rows: Tokens) -> dict[str, dict[str, Any]]:
     """Size, time, and fidelity to the model called "dense"; intervals are (value, low, high)."""
     logits = {name: predict(module, params, rows)["logits"] for name, (module, params) in models.items()}

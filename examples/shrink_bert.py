@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from gated_minilm import by_magnitude, with_gates
-from minilm import ENCODER, Lines, Models, Task, compare, load_task, table, timed
+from minilm import ENCODER, Lines, Models, Task, batches, compare, load_task, table, timed
 
 from jaxcompress import structured
 from jaxcompress.models import bert_units, resized
@@ -133,22 +133,6 @@ def label_loss(module: nn.Module) -> Any:
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][:, None], axis=1).mean()
 
     return loss
-
-
-def batches(tokens: Tokens, rows: np.ndarray, *, size: int = 32) -> list[dict[str, np.ndarray]]:
-    """Rows of similar length together, padded to one of few widths: each width is one compilation."""
-    ordered = sorted(rows, key=lambda row: len(tokens.ids[row]))
-    made = []
-    for start in range(0, len(ordered) // size * size, size):
-        chosen = ordered[start : start + size]
-        longest = max(len(tokens.ids[row]) for row in chosen)
-        ids = np.full((size, next(width for width in (32, 64) if width >= longest)), tokens.pad_id, np.int32)
-        for i, row in enumerate(chosen):
-            ids[i, : len(tokens.ids[row])] = tokens.ids[row]
-        lengths = np.array([len(tokens.ids[row]) for row in chosen])
-        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int32)
-        made.append({"ids": ids, "mask": mask, "labels": tokens.labels[chosen]})
-    return made
 
 
 def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:

@@ -12,7 +12,9 @@ from jaxcompress.arrays import QuantizedArray, pack, sparsify
 def _bits(leaf: Any) -> bytes:
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return _bits(jax.random.key_data(leaf))
-    return np.asarray(leaf).tobytes()
+    array = np.asarray(leaf)
+    # An int beyond 64 bits would be an array of pointers.
+    return str(leaf).encode() if array.dtype == object else array.tobytes()
 
 
 def _assert_same(found: Any, expected: Any) -> None:
