@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcompress.calibration._interpret import Totals
 from jaxcompress.calibration._program import Program, RowMask, build
 from jaxcompress.calibration._statistics import STATISTICS, Statistic
+from jaxcompress.calibration._values import Totals
 from jaxcompress.tree import Unselected
 from jaxcompress.types import Params, Selector
 

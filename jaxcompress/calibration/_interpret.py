@@ -11,79 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.calibration._control_flow import CONTROL
 from jaxcompress.calibration._rows import Rows, row_weights, rows_of_conv, rows_of_dot
 from jaxcompress.calibration._statistics import (
     InputStatistics,
     LookupCounts,
-    Statistics,
     add_at,
     add_statistics,
     statistics_of,
 )
-from jaxcompress.trace import Body, LeafLayout, Origin, as_body, called_body, rearrange, walk
-
-Totals = dict[int, Statistics]
-"""Number of a group of leaves that share their inputs -> what has been summed up."""
-
-ALL, NONE = -1, -2
-"""Of a group that is gathered in sequence: every stack entry, or nothing."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tap:
-    """A leaf whose inputs are gathered.
-
-    Attributes:
-        path: of the leaf.
-        layout: of the leaf.
-        width: number of its input features.
-        group: where the sums go; None when another leaf of the group gathers them.
-    """
-
-    path: str
-    layout: LeafLayout
-    width: int
-    group: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One place where a tapped leaf meets its input.
-
-    Attributes:
-        leaf: number of the leaf.
-        place: of the equation: (position,), inside a loop (position, iteration, position, ...). Loops over stack
-            entries write None for the iteration.
-        signature: two leaves used once each, of the same input and with the same signature, share their rows.
-    """
-
-    leaf: int
-    place: tuple[int | None, ...]
-    signature: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """What the walk carries.
-
-    Attributes:
-        streams: the array in the dense model and in the current one; one entry where they are the same.
-        origin: set for re-arrangements of a tapped leaf.
-        at: (leaf axis, first entry) for axes of the leaf that were sliced.
-    """
-
-    streams: tuple[Any, ...]
-    origin: Origin | None = None
-    at: tuple[tuple[int, Any], ...] = ()
-
-    @property
-    def last(self) -> Any:
-        """The array in the current model."""
-        return self.streams[-1]
-
-    def plain(self) -> "Value":
-        """The same array, no leaf any more."""
-        return Value(self.streams)
+from jaxcompress.calibration._values import ALL, NONE, Tap, Totals, Use, Value, as_value, bind
+from jaxcompress.trace import Body, LeafLayout, called_body, rearrange, walk
 
 
 @dataclasses.dataclass
@@ -109,14 +47,14 @@ class Interpreter:
 
     def run(self, body: Body, values: Sequence[Value]) -> list[Value]:
         """Evaluates a body."""
-        return [_value(value) for value in walk(body, values, self.visit)]
+        return [as_value(value) for value in walk(body, values, self.visit)]
 
     def visit(self, eqn: Any, values: list[Any]) -> Sequence[Value]:
         """Evaluates one equation."""
         self.place = (*self.place[:-1], _next(self.place[-1]))
-        values = [_value(value) for value in values]
+        values = [as_value(value) for value in values]
         if not any(value.origin for value in values):
-            return _bind(eqn, values)
+            return bind(eqn, values)
         name = eqn.primitive.name
         if name in _HANDLERS:
             return _HANDLERS[name](self, eqn, values)
@@ -124,7 +62,7 @@ class Interpreter:
             return walk(body, values, self.visit)
         if values[0].origin is not None and (moved := _rearranged(eqn, values)) is not None:
             return [moved]
-        return _bind(eqn, values)
+        return bind(eqn, values)
 
     def gather(self, leaf: Value, rows: Rows, matrices: Callable[[], list[jax.Array]]) -> None:
         """Adds the rows that a leaf multiplies to its sums."""
@@ -192,22 +130,6 @@ def _static(start: Any) -> Any:
     return start if isinstance(start, int) else _Traced(start)
 
 
-def _value(value: Any) -> Value:
-    return value if isinstance(value, Value) else Value((value,))
-
-
-def _bind(eqn: Any, values: Sequence[Value]) -> list[Value]:
-    """The equation as it stands, once for each stream."""
-    count = max((len(value.streams) for value in values), default=1)
-    results = []
-    for stream in range(count):
-        operands = [value.streams[stream % len(value.streams)] for value in values]
-        with eqn.ctx.manager:
-            found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-        results.append(list(found) if eqn.primitive.multiple_results else [found])
-    return [Value(streams) for streams in zip(*results, strict=True)]
-
-
 def _rearranged(eqn: Any, values: list[Value]) -> Value | None:
     leaf = values[0]
     assert leaf.origin is not None  # the caller looked
@@ -221,7 +143,7 @@ def _rearranged(eqn: Any, values: list[Value]) -> Value | None:
             return None
         if axes:
             at[axes[0]] = at[axes[0]] + start if axes[0] in at else start
-    return Value(_bind(eqn, values)[0].streams, origin, tuple(at.items()))
+    return Value(bind(eqn, values)[0].streams, origin, tuple(at.items()))
 
 
 def _slices(eqn: Any, values: list[Value]) -> list[tuple[int, Any]]:
@@ -256,7 +178,7 @@ def _dot_general(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]
                 shape = eqn.invars[1 - side].aval.shape
                 rows = rows_of_dot(eqn.params, side, shape, leaf.origin, tap.layout, tap.width)
                 run.gather(leaf, rows, lambda other=other: list(other.streams))
-    return _bind(eqn, values)
+    return bind(eqn, values)
 
 
 def _conv(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
@@ -266,115 +188,33 @@ def _conv(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
         with _naming(tap):
             found = [rows_of_conv(eqn.params, x, kernel, origin, tap.layout, tap.width) for x in values[0].streams]
             run.gather(leaf, found[0][1], lambda: [patches for patches, _ in found])
-    return _bind(eqn, values)
+    return bind(eqn, values)
 
 
 def _gather(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
     leaf, numbers = values[0], eqn.params["dimension_numbers"]
     if leaf.origin is None or run.taps[leaf.origin.leaf].layout.kind != "lookup":
-        return _bind(eqn, values)
+        return bind(eqn, values)
     tap = run.taps[leaf.origin.leaf]
     rows = [axis for axis in numbers.collapsed_slice_dims if axis in numbers.start_index_map]
     with _naming(tap):
         if len(rows) != 1 or tuple(numbers.start_index_map) != tuple(rows) or leaf.at:
             raise ValueError(f"Look-ups are counted along one axis of a whole table, found {numbers}; exclude it.")
         run.look_up(leaf, values[1].last[..., 0])
-    return _bind(eqn, values)
-
-
-def _scan(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
-    num_consts, num_carry, length = (eqn.params[name] for name in ("num_consts", "num_carry", "length"))
-    consts, first = values[:num_consts], values[num_consts : num_consts + num_carry]
-    stacked = values[num_consts + num_carry :]
-    over_stack = any(value.origin is not None for value in stacked)
-    outer = run.place
-
-    def step(state: Any, sliced: Any) -> Any:
-        carry, run.totals, i = state
-        at = length - 1 - i if eqn.params["reverse"] else i
-        run.place = (*outer, None if over_stack else 0, 0)
-        inner = [_unstacked(value, streams, at) for value, streams in zip(stacked, sliced, strict=True)]
-        results = run.run(as_body(eqn.params["jaxpr"]), [*consts, *map(Value, carry), *inner])
-        wide = [_streams(value, run.count) for value in results]
-        return (wide[:num_carry], run.totals, i + 1), wide[num_carry:]
-
-    carry = [_streams(value, run.count) for value in first]
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    state = (carry, run.totals, jnp.zeros((), jnp.int32))
-    (carry, totals, _), collected = jax.lax.scan(step, state, [value.streams for value in stacked], **options)
-    run.totals, run.place = totals, outer
-    return [Value(streams) for streams in (*carry, *collected)]
-
-
-def _while(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
-    cond_end = eqn.params["cond_nconsts"]
-    body_end = cond_end + eqn.params["body_nconsts"]
-    outer, totals = run.place, run.totals
-
-    def condition(state: Any) -> Any:
-        # Never gathers: a condition is evaluated once more than the body.
-        operands = [*(Value((value.last,)) for value in values[:cond_end]), *(Value(s[-1:]) for s in state[0])]
-        body = as_body(eqn.params["cond_jaxpr"])
-        return _value(walk(body, operands, lambda eqn, values: _bind(eqn, list(map(_value, values))))[0]).last
-
-    def step(state: Any) -> Any:
-        carry, run.totals = state
-        run.place = (*outer, 0, 0)
-        results = run.run(as_body(eqn.params["body_jaxpr"]), [*values[cond_end:body_end], *map(Value, carry)])
-        return [_streams(value, run.count) for value in results], run.totals
-
-    carry = [_streams(value, run.count) for value in values[body_end:]]
-    carry, totals = jax.lax.while_loop(condition, step, (carry, totals))
-    run.totals, run.place = totals, outer
-    return [Value(streams) for streams in carry]
-
-
-def _cond(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
-    outer, totals = run.place, run.totals
-
-    def branch(number: int) -> Callable[[Any], Any]:
-        def evaluate(state: Any) -> Any:
-            run.totals = state
-            run.place = (*outer, number, 0)
-            results = run.run(as_body(eqn.params["branches"][number]), values[1:])
-            return [_streams(value, run.count) for value in results], run.totals
-
-        return evaluate
-
-    branches = [branch(number) for number in range(len(eqn.params["branches"]))]
-    # With two streams, both follow the current model.
-    results, totals = jax.lax.switch(values[0].last, branches, totals)
-    run.totals, run.place = totals, outer
-    return [Value(tuple(streams)) for streams in results]
+    return bind(eqn, values)
 
 
 _HANDLERS: dict[str, Callable[[Interpreter, Any, list[Value]], list[Value]]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
     "gather": _gather,
-    "scan": _scan,
-    "while": _while,
-    "cond": _cond,
+    **CONTROL,
 }
 
 # Nothing is differentiated here: functions with derivatives of their own are evaluated like any other.
 _INLINED = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
 )
-
-
-def _streams(value: Value, count: int) -> tuple[Any, ...]:
-    return tuple(jnp.asarray(value.streams[stream % len(value.streams)]) for stream in range(count))
-
-
-def _unstacked(value: Value, streams: tuple[Any, ...], at: Any) -> Value:
-    """One iteration's slice of a value that a scan runs over."""
-    if value.origin is None or len(value.origin.axes[0]) > 1:
-        return Value(streams)
-    starts = dict(value.at)
-    for axis in value.origin.axes[0]:
-        starts[axis] = starts[axis] + at if axis in starts else at
-    return Value(streams, value.origin.without(0), tuple(starts.items()))
 
 
 class _naming:  # noqa: N801 (a context manager)

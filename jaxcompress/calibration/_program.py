@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
-from jaxcompress.calibration._interpret import Interpreter, Tap, Totals, Use, Value
+from jaxcompress.calibration._interpret import Interpreter
 from jaxcompress.calibration._statistics import (
     STATISTICS,
     LookupCounts,
@@ -17,6 +17,7 @@ from jaxcompress.calibration._statistics import (
     Statistics,
     empty_statistics,
 )
+from jaxcompress.calibration._values import Tap, Totals, Use, Value
 from jaxcompress.trace import Body, LeafLayout, Origin, layouts
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params, Selector, is_compressed

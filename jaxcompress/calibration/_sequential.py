@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration._input_statistics import check_memory, check_totals
-from jaxcompress.calibration._interpret import ALL, NONE
 from jaxcompress.calibration._program import Group, Program, RowMask, build
 from jaxcompress.calibration._statistics import STATISTICS, Statistic
+from jaxcompress.calibration._values import ALL, NONE
 from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths
 from jaxcompress.types import Params, Selector, is_compressed

@@ -4,6 +4,7 @@ Shape letters: S stack entries, D inputs, R outputs.
 """
 
 import functools
+import itertools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -125,7 +126,7 @@ class _Numbers(NamedTuple):
     """Options that may differ from leaf to leaf without another compilation."""
 
     dropped: Any
-    sparsity: Any
+    by_block: Any
     damping: Any
 
 
@@ -156,8 +157,11 @@ def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> t
     weights = entry.matrix(entry.weight).astype(jnp.float32)
     rows = statistics.count.reshape(-1)
     depth, width = weights.shape[1:]
-    dropped = np.int32(round(sparsity * depth * width))
-    numbers = _Numbers(dropped, np.float32(sparsity), np.float32(damping))
+    numbers = _Numbers(
+        dropped=np.int32(round(sparsity * depth * width)),
+        by_block=_counts_by_block(depth, width, sparsity, rule),
+        damping=np.float32(damping),
+    )
     solved, before, after = _solve(weights, gram, cross, rows, numbers, rule)
     pruned = entry.leaf(solved.weights).astype(entry.weight.dtype)
     return pruned, LeafInfo(
@@ -168,6 +172,15 @@ def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> t
         retries=int(solved.retries.max(initial=0)),
         dead_inputs=int((jnp.diagonal(gram, axis1=1, axis2=2) == 0).sum()),
     )
+
+
+def _counts_by_block(depth: int, width: int, sparsity: float, rule: _Rule) -> np.ndarray:
+    """How many weights each block loses; for the reference, the rank of the last one."""
+    sizes = [rows * width for rows in block_sizes(depth, rule.block_size)]
+    if rule.count == "reference":
+        return np.array([int(size * sparsity) for size in sizes], np.int32)
+    ends = itertools.accumulate(sizes, initial=0)
+    return np.diff([round(sparsity * end) for end in ends]).astype(np.int32)
 
 
 @functools.partial(jax.jit, static_argnames="rule")
@@ -223,11 +236,10 @@ def _hooks(
             return keep_in_runs(_scores(weights, diagonal, beyond=-1.0), n, m, axis=0)
 
         return {"keep_run": keep_run, "run_size": m}
-    sizes = jnp.asarray(block_sizes(weights.shape[0], rule.block_size), jnp.int32) * weights.shape[1]
     if rule.count == "reference":
-        ranks = jnp.floor(sizes * numbers.sparsity).astype(jnp.int32)
+        ranks = numbers.by_block
         return {"keep_block": lambda weights, diagonal, block: _above(_scores(weights, diagonal), ranks[block])}
-    counts = _counts(weights, diagonal, sizes, numbers, rule)
+    counts = numbers.by_block if rule.share == "block" else _cheapest(weights, diagonal, numbers.dropped, rule)
 
     def keep_block(weights: Any, diagonal: Any, block: Any) -> Any:
         return keep_largest([_scores(weights, diagonal)], counts[block])[0]
@@ -235,19 +247,10 @@ def _hooks(
     return {"keep_block": keep_block}
 
 
-def _counts(
-    weights: Float32[Array, "D R"],
-    diagonal: Float32[Array, " D"],
-    sizes: Int32[Array, " blocks"],
-    numbers: _Numbers,
-    rule: _Rule,
+def _cheapest(
+    weights: Float32[Array, "D R"], diagonal: Float32[Array, " D"], dropped: Any, rule: _Rule
 ) -> Int32[Array, " blocks"]:
-    """How many weights each block loses; `numbers.dropped` in all."""
-    dropped = numbers.dropped
-    if rule.share == "block":
-        ends = jnp.cumsum(sizes)
-        until = jnp.minimum(jnp.round(ends * numbers.sparsity).astype(jnp.int32), dropped).at[-1].set(dropped)
-        return jnp.diff(until, prepend=0)
+    """How many weights each block loses when the whole leaf is ranked."""
     kept = keep_largest([_scores(weights, diagonal)], dropped)[0]
     padded = jnp.pad((~kept).sum(axis=1, dtype=jnp.int32), (0, -len(kept) % rule.block_size))
     return padded.reshape(-1, rule.block_size).sum(axis=1, dtype=jnp.int32)

@@ -166,19 +166,23 @@ def test_targets_of_the_dense_model_undo_a_distortion():
     distortion = np.eye(DEPTH) + 0.2 * RNG.normal(size=(DEPTH, DEPTH))
     statistics = {"kernel": _statistics(X @ distortion, cross=X)}
     pruned, info = pruning.sparsegpt({"kernel": PARAMS["kernel"]}, statistics, sparsity=0.0, damping=1e-6)
-    np.testing.assert_allclose(pruned["kernel"], np.linalg.solve(distortion, W), rtol=0.02, atol=0.02)
+    outputs, wanted = X @ distortion @ np.asarray(pruned["kernel"], np.float64), X @ W
+    assert np.linalg.norm(outputs - wanted) < 5e-3 * np.linalg.norm(wanted)
+    assert np.linalg.norm(X @ distortion @ W - wanted) > 0.1 * np.linalg.norm(wanted)
     assert info["kernel"].error < 1e-3
 
 
 def test_pruning_and_rounding_in_one_pass():
-    step = 0.25
-    run = lambda **options: pruning.sparsegpt(PARAMS, STATISTICS, sparsity=0.5, **options)  # noqa: E731
-    joint, info = run(quantize_column=lambda w, parameters, i: step * jnp.round(w / step))
+    step, wide = 0.5, RNG.normal(size=(DEPTH, 64))
+    params, statistics = {"kernel": jnp.asarray(wide, jnp.float32)}, {"kernel": STATISTICS["kernel"]}
+    joint, info = pruning.sparsegpt(
+        params, statistics, sparsity=0.5, quantize_column=lambda w, parameters, i: step * jnp.round(w / step)
+    )
     kernel = np.asarray(joint["kernel"])
     np.testing.assert_allclose(kernel / step, np.round(kernel / step), atol=1e-5)
-    assert (kernel == 0).sum() >= W.size // 2
-    after = step * np.round(np.asarray(run()[0]["kernel"]) / step)
-    assert info["kernel"].error < _error(after)
+    assert (kernel == 0).sum() >= wide.size // 2
+    pruned, _ = pruning.sparsegpt(params, statistics, sparsity=0.5)
+    assert info["kernel"].error < 0.95 * _error(step * np.round(np.asarray(pruned["kernel"]) / step), weights=wide)
 
 
 def test_one_sparsity_for_each_leaf():
