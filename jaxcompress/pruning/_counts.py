@@ -11,10 +11,10 @@ Count = Literal["exact", "reference"]
 """`exact`: round(s n) of n, lowest index kept. `reference`: as the method's public implementation counts."""
 
 
-def check_count(count: str) -> None:
+def check_count(counting: str) -> None:
     """Raises when the rule is unknown."""
-    if count not in ("exact", "reference"):
-        raise ValueError(f"`count` must be 'exact' or 'reference', got {count!r}.")
+    if counting not in ("exact", "reference"):
+        raise ValueError(f"`counting` must be 'exact' or 'reference', got {counting!r}.")
 
 
 def sparsity_by_path(sparsity: Any, leaves: list[Calibrated], pattern: Pattern) -> dict[str, float]:

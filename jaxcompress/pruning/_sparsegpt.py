@@ -43,7 +43,7 @@ def sparsegpt(
     damping: float = 0.01,
     block_size: int = 128,
     share: Share = "leaf",
-    count: Count = "exact",
+    counting: Count = "exact",
     quantize_column: QuantizeColumn | None = None,
     start_group: StartGroup | None = None,
     group_size: int | None = None,
@@ -68,9 +68,9 @@ def sparsegpt(
         block_size: inputs that are decided together; rounded up to a multiple of m, and of smaller groups.
         share: "block": every block loses the same share, as in the paper. "leaf": blocks lose what a ranking of the
             whole leaf by the scores of the dense weights says.
-        count: "exact": n - round(s n) weights are kept, lowest (input, output) first among equal scores. "reference":
-            as the public implementation counts, per block: scores up to the one of rank int(s n) go, that is
-            int(s n) + 1 weights, and more where scores tie.
+        counting: "exact": n - round(s n) weights are kept, lowest (input, output) first among equal scores.
+            "reference": as the public implementation counts, per block: scores up to the one of rank int(s n) go, that
+            is int(s n) + 1 weights, and more where scores tie.
         quantize_column: applied to the kept weights of each input on the way; see `solvers.solve_columns`. Keep one
             function for many calls: each new one is compiled.
         start_group: likewise.
@@ -97,12 +97,12 @@ def sparsegpt(
     References:
         Frantar and Alistarh 2023, "SparseGPT: massive language models can be accurately pruned in one-shot".
     """
-    _check_options(pattern, damping, block_size, share, count)
+    _check_options(pattern, damping, block_size, share, counting)
     chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
     if group_size is not None and group_size < block_size:
         block_size = -(-block_size // group_size) * group_size
-    rule = _Rule(pattern, block_size, share, count, quantize_column, start_group, group_size)
+    rule = _Rule(pattern, block_size, share, counting, quantize_column, start_group, group_size)
     leaves: dict[str, Any] = {}
     info: dict[str, LeafInfo] = {}
     for entry in entries(chosen):
@@ -116,7 +116,7 @@ class _Rule(NamedTuple):
     pattern: Any
     block_size: int
     share: Share
-    count: Count
+    counting: Count
     quantize_column: QuantizeColumn | None
     start_group: StartGroup | None
     group_size: int | None
@@ -136,8 +136,8 @@ class _Solved(NamedTuple):
     retries: Array
 
 
-def _check_options(pattern: Pattern, damping: float, block_size: int, share: str, count: str) -> None:
-    check_count(count)
+def _check_options(pattern: Pattern, damping: float, block_size: int, share: str, counting: str) -> None:
+    check_count(counting)
     if not isinstance(pattern, Unstructured | NOfM):
         raise ValueError(f"`sparsegpt` prunes single weights or n of m, got the pattern {pattern}.")
     if not damping >= 0:
@@ -177,7 +177,7 @@ def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> t
 def _counts_by_block(depth: int, width: int, sparsity: float, rule: _Rule) -> np.ndarray:
     """How many weights each block loses; for the reference, the rank of the last one."""
     sizes = [rows * width for rows in block_sizes(depth, rule.block_size)]
-    if rule.count == "reference":
+    if rule.counting == "reference":
         return np.array([int(size * sparsity) for size in sizes], np.int32)
     ends = itertools.accumulate(sizes, initial=0)
     return np.diff([round(sparsity * end) for end in ends]).astype(np.int32)
@@ -209,7 +209,7 @@ def _solve_matrix(
     numbers: _Numbers,
     rule: _Rule,
 ) -> tuple[_Solved, Float32[Array, "D R"]]:
-    dead_diagonal = 1.0 if rule.count == "reference" else None
+    dead_diagonal = 1.0 if rule.counting == "reference" else None
     targets, hessian, _ = problem(weights, gram, cross, count, numbers.damping, dead_diagonal=dead_diagonal)
     factor = inverse_factor(hessian, numbers.damping)
     hooks = _hooks(targets, jnp.diagonal(factor.factor), numbers, rule)
@@ -236,7 +236,7 @@ def _hooks(
             return keep_in_runs(_scores(weights, diagonal, beyond=-1.0), n, m, axis=0)
 
         return {"keep_run": keep_run, "run_size": m}
-    if rule.count == "reference":
+    if rule.counting == "reference":
         ranks = numbers.by_block
         return {"keep_block": lambda weights, diagonal, block: _above(_scores(weights, diagonal), ranks[block])}
     counts = numbers.by_block if rule.share == "block" else _cheapest(weights, diagonal, numbers.dropped, rule)

@@ -54,7 +54,7 @@ def wanda(
     sparsity: Any = None,
     pattern: Pattern = _UNSTRUCTURED,
     scope: Scope = "row",
-    count: Count = "exact",
+    counting: Count = "exact",
     select: Selector | None = None,
     layouts: Params | None = None,
 ) -> tuple[Params, dict[str, LeafInfo]]:
@@ -66,8 +66,8 @@ def wanda(
         sparsity: share of pruned weights; one number, or a partial tree of them. A pattern n of m implies it.
         pattern: see `masks_from_scores`.
         scope: what is ranked together; see there.
-        count: "exact", as `masks_from_scores` counts; "reference": int(s n) of the n inputs of a row, and among equal
-            scores the lowest index is pruned (n of m: as "exact").
+        counting: "exact", as `masks_from_scores` counts; "reference": int(s n) of the n inputs of a row, and among
+            equal scores the lowest index is pruned (n of m: as "exact").
         select: as for `wanda_scores`.
         layouts: likewise.
 
@@ -86,15 +86,15 @@ def wanda(
         >>> pruned["kernel"].tolist(), info["kernel"].sparsity
         ([[1.0, -2.0], [0.0, 0.0]], 0.5)
     """
-    check_count(count)
-    if count == "reference" and scope != "row":
-        raise ValueError(f"`count='reference'` counts in rows, got `scope` {scope!r}.")
+    check_count(counting)
+    if counting == "reference" and scope != "row":
+        raise ValueError(f"`counting='reference'` counts in rows, got `scope` {scope!r}.")
     chosen = calibrated(params, statistics, needs="squared_sum", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
     if scope == "global":
         masks = _global_masks(chosen, shares, pattern)
     else:
-        of_leaf = _reference_mask if count == "reference" and not isinstance(pattern, NOfM) else _mask
+        of_leaf = _reference_mask if counting == "reference" and not isinstance(pattern, NOfM) else _mask
         masks = {e.path: of_leaf(e, shares[e.path], scope=scope, pattern=pattern) for e in entries(chosen)}
     leaves = {e.path: jnp.where(masks[e.path], e.weight, jnp.zeros((), e.weight.dtype)) for e in entries(chosen)}
     info = {e.path: _info(e, leaves[e.path]) for e in entries(chosen)}

@@ -239,8 +239,8 @@ def test_mistakes_are_named():
         run(sparsity=0.5, damping=-1.0)
     with pytest.raises(ValueError, match="`block_size` must be at least 1"):
         run(sparsity=0.5, block_size=0)
-    with pytest.raises(ValueError, match="`count='reference'` counts in rows"):
-        pruning.wanda(PARAMS, STATISTICS, sparsity=0.5, scope="leaf", count="reference")
+    with pytest.raises(ValueError, match="`counting='reference'` counts in rows"):
+        pruning.wanda(PARAMS, STATISTICS, sparsity=0.5, scope="leaf", counting="reference")
     with pytest.raises(ValueError, match="'bias' has no statistic 'gram'"):
         run(sparsity=0.5, select=lambda params: dict.fromkeys(params, True))
     with pytest.raises(ValueError, match="there is nothing to prune"):
