@@ -1,5 +1,7 @@
 """Gates as a transform: learned switches on units, or on single weights."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,17 @@ from jaxcompress.units import UnitGroup, check_groups, multiply_units
 
 CLAMP = (-4.605170185988091, 4.605170185988092)
 """log 1e-2 and log 1e2."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Setup:
+    groups: tuple[UnitGroup, ...]
+    penalty: Penalty
+    select: Selector | None
+    drop_rate: float | Mapping[str, float]
+    form: Form
+    clamp: tuple[float, float]
+    distribution: HardConcrete
 
 
 def hard_concrete(
@@ -75,49 +88,25 @@ def hard_concrete(
     References:
         Louizos, Welling and Kingma 2018, "Learning sparse neural networks through L0 regularization".
     """
-    groups = tuple(groups)
-    _check_options(groups, select, form, clamp)
-
-    def gated(params: Params, log_alpha: Mapping[str, Any], step: Any, loss: Any) -> Gated:
-        probabilities = {name: nonzero_probability(x, distribution=distribution) for name, x in log_alpha.items()}
-        return Gated(params=params, groups=groups, probabilities=probabilities, step=step, loss=loss)
-
-    def init(params: Params, *, key: jax.Array, statistics: Any = None) -> TransformState:
-        del statistics
-        shapes = _gate_shapes(params, groups, select)
-        rates = _drop_rates(drop_rate, groups, shapes)
-        keys = _split(key, shapes)
-        log_alpha = {name: initial_log_alpha(keys[name], shape, rates[name]) for name, shape in shapes.items()}
-        multipliers = penalty.init(gated(params, log_alpha, 0, jnp.zeros(())))
-        return TransformState({"log_alpha": log_alpha, "multipliers": multipliers}, jnp.zeros((), jnp.int32))
-
-    def apply(params: Params, state: TransformState, *, key: jax.Array | None = None) -> Params:
-        log_alpha = state.trainable["log_alpha"]
-        if key is None:
-            values = gate_values(log_alpha, form=form, distribution=distribution)
-        else:
-            keys = _split(key, log_alpha)
-            values = {name: sample_gates(keys[name], x, distribution=distribution) for name, x in log_alpha.items()}
-        return multiply_gates(params, groups, values)
-
-    def add(state: TransformState, params: Params, *, loss: Any) -> jax.Array:
-        inner = state.trainable
-        return penalty.value(gated(params, inner["log_alpha"], state.fixed, loss), inner["multipliers"])
-
-    def update(
-        grads: Any, state: TransformState, params: Params, *, key: Any, loss: Any
-    ) -> tuple[TransformState, None]:
-        del grads, params, key, loss
-        return state._replace(fixed=state.fixed + 1), None
-
-    def project(params: Params, state: TransformState) -> tuple[Params, TransformState]:
-        inner = {
-            "log_alpha": {name: jnp.clip(x, *clamp) for name, x in state.trainable["log_alpha"].items()},
-            "multipliers": penalty.project(state.trainable["multipliers"]),
-        }
-        return params, state._replace(trainable=inner)
-
-    return identity()._replace(init=init, apply=apply, penalty=add, update=update, project=project, finalize=apply)
+    setup = _Setup(
+        groups=tuple(groups),
+        penalty=penalty,
+        select=select,
+        drop_rate=drop_rate,
+        form=form,
+        clamp=clamp,
+        distribution=distribution,
+    )
+    _check_options(setup.groups, select, form, clamp)
+    apply = functools.partial(_apply, setup)
+    return identity()._replace(
+        init=functools.partial(_init, setup),
+        apply=apply,
+        penalty=functools.partial(_penalty, setup),
+        update=_update,
+        project=functools.partial(_project, setup),
+        finalize=apply,
+    )
 
 
 def multiply_gates(params: Params, groups: Sequence[UnitGroup], values: Mapping[str, Any]) -> Params:
@@ -147,6 +136,49 @@ def multiply_gates(params: Params, groups: Sequence[UnitGroup], values: Mapping[
 def _split(key: jax.Array, named: Mapping[str, Any]) -> dict[str, jax.Array]:
     """A key for each name, whatever the order of the mapping: `jit` sorts it."""
     return dict(zip(sorted(named), jax.random.split(key, len(named)), strict=True))
+
+
+def _init(setup: _Setup, params: Params, *, key: jax.Array, statistics: Any = None) -> TransformState:
+    del statistics
+    shapes = _gate_shapes(params, setup.groups, setup.select)
+    rates = _drop_rates(setup.drop_rate, setup.groups, shapes)
+    keys = _split(key, shapes)
+    log_alpha = {name: initial_log_alpha(keys[name], shape, rates[name]) for name, shape in shapes.items()}
+    multipliers = setup.penalty.init(_gated(setup, params, log_alpha, 0, jnp.zeros(())))
+    return TransformState({"log_alpha": log_alpha, "multipliers": multipliers}, jnp.zeros((), jnp.int32))
+
+
+def _apply(setup: _Setup, params: Params, state: TransformState, *, key: jax.Array | None = None) -> Params:
+    log_alpha = state.trainable["log_alpha"]
+    if key is None:
+        values = gate_values(log_alpha, form=setup.form, distribution=setup.distribution)
+    else:
+        keys = _split(key, log_alpha)
+        values = {name: sample_gates(keys[name], x, distribution=setup.distribution) for name, x in log_alpha.items()}
+    return multiply_gates(params, setup.groups, values)
+
+
+def _penalty(setup: _Setup, state: TransformState, params: Params, *, loss: Any) -> jax.Array:
+    inner = state.trainable
+    return setup.penalty.value(_gated(setup, params, inner["log_alpha"], state.fixed, loss), inner["multipliers"])
+
+
+def _update(grads: Any, state: TransformState, params: Params, *, key: Any, loss: Any) -> tuple[TransformState, None]:
+    del grads, params, key, loss
+    return state._replace(fixed=state.fixed + 1), None
+
+
+def _project(setup: _Setup, params: Params, state: TransformState) -> tuple[Params, TransformState]:
+    inner = {
+        "log_alpha": {name: jnp.clip(x, *setup.clamp) for name, x in state.trainable["log_alpha"].items()},
+        "multipliers": setup.penalty.project(state.trainable["multipliers"]),
+    }
+    return params, state._replace(trainable=inner)
+
+
+def _gated(setup: _Setup, params: Params, log_alpha: Mapping[str, Any], step: Any, loss: Any) -> Gated:
+    probabilities = {name: nonzero_probability(x, distribution=setup.distribution) for name, x in log_alpha.items()}
+    return Gated(params=params, groups=setup.groups, probabilities=probabilities, step=step, loss=loss)
 
 
 def _check_options(groups: tuple[UnitGroup, ...], select: Any, form: str, clamp: tuple[float, float]) -> None:

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.calibration import gradients
 from jaxcompress.trace import selected_layouts
-from jaxcompress.tree import check_finite, combine, map_selected, partition_trainable
+from jaxcompress.tree import check_finite, map_selected
 from jaxcompress.types import Params, Selector, is_compressed
 
 Variant = Literal["normalized", "absolute", "taylor"]
@@ -78,14 +79,13 @@ def gradient_scores(
     if variant not in ("normalized", "absolute", "taylor"):
         raise ValueError(f"`variant` must be 'normalized', 'absolute' or 'taylor', got {variant!r}.")
     chosen = selected_layouts(params, select=select, layouts=layouts)
-    mean = _mean_gradient(loss, params, batches)
+    mean = gradients(loss, params, batches)
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(mean)))
     # A gradient of zero everywhere has no direction: its scores are zero.
     norm = jnp.where(norm > 0, norm, 1.0)
 
     def score(path: str, _: Any, leaf: Any, gradient: Any) -> jax.Array:
         weight = checked_weight(path, leaf)
-        check_finite(path, gradient)
         if variant == "taylor":
             return jnp.abs(weight * gradient)
         return (jnp.abs(gradient) if variant == "absolute" else gradient) / norm.astype(gradient.dtype)
@@ -100,18 +100,3 @@ def checked_weight(path: str, leaf: Any) -> jax.Array:
         raise ValueError(f"Leaf {path!r} holds {plain.dtype}: only floats can be pruned; exclude it.")
     check_finite(path, plain)
     return plain
-
-
-def _mean_gradient(loss: Callable[[Params, Any], jax.Array], params: Params, batches: Iterable[Any]) -> Params:
-    floats, rest = partition_trainable(params)
-    add = jax.jit(
-        lambda total, floats, batch: jax.tree.map(
-            jnp.add, total, jax.grad(lambda part: loss(combine(part, rest), batch))(floats)
-        )
-    )
-    total, count = jax.tree.map(jnp.zeros_like, floats), 0
-    for batch in batches:
-        total, count = add(total, floats, batch), count + 1
-    if not count:
-        raise ValueError("`batches` is empty: gradients need at least one batch.")
-    return jax.tree.map(lambda g: g / count, total)
