@@ -2,10 +2,12 @@
 
 from jaxcompress.quantization._blocks import packing_axis as packing_axis
 from jaxcompress.quantization._blocks import scale_shape as scale_shape
+from jaxcompress.quantization._entropy import entropy_clip as entropy_clip
 from jaxcompress.quantization._fake_quant import fake_quantize_array as fake_quantize_array
 from jaxcompress.quantization._fake_quant import straight_through as straight_through
 from jaxcompress.quantization._fixed_point import fixed_point_decode as fixed_point_decode
 from jaxcompress.quantization._fixed_point import fixed_point_encode as fixed_point_encode
+from jaxcompress.quantization._input_ranges import input_ranges as input_ranges
 from jaxcompress.quantization._input_transforms import lsq_inputs as lsq_inputs
 from jaxcompress.quantization._input_transforms import pact_inputs as pact_inputs
 from jaxcompress.quantization._input_transforms import quantized_inputs as quantized_inputs

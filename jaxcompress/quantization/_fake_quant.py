@@ -27,7 +27,7 @@ def fake_quantize_array(
         w: the weights.
         spec: format, granularity, range.
         layout: gives the axes.
-        bits: of integers, where they are traced (a schedule), in [2, `spec.bits`].
+        bits: of integers, where they are traced (a schedule), whole numbers in [2, 8].
 
     Returns:
         An array of the shape and dtype of `w`.

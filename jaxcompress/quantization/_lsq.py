@@ -53,8 +53,8 @@ def lsq(
             at 2 mean|w| / sqrt(Q_P), as in LSQ's paper, for symmetric integers.
 
     Returns:
-        The transform. Its trainable state is `LearnedSteps`; it needs a `transform_optimizer`. Scales are of the size of
-        weights: with Adam, a rate near 1 % of a typical scale at every step is much.
+        The transform. Its trainable state is `LearnedSteps`; it needs a `transform_optimizer`. Adam moves a scale by
+        its rate at every step: take one far below a typical scale, and another one for zero points, which count codes.
 
     Raises:
         ValueError: a `start` that the format does not have, or fixed point; from `init` and `finalize`: as `quantize`.

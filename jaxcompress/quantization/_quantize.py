@@ -53,7 +53,12 @@ def quantize(
 
 
 def fake_quantize(
-    params: Params, spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None
+    params: Params,
+    spec: QuantSpec,
+    *,
+    select: Selector | None = None,
+    layouts: Params | None = None,
+    bits: Any = None,
 ) -> Params:
     """The values of the selected leaves after quantization, with straight-through gradients; for use inside a loss.
 
@@ -65,6 +70,7 @@ def fake_quantize(
         spec: format, granularity, range.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
+        bits: of integers, where they are traced; see `fake_quantize_array`.
 
     Returns:
         A tree of the same logical shapes and dtypes.
@@ -77,7 +83,10 @@ def fake_quantize(
         Array([[ 7.], [-3.]], dtype=float32)
     """
     return _map_weights(
-        lambda _, leaf, layout: fake_quantize_array(dense_array(leaf), spec, layout), params, select, layouts
+        lambda _, leaf, layout: fake_quantize_array(dense_array(leaf), spec, layout, bits=bits),
+        params,
+        select,
+        layouts,
     )
 
 

@@ -26,7 +26,7 @@ def round_to_codes(
         scale: one entry per block, as stored.
         zero_point: as `block_scales` gives it.
         spec: gives the range of the codes.
-        bits: of integers, where they are traced; at most `spec.bits`.
+        bits: of integers, where they are traced; whole numbers in [2, 8].
 
     Returns:
         int8 codes, uint8 unless `spec.signed`, of the shape of `w`.

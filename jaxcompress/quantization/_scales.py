@@ -39,7 +39,7 @@ def block_scales(
         w: the weights.
         spec: format, granularity, range.
         layout: gives the axes.
-        bits: of integers, where they are traced; at most `spec.bits`, at least 2.
+        bits: of integers, where they are traced; whole numbers in [2, 8].
 
     Returns:
         `(scale, zero_point)` in logical layout (see `scale_shape`). `scale` is of `spec.scale_dtype`; `zero_point` is
