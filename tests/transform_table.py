@@ -88,7 +88,7 @@ TABLE: dict[str, Row] = {
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
     "8 bits, then fewer": Row(
-        make=lambda: quantization_aware(QuantSpec(bits=4, symmetric=False), bits=lambda step: 8 - 2 * step),
+        make=lambda: quantization_aware(QuantSpec(bits=4, symmetric=False), bits=lambda step: jnp.maximum(8 - step, 4)),
         zeros=None,
         variant=True,
     ),

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.quantization._arithmetic import divide
 from jaxcompress.quantization._inputs import (
     InputRange,
     InputRounding,
@@ -151,8 +152,10 @@ def pact_inputs(
         del key
 
         def visit(_: str, leaf: Any, alpha: Any) -> Any:
-            zero_point = Unselected if is_unselected(alpha) else jnp.zeros(alpha.shape, jnp.uint8)
-            return _static(leaf, Unselected if is_unselected(alpha) else alpha / steps, zero_point, rounding)
+            if is_unselected(alpha):
+                return leaf
+            zero_point = jnp.zeros(alpha.shape, jnp.uint8)
+            return with_input_rounding(leaf, rounding, scale=divide(alpha, steps), zero_point=zero_point)
 
         return map_with_path(visit, params, state.trainable)
 
