@@ -67,9 +67,9 @@ def test_extreme_values():
 
 def test_percentiles_are_within_a_bin():
     width = 2.0 ** np.ceil(np.log2(np.abs(values()).max())) / 2048
-    found, _ = ranges("percentile", percentile=98)
+    found, _ = ranges("percentile", percentile=98.0)
     np.testing.assert_allclose(found.scale * 7, np.percentile(np.abs(values()), 98), atol=1.5 * width)
-    found, _ = ranges("percentile", symmetric=False, percentile=98)
+    found, _ = ranges("percentile", symmetric=False, percentile=98.0)
     wanted = np.percentile(values(), 98) - np.percentile(values(), 2)
     np.testing.assert_allclose(found.scale * 15, wanted, atol=3 * width)
 
