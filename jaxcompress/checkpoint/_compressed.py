@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, PackedArray, QuantizedArray
+from jaxcompress.arrays import BitmaskSparseArray, LowRankArray, NMSparseArray, PackedArray, QuantizedArray
 
 
 class Codec(NamedTuple):
@@ -97,6 +97,7 @@ COMPRESSED: dict[str, CompressedType] = {
         CompressedType(QuantizedArray, {"dtype": DTYPE, "levels": _optional(FLOATS)}),
         CompressedType(BitmaskSparseArray, {"row_shape": INTS}),
         CompressedType(NMSparseArray, {"pattern": INTS, "axis": INT, "width": INT}),
+        CompressedType(LowRankArray, {"dtype": DTYPE}),
     )
 }
 """By class name, as it stands in the manifest. Classes come from this table alone, never from a file."""

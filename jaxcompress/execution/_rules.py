@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import component_shardings
+from jaxcompress.arrays import LowRankArray, component_shardings
+from jaxcompress.execution._low_rank import convolve_low_rank
 from jaxcompress.execution._matmul import dot_general
 from jaxcompress.execution._rearrange import cast, reshape, slice_axis, transpose
 from jaxcompress.types import is_compressed
@@ -22,6 +23,13 @@ def _one(result: Any) -> Sequence[Any] | None:
 def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     left, right = values
     return [dot_general(left, right, eqn.params)]
+
+
+def _convolution(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    inputs, kernel = values
+    if is_compressed(inputs) or not isinstance(kernel, LowRankArray):
+        return None
+    return _one(convolve_low_rank(kernel, inputs, eqn))
 
 
 def _transpose(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
@@ -106,6 +114,7 @@ def _by_part(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
     "gather": _gather,
     "transpose": _transpose,
     "reshape": _reshape,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, PackedArray, QuantizedArray
+from jaxcompress.arrays import BitmaskSparseArray, LowRankArray, NMSparseArray, PackedArray, QuantizedArray
 from jaxcompress.types import is_compressed
 
 
@@ -11,7 +11,8 @@ def describe_leaf(leaf: Any) -> str:
 
     For quantized leaves: the codes, how weights share scales, and how zeros are stored. `g32` is a group of 32 weights
     on one axis, `b16x32` a block over several, `per-channel` one scale for all weights along some axes, `per-tensor`
-    one for all of them.
+    one for all of them. For low-rank leaves, such as `rank 16 float32 + int4 g32`, also their factors and
+    the residual.
 
     Args:
         leaf: an array, a compressed array, or the abstract form of either.
@@ -29,6 +30,10 @@ def describe_leaf(leaf: Any) -> str:
         return " ".join(word for word in words if word)
     if isinstance(leaf, BitmaskSparseArray | NMSparseArray):
         return f"{_codes(leaf.values)} {_pattern(leaf)}"
+    if isinstance(leaf, LowRankArray):
+        kinds = dict.fromkeys(describe_leaf(factor) for factor in (leaf.left, leaf.right))
+        factors = f"rank {leaf.rank} {' and '.join(kinds)}"
+        return factors if leaf.residual is None else f"{factors} + {describe_leaf(leaf.residual)}"
     if isinstance(leaf, PackedArray):
         return _codes(leaf)
     return type(leaf).__name__ if is_compressed(leaf) else str(leaf.dtype)
