@@ -55,7 +55,7 @@ def test_zeros_are_as_many_as_asked(name):
     total = sum(w.size for w in _weights(effective))
     if TABLE[name].zeros is None:
         assert zeros < total
-        assert zeros > 0 or "bits" in name
+        assert zeros > 0 or "bits" in name or "rank" in name
     else:
         assert zeros == round(TABLE[name].zeros * total)
 
@@ -90,7 +90,10 @@ def test_what_is_stored_is_what_was_trained(name):
     transform, state, _ = trained(name)
     effective = jax.jit(transform.apply)(state.params, state.transform_state)
     final = transform.finalize(state.params, state.transform_state)
-    _assert_same(jax.jit(jc.materialize)(final), effective)
+    stored = jax.jit(jc.materialize)(final)
+    if TABLE[name].exact:
+        _assert_same(stored, effective)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), stored, effective)
     x = batch()["x"]
     np.testing.assert_allclose(jax.jit(jc.execute(model))(final, x), jax.jit(model)(effective, x), rtol=1e-4, atol=1e-5)
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from jaxcompress import pruning
+from jaxcompress import lowrank, pruning
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import QuantSpec, quantization_aware
 from jaxcompress.schedules import constant, cubic
@@ -30,12 +30,14 @@ class Row:
         zeros: the share of zeros among the weights that `apply` returns after `STEPS` steps; None: not known before.
         trains: has trainable state.
         variant: of the row above; not run on eight devices, too.
+        exact: what is stored has the very bits of what was trained; otherwise sums are made in another order.
     """
 
     make: Callable[[], Transform]
     zeros: float | None = 0.0
     trains: bool = False
     variant: bool = False
+    exact: bool = True
 
 
 def _soon() -> Any:
@@ -72,6 +74,7 @@ TABLE: dict[str, Row] = {
     "group lasso, blocks": Row(
         make=lambda: pruning.group_lasso(strength=0.05, groups=pruning.block(4, 4)), zeros=None, variant=True
     ),
+    "rank gates": Row(make=lambda: lowrank.rank_gates(share=0.5, drop_rate=0.6), zeros=None, trains=True, exact=False),
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
     "gradual, then 4 bits": Row(

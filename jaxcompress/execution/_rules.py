@@ -22,7 +22,7 @@ def _one(result: Any) -> Sequence[Any] | None:
 
 def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     left, right = values
-    return [dot_general(left, right, eqn.params)]
+    return _one(dot_general(left, right, eqn.params))
 
 
 def _convolution(eqn: Any, values: list[Any]) -> Sequence[Any] | None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxcompress.gates._measure import Measure, expected_size, full_size, parameters
 from jaxcompress.gates._penalty import Gated, Penalty, check_known
 from jaxcompress.schedules import constant
+from jaxcompress.solvers import ascending, steer
 from jaxcompress.types import Schedule
 
 Multipliers = dict[str, Any]
@@ -169,7 +170,7 @@ def smallest_with(
         weights = measure(gated.params)
         share = expected_size(gated.params, gated.groups, gated.probabilities, weights)
         share = share / full_size(gated.params, weights)
-        return share + _reversed(multipliers["loss"]) * (gated.loss - loss_bound) - gated.loss
+        return share + ascending(multipliers["loss"]) * (gated.loss - loss_bound) - gated.loss
 
     return Penalty(init, value, lambda multipliers: {"loss": jnp.maximum(multipliers["loss"], 0.0)})
 
@@ -225,10 +226,4 @@ def _pair(initial: tuple[float, float]) -> Multipliers:
 
 
 def _steer(distance: Any, multipliers: Multipliers) -> jax.Array:
-    linear, quadratic = _reversed(multipliers["linear"]), _reversed(multipliers["quadratic"])
-    return linear * distance + quadratic * distance**2
-
-
-def _reversed(multiplier: jax.Array) -> jax.Array:
-    """The same number, with the opposite gradient: minimising makes it ascend."""
-    return 2 * jax.lax.stop_gradient(multiplier) - multiplier
+    return steer(distance, multipliers["linear"], multipliers["quadratic"])

@@ -94,19 +94,33 @@ def directions(
         Wang et al. 2024, "SVD-LLM: truncation-aware singular value decomposition for large language model compression",
         section 3.1: with Aᵀ A = XᵀX, to drop a singular value σ changes the outputs by σ² exactly.
     """
-    weights = weights.astype(jnp.float32)
-    scale = jnp.ones((weights.shape[0], weights.shape[2]), jnp.float32)
-    if outputs is not None:
-        mean = jnp.mean(outputs, axis=-1, keepdims=True)
-        floor = jnp.where(mean > 0, _LEAST_SHARE * mean, 1.0)
-        scale = jnp.sqrt(jnp.maximum(outputs.astype(jnp.float32), floor))
-    weighted = weights * scale[:, None]
-    if inputs is not None and inputs.ndim == 2:
-        weighted = jnp.sqrt(inputs.astype(jnp.float32))[..., None] * weighted
-    elif inputs is not None:
-        weighted = jnp.matmul(inputs, weighted, precision=_HIGHEST)
+    scale = output_scale(weights, outputs)
+    weighted = apply_norm(weights, inputs, scale)
     _, values, vectors = jnp.linalg.svd(weighted, full_matrices=False)
     return Directions(values, vectors.mT, scale)
+
+
+def output_scale(weights: Float[Array, "S D R"], outputs: Float[Array, "S R"] | None) -> Float32[Array, "S R"]:
+    """The diagonal of B, from the squares of it or None."""
+    if outputs is None:
+        return jnp.ones((weights.shape[0], weights.shape[2]), jnp.float32)
+    mean = jnp.mean(outputs, axis=-1, keepdims=True)
+    floor = jnp.where(mean > 0, _LEAST_SHARE * mean, 1.0)
+    return jnp.sqrt(jnp.maximum(outputs.astype(jnp.float32), floor))
+
+
+def apply_norm(
+    weights: Float[Array, "S D R"],
+    inputs: Float[Array, "S D D"] | Float[Array, "S D"] | None,
+    scale: Float[Array, "S R"],
+) -> Float32[Array, "S D R"]:
+    """A W B."""
+    weighted = weights.astype(jnp.float32) * scale[:, None]
+    if inputs is None:
+        return weighted
+    if inputs.ndim == 2:
+        return jnp.sqrt(inputs.astype(jnp.float32))[..., None] * weighted
+    return jnp.matmul(inputs, weighted, precision=_HIGHEST)
 
 
 @functools.partial(jax.jit, static_argnames="rank")
