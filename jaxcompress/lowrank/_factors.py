@@ -25,7 +25,7 @@ def compress_factors(
     Args:
         params: the tree; leaves that are no `LowRankArray` stay as they are, and so do residuals.
         compress: `(params, statistics, layouts) -> (params, info)`, called once, with {path: {"left": ..., "right":
-            ...}} of plain factors; such as `lambda p, s, l: (quantization.quantize(p, spec, layouts=l), None)`. A
+            ...}} of plain factors; such as `lambda p, s, at: (quantization.quantize(p, spec, layouts=at), None)`. A
             factor has the axes of its leaf, of size 1 where it does not vary, and the rank as its last axis. The inputs
             of "left" are those of the leaf, the inputs of "right" are the rank.
         statistics: from `input_statistics`, of the leaves. Given "gram", both factors get their own: XᵀX, and LᵀXᵀX L
@@ -42,7 +42,7 @@ def compress_factors(
     Example:
         >>> from jaxcompress.lowrank import svd
         >>> small, _ = svd({"kernel": jnp.arange(12.0).reshape(4, 3)}, rank=2)
-        >>> halves, _ = compress_factors(small, lambda p, s, l: (jax.tree.map(lambda w: jnp.round(2 * w) / 2, p), None))
+        >>> halves, _ = compress_factors(small, lambda p, s, at: (jax.tree.map(lambda w: jnp.round(2 * w) / 2, p), None))
         >>> (2 * halves["kernel"].left[:, 0]).astype(int).tolist()[0]
         [1, -1]
     """

@@ -129,11 +129,11 @@ def test_rank_zero_and_dense_leaves_keep_the_residual_alone():
     ("compress", "message"),
     [
         (
-            lambda p, s, l: ({"w": p["w"].T}, None),
+            lambda p, s, at: ({"w": p["w"].T}, None),
             r"returned float32\(12, 16\) for leaf 'w', expected float32\(16, 12\)",
         ),
-        (lambda p, s, l: ({}, None), "returned nothing for leaf 'w'"),
-        (lambda p, s, l: ({"w": p["w"].astype("bfloat16")}, None), "returned bfloat16"),
+        (lambda p, s, at: ({}, None), "returned nothing for leaf 'w'"),
+        (lambda p, s, at: ({"w": p["w"].astype("bfloat16")}, None), "returned bfloat16"),
     ],
 )
 def test_what_compress_returns_is_checked(compress, message):
@@ -159,7 +159,7 @@ def test_factors_are_quantized_like_two_kernels(shape, layout):
     layouts = {"w": layout}
     small, _ = svd({"w": normal(*shape)}, rank=8, layouts=layouts)
     spec = QuantSpec(bits=8, group_size=4)
-    found, _ = compress_factors(small, lambda p, s, l: (quantize(p, spec, layouts=l), None), layouts=layouts)
+    found, _ = compress_factors(small, lambda p, s, at: (quantize(p, spec, layouts=at), None), layouts=layouts)
     leaf = found["w"]
     validate_array(leaf)
     assert isinstance(leaf.left, QuantizedArray)
@@ -192,26 +192,26 @@ def test_factors_get_statistics_of_their_own():
     np.testing.assert_allclose(seen[0]["right"].gram, hidden.T @ hidden, rtol=1e-3, atol=1e-2)
     np.testing.assert_allclose(seen[0]["right"].squared_sum, (hidden**2).sum(0), rtol=1e-3)
     pruned, _ = compress_factors(
-        small, lambda p, s, l: pruning.sparsegpt(p, s, sparsity=0.5, layouts=l), statistics=found
+        small, lambda p, s, at: pruning.sparsegpt(p, s, sparsity=0.5, layouts=at), statistics=found
     )
     assert float((pruned["w"].right == 0).mean()) == pytest.approx(0.5, abs=0.02)
 
 
 def test_factors_of_nothing_and_of_other_layouts_are_refused():
     with pytest.raises(ValueError, match="No leaf is a LowRankArray"):
-        compress_factors({"w": normal(4, 3)}, lambda p, s, l: (p, None))
+        compress_factors({"w": normal(4, 3)}, lambda p, s, at: (p, None))
     small, _ = svd({"w": normal(4, 3)}, rank=2)
     turned = {"w": LeafLayout(kind="matmul", input_axes=(1,), output_axes=(0,))}
     with pytest.raises(ValueError, match=r"left factor of leaf 'w', \(4, 1, 2\), does not have the inputs"):
-        compress_factors(small, lambda p, s, l: (p, None), layouts=turned)
+        compress_factors(small, lambda p, s, at: (p, None), layouts=turned)
     with pytest.raises(ValueError, match="returned nothing for factor 'w/right'"):
-        compress_factors(small, lambda p, s, l: ({"w": {"left": p["w"]["left"]}}, None))
+        compress_factors(small, lambda p, s, at: ({"w": {"left": p["w"]["left"]}}, None))
 
 
 def test_all_of_it_together_is_smaller_than_the_factors():
     params = {"kernel": normal(64, 48)}
-    small, _ = with_residual(params, lambda p, s, l: (quantize(p, QuantSpec(bits=2), layouts=l), None), rank=8)
-    small, _ = compress_factors(small, lambda p, s, l: (quantize(p, QuantSpec(bits=8), layouts=l), None))
+    small, _ = with_residual(params, lambda p, s, at: (quantize(p, QuantSpec(bits=2), layouts=at), None), rank=8)
+    small, _ = compress_factors(small, lambda p, s, at: (quantize(p, QuantSpec(bits=8), layouts=at), None))
     assert isinstance(small["kernel"], LowRankArray)
     report = jc.report.size_report(small)
     # 2 bits and a scale per output; 8 bits for each of the factors' numbers and a scale for each of their columns.

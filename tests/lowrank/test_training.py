@@ -79,7 +79,7 @@ def trained(transform, steps=300):
     )
     state = init_state(params, key=jax.random.key(0))
     for _ in range(steps):
-        state, figures = step(state, None, batch)
+        state, _ = step(state, None, batch)
     return state, batch
 
 
