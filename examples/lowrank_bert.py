@@ -252,9 +252,6 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(9, 0.8 + 0.32 * len(methods)), layout="constrained")
     names = sorted(methods, key=lambda name: -methods[name]["kl"])
     colors = [_color(name) for name in names]
-        "#d1495b" if "budget" not in n and "bits" not in n else "#0b7a75" if "bits" not in n else "#8c96a3"
-        for n in names
-    ]
     bars = axes.barh(names, [methods[name]["kl"] for name in names], color=colors)
     labels = [f"{methods[n]['kl']:.4f} nats, {methods[n]['bytes'] / whole:.0%} of the bytes" for n in names]
     axes.bar_label(bars, labels, padding=4, fontsize=8)
