@@ -69,7 +69,7 @@ class MatrixLeaf:
 
     def flat(self, statistic: Float[Array, "..."], *, ndim: int) -> Float[Array, "..."]:
         """A statistic with `ndim` axes of its own, with one axis for the stack."""
-        return statistic.reshape(-1, *statistic.shape[statistic.ndim - ndim :])
+        return statistic.reshape(self.stack, *statistic.shape[statistic.ndim - ndim :])
 
     @property
     def _permutation(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ Shape letters: S stack entries, D inputs, k the rank.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -103,8 +104,9 @@ def _statistics(leaf: LowRankArray, layout: LeafLayout, found: Any) -> dict[str,
     rank, depth = leaf.rank, found.gram.shape[-1]
     axes = (*layout.stack_axes, *layout.input_axes)
     rest = [axis for axis in range(leaf.ndim) if axis not in axes]
-    left = _plain(leaf.left).transpose(*axes, *rest, leaf.ndim).reshape(-1, depth, rank).astype(jnp.float32)
-    gram = jnp.einsum("sik,sij,sjl->skl", left, found.gram.reshape(-1, depth, depth), left, precision="highest")
+    stack = math.prod(found.gram.shape[:-2])
+    left = _plain(leaf.left).transpose(*axes, *rest, leaf.ndim).reshape(stack, depth, rank).astype(jnp.float32)
+    gram = jnp.einsum("sik,sij,sjl->skl", left, found.gram.reshape(stack, depth, depth), left, precision="highest")
     gram = gram.reshape(*found.gram.shape[:-2], rank, rank)
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
     own = dataclasses.replace(found, absolute_sum=None, absolute_max=None, cross=None)

@@ -137,7 +137,7 @@ def _init(setup: _Setup, params: Params, *, key: jax.Array, statistics: Any = No
             statistics,
             fisher=None,
             damping=0.0,
-            whitening="eigen",
+            whitening="cholesky",
             select=setup.select,
             layouts=setup.layouts,
         )

@@ -83,7 +83,7 @@ def with_residual(
         chosen, targets = plain_targets(params, select=select, layouts=layouts)
     else:
         chosen, targets = activation_targets(
-            params, statistics, fisher=fisher, damping=damping, whitening="eigen", select=select, layouts=layouts
+            params, statistics, fisher=fisher, damping=damping, whitening="cholesky", select=select, layouts=layouts
         )
     split = _Split(chosen, targets, compress, statistics)
     rule = as_rule(rank)

@@ -50,7 +50,7 @@ def activation_svd(
     rank: int | Mapping[str, int | None] | RankRule,
     fisher: Params | None = None,
     damping: float = 0.0,
-    whitening: Whitening = "eigen",
+    whitening: Whitening = "cholesky",
     select: Selector | None = None,
     layouts: Params | None = None,
 ) -> tuple[Params, dict[str, LowRankInfo]]:
@@ -68,9 +68,10 @@ def activation_svd(
         statistics: from `calibration.input_statistics`, with "gram".
         rank: see `svd`.
         fisher: from `calibration.fisher`, or any tree of weights of that shape, at least 0.
-        damping: λ mean(diag) is added to the diagonal of XᵀX. "cholesky" needs some where XᵀX is singular, and takes
-            more if it must; with `cross`, 0 means 1e-6 for the targets.
-        whitening: how A is found; see `root_of_gram`. Without damping the factors are the same.
+        damping: λ mean(diag) is added to the diagonal of XᵀX. Where that is singular, "cholesky" needs 1e-6 or so, and
+            takes it. With `cross`, 0 means 1e-6 for the targets.
+        whitening: how A is found; see `root_of_gram`. The factors are the same but for the damping; "eigen" costs
+            several times as much.
         select: which leaves; by default all that have such statistics.
         layouts: see `svd`.
 
