@@ -74,7 +74,9 @@ TABLE: dict[str, Row] = {
     "group lasso, blocks": Row(
         make=lambda: pruning.group_lasso(strength=0.05, groups=pruning.block(4, 4)), zeros=None, variant=True
     ),
-    "rank gates": Row(make=lambda: lowrank.rank_gates(share=0.5, drop_rate=0.6), zeros=None, trains=True, exact=False),
+    "rank gates": Row(
+        make=lambda: lowrank.rank_gates(strength=0.01, drop_rate=0.4), zeros=None, trains=True, exact=False
+    ),
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
     "gradual, then 4 bits": Row(

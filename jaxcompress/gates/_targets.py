@@ -59,6 +59,8 @@ def lagrangian(
         raise ValueError(f"Give one of `sparsity` and `size`, got {sparsity} and {size}.")
     if sparsity is not None and not 0 <= sparsity <= 1:
         raise ValueError(f"`sparsity` must be in [0, 1], got {sparsity}.")
+    if size is not None and not size >= 0:
+        raise ValueError(f"`size` must be at least 0, got {size}.")
 
     def sizes(gated: Gated) -> tuple[Mapping[str, float], float, float]:
         """What a weight counts, the full size, the target."""

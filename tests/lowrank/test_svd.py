@@ -212,7 +212,7 @@ def test_dead_inputs_and_no_signal_at_all():
     # With no signal at all, what is damped counts all inputs alike.
     small, _ = activation_svd({"w": normal(6, 5)}, {"w": statistics_of(0 * x)}, rank=2)
     np.testing.assert_allclose(small["w"].materialize(), truncated(normal(6, 5), 2)[0], atol=1e-5)
-    small, info = svd({"w": jnp.zeros((6, 5))}, rank=2)
+    small, _ = svd({"w": jnp.zeros((6, 5))}, rank=2)
     np.testing.assert_array_equal(small["w"].materialize(), np.zeros((6, 5)))
 
 
