@@ -137,7 +137,7 @@ def _stored(kernel: _Kernel, params: Params, site: Site) -> tuple[jax.Array, jax
 def _kept_inputs(mask: Any, shape: tuple[int, ...], site: Site) -> np.ndarray:
     """For each input, whether anything of it stays; another group may have cut the outputs."""
     mask = np.asarray(mask)
-    return np.broadcast_to(mask.T if site.input_axis else mask, shape).any(axis=1)
+    return np.asarray(np.broadcast_to(mask.T if site.input_axis else mask, shape).any(axis=1))
 
 
 def _check_axis(site: Site, group: UnitGroup, part: UnitSlices) -> None:
