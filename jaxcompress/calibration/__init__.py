@@ -12,6 +12,12 @@ from jaxcompress.calibration._matrices import entries as entries
 from jaxcompress.calibration._matrices import map_entries as map_entries
 from jaxcompress.calibration._matrices import matrices as matrices
 from jaxcompress.calibration._matrices import with_leaves as with_leaves
+from jaxcompress.calibration._moments import Moments as Moments
+from jaxcompress.calibration._moments import moments as moments
+from jaxcompress.calibration._moments import relative_error as relative_error
+from jaxcompress.calibration._pause import Pausing as Pausing
+from jaxcompress.calibration._pause import Site as Site
+from jaxcompress.calibration._pause import pausing as pausing
 from jaxcompress.calibration._sequential import sequential as sequential
 from jaxcompress.calibration._statistics import InputStatistics as InputStatistics
 from jaxcompress.calibration._statistics import LookupCounts as LookupCounts

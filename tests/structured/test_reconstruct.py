@@ -7,7 +7,7 @@ import pytest
 
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import mask_units, reconstruct, shrink
-from jaxcompress.structured._pause import pausing
+from jaxcompress.calibration import pausing
 from jaxcompress.units import UnitGroup, UnitSlices
 
 WIDTH, INNER, BLOCKS = 4, (6, 10), 2
