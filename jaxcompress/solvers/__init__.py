@@ -15,6 +15,9 @@ from jaxcompress.solvers._columns import block_sizes as block_sizes
 from jaxcompress.solvers._columns import solve_columns as solve_columns
 from jaxcompress.solvers._columns import solve_groups as solve_groups
 from jaxcompress.solvers._counting import count_true as count_true
+from jaxcompress.solvers._descent import RoundInput as RoundInput
+from jaxcompress.solvers._descent import coordinate_descent as coordinate_descent
+from jaxcompress.solvers._descent import least_squares_scales as least_squares_scales
 from jaxcompress.solvers._hard_concrete import STANDARD as STANDARD
 from jaxcompress.solvers._hard_concrete import Form as Form
 from jaxcompress.solvers._hard_concrete import HardConcrete as HardConcrete
