@@ -1,5 +1,10 @@
 """Quantization of weights: specs, round to nearest, fake quantization, fixed point; GPTQ and other one-shot methods."""
 
+from jaxcompress.quantization._bit_allocation import FormatSensitivity as FormatSensitivity
+from jaxcompress.quantization._bit_allocation import allocate_bits as allocate_bits
+from jaxcompress.quantization._bit_allocation import fisher_sensitivity as fisher_sensitivity
+from jaxcompress.quantization._bit_allocation import measured_sensitivity as measured_sensitivity
+from jaxcompress.quantization._bit_allocation import quantize_each as quantize_each
 from jaxcompress.quantization._blocks import packing_axis as packing_axis
 from jaxcompress.quantization._blocks import scale_shape as scale_shape
 from jaxcompress.quantization._fake_quant import fake_quantize_array as fake_quantize_array
@@ -9,6 +14,9 @@ from jaxcompress.quantization._fixed_point import fixed_point_encode as fixed_po
 from jaxcompress.quantization._gptq import gptq as gptq
 from jaxcompress.quantization._gptq_matrix import Groups as Groups
 from jaxcompress.quantization._gptq_matrix import Order as Order
+from jaxcompress.quantization._hqq import hqq as hqq
+from jaxcompress.quantization._learned_rounding import RoundingSchedule as RoundingSchedule
+from jaxcompress.quantization._learned_rounding import learned_rounding as learned_rounding
 from jaxcompress.quantization._quantize import fake_quantize as fake_quantize
 from jaxcompress.quantization._quantize import fixed_point as fixed_point
 from jaxcompress.quantization._quantize import quantize as quantize

@@ -5,7 +5,7 @@ Shape letters: D inputs of a kernel, R outputs.
 
 import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,9 @@ from jaxcompress.trace import layouts as traced_layouts
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params, Selector
 
+Targets = Literal["dense", "weights"]
+"""What a kernel comes close to: what the dense model writes, or its own weights on the inputs that it gets."""
+
 BEST_RANGES = RangeSearch(steps=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
 """Both ends of every range, weighted by the inputs."""
 
@@ -37,6 +40,7 @@ def reconstruct(
     groups: Groups = "static",
     ranges: RangeSearch | None = BEST_RANGES,
     refine: int = 2,
+    targets: Targets = "dense",
     ridge: float = 0.1,
     damping: float = 0.01,
     bias: bool = True,
@@ -65,6 +69,8 @@ def reconstruct(
         groups: likewise.
         ranges: likewise.
         refine: likewise.
+        targets: "dense": T as above. "weights": T = W, which is GPTQ as published, in sequence; without `refine`,
+            `ranges` and `bias`, exactly so.
         ridge: how much T is held to W; the rows must tell more than noise about it.
         damping: as for `gptq`.
         bias: fit the bias too, where one is added to the output; it stays a float.
@@ -83,8 +89,8 @@ def reconstruct(
     Example:
         >>> params = {"w": jnp.array([[0.6], [0.6], [7.0]]), "b": jnp.zeros(1)}
         >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.1], [4.0, 4.1, 0.0]])
-        >>> small, info = reconstruct(lambda p, x: x @ p["w"] + p["b"], params, [(x,)], QuantSpec(bits=4))
-        >>> info["w"].error < 0.1 < info["w"].error_before
+        >>> small, info = reconstruct(lambda p, x: x @ p["w"] + p["b"][None], params, [(x,)], QuantSpec(bits=4))
+        >>> info["w"].error < 0.2 < info["w"].error_before
         True
 
     References:
@@ -94,6 +100,8 @@ def reconstruct(
     kept = list(batches)
     if not kept:
         raise ValueError("`batches` is empty: rounding needs inputs.")
+    if targets not in get_args(Targets):
+        raise ValueError(f"`targets` must be one of {get_args(Targets)}, got {targets!r}.")
     if not ridge >= 0:
         raise ValueError(f"`ridge` must not be negative, got {ridge}.")
     kernels = _kernels(apply, params, kept[0], select)
@@ -113,8 +121,8 @@ def reconstruct(
         weights = np.asarray(kernel.matrix(kernel.weight)[0], np.float64)
         sums = moments(pairs, jnp.asarray(weights, jnp.float32), jnp.asarray(before, jnp.float32), rows)
         rule = Rule(specs[site.path], order, groups, ranges, refine)
-        free = bias and site.bias is not None
-        leaf, after, info[site.path] = _rounded_kernel(kernel, sums, weights, before, ridge, damping, free, rule)
+        fit = _Fit(weights, before, ridge if targets == "dense" else None, damping, bias and site.bias is not None)
+        leaf, after, info[site.path] = _rounded_kernel(kernel, sums, fit, rule)
         leaves[site.path] = leaf
         if site.bias is not None:
             leaves[site.bias] = jnp.asarray(after, dict(leaves_with_paths(params))[site.bias].dtype)
@@ -141,45 +149,59 @@ def _bias(params: Params, site: Site) -> Float64[np.ndarray, " R"]:
     return np.zeros(outputs) if site.bias is None else np.asarray(leaves[site.bias], np.float64)
 
 
+class _Fit(NamedTuple):
+    """A kernel of the dense model, and what it may become; without a ridge the weights are the targets."""
+
+    weights: Float64[np.ndarray, "D R"]
+    bias: Float64[np.ndarray, " R"]
+    ridge: float | None
+    damping: float
+    free_bias: bool
+
+
 def _rounded_kernel(
-    kernel: MatrixLeaf,
-    sums: Moments,
-    weights: Float64[np.ndarray, "D R"],
-    bias: Float64[np.ndarray, " R"],
-    ridge: float,
-    damping: float,
-    free: bool,
-    rule: Rule,
+    kernel: MatrixLeaf, sums: Moments, fit: _Fit, rule: Rule
 ) -> tuple[Any, Float64[np.ndarray, " R"], RoundingInfo]:
     """The compressed leaf, the bias that goes with it, and what happened."""
-    gram, cross = sums.gram, sums.cross - np.outer(sums.inputs, bias)
-    if free:
-        gram = sums.gram - np.outer(sums.inputs, sums.inputs) / sums.count
-        cross = sums.cross - np.outer(sums.inputs, sums.targets) / sums.count
-    dead = np.diag(gram) <= 0
-    mean = np.diag(gram)[~dead].mean() if not dead.all() else 1.0
-    hessian = gram + np.diag(np.where(dead, mean, 0.0))
-    hold = max(ridge, 1e-8) * mean
-    targets = np.linalg.solve(hessian + hold * np.eye(len(gram)), cross + hold * weights)
-    targets[dead] = 0.0
-    solved = _solve(*(np.asarray(x / mean, np.float32) for x in (targets * mean, hessian)), np.float32(damping), rule)
+    targets, hessian, dead = _problem(sums, fit)
+    solved = _solve(targets.astype(np.float32), hessian.astype(np.float32), np.float32(fit.damping), rule)
     zero_point = None if solved.zero_point is None else solved.zero_point[None]
     leaf = stored(kernel, solved.codes[None], solved.scale[None], zero_point, rule.spec)
     found = np.asarray(kernel.matrix(leaf.materialize())[0], np.float64)
     nearest = quantize_array(kernel.weight, rule.spec, kernel.layout).materialize()
-    after = (sums.targets - sums.inputs @ found) / sums.count if free else bias
+    after = (sums.targets - sums.inputs @ found) / sums.count if fit.free_bias else fit.bias
     return (
         leaf,
         after,
         RoundingInfo.of(
             leaf,
-            error_before=float(np.sqrt(relative_error(sums, np.asarray(kernel.matrix(nearest)[0]), bias))),
+            error_before=float(np.sqrt(relative_error(sums, np.asarray(kernel.matrix(nearest)[0]), fit.bias))),
             error=float(np.sqrt(relative_error(sums, found, after))),
             damping=float(solved.damping),
             retries=int(solved.retries),
             dead_inputs=int(dead.sum()),
         ),
     )
+
+
+def _problem(sums: Moments, fit: _Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Targets, the matrix that weighs their errors (its mean diagonal is 1), and which inputs are always 0."""
+    gram, cross = sums.gram, sums.cross - np.outer(sums.inputs, fit.bias)
+    dead = np.diag(gram) <= 0
+    if fit.free_bias:
+        gram = sums.gram - np.outer(sums.inputs, sums.inputs) / sums.count
+        cross = sums.cross - np.outer(sums.inputs, sums.targets) / sums.count
+    # Inputs that never change leave rounding errors on a centred diagonal, or nothing.
+    level = np.diag(sums.gram)[~dead].mean() if not dead.all() else 1.0
+    constant = np.diag(gram) <= 1e-6 * np.diag(sums.gram)
+    mean = np.diag(gram)[~constant].mean() if not constant.all() else level
+    hessian = np.where(constant[:, None] | constant[None], 0.0, gram / mean) + np.diag(np.where(constant, 1.0, 0.0))
+    targets = fit.weights
+    if fit.ridge is not None:
+        hold = max(fit.ridge, 1e-8)
+        right = np.where(constant[:, None], fit.weights, cross / mean) + hold * fit.weights
+        targets = np.linalg.solve(hessian + hold * np.eye(len(gram)), right)
+    return np.where(dead[:, None], 0.0, targets), hessian, dead
 
 
 @functools.partial(jax.jit, static_argnames="rule")
