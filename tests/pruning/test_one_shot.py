@@ -252,7 +252,7 @@ def test_mistakes_are_named():
         pruning.wanda(PARAMS, STATISTICS, sparsity=0.5, scope="leaf", counting="reference")
     with pytest.raises(ValueError, match="'bias' has no statistic 'gram'"):
         run(sparsity=0.5, select=lambda params: dict.fromkeys(params, True))
-    with pytest.raises(ValueError, match="there is nothing to prune"):
+    with pytest.raises(ValueError, match="there is nothing to compress"):
         pruning.wanda(PARAMS, dict.fromkeys(PARAMS, tree.Unselected), sparsity=0.5)
     with pytest.raises(ValueError, match=r"'kernel' of shape \(5, 12\) has stack \[\] and 5 inputs.*give `layouts`"):
         pruning.wanda({"kernel": PARAMS["kernel"].T}, {"kernel": STATISTICS["kernel"]}, sparsity=0.5)
