@@ -6,6 +6,7 @@ from typing import Any
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._input_quantized import InputQuantizedArray
 from jaxcompress.arrays._low_rank import LowRankArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
@@ -63,6 +64,11 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
             right=_cut_factor(leaf.right, sharding),
             residual=None if leaf.residual is None else component_shardings(leaf.residual, sharding),
         )
+    if isinstance(leaf, InputQuantizedArray):
+        parts = (leaf.scale, leaf.zero_point)
+        scale, zero_point = (None if part is None else _of_leading_axes(part, sharding) for part in parts)
+        weight = component_shardings(leaf.weight, sharding)
+        return dataclasses.replace(leaf, weight=weight, scale=scale, zero_point=zero_point)
     return _replicate_ones(leaf, sharding)
 
 
@@ -70,6 +76,10 @@ def _cut_factor(factor: Any, sharding: NamedSharding) -> Any:
     *sizes, _ = factor.shape
     kept = [None if size == 1 else entry for size, entry in zip(sizes, _entries(sharding, len(sizes)), strict=True)]
     return component_shardings(factor, NamedSharding(sharding.mesh, PartitionSpec(*kept, None)))
+
+
+def _of_leading_axes(part: Any, sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: part.ndim]))
 
 
 def _cut_whole_blocks(leaf: Any, axis: int, block: int, sharding: NamedSharding) -> NamedSharding:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._input_quantized import InputQuantizedArray
 from jaxcompress.arrays._low_rank import LowRankArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
@@ -40,6 +41,8 @@ def validate_array(leaf: Any) -> None:
         _validate_quantized(leaf)
     elif isinstance(leaf, LowRankArray):
         _validate_low_rank(leaf)
+    elif isinstance(leaf, InputQuantizedArray):
+        _validate_input_quantized(leaf)
 
 
 def _require(holds: Any, message: str) -> None:
@@ -126,3 +129,13 @@ def _validate_low_rank(leaf: LowRankArray) -> None:
         )
     for part in parts:
         validate_array(part)
+
+
+def _validate_input_quantized(leaf: InputQuantizedArray) -> None:
+    if leaf.scale is not None:
+        stacked = leaf.shape[: leaf.scale.ndim]
+        _require(leaf.scale.shape == stacked, f"Input scales of shape {leaf.scale.shape}, stacked axes {stacked}.")
+        _require((jnp.isfinite(leaf.scale) & (leaf.scale > 0)).all(), "Input scales must be positive and finite.")
+    shapes = [None if part is None else part.shape for part in (leaf.scale, leaf.zero_point)]
+    _require(shapes[1] in (None, shapes[0]), f"Input scales and zero points of shapes {shapes} differ.")
+    validate_array(leaf.weight)

@@ -35,7 +35,7 @@ def dot_low_rank(
     """
     contracted, batch = parameters["dimension_numbers"]
     order = _thin_first(leaf, contracted[side])
-    if order is None or parameters["out_sharding"] is not None or not jnp.issubdtype(other.dtype, jnp.floating):
+    if order is None or not can_stay_thin(leaf, other.dtype, side, parameters):
         return None
     first, second = order
     shared = dict(zip(contracted[1 - side], contracted[side], strict=True))
@@ -54,6 +54,12 @@ def dot_low_rank(
         return result
     operands = (leaf.residual, other) if side == 0 else (other, leaf.residual)
     return result + dot(*operands, parameters)
+
+
+def can_stay_thin(leaf: LowRankArray, dtype: Any, side: int, parameters: Mapping[str, Any]) -> bool:
+    """Whether `dot_low_rank` can do without the plain array, with another operand of that dtype."""
+    thin = _thin_first(leaf, parameters["dimension_numbers"][0][side]) is not None
+    return thin and parameters["out_sharding"] is None and jnp.issubdtype(dtype, jnp.floating)
 
 
 def convolve_low_rank(leaf: LowRankArray, inputs: jax.Array, eqn: Any) -> jax.Array | None:

@@ -20,13 +20,14 @@ _BLOCKS = 16
 _LARGE = 2**18
 
 
-def dot_general(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Array | None:
-    """`lax.dot_general` where one operand, or both, are compressed; None where a low-rank one must be made plain."""
+def dot_general(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Array:
+    """`lax.dot_general` where one operand, or both, are compressed."""
     side = 0 if is_compressed(left) else 1
     leaf, other = (left, right) if side == 0 else (right, left)
     other: Any = other.materialize() if is_compressed(other) else other
     if isinstance(leaf, LowRankArray):
-        return dot_low_rank(leaf, other, side, parameters, _dot_of_any)
+        found = dot_low_rank(leaf, other, side, parameters, _dot_of_any)
+        return _dot(leaf.materialize(), other, side, parameters) if found is None else found
     axis = _block_axis(leaf, side, other, parameters)
     if axis is None:
         return _dot(leaf.materialize(), other, side, parameters)
@@ -42,10 +43,7 @@ def dot_general(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Arr
 
 def _dot_of_any(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Array:
     if is_compressed(left) or is_compressed(right):
-        found = dot_general(left, right, parameters)
-        if found is not None:
-            return found
-        left, right = (side.materialize() if is_compressed(side) else side for side in (left, right))
+        return dot_general(left, right, parameters)
     return jax.lax.dot_general_p.bind(left, right, **parameters)
 
 

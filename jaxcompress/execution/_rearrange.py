@@ -8,7 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import BitmaskSparseArray, LowRankArray, NMSparseArray, PackedArray, QuantizedArray, SparseArray
+from jaxcompress.arrays import (
+    BitmaskSparseArray,
+    InputQuantizedArray,
+    LowRankArray,
+    NMSparseArray,
+    PackedArray,
+    QuantizedArray,
+    SparseArray,
+)
 from jaxcompress.trace import reshape_runs
 from jaxcompress.types import is_compressed
 
@@ -31,6 +39,10 @@ def transpose(leaf: Any, permutation: Sequence[int]) -> Any:
             lambda factor: transpose(factor, (*permutation, leaf.ndim)),
             lambda residual: transpose(residual, permutation),
         )
+    if isinstance(leaf, InputQuantizedArray):
+        stacked = range(_stacked_ndim(leaf))
+        fixed = tuple(permutation[: len(stacked)]) == tuple(stacked)
+        return _with_weight(leaf, transpose(leaf.weight, permutation)) if fixed else None
     return None if is_compressed(leaf) else leaf.transpose(permutation)
 
 
@@ -47,6 +59,10 @@ def reshape(leaf: Any, shape: Sequence[int]) -> Any:
         return _with_parts(leaf, data, lambda part: part.reshape(next(targets)))
     if isinstance(leaf, LowRankArray):
         return _reshape_low_rank(leaf, shape)
+    if isinstance(leaf, InputQuantizedArray):
+        stacked = _stacked_ndim(leaf)
+        fixed = tuple(shape[:stacked]) == leaf.shape[:stacked]
+        return _with_weight(leaf, reshape(leaf.weight, shape)) if fixed else None
     return None if is_compressed(leaf) else leaf.reshape(shape)
 
 
@@ -69,6 +85,13 @@ def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
             return part if part.shape[axis] != leaf.shape[axis] else slice_axis(part, axis, start, size)
 
         return with_factors(leaf, cut, cut)
+    if isinstance(leaf, InputQuantizedArray):
+        moved = leaf
+        if axis < _stacked_ndim(leaf):
+            parts = {"scale": leaf.scale, "zero_point": leaf.zero_point}
+            cut = {name: part if part is None else slice_axis(part, axis, start, size) for name, part in parts.items()}
+            moved = dataclasses.replace(leaf, **cut)
+        return _with_weight(moved, slice_axis(leaf.weight, axis, start, size))
     return None if is_compressed(leaf) else jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
 
 
@@ -85,6 +108,9 @@ def cast(leaf: Any, dtype: Any) -> Any:
     if isinstance(leaf, LowRankArray) and (leaf.dtype == dtype or leaf.dtype == jnp.float32):
         moved = with_factors(leaf, lambda factor: factor, lambda residual: cast(residual, dtype))
         return None if moved is None else dataclasses.replace(moved, dtype=jnp.dtype(dtype))
+    if isinstance(leaf, InputQuantizedArray):
+        plain = not is_compressed(leaf.weight)
+        return _with_weight(leaf, leaf.weight.astype(dtype) if plain else cast(leaf.weight, dtype))
     return None if is_compressed(leaf) else jnp.asarray(leaf).astype(dtype)
 
 
@@ -108,6 +134,8 @@ def can_unstack(leaf: Any) -> bool:
     if isinstance(leaf, LowRankArray):
         parts = [part for part in (leaf.left, leaf.right, leaf.residual) if part is not None]
         return all(part.shape[0] == leaf.shape[0] and can_unstack(part) for part in parts)
+    if isinstance(leaf, InputQuantizedArray):
+        return can_unstack(leaf.weight) and (leaf.scale is None or leaf.scale.ndim > 0)
     return not is_compressed(leaf)
 
 
@@ -139,6 +167,14 @@ def _with_parts(leaf: QuantizedArray, data: Any, move: Any) -> QuantizedArray | 
     scale = move(leaf.scale)
     zero_point = None if leaf.zero_point is None else move(leaf.zero_point)
     return dataclasses.replace(leaf, data=data, scale=scale, zero_point=zero_point)
+
+
+def _with_weight(leaf: InputQuantizedArray, weight: Any) -> InputQuantizedArray | None:
+    return None if weight is None else dataclasses.replace(leaf, weight=weight)
+
+
+def _stacked_ndim(leaf: InputQuantizedArray) -> int:
+    return 0 if leaf.scale is None else leaf.scale.ndim
 
 
 def _dense_codes(leaf: QuantizedArray, move: Any) -> Any:

@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import LowRankArray, component_shardings
-from jaxcompress.execution._low_rank import convolve_low_rank
+from jaxcompress.arrays import InputQuantizedArray, LowRankArray, component_shardings, input_rounded
+from jaxcompress.execution._low_rank import can_stay_thin, convolve_low_rank
 from jaxcompress.execution._matmul import dot_general
+from jaxcompress.execution._quantized_inputs import dot_of_quantized_inputs
 from jaxcompress.execution._rearrange import cast, reshape, slice_axis, transpose
 from jaxcompress.types import is_compressed
 
@@ -22,14 +23,23 @@ def _one(result: Any) -> Sequence[Any] | None:
 
 def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     left, right = values
-    return _one(dot_general(left, right, eqn.params))
+    if isinstance(left, InputQuantizedArray) or isinstance(right, InputQuantizedArray):
+        return [dot_of_quantized_inputs(left, right, eqn.params)]
+    for side, (leaf, other) in enumerate(((left, right), (right, left))):
+        if isinstance(leaf, LowRankArray) and not can_stay_thin(leaf, other.dtype, side, eqn.params):
+            return None
+    return [dot_general(left, right, eqn.params)]
 
 
-def _convolution(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    inputs, kernel = values
-    if is_compressed(inputs) or not isinstance(kernel, LowRankArray):
+def _conv(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """Low-rank kernels, and those whose inputs are quantized too: there is no rule for others."""
+    x, kernel = values
+    if isinstance(kernel, LowRankArray) and not is_compressed(x):
+        return _one(convolve_low_rank(kernel, x, eqn))
+    if not isinstance(kernel, InputQuantizedArray) or is_compressed(x):
         return None
-    return _one(convolve_low_rank(kernel, inputs, eqn))
+    features = eqn.params["dimension_numbers"].lhs_spec[1]
+    return [eqn.primitive.bind(input_rounded(kernel, x, (features,)), kernel.materialize(), **eqn.params)]
 
 
 def _transpose(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
@@ -114,7 +124,7 @@ def _by_part(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
-    "conv_general_dilated": _convolution,
+    "conv_general_dilated": _conv,
     "gather": _gather,
     "transpose": _transpose,
     "reshape": _reshape,

@@ -14,7 +14,6 @@ from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxcompress.calibration import Calibrated, calibrated, entries, with_leaves
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
-from jaxcompress.pruning._hessian import problem
 from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
 from jaxcompress.solvers import (
@@ -25,6 +24,7 @@ from jaxcompress.solvers import (
     keep_in_runs,
     keep_largest,
     output_error,
+    problem,
     solve_columns,
 )
 from jaxcompress.types import Params, Selector

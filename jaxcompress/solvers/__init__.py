@@ -13,7 +13,11 @@ from jaxcompress.solvers._columns import QuantizeColumn as QuantizeColumn
 from jaxcompress.solvers._columns import StartGroup as StartGroup
 from jaxcompress.solvers._columns import block_sizes as block_sizes
 from jaxcompress.solvers._columns import solve_columns as solve_columns
+from jaxcompress.solvers._columns import solve_groups as solve_groups
 from jaxcompress.solvers._counting import count_true as count_true
+from jaxcompress.solvers._descent import RoundInput as RoundInput
+from jaxcompress.solvers._descent import coordinate_descent as coordinate_descent
+from jaxcompress.solvers._descent import least_squares_scales as least_squares_scales
 from jaxcompress.solvers._hard_concrete import STANDARD as STANDARD
 from jaxcompress.solvers._hard_concrete import Form as Form
 from jaxcompress.solvers._hard_concrete import HardConcrete as HardConcrete
@@ -24,6 +28,9 @@ from jaxcompress.solvers._hard_concrete import nonzero_probability as nonzero_pr
 from jaxcompress.solvers._hard_concrete import quantile as quantile
 from jaxcompress.solvers._hard_concrete import sample_gates as sample_gates
 from jaxcompress.solvers._hard_concrete import soft_gates as soft_gates
+from jaxcompress.solvers._hessian import Problem as Problem
+from jaxcompress.solvers._hessian import damped as damped
+from jaxcompress.solvers._hessian import problem as problem
 from jaxcompress.solvers._masked import masked_least_squares as masked_least_squares
 from jaxcompress.solvers._multipliers import ascending as ascending
 from jaxcompress.solvers._multipliers import steer as steer

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.structured._least_squares import fit_gates, fit_rows, relative_error
-from jaxcompress.structured._moments import moments
-from jaxcompress.structured._pause import Site, pausing
+from jaxcompress.calibration import Site, moments, pausing, relative_error
+from jaxcompress.structured._least_squares import fit_gates, fit_rows
 from jaxcompress.structured._shrink import check_keep, mask_units
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress.calibration import pausing
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import mask_units, reconstruct, shrink
-from jaxcompress.structured._pause import pausing
 from jaxcompress.units import UnitGroup, UnitSlices
 
 WIDTH, INNER, BLOCKS = 4, (6, 10), 2

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxcompress.solvers import damped_cholesky, dense_targets
+from jaxcompress.solvers._cholesky import damped_cholesky
+from jaxcompress.solvers._outputs import dense_targets
 
 
 class Problem(NamedTuple):
