@@ -81,10 +81,10 @@ def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
         return jax.tree.map(lambda part: slice_axis(part, axis, start, size), leaf)
     if isinstance(leaf, LowRankArray):
 
-        def cut(part: Any) -> Any:
+        def of_part(part: Any) -> Any:
             return part if part.shape[axis] != leaf.shape[axis] else slice_axis(part, axis, start, size)
 
-        return with_factors(leaf, cut, cut)
+        return with_factors(leaf, of_part, of_part)
     if isinstance(leaf, InputQuantizedArray):
         moved = leaf
         if axis < _stacked_ndim(leaf):

@@ -34,9 +34,11 @@ def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 def _conv(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     """Low-rank kernels, and those whose inputs are quantized too: there is no rule for others."""
     x, kernel = values
-    if isinstance(kernel, LowRankArray) and not is_compressed(x):
+    if is_compressed(values[0]):
+        return None
+    if isinstance(kernel, LowRankArray):
         return _one(convolve_low_rank(kernel, x, eqn))
-    if not isinstance(kernel, InputQuantizedArray) or is_compressed(x):
+    if not isinstance(kernel, InputQuantizedArray):
         return None
     features = eqn.params["dimension_numbers"].lhs_spec[1]
     return [eqn.primitive.bind(input_rounded(kernel, x, (features,)), kernel.materialize(), **eqn.params)]
