@@ -79,7 +79,8 @@ def main() -> None:
         print(f"calibrated on seed {seed}: {time.monotonic() - begun:.0f} s", flush=True)
         for name, make in methods(params, layouts, evidence, arguments.share).items():
             judge.add(name, make(), seed=seed)
-    judge.add("magnitude, equal bytes", magnitude(params, layouts, arguments.share))
+    judge.add("magnitude, equal bytes", magnitude(params, layouts, arguments.share, "leaf"))
+    judge.add("magnitude over all leaves", magnitude(params, layouts, arguments.share, "global"))
     judge.add("4 bits", quantize(params, FOUR_BITS, select=KERNELS, layouts=layouts))
     judge.add("5 bits", quantize(params, FIVE_BITS, select=KERNELS, layouts=layouts))
     if arguments.epochs:
@@ -150,15 +151,15 @@ def four_bits(params: Any, layouts: Any, evidence: dict[str, Any]) -> Any:
         return lambda tree, statistics, at: (quantize(tree, spec, layouts=at), None)
 
     found, _ = lowrank.with_residual(
-        params, rounded(FOUR_BITS), rank=RANK, iterations=3, select=KERNELS, layouts=layouts, **evidence
+        params, rounded(FOUR_BITS), rank=RANK, iterations=2, select=KERNELS, layouts=layouts, **evidence
     )
     return lowrank.compress_factors(found, rounded(QuantSpec(bits=8, scale_dtype="bfloat16")), layouts=layouts)[0]
 
 
-def magnitude(params: Any, layouts: Any, share: float) -> Any:
+def magnitude(params: Any, layouts: Any, share: float, scope: Any) -> Any:
     """Float32 weights behind a bit mask, in as many bytes as the factors: 32 share = 32 density + 1 bits."""
     scores = pruning.magnitude_scores(params, select=KERNELS, layouts=layouts)
-    masks = pruning.masks_from_scores(scores, sparsity=1 - share + 1 / 32, scope="global", layouts=layouts)
+    masks = pruning.masks_from_scores(scores, sparsity=1 - share + 1 / 32, scope=scope, layouts=layouts)
     return jc.tree.map_with_path(
         lambda _, leaf, mask: leaf if jc.tree.is_unselected(mask) else jc.arrays.sparsify(leaf, mask), params, masks
     )
