@@ -10,7 +10,7 @@ from jaxcompress import pruning
 from jaxcompress.arrays import LowRankArray, QuantizedArray, SparseArray, sparsify, validate_array
 from jaxcompress.calibration import InputStatistics, input_statistics
 from jaxcompress.lowrank import compress_factors, svd, with_residual
-from jaxcompress.quantization import QuantSpec, quantize
+from jaxcompress.quantization import QuantSpec, gptq, quantize
 from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import is_unselected
 
@@ -115,6 +115,24 @@ def test_sparsegpt_makes_the_residual():
     alone = pruning.sparsegpt(params, found, sparsity=0.8)[1]["a/w"].error
     assert info["a/w"].error < alone
     assert small["bias"] is params["bias"]
+
+
+def test_gptq_makes_residual_and_factors():
+    """Each on the inputs that it gets: better than rounding both."""
+    x = np.asarray(normal(96, 32, seed=2) @ normal(32, 32, seed=3), np.float64)
+    params, found = {"w": normal(32, 16)}, {"w": statistics_of(x)}
+
+    def by_gptq(params, statistics, layouts):
+        return gptq(params, statistics, SPEC, layouts=layouts)
+
+    errors = []
+    for compress in (rounded, by_gptq):
+        small, _ = with_residual(params, compress, rank=8, statistics=found, iterations=2)
+        small, _ = compress_factors(small, compress, statistics=found)
+        assert isinstance(small["w"].left, QuantizedArray)
+        gap = np.asarray(small["w"].materialize(), np.float64) - np.asarray(params["w"])
+        errors.append(np.linalg.norm(x @ gap) / np.linalg.norm(x @ np.asarray(params["w"])))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_rank_zero_and_dense_leaves_keep_the_residual_alone():
