@@ -13,8 +13,17 @@ import optax
 import jaxcompress as jc
 from jaxcompress import pruning
 from jaxcompress.distillation import make_train_step
-from jaxcompress.quantization import QuantSpec, quantization_aware
+from jaxcompress.quantization import (
+    InputRange,
+    QuantSpec,
+    lsq,
+    lsq_inputs,
+    pact_inputs,
+    quantization_aware,
+    quantized_inputs,
+)
 from jaxcompress.schedules import constant, cubic
+from jaxcompress.tree import Unselected
 from jaxcompress.types import Transform
 
 STEPS = 5
@@ -30,12 +39,16 @@ class Row:
         zeros: the share of zeros among the weights that `apply` returns after `STEPS` steps; None: not known before.
         trains: has trainable state.
         variant: of the row above; not run on eight devices, too.
+        rate: of the optimizer of the trainable state.
+        statistics: what `init` is given.
     """
 
     make: Callable[[], Transform]
     zeros: float | None = 0.0
     trains: bool = False
     variant: bool = False
+    rate: float = 10.0
+    statistics: Callable[[], Any] = lambda: None
 
 
 def _soon() -> Any:
@@ -74,6 +87,41 @@ TABLE: dict[str, Row] = {
     ),
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
+    "8 bits, then fewer": Row(
+        make=lambda: quantization_aware(QuantSpec(bits=4, symmetric=False), bits=lambda step: jnp.maximum(8 - step, 4)),
+        zeros=None,
+        variant=True,
+    ),
+    "learned steps, 3 bits": Row(
+        make=lambda: lsq(QuantSpec(bits=3, group_size=8, scale_dtype="bfloat16")), zeros=None, trains=True, rate=1e-3
+    ),
+    "learned steps and zero points, 2 bits": Row(
+        make=lambda: lsq(QuantSpec(bits=2, symmetric=False, range_rule="mse")),
+        zeros=None,
+        trains=True,
+        rate=1e-3,
+        variant=True,
+    ),
+    "8 bits, inputs too": Row(
+        make=lambda: jc.chain(quantization_aware(QuantSpec(bits=8)), quantized_inputs(QuantSpec(bits=8))), zeros=None
+    ),
+    "learned steps of inputs, 4 bits": Row(
+        make=lambda: jc.chain(
+            lsq(QuantSpec(bits=4)), lsq_inputs(QuantSpec(bits=4, symmetric=False, per_tensor=True), select=KERNELS)
+        ),
+        zeros=None,
+        trains=True,
+        rate=1e-3,
+        statistics=lambda: ranges(0.5, 7),
+    ),
+    "clipped inputs, 4 bits": Row(
+        make=lambda: jc.chain(quantization_aware(QuantSpec(bits=8)), pact_inputs(4, select=KERNELS)),
+        zeros=None,
+        trains=True,
+        rate=1e-3,
+        statistics=lambda: ranges(0.1, 0),
+        variant=True,
+    ),
     "gradual, then 4 bits": Row(
         make=lambda: jc.chain(
             pruning.gradual(schedule=constant(0.5), every=1), quantization_aware(QuantSpec(bits=4, symmetric=False))
@@ -81,6 +129,15 @@ TABLE: dict[str, Row] = {
         zeros=None,
     ),
 }
+
+
+KERNELS = jc.tree.by_path(".*kernel")
+
+
+def ranges(scale: float, zero_point: int) -> Any:
+    """Of the inputs of both kernels."""
+    found = InputRange(jnp.float32(scale), jnp.uint8(zero_point))
+    return {name: {"kernel": found, "bias": Unselected} for name in ("first", "second")}
 
 
 def params() -> Any:
@@ -126,9 +183,9 @@ def run(row: Row, place: Callable[[Any], Any] = lambda tree: tree, place_batch: 
         optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9)),
         losses={"squared": squared},
         transform=transform,
-        transform_optimizer=optax.sgd(10.0) if row.trains else None,
+        transform_optimizer=optax.sgd(row.rate) if row.trains else None,
     )
-    state = init_state(place(params()), key=jax.random.key(3))
+    state = init_state(place(params()), key=jax.random.key(3), statistics=row.statistics())
     inputs = (place_batch or place)(batch())
     for _ in range(STEPS):
         state, _ = step(state, None, inputs)

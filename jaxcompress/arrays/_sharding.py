@@ -6,6 +6,7 @@ from typing import Any
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._input_quantized import InputQuantizedArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
 from jaxcompress.arrays._quantized import QuantizedArray
@@ -54,7 +55,16 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
         return dataclasses.replace(leaf, values=parts[0], index=parts[1])
     if isinstance(leaf, BitmaskSparseArray):
         return _cut_rows(leaf, sharding)
+    if isinstance(leaf, InputQuantizedArray):
+        parts = (leaf.scale, leaf.zero_point)
+        scale, zero_point = (None if part is None else _of_leading_axes(part, sharding) for part in parts)
+        weight = component_shardings(leaf.weight, sharding)
+        return dataclasses.replace(leaf, weight=weight, scale=scale, zero_point=zero_point)
     return _replicate_ones(leaf, sharding)
+
+
+def _of_leading_axes(part: Any, sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: part.ndim]))
 
 
 def _cut_whole_blocks(leaf: Any, axis: int, block: int, sharding: NamedSharding) -> NamedSharding:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._input_quantized import InputQuantizedArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
 from jaxcompress.arrays._quantized import QuantizedArray
@@ -37,6 +38,8 @@ def validate_array(leaf: Any) -> None:
         _validate_bitmask(leaf)
     elif isinstance(leaf, QuantizedArray):
         _validate_quantized(leaf)
+    elif isinstance(leaf, InputQuantizedArray):
+        _validate_input_quantized(leaf)
 
 
 def _require(holds: Any, message: str) -> None:
@@ -103,3 +106,13 @@ def _validate_quantized(leaf: QuantizedArray) -> None:
         _require(leaf.zero_point is None, "A table of levels has no zero point.")
         _require(int(leaf.codes().max(initial=0)) < len(leaf.levels), f"A code exceeds the {len(leaf.levels)} levels.")
     validate_array(leaf.data)
+
+
+def _validate_input_quantized(leaf: InputQuantizedArray) -> None:
+    if leaf.scale is not None:
+        stacked = leaf.shape[: leaf.scale.ndim]
+        _require(leaf.scale.shape == stacked, f"Input scales of shape {leaf.scale.shape}, stacked axes {stacked}.")
+        _require((jnp.isfinite(leaf.scale) & (leaf.scale > 0)).all(), "Input scales must be positive and finite.")
+    shapes = [None if part is None else part.shape for part in (leaf.scale, leaf.zero_point)]
+    _require(shapes[1] in (None, shapes[0]), f"Input scales and zero points of shapes {shapes} differ.")
+    validate_array(leaf.weight)

@@ -2,6 +2,8 @@
 
 from jaxcompress.calibration._gradients import fisher as fisher
 from jaxcompress.calibration._gradients import gradients as gradients
+from jaxcompress.calibration._histogram import Histogram as Histogram
+from jaxcompress.calibration._input_statistics import batch_statistics as batch_statistics
 from jaxcompress.calibration._input_statistics import input_statistics as input_statistics
 from jaxcompress.calibration._input_statistics import statistics_nbytes as statistics_nbytes
 from jaxcompress.calibration._matrices import Calibrated as Calibrated

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from jaxcompress.arrays import InputQuantizedArray
 from jaxcompress.execution._rearrange import can_unstack
 from jaxcompress.execution._rules import RULES
 from jaxcompress.trace import Body, as_body, called_body, walk
@@ -161,6 +162,11 @@ def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
 def _plain(value: Any, primitive: str, note: _Note) -> Any:
     if not isinstance(value, _Weight):
         return value
+    if isinstance(value.array, InputQuantizedArray) and primitive != "output":
+        raise ValueError(
+            f"The inputs of leaf {value.path!r} are to be quantized, but `{primitive}` changes it before a matmul, or "
+            "uses it otherwise; exclude it."
+        )
     array = value.array.materialize()
     note(Fallback(path=value.path, primitive=primitive, shape=array.shape, nbytes=array.size * array.dtype.itemsize))
     return array

@@ -7,7 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, PackedArray, QuantizedArray, SparseArray
+from jaxcompress.arrays import (
+    BitmaskSparseArray,
+    InputQuantizedArray,
+    NMSparseArray,
+    PackedArray,
+    QuantizedArray,
+    SparseArray,
+)
 from jaxcompress.trace import reshape_runs
 from jaxcompress.types import is_compressed
 
@@ -23,6 +30,10 @@ def transpose(leaf: Any, permutation: Sequence[int]) -> Any:
         names = ("data",) if isinstance(leaf, PackedArray) else ("values", "index")
         parts = {name: transpose(getattr(leaf, name), permutation) for name in names}
         return dataclasses.replace(leaf, **parts, axis=axis)
+    if isinstance(leaf, InputQuantizedArray):
+        stacked = range(_stacked_ndim(leaf))
+        fixed = tuple(permutation[: len(stacked)]) == tuple(stacked)
+        return _with_weight(leaf, transpose(leaf.weight, permutation)) if fixed else None
     return None if is_compressed(leaf) else leaf.transpose(permutation)
 
 
@@ -37,6 +48,10 @@ def reshape(leaf: Any, shape: Sequence[int]) -> Any:
         data = _dense_codes(leaf, lambda codes: codes.reshape(shape)) if data is None else data
         targets = iter(sizes)
         return _with_parts(leaf, data, lambda part: part.reshape(next(targets)))
+    if isinstance(leaf, InputQuantizedArray):
+        stacked = _stacked_ndim(leaf)
+        fixed = tuple(shape[:stacked]) == leaf.shape[:stacked]
+        return _with_weight(leaf, reshape(leaf.weight, shape)) if fixed else None
     return None if is_compressed(leaf) else leaf.reshape(shape)
 
 
@@ -53,6 +68,13 @@ def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
         if axis == leaf.axis + leaf.ndim:
             return None
         return jax.tree.map(lambda part: slice_axis(part, axis, start, size), leaf)
+    if isinstance(leaf, InputQuantizedArray):
+        moved = leaf
+        if axis < _stacked_ndim(leaf):
+            parts = {"scale": leaf.scale, "zero_point": leaf.zero_point}
+            cut = {name: part if part is None else slice_axis(part, axis, start, size) for name, part in parts.items()}
+            moved = dataclasses.replace(leaf, **cut)
+        return _with_weight(moved, slice_axis(leaf.weight, axis, start, size))
     return None if is_compressed(leaf) else jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
 
 
@@ -66,6 +88,9 @@ def cast(leaf: Any, dtype: Any) -> Any:
         return dataclasses.replace(leaf, dtype=jnp.dtype(dtype)) if same else None
     if isinstance(leaf, SparseArray) and not is_compressed(leaf.values):
         return dataclasses.replace(leaf, values=leaf.values.astype(dtype))
+    if isinstance(leaf, InputQuantizedArray):
+        plain = not is_compressed(leaf.weight)
+        return _with_weight(leaf, leaf.weight.astype(dtype) if plain else cast(leaf.weight, dtype))
     return None
 
 
@@ -77,6 +102,8 @@ def can_unstack(leaf: Any) -> bool:
         return leaf.axis != -leaf.ndim
     if isinstance(leaf, BitmaskSparseArray):
         return leaf.starts.ndim > 1
+    if isinstance(leaf, InputQuantizedArray):
+        return can_unstack(leaf.weight) and (leaf.scale is None or leaf.scale.ndim > 0)
     return not is_compressed(leaf)
 
 
@@ -90,6 +117,14 @@ def _with_parts(leaf: QuantizedArray, data: Any, move: Any) -> QuantizedArray | 
     scale = move(leaf.scale)
     zero_point = None if leaf.zero_point is None else move(leaf.zero_point)
     return dataclasses.replace(leaf, data=data, scale=scale, zero_point=zero_point)
+
+
+def _with_weight(leaf: InputQuantizedArray, weight: Any) -> InputQuantizedArray | None:
+    return None if weight is None else dataclasses.replace(leaf, weight=weight)
+
+
+def _stacked_ndim(leaf: InputQuantizedArray) -> int:
+    return 0 if leaf.scale is None else leaf.scale.ndim
 
 
 def _dense_codes(leaf: QuantizedArray, move: Any) -> Any:

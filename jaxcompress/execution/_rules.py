@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import component_shardings
+from jaxcompress.arrays import InputQuantizedArray, component_shardings, input_rounded
 from jaxcompress.execution._matmul import dot_general
+from jaxcompress.execution._quantized_inputs import dot_of_quantized_inputs
 from jaxcompress.execution._rearrange import cast, reshape, slice_axis, transpose
 from jaxcompress.types import is_compressed
 
@@ -21,7 +22,18 @@ def _one(result: Any) -> Sequence[Any] | None:
 
 def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     left, right = values
+    if isinstance(left, InputQuantizedArray) or isinstance(right, InputQuantizedArray):
+        return [dot_of_quantized_inputs(left, right, eqn.params)]
     return [dot_general(left, right, eqn.params)]
+
+
+def _conv(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """Only where the inputs are quantized too: there is no rule for compressed kernels."""
+    x, kernel = values
+    if not isinstance(kernel, InputQuantizedArray) or is_compressed(x):
+        return None
+    features = eqn.params["dimension_numbers"].lhs_spec[1]
+    return [eqn.primitive.bind(input_rounded(kernel, x, (features,)), kernel.materialize(), **eqn.params)]
 
 
 def _transpose(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
@@ -106,6 +118,7 @@ def _by_part(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
     "gather": _gather,
     "transpose": _transpose,
     "reshape": _reshape,
