@@ -81,11 +81,11 @@ def learned_rounding(
 
     Example:
         >>> from jaxcompress.quantization import QuantSpec, quantize
-        >>> params = {"w": jnp.array([[0.6], [0.6], [7.0]])}
+        >>> params = {"w": jnp.array([[0.7], [0.55], [7.0]])}
         >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [4.0, 4.1, 0.0]])
         >>> start = quantize(params, QuantSpec(bits=4))
         >>> found, info = learned_rounding(
-        ...     lambda p, x: x @ p["w"], params, start, [(x,)], together=lambda path: path
+        ...     lambda p, x: x @ p["w"], params, start, [(x,)], together=str, schedule=RoundingSchedule(rate=0.05)
         ... )
         >>> start["w"].codes().ravel().tolist(), int(found["w"].codes()[:2].sum())
         ([1, 1, 7], 1)
