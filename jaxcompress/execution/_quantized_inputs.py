@@ -28,7 +28,7 @@ def dot_of_quantized_inputs(left: Any, right: Any, parameters: Mapping[str, Any]
     rounded = leaf.inputs.rounded(*arguments)
     weight: Any = leaf.weight
     operands = (weight, rounded) if side == 0 else (rounded, weight)
-    if not is_compressed(weight):
+    if not is_compressed(leaf.weight):
         return jax.lax.dot_general_p.bind(*operands, **parameters)
     result = dot_general(*operands, parameters)
     codes = leaf.inputs.codes(*arguments)
