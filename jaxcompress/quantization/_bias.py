@@ -55,7 +55,7 @@ def correct_biases(
     if not kept:
         raise ValueError("`batches` is empty: biases need inputs.")
     small = dict(leaves_with_paths(compressed))
-    paths = [path for path, leaf in small.items() if is_compressed(leaf) and leaf.ndim == 2]
+    paths = [path for path, leaf in small.items() if is_compressed(leaf) and len(leaf.shape) == 2]
     if not paths:
         raise ValueError("No leaf with two axes is compressed: there is nothing to correct.")
     plain = map_with_path(lambda _, leaf: leaf.materialize() if is_compressed(leaf) else leaf, compressed)

@@ -129,7 +129,7 @@ class _Block(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """What is fixed of a leaf: its codes, the other code of each weight, and the range of the logarithms."""
+    """What is fixed of a leaf: its codes, how far the other code of each weight is, and the leaf itself."""
 
     codes: Float32[Array, "..."]
     step: Float32[Array, "..."]
@@ -164,7 +164,7 @@ def _learn(
 ) -> tuple[dict[str, QuantizedArray], float, float]:
     """The block's leaves, and its relative error before and after."""
     choices = {path: _choice(leaf, dense[path]) for path, leaf in own.items()}
-    state = {path: _start(choice, dense[path]) for path, choice in choices.items()}
+    state: Any = {path: _start(choice, dense[path]) for path, choice in choices.items()}
     optimizer = optax.adam(schedule.rate)
     moments = optimizer.init(state)
     losses = {id(part): _loss(part, schedule) for part in block.parts}
