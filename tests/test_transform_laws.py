@@ -34,6 +34,12 @@ def _assert_same(found, expected):
         np.testing.assert_array_equal(x, y)
 
 
+def _assert_equal(name, found, expected):
+    if TABLE[name].exact:
+        return _assert_same(found, expected)
+    return jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, expected)
+
+
 def test_one_trace_over_all_steps(name):
     _, state, traces = trained(name)
     assert traces == 1
@@ -60,7 +66,7 @@ def test_zeros_are_as_many_as_asked(name):
     total = sum(w.size for w in _weights(effective))
     if TABLE[name].zeros is None:
         assert zeros < total
-        assert zeros > 0 or "bits" in name
+        assert zeros > 0 or "bits" in name or "rank" in name
     else:
         assert zeros == round(TABLE[name].zeros * total)
 
@@ -70,7 +76,7 @@ def test_jit_equals_eager(name):
     for key in (None, jax.random.key(5)):
         eager = transform.apply(state.params, state.transform_state, key=key)
         jitted = jax.jit(lambda p, s, key=key: transform.apply(p, s, key=key))(state.params, state.transform_state)
-        _assert_same(jitted, eager)
+        _assert_equal(name, jitted, eager)
     grads = jax.tree.map(lambda w: jnp.sin(50 * w), state.params)
     stage_grads = (grads,) * len(transform.stages) if transform.stages else grads
 
@@ -95,7 +101,7 @@ def test_what_is_stored_is_what_was_trained(name):
     transform, state, _ = trained(name)
     effective = jax.jit(transform.apply)(state.params, state.transform_state)
     final = transform.finalize(state.params, state.transform_state)
-    _assert_same(jax.jit(jc.materialize)(final), jax.jit(jc.materialize)(effective))
+    _assert_equal(name, *(jax.jit(jc.materialize)(tree) for tree in (final, effective)))
     x = batch()["x"]
     served, trained_outputs = (jax.jit(jc.execute(model))(tree, x) for tree in (final, effective))
     np.testing.assert_allclose(served, trained_outputs, rtol=1e-4, atol=1e-5)

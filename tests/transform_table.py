@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from jaxcompress import pruning
+from jaxcompress import lowrank, pruning
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import (
     InputRange,
@@ -39,6 +39,7 @@ class Row:
         zeros: the share of zeros among the weights that `apply` returns after `STEPS` steps; None: not known before.
         trains: has trainable state.
         variant: of the row above; not run on eight devices, too.
+        exact: what is stored has the very bits of what was trained; otherwise sums are made in another order.
         rate: of the optimizer of the trainable state.
         statistics: what `init` is given.
     """
@@ -47,6 +48,7 @@ class Row:
     zeros: float | None = 0.0
     trains: bool = False
     variant: bool = False
+    exact: bool = True
     rate: float = 10.0
     statistics: Callable[[], Any] = lambda: None
 
@@ -84,6 +86,9 @@ TABLE: dict[str, Row] = {
     "group lasso": Row(make=lambda: pruning.group_lasso(strength=0.05, freeze_at=3), zeros=None),
     "group lasso, blocks": Row(
         make=lambda: pruning.group_lasso(strength=0.05, groups=pruning.block(4, 4)), zeros=None, variant=True
+    ),
+    "rank gates": Row(
+        make=lambda: lowrank.rank_gates(strength=0.01, drop_rate=0.4), zeros=None, trains=True, exact=False
     ),
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),

@@ -4,6 +4,7 @@ from jaxcompress.arrays._bitmask import BitmaskSparseArray as BitmaskSparseArray
 from jaxcompress.arrays._input_quantized import InputQuantizedArray as InputQuantizedArray
 from jaxcompress.arrays._input_quantized import InputQuantizer as InputQuantizer
 from jaxcompress.arrays._input_quantized import input_rounded as input_rounded
+from jaxcompress.arrays._low_rank import LowRankArray as LowRankArray
 from jaxcompress.arrays._n_of_m import NMSparseArray as NMSparseArray
 from jaxcompress.arrays._packed import PackedArray as PackedArray
 from jaxcompress.arrays._packed import pack as pack

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._input_quantized import InputQuantizedArray
+from jaxcompress.arrays._low_rank import LowRankArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
 from jaxcompress.arrays._quantized import QuantizedArray
@@ -38,6 +39,8 @@ def validate_array(leaf: Any) -> None:
         _validate_bitmask(leaf)
     elif isinstance(leaf, QuantizedArray):
         _validate_quantized(leaf)
+    elif isinstance(leaf, LowRankArray):
+        _validate_low_rank(leaf)
     elif isinstance(leaf, InputQuantizedArray):
         _validate_input_quantized(leaf)
 
@@ -106,6 +109,26 @@ def _validate_quantized(leaf: QuantizedArray) -> None:
         _require(leaf.zero_point is None, "A table of levels has no zero point.")
         _require(int(leaf.codes().max(initial=0)) < len(leaf.levels), f"A code exceeds the {len(leaf.levels)} levels.")
     validate_array(leaf.data)
+
+
+def _validate_low_rank(leaf: LowRankArray) -> None:
+    left, right = tuple(leaf.left.shape), tuple(leaf.right.shape)
+    fit = (
+        len(left) == len(right)
+        and left[-1:] == right[-1:]
+        and all(n == m or 1 in (n, m) for n, m in zip(left[:-1], right[:-1], strict=True))
+    )
+    _require(fit, f"The factors {left} and {right} need equal ranks, and equal sizes or 1 on all other axes.")
+    parts = [part for part in (leaf.left, leaf.right, leaf.residual) if part is not None]
+    dtypes = [leaf.dtype, *(part.dtype for part in parts)]
+    _require(all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes), f"All dtypes are floats, got {dtypes}.")
+    if leaf.residual is not None:
+        _require(
+            tuple(leaf.residual.shape) == leaf.shape and leaf.residual.dtype == leaf.dtype,
+            f"The residual is {leaf.residual.dtype}{tuple(leaf.residual.shape)}, the array {leaf.dtype}{leaf.shape}.",
+        )
+    for part in parts:
+        validate_array(part)
 
 
 def _validate_input_quantized(leaf: InputQuantizedArray) -> None:

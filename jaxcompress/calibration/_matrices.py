@@ -69,7 +69,7 @@ class MatrixLeaf:
 
     def flat(self, statistic: Float[Array, "..."], *, ndim: int) -> Float[Array, "..."]:
         """A statistic with `ndim` axes of its own, with one axis for the stack."""
-        return statistic.reshape(-1, *statistic.shape[statistic.ndim - ndim :])
+        return statistic.reshape(self.stack, *statistic.shape[statistic.ndim - ndim :])
 
     @property
     def _permutation(self) -> tuple[int, ...]:
@@ -178,6 +178,8 @@ def _check_width(entry: Calibrated, needs: str) -> None:
             f"Leaf {entry.path!r} of shape {shape} has stack {wanted[0]} and {wanted[1]} inputs, its statistics have "
             f"{given[0]} and {given[1]}; give `layouts` from `trace.layouts`."
         )
+    if not is_traced(found.count) and not bool((found.count > 0).all()):
+        raise ValueError(f"The statistics of leaf {entry.path!r} are of no rows.")
     for part in jax.tree.leaves(found):
         if not is_traced(part) and not bool(jnp.isfinite(part).all()):
             raise ValueError(f"The statistics of leaf {entry.path!r} hold NaN or Inf.")

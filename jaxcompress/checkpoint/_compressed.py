@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import BitmaskSparseArray, InputQuantizedArray, NMSparseArray, PackedArray, QuantizedArray
+from jaxcompress.arrays import (
+    BitmaskSparseArray,
+    InputQuantizedArray,
+    LowRankArray,
+    NMSparseArray,
+    PackedArray,
+    QuantizedArray,
+)
 from jaxcompress.quantization import InputRounding, QuantSpec
 
 
@@ -112,6 +119,7 @@ COMPRESSED: dict[str, CompressedType] = {
         CompressedType(BitmaskSparseArray, {"row_shape": INTS}),
         CompressedType(InputQuantizedArray, {"inputs": ROUNDING}),
         CompressedType(NMSparseArray, {"pattern": INTS, "axis": INT, "width": INT}),
+        CompressedType(LowRankArray, {"dtype": DTYPE}),
     )
 }
 """By class name, as it stands in the manifest. Classes come from this table alone, never from a file."""

@@ -32,6 +32,8 @@ from jaxcompress.solvers._hessian import Problem as Problem
 from jaxcompress.solvers._hessian import damped as damped
 from jaxcompress.solvers._hessian import problem as problem
 from jaxcompress.solvers._masked import masked_least_squares as masked_least_squares
+from jaxcompress.solvers._multipliers import ascending as ascending
+from jaxcompress.solvers._multipliers import steer as steer
 from jaxcompress.solvers._order import order_keys as order_keys
 from jaxcompress.solvers._outputs import dense_targets as dense_targets
 from jaxcompress.solvers._outputs import output_error as output_error

@@ -5,7 +5,6 @@ here. B inputs in a block.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -159,12 +158,16 @@ def _rules(
     if min(block_size, run_size, group) < 1:
         raise ValueError(f"Sizes must be positive, got {block_size=}, {run_size=}, {group_size=}.")
     run = run_size if keep_run is not None else 1
-    inner = math.lcm(run, group) if group < block_size else run
+    # One group of all inputs sets no borders: runs would otherwise be cut where the last of them is short.
+    grouped = group_size is not None and group < block_size
+    if grouped and group % run:
+        raise ValueError(f"`group_size` must be a multiple of `run_size`, got {group} and {run}.")
+    inner = group if grouped else run
     block = _round_up(block_size, inner)
     if block < group < depth and group % block:
         raise ValueError(f"`group_size` {group} beyond the block must be a multiple of `block_size` {block}.")
     # Steps begin where runs and groups do; 16 inputs at a time keep the updates in the cache.
-    common = math.gcd(block, group) if group < block else block
+    common = group if grouped else block
     step = max((size for size in range(1, 33) if common % size == 0 and size % run == 0), default=common)
     return _Rules(keep_block, keep_run, quantize_column, start_group, block, step, run, group)
 
