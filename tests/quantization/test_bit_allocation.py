@@ -42,7 +42,8 @@ def _loss(params, x):
 def test_the_choice_is_the_best_of_all():
     table = measured_sensitivity(_loss, PARAMS, [X], SPECS)
     names = ["a", "b", "c"]
-    for mean in (3.0, 4.5, 6.2):
+    # Scales of groups of 4 take 8 bits for each weight.
+    for mean in (11.0, 12.5, 14.2):
         chosen = allocate_bits(table, mean_bits=mean)
         assert chosen["bias"] is jc.tree.Unselected
         sizes = sum(PARAMS[name].size for name in names)
@@ -53,7 +54,7 @@ def test_the_choice_is_the_best_of_all():
         ]
         assert [SPECS.index(chosen[name]) for name in names] == list(min(every)[1])
     small = quantize_each(PARAMS, chosen)
-    assert sum(small[name].nbits for name in names) <= 6.2 * sizes
+    assert sum(small[name].nbits for name in names) <= 14.2 * sizes
     stored = allocate_bits(table, size=sum(int(table.stored_bits[name][1]) for name in names) // 8)
     assert sum(int(table.stored_bits[n][SPECS.index(stored[n])]) for n in names) <= sum(
         int(table.stored_bits[n][1]) for n in names
