@@ -15,6 +15,7 @@ without it, the model of `jaxcompress demo --full` is used, and fine-tuned now i
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -48,11 +49,11 @@ class Model:
     def apply(self, params: Any, ids: Any, mask: Any) -> jax.Array:
         return self.module.apply({"params": params}, ids, mask)["logits"]
 
-    def loss(self, params: Any, batch: Any) -> jax.Array:
-        """KL of the classes to those of the dense model: what allocation makes small."""
-        ids, mask, wanted = batch
-        logits, sure = self.apply(params, ids, mask), jax.nn.softmax(wanted)
-        return jnp.mean(jnp.sum(sure * (jax.nn.log_softmax(wanted) - jax.nn.log_softmax(logits)), axis=-1))
+    def vector(self, params: Any, ids: Any, mask: Any) -> jax.Array:
+        return self.module.apply({"params": params}, ids, mask)["pooler_output"]
+
+    def hidden(self, params: Any, ids: Any, mask: Any) -> jax.Array:
+        return self.module.apply({"params": params}, ids, mask)["last_hidden_state"]
 
     def outputs(self, params: Any, tokens: Tokens) -> dict[str, np.ndarray]:
         """Logits and vectors of all rows; on plain arrays, so that one compilation serves all methods."""
@@ -65,7 +66,7 @@ class Model:
         return found
 
 
-Method = Callable[[Model, Batches, int], Any]
+Method = Callable[[Model, Batches, Any], Any]
 """`(model, calibration batches, bits) -> params`."""
 
 
@@ -148,6 +149,55 @@ def _in_sequence(symmetric: bool, **options: Any) -> Method:
     return method
 
 
+def _learned(model: Model, batches: Batches, bits: int) -> Any:
+    """Rounding up or down learned layer by layer, from where `reconstruct` ends."""
+    start = METHODS["reconstruct"](model, batches, bits)
+    return quantization.learned_rounding(
+        model.hidden,
+        model.params,
+        start,
+        batches,
+        together=lambda path: re.findall(r"layer/(\d+)/", path)[0],
+        row_mask=lambda ids, mask: mask,
+    )[0]
+
+
+def _awq(model: Model, batches: Batches, bits: int) -> Any:
+    ids, mask = batches[0]
+    statistics = jc.calibration.input_statistics(
+        model.apply,
+        model.params,
+        batches,
+        select=KERNELS,
+        statistics=("gram", "absolute_sum"),
+        row_mask=lambda ids, mask: mask,
+    )
+    found = jc.trace.folds(model.apply, model.params, ids, mask)
+    spec = spec_of(bits, symmetric=False)
+    return quantization.awq(model.params, statistics, spec, folds=found, select=KERNELS, layouts=model.layouts)[0]
+
+
+def _allocated(model: Model, batches: Batches, bits: float) -> Any:
+    """`reconstruct` with 2 to 6 bits for each kernel, `bits` on average, by one pass of gradients."""
+
+    def projected(params: Any, batch: Any) -> jax.Array:
+        # E[(dL/dw)²] over random signs is the diagonal of JᵀJ, J the derivative of the sentence vector.
+        ids, mask, signs = batch
+        return jnp.sum(signs * model.vector(params, ids, mask))
+
+    rng = np.random.default_rng(0)
+    width = model.module.config.hidden_size
+    chosen = [batch for batch in batches if batch[0].shape[1] == WIDTHS[1]][:2] or batches[:1]
+    signed = [(*batch, rng.choice([-1.0, 1.0], size=(len(batch[0]), width)).astype(np.float32)) for batch in chosen]
+    fisher = jc.calibration.fisher(projected, model.params, signed)
+    specs = [spec_of(b, symmetric=False) for b in (2, 3, 4, 5, 6)]
+    table = quantization.fisher_sensitivity(model.params, fisher, specs, select=KERNELS, layouts=model.layouts)
+    each = dict(leaves_with_paths(quantization.allocate_bits(table, mean_bits=bits, counted="codes")))
+    return quantization.reconstruct(
+        model.apply, model.params, batches, each.__getitem__, row_mask=lambda ids, mask: mask, select=KERNELS
+    )[0]
+
+
 def _published(**options: Any) -> dict[str, Any]:
     return {"targets": "weights", "bias": False, "ranges": None, "refine": 0, **options}
 
@@ -159,6 +209,9 @@ METHODS: dict[str, Method] = {
     "GPTQ-order": _in_sequence(True, **_published()),
     "GPTQ-order-asym": _in_sequence(False, **_published()),
     "reconstruct": _in_sequence(False),
+    "allocated": _allocated,
+    "learned": _learned,
+    "AWQ": _awq,
 }
 WITHOUT_DATA = ("RTN", "HQQ")
 

@@ -129,7 +129,7 @@ class _Block(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """What is fixed of a leaf: its codes, the other code of each weight, and the range of the logarithms."""
+    """What is fixed of a leaf: its codes, how far the other code of each weight is, and the leaf itself."""
 
     codes: Float32[Array, "..."]
     step: Float32[Array, "..."]

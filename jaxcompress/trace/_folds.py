@@ -177,6 +177,11 @@ class _Trace:
         self.producers, self.scaled = before
         return False
 
+    def closed(self, scaled: set[Any], last: Any) -> bool:
+        """Whether all that reads some values is scaled too, or is the equation `last`."""
+        readers = [eqn for var in scaled for eqn in self.graph.readers.get(var, [])]
+        return all(eqn is last or any(out in self.scaled for out in eqn.outvars) for eqn in readers)
+
     def _leaf(self, origin: Origin, axes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
         own = [origin.axes[axis] for axis in axes]
         if any(len(each) != 1 for each in own) or origin.leaf in self.producers:
@@ -190,18 +195,26 @@ class _Trace:
 
 def _all(trace: _Trace, eqn: Any, axes: tuple[int, ...]) -> bool:
     shape = eqn.outvars[0].aval.shape
-    return all(_same_shape(var, shape) and trace.back(var, axes) for var in eqn.invars)
+    return all(_carries(var, shape, axes) and trace.back(var, axes) for var in eqn.invars)
 
 
 def _either(trace: _Trace, eqn: Any, axes: tuple[int, ...]) -> bool:
     # A leaf first: the scale of a norm stands beside what has been normalized.
     shape = eqn.outvars[0].aval.shape
     order = sorted(eqn.invars, key=lambda var: isinstance(var, core.Literal) or var not in trace.graph.origins)
-    return any(not isinstance(var, core.Literal) and _same_shape(var, shape) and trace.back(var, axes) for var in order)
+    for var in order:
+        if isinstance(var, core.Literal) or not _carries(var, shape, axes):
+            continue
+        before = dict(trace.producers), dict(trace.scaled)
+        # In x sigmoid(x), x goes two ways: then it is the other side of a product that can be scaled.
+        if trace.back(var, axes) and trace.closed(set(trace.scaled) - set(before[1]), eqn):
+            return True
+        trace.producers, trace.scaled = before
+    return False
 
 
 def _first(trace: _Trace, eqn: Any, axes: tuple[int, ...]) -> bool:
-    return _same_shape(eqn.invars[0], eqn.outvars[0].aval.shape) and trace.back(eqn.invars[0], axes)
+    return _carries(eqn.invars[0], eqn.outvars[0].aval.shape, axes) and trace.back(eqn.invars[0], axes)
 
 
 def _cases(trace: _Trace, eqn: Any, axes: tuple[int, ...]) -> bool:
@@ -245,19 +258,19 @@ def _matmul(trace: _Trace, eqn: Any, axes: tuple[int, ...]) -> bool:
     return False
 
 
-def _relu(trace: _Trace, eqn: Any, axes: tuple[int, ...]) -> bool:
-    return _all(trace, eqn, axes)
-
-
-def _same_shape(var: Any, shape: tuple[int, ...]) -> bool:
-    return isinstance(var, core.Literal) or tuple(var.aval.shape) == tuple(shape)
+def _carries(var: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
+    """Whether an operand has all the features; along other axes it may be broadcast."""
+    if isinstance(var, core.Literal):
+        return True
+    own = var.aval.shape
+    return len(own) == len(shape) and all(own[axis] == shape[axis] for axis in axes)
 
 
 _HANDLERS: dict[str, Callable[[_Trace, Any, tuple[int, ...]], bool]] = {
     "add": _all,
     "add_any": _all,
     "sub": _all,
-    "max": _relu,
+    "max": _all,
     "neg": _first,
     "mul": _either,
     "div": _first,

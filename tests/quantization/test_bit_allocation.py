@@ -1,0 +1,98 @@
+"""Bits for each leaf under a budget, and biases that take back what rounding shifts."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress.calibration import fisher
+from jaxcompress.quantization import (
+    QuantSpec,
+    allocate_bits,
+    correct_biases,
+    fisher_sensitivity,
+    measured_sensitivity,
+    quantize,
+    quantize_each,
+)
+
+RNG = np.random.default_rng(0)
+SPECS = [QuantSpec(bits=bits, group_size=4) for bits in (2, 3, 4, 8)]
+PARAMS = {
+    "a": jnp.asarray(RNG.normal(size=(8, 12)), jnp.float32),
+    "b": jnp.asarray(RNG.normal(size=(12, 5)) * 3, jnp.float32),
+    "c": jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32).repeat(4, 0)[:20],
+    "bias": jnp.ones(5),
+}
+X = jnp.asarray(RNG.normal(size=(16, 8)), jnp.float32)
+
+
+def _apply(params, x):
+    return jnp.tanh(x @ params["a"]) @ params["b"] + params["bias"][None]
+
+
+def _loss(params, x):
+    return jnp.mean(jnp.square(_apply(params, x) - _apply(PARAMS, x))) + 1e-3 * jnp.sum(
+        (params["c"] - PARAMS["c"]) ** 2
+    )
+
+
+def test_the_choice_is_the_best_of_all():
+    table = measured_sensitivity(_loss, PARAMS, [X], SPECS)
+    names = ["a", "b", "c"]
+    # Scales of groups of 4 take 8 bits for each weight.
+    for mean in (11.0, 12.5, 14.2):
+        chosen = allocate_bits(table, mean_bits=mean)
+        assert chosen["bias"] is jc.tree.Unselected
+        sizes = sum(PARAMS[name].size for name in names)
+        every = [
+            (sum(table.losses[n][o] for n, o in zip(names, options, strict=True)), options)
+            for options in itertools.product(range(4), repeat=3)
+            if sum(int(table.stored_bits[n][o]) for n, o in zip(names, options, strict=True)) <= mean * sizes
+        ]
+        assert [SPECS.index(chosen[name]) for name in names] == list(min(every)[1])
+    small = quantize_each(PARAMS, chosen)
+    assert sum(small[name].nbits for name in names) <= 14.2 * sizes
+    stored = allocate_bits(table, size=sum(int(table.stored_bits[name][1]) for name in names) // 8)
+    assert sum(int(table.stored_bits[n][SPECS.index(stored[n])]) for n in names) <= sum(
+        int(table.stored_bits[n][1]) for n in names
+    )
+
+
+def test_second_order_losses_in_numpy():
+    evidence = fisher(lambda p, x: jnp.mean(_apply(p, x)), PARAMS, [X])
+    table = fisher_sensitivity(PARAMS, evidence, SPECS, select=jc.tree.by_path("a|b"))
+    small = quantize({"a": PARAMS["a"]}, SPECS[1])["a"].materialize()
+    gap = np.asarray(PARAMS["a"], np.float64) - np.asarray(small, np.float64)
+    assert table.losses["a"][1] == pytest.approx(0.5 * np.sum(np.asarray(evidence["a"]) * gap**2), rel=1e-4)
+    assert np.all(np.diff(table.losses["b"]) < 0)
+    assert table.losses["c"] is jc.tree.Unselected
+
+
+def test_budgets_that_cannot_be_met_are_named():
+    table = measured_sensitivity(_loss, PARAMS, [X], SPECS)
+    with pytest.raises(ValueError, match="more than the budget"):
+        allocate_bits(table, mean_bits=1.0)
+    with pytest.raises(ValueError, match="Give one of `mean_bits` and `size`"):
+        allocate_bits(table)
+    with pytest.raises(ValueError, match="`specs` is empty"):
+        measured_sensitivity(_loss, PARAMS, [X], [])
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        measured_sensitivity(_loss, PARAMS, [], SPECS)
+
+
+def test_corrected_biases_give_the_dense_means():
+    params = {"a": PARAMS["a"], "b": PARAMS["b"], "bias": PARAMS["bias"]}
+    rows = X + 1
+    small = quantize(params, QuantSpec(bits=2))
+    corrected, shifts = correct_biases(_apply, params, small, [(rows[:9],), (rows[9:],)])
+    run = jc.execute(_apply)
+    wanted = _apply(params, rows).mean(axis=0)
+    assert float(jnp.abs(run(small, rows).mean(axis=0) - wanted).max()) > 0.05
+    np.testing.assert_allclose(run(corrected, rows).mean(axis=0), wanted, atol=1e-4)
+    assert list(shifts) == ["b"]
+    assert corrected["a"] is small["a"]
+    with pytest.raises(ValueError, match="No leaf with two axes is compressed"):
+        correct_biases(_apply, params, params, [(rows,)])
