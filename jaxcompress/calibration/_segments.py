@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from jaxcompress.trace import Body, Origin, as_body, called_body, rearrange, walk
@@ -83,7 +84,7 @@ def segments(
             outvars=leaving,
             eqns=flow.equations(begin, end, leaving),
         )
-        floats = tuple(var in flow.weighted and jax.numpy.issubdtype(var.aval.dtype, "floating") for var in leaving)
+        floats = tuple(var in flow.weighted and jnp.issubdtype(var.aval.dtype, jnp.floating) for var in leaving)
         found.append(Segment(tuple(owners[k]), Body(part, closed.consts), floats))
     return found
 

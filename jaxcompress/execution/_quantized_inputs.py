@@ -26,15 +26,16 @@ def dot_of_quantized_inputs(left: Any, right: Any, parameters: Mapping[str, Any]
     contracted, batch = parameters["dimension_numbers"]
     arguments = (other, contracted[1 - side], *leaf.input_parameters(other.ndim, batch[1 - side]))
     rounded = leaf.inputs.rounded(*arguments)
-    operands = (leaf.weight, rounded) if side == 0 else (rounded, leaf.weight)
+    weight: Any = leaf.weight
+    operands = (weight, rounded) if side == 0 else (rounded, weight)
     if not is_compressed(leaf.weight):
         return jax.lax.dot_general_p.bind(*operands, **parameters)
     result = dot_general(*operands, parameters)
     codes = leaf.inputs.codes(*arguments)
-    if not (_is_whole(leaf.weight, contracted[side]) and _is_whole(codes, contracted[1 - side])):
+    if not (_is_whole(weight, contracted[side]) and _is_whole(codes, contracted[1 - side])):
         return result
     # Without differentiation the float matmul has no use, and the compiler drops it.
-    return straight_through(_whole_dot(leaf.weight, codes, side, parameters).astype(result.dtype), result)
+    return straight_through(_whole_dot(weight, codes, side, parameters).astype(result.dtype), result)
 
 
 def _is_whole(array: Any, axes: Sequence[int]) -> bool:

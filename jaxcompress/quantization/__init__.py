@@ -1,5 +1,6 @@
 """Quantization of weights and of matmul inputs: formats, ranges, rounding; in training, and after it."""
 
+from jaxcompress.quantization._bias import correct_biases as correct_biases
 from jaxcompress.quantization._bit_allocation import FormatSensitivity as FormatSensitivity
 from jaxcompress.quantization._bit_allocation import allocate_bits as allocate_bits
 from jaxcompress.quantization._bit_allocation import fisher_sensitivity as fisher_sensitivity
@@ -39,5 +40,7 @@ from jaxcompress.quantization._round_to_nearest import store_codes as store_code
 from jaxcompress.quantization._rounding import round_to_codes as round_to_codes
 from jaxcompress.quantization._rounding_info import RoundingInfo as RoundingInfo
 from jaxcompress.quantization._scales import block_scales as block_scales
+from jaxcompress.quantization._smooth import awq as awq
+from jaxcompress.quantization._smooth import smooth as smooth
 from jaxcompress.quantization._spec import QuantSpec as QuantSpec
 from jaxcompress.quantization._transform import quantization_aware as quantization_aware

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float32, Int, Integer, Num
 
 from jaxcompress.quantization._leaf_matrix import MATRIX, rounded, values_of
 from jaxcompress.quantization._range_search import RangeSearch, searched_scales
-from jaxcompress.quantization._round_to_nearest import round_to_codes
+from jaxcompress.quantization._rounding import round_to_codes
+from jaxcompress.quantization._scales import cast_scale
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.solvers import (
     coordinate_descent,
@@ -134,8 +135,8 @@ def refined(
         if scale.shape[1] == width:
             values = values_of(weights, scale, zero_point, spec)
             found = least_squares_scales(values, targets, hessian, scale.astype(jnp.float32))
-            found = _cast(found, scale.dtype)
-            fitted = jnp.where(jnp.isfinite(found) & (found > 0), found, scale)
+            usable = jnp.isfinite(found) & (found > jnp.finfo(jnp.float32).tiny)
+            fitted = jnp.where(usable, cast_scale(jnp.where(usable, found, 1.0), spec), scale)
             start = values * jnp.repeat(fitted.astype(jnp.float32), depth // len(fitted), axis=0)
         start = coordinate_descent(start, targets, hessian, _round_input(fitted, zero_point, depth, spec))
         after = loss(start)
@@ -179,10 +180,3 @@ def _with_updated_groups(
     if size >= block:
         block = max(part for part in range(1, block + 1) if size % part == 0)
     return solve_groups(targets, factor, quantize_column=column, start_group=start, group_size=size, block_size=block)
-
-
-def _cast(scale: Float32[Array, "..."], dtype: Any) -> Array:
-    if dtype == jnp.bfloat16:
-        # Inside `jit`, XLA may drop the rounding of a cast to bfloat16 and back, but never this one.
-        scale = jax.lax.reduce_precision(scale, exponent_bits=8, mantissa_bits=7)
-    return scale.astype(dtype)

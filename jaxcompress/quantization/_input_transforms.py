@@ -92,7 +92,7 @@ def lsq_inputs(spec: QuantSpec, *, select: Selector | None = None, layouts: Para
 
     def apply(params: Params, state: TransformState, *, key: Any = None) -> Params:
         del key
-        return map_with_path(lambda _, *leaf: _static(*leaf, rounding), params, *state.trainable)
+        return map_with_path(lambda _, leaf, *steps: _static(leaf, *steps, rounding=rounding), params, *state.trainable)
 
     def project(params: Params, state: TransformState) -> tuple[Params, TransformState]:
         scales, zero_points = state.trainable
@@ -100,7 +100,12 @@ def lsq_inputs(spec: QuantSpec, *, select: Selector | None = None, layouts: Para
 
     def finalize(params: Params, state: TransformState) -> Params:
         zero_points = map_selected(lambda _, zero: whole_zero_point(zero, spec), state.trainable.zero_point)
-        return map_with_path(lambda _, *leaf: _static(*leaf, rounding), params, state.trainable.scale, zero_points)
+        return map_with_path(
+            lambda _, leaf, *steps: _static(leaf, *steps, rounding=rounding),
+            params,
+            state.trainable.scale,
+            zero_points,
+        )
 
     return identity()._replace(init=init, apply=apply, project=project, finalize=finalize)
 
@@ -183,7 +188,7 @@ def _ranges(layouts: Params, params: Params, ranges: Params | None) -> Params:
     return map_selected(visit, layouts, params, ranges)
 
 
-def _static(leaf: Any, scale: Any, zero_point: Any, rounding: InputRounding) -> Any:
+def _static(leaf: Any, scale: Any, zero_point: Any, *, rounding: InputRounding) -> Any:
     if is_unselected(scale):
         return leaf
     zero_point = None if is_unselected(zero_point) else zero_point

@@ -12,7 +12,8 @@ from jaxtyping import Array, Float, Integer, Num, Shaped
 from jaxcompress.arrays import QuantizedArray, dequantize
 from jaxcompress.calibration import MatrixLeaf
 from jaxcompress.quantization._blocks import packing_axis, scale_shape
-from jaxcompress.quantization._round_to_nearest import round_to_codes, store_codes
+from jaxcompress.quantization._round_to_nearest import store_codes
+from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import map_with_path
@@ -29,7 +30,7 @@ def rounded(
     w: Float[Array, "D R"], scale: Float[Array, "G r"], zero_point: Num[Array, "g r0"] | None, spec: QuantSpec
 ) -> Float[Array, "D R"]:
     """The nearest weights that can be stored, in float32."""
-    return dequantize(round_to_codes(w, scale, zero_point, spec), scale, zero_point)
+    return dequantize(round_to_codes(w, scale, zero_point, spec), scale, zero_point, levels=spec.levels)
 
 
 def values_of(
@@ -37,7 +38,7 @@ def values_of(
 ) -> Float[Array, "D R"]:
     """What the codes of the nearest weights stand for before scaling."""
     codes = round_to_codes(w, scale, zero_point, spec)
-    return dequantize(codes, jnp.ones_like(scale), zero_point)
+    return dequantize(codes, jnp.ones(scale.shape), zero_point, levels=spec.levels)
 
 
 def stored(
@@ -65,6 +66,7 @@ def stored(
         scale=_blocks_of_leaf(entry.layout, scale, blocks),
         zero_point=None if zero_point is None else _blocks_of_leaf(entry.layout, zero_point, blocks),
         dtype=jnp.dtype(entry.weight.dtype),
+        levels=spec.levels,
     )
 
 

@@ -81,11 +81,11 @@ def learned_rounding(
 
     Example:
         >>> from jaxcompress.quantization import QuantSpec, quantize
-        >>> params = {"w": jnp.array([[0.6], [0.6], [7.0]])}
+        >>> params = {"w": jnp.array([[0.7], [0.55], [7.0]])}
         >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [4.0, 4.1, 0.0]])
         >>> start = quantize(params, QuantSpec(bits=4))
         >>> found, info = learned_rounding(
-        ...     lambda p, x: x @ p["w"], params, start, [(x,)], together=lambda path: path
+        ...     lambda p, x: x @ p["w"], params, start, [(x,)], together=str, schedule=RoundingSchedule(rate=0.05)
         ... )
         >>> start["w"].codes().ravel().tolist(), int(found["w"].codes()[:2].sum())
         ([1, 1, 7], 1)
@@ -164,7 +164,7 @@ def _learn(
 ) -> tuple[dict[str, QuantizedArray], float, float]:
     """The block's leaves, and its relative error before and after."""
     choices = {path: _choice(leaf, dense[path]) for path, leaf in own.items()}
-    state = {path: _start(choice, dense[path]) for path, choice in choices.items()}
+    state: Any = {path: _start(choice, dense[path]) for path, choice in choices.items()}
     optimizer = optax.adam(schedule.rate)
     moments = optimizer.init(state)
     losses = {id(part): _loss(part, schedule) for part in block.parts}

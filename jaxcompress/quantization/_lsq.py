@@ -12,7 +12,7 @@ from jaxcompress.arrays import split_blocks
 from jaxcompress.quantization._arithmetic import mean_magnitude
 from jaxcompress.quantization._blocks import axes_of, reduced_axes, scale_shape
 from jaxcompress.quantization._learned import highest_step, learned_quantize_array, whole_zero_point
-from jaxcompress.quantization._quantize import dense_array, weight_layouts
+from jaxcompress.quantization._quantize import dense_array, on_weight, weight_layouts
 from jaxcompress.quantization._round_to_nearest import quantize_array_at
 from jaxcompress.quantization._scales import block_scales, cast_scale, dtype_of_scale
 from jaxcompress.quantization._spec import QuantSpec
@@ -82,21 +82,23 @@ def lsq(
 
     def init(params: Params, *, key: Any, statistics: Any = None) -> TransformState:
         del key, statistics
-        pairs = map_selected(lambda *leaf: _start(*leaf, spec, start), chosen(params), params)
+        pairs = map_selected(lambda path, layout, leaf: _start(path, layout, leaf, spec, start), chosen(params), params)
         scales = map_selected(lambda _, pair: pair.scale.astype(jnp.float32), pairs)
         zero_points = map_selected(lambda _, pair: pair.learned_zero_point, pairs)
         return TransformState(LearnedSteps(scales, zero_points), ())
 
     def apply(params: Params, state: TransformState, *, key: Any = None) -> Params:
         del key
-        return map_with_path(lambda _, *leaf: _rounded(*leaf, spec), params, *state.trainable)
+        return map_with_path(lambda _, leaf, *steps: _rounded(leaf, *steps, spec=spec), params, *state.trainable)
 
     def project(params: Params, state: TransformState) -> tuple[Params, TransformState]:
         scales, zero_points = state.trainable
         return params, TransformState(LearnedSteps(positive(scales), clip_zero_points(zero_points, spec)), state.fixed)
 
     def finalize(params: Params, state: TransformState) -> Params:
-        return map_with_path(lambda _, *leaf: _stored(*leaf, spec), params, chosen(params), *state.trainable)
+        return map_with_path(
+            lambda _, leaf, *steps: _stored(leaf, *steps, spec=spec), params, chosen(params), *state.trainable
+        )
 
     return identity()._replace(init=init, apply=apply, project=project, finalize=finalize)
 
@@ -123,35 +125,38 @@ class _Pair:
     @property
     def learned_zero_point(self) -> Any:
         """Float; that of one bit is no choice."""
-        integer = self.zero_point is not None and self.zero_point.dtype == jnp.uint8
-        return self.zero_point.astype(jnp.float32) if integer else Unselected
+        if self.zero_point is None or self.zero_point.dtype != jnp.uint8:
+            return Unselected
+        return self.zero_point.astype(jnp.float32)
 
 
 def _start(path: str, layout: LeafLayout, leaf: Any, spec: QuantSpec, start: Start) -> _Pair:
     dense = dense_array(leaf)
     check_finite(path, dense)
     if start == "range":
-        return _Pair(*jax.jit(block_scales, static_argnums=(1, 2))(dense, spec, axes_of(layout)))
+        scale, zero_point = jax.jit(block_scales, static_argnums=(1, 2))(dense, spec, axes_of(layout))
+        return _Pair(jnp.where(scale.astype(jnp.float32) > 0, scale, jnp.ones_like(scale)), zero_point)
     shape = scale_shape(dense.shape, spec, layout)
     mean = mean_magnitude(split_blocks(dense.astype(jnp.float32), shape), reduced_axes(dense.shape, shape))
     scale = (2 * mean / math.sqrt(highest_step(spec))).reshape(shape)
     return _Pair(jnp.where(scale > 0, scale, 1.0), None)
 
 
-def _rounded(leaf: Any, scale: Any, zero_point: Any, spec: QuantSpec) -> Any:
+def _rounded(leaf: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> Any:
     if is_unselected(scale):
         return leaf
-    return learned_quantize_array(dense_array(leaf), scale, _learned_zero(scale, zero_point, spec), spec)
+    zero_point = _learned_zero(scale, zero_point, spec)
+    return on_weight(leaf, lambda weight: learned_quantize_array(dense_array(weight), scale, zero_point, spec))
 
 
-def _stored(leaf: Any, layout: Any, scale: Any, zero_point: Any, spec: QuantSpec) -> Any:
+def _stored(leaf: Any, layout: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> Any:
     if is_unselected(scale) or is_unselected(layout):
         return leaf
     whole = whole_zero_point(_learned_zero(scale, zero_point, spec), spec)
     if spec.bits == 1:
         kept = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(scale.shape)]
         whole = jnp.full(kept, 0.5, dtype_of_scale(spec))
-    return quantize_array_at(leaf, cast_scale(scale, spec), whole, spec, layout)
+    return on_weight(leaf, lambda weight: quantize_array_at(weight, cast_scale(scale, spec), whole, spec, layout))
 
 
 def _learned_zero(scale: Any, zero_point: Any, spec: QuantSpec) -> Any:

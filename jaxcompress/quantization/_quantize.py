@@ -157,16 +157,19 @@ def dense_array(leaf: Any) -> jax.Array:
     return leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
 
 
+def on_weight(leaf: Any, fn: Callable[[Any], Any]) -> Any:
+    """`fn(leaf)`; of a leaf whose inputs are quantized, which they stay, `fn` of its weight."""
+    if isinstance(leaf, InputQuantizedArray):
+        return dataclasses.replace(leaf, weight=fn(leaf.weight))
+    return fn(leaf)
+
+
 def _map_weights(
     fn: Callable[[str, Any, LeafLayout], Any], params: Params, select: Selector | None, layouts: Params | None
 ) -> Params:
     """`fn(path, leaf, layout)` on the selected leaves that are not quantized yet; the others as they are."""
 
     def visit(path: str, leaf: Any, layout: Any) -> Any:
-        if is_unselected(layout):
-            return leaf
-        if isinstance(leaf, InputQuantizedArray):
-            return dataclasses.replace(leaf, weight=fn(path, leaf.weight, layout))
-        return fn(path, leaf, layout)
+        return leaf if is_unselected(layout) else on_weight(leaf, lambda weight: fn(path, weight, layout))
 
     return map_with_path(visit, params, weight_layouts(params, select=select, layouts=layouts))

@@ -128,6 +128,7 @@ def reconstruct(
             leaves[site.bias] = jnp.asarray(after, dict(leaves_with_paths(params))[site.bias].dtype)
         dense_reply = jnp.asarray(weights, kernel.weight.dtype), jnp.asarray(before, kernel.weight.dtype)
         replies = dense_reply, (kernel.matrix(leaf.materialize())[0], jnp.asarray(after, kernel.weight.dtype))
+    assert set(info) == set(kernels), "every kernel stops the model once"
     return with_new_leaves(params, leaves), info
 
 

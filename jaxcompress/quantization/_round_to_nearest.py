@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Integer, Num
+from jaxtyping import Array, Bool, Float, Integer, Num, Shaped
 
 from jaxcompress.arrays import BitmaskSparseArray, QuantizedArray, SparseArray, pack, sparsify, sparsify_like
 from jaxcompress.quantization._blocks import axes_of, packing_axis
@@ -52,7 +52,7 @@ def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, la
 
 def quantize_array_at(
     w: Float[Array, "..."] | CompressedArray,
-    scale: Float[Array, "..."],
+    scale: Shaped[Array, "..."],
     zero_point: Num[Array, "..."] | None,
     spec: QuantSpec,
     layout: LeafLayout,

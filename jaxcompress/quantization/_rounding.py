@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, Num
+from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from jaxcompress.arrays import per_block, split_blocks
 from jaxcompress.quantization._arithmetic import divide
@@ -13,7 +13,7 @@ from jaxcompress.quantization._spec import QuantSpec
 
 def round_to_codes(
     w: Float[Array, "..."],
-    scale: Float[Array, "..."],
+    scale: Shaped[Array, "..."],
     zero_point: Num[Array, "..."] | None,
     spec: QuantSpec,
     *,

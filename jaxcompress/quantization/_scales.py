@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Num, Shaped
 
 from jaxcompress.arrays import split_blocks
 from jaxcompress.quantization._arithmetic import divide, mean_magnitude
@@ -17,7 +17,7 @@ from jaxcompress.trace import LeafLayout
 
 def block_scales(
     w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout, *, bits: Any = None
-) -> tuple[Float[Array, "..."], Num[Array, "..."] | None]:
+) -> tuple[Shaped[Array, "..."], Num[Array, "..."] | None]:
     """The scale and the zero point of every block of `w` (b bits), from its range [low, high].
 
     symmetric, narrow:  scale = max(high, -low) / (2^(b-1) - 1)
@@ -31,7 +31,7 @@ def block_scales(
     The range is that of `spec.range_rule`, widened to contain 0. Scales of dtype e8m0 are the power of two at or above
     these; under small floats 2^(⌊log2 max|w|⌋ - ⌊log2 largest level⌋), as MX has it; under powers of two the nearest.
 
-    A block of zeros, or one so small that its scale would be subnormal, gets scale 1 (0 at one bit and ternary). Ranges
+    A block of zeros, or one so small that its scale would be subnormal, gets scale 1 (0 at one bit). Ranges
     that reach the largest finite value of `w.dtype` are cut so far that no code stands for an infinity. A block that
     holds NaN or Inf gets a scale that is not finite.
 
@@ -63,10 +63,7 @@ def block_scales(
     if spec.bits == 1 or spec.format == "ternary":
         mean = mean_magnitude(blocks, axes)
         if spec.format == "ternary":
-            above = jnp.abs(blocks) > jnp.float32(0.7) * jnp.broadcast_to(mean, blocks.shape)
-            return cast_scale(_cut(mean_magnitude(jnp.where(above, blocks, 0.0), axes), bound), spec).reshape(
-                shape
-            ), None
+            return _stored_normal(_cut(_mean_above(blocks, mean, axes), bound), spec).reshape(shape), None
         kept = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(shape)]
         return cast_scale(2 * _cut(mean, bound), spec).reshape(shape), jnp.full(kept, 0.5, dtype_of_scale(spec))
 
@@ -82,7 +79,7 @@ def block_scales(
 
 def range_scales(
     low: Float[Array, "..."], high: Float[Array, "..."], spec: QuantSpec, *, bits: Any = None
-) -> tuple[Float[Array, "..."], Num[Array, "..."] | None]:
+) -> tuple[Shaped[Array, "..."], Num[Array, "..."] | None]:
     """`(scale, zero_point)` of the range [low, high], which contains 0; see `block_scales`.
 
     Args:
@@ -110,7 +107,7 @@ def stored_scale(scale: Float[Array, "..."], spec: QuantSpec) -> Float[Array, ".
     return cast_scale(scale, spec).astype(jnp.float32)
 
 
-def cast_scale(scale: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:
+def cast_scale(scale: Float[Array, "..."], spec: QuantSpec) -> Shaped[Array, "..."]:
     """A float32 scale in `spec.scale_dtype`."""
     if spec.scale_dtype == "bfloat16":
         # Inside `jit`, XLA may drop the rounding of a cast to bfloat16 and back, but never this one.
@@ -125,6 +122,12 @@ def cast_scale(scale: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "...
 def dtype_of_scale(spec: QuantSpec) -> Any:
     """The dtype that `spec.scale_dtype` names."""
     return jnp.float8_e8m0fnu if spec.scale_dtype == "e8m0" else jnp.dtype(spec.scale_dtype)
+
+
+def _mean_above(blocks: Float[Array, "..."], mean: Float[Array, "..."], axes: tuple[int, ...]) -> Array:
+    above = jnp.abs(blocks) > jnp.float32(0.7) * jnp.broadcast_to(mean, blocks.shape)
+    # NaN compares as false: it must not vanish.
+    return jnp.where(jnp.isfinite(mean), mean_magnitude(jnp.where(above, blocks, 0.0), axes), mean)
 
 
 def _table_scale(largest: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:
@@ -154,7 +157,7 @@ def _cut(extreme: Float[Array, "..."], bound: float) -> Float[Array, "..."]:
     return jnp.where(jnp.isinf(extreme), extreme, jnp.clip(extreme, -bound, bound))
 
 
-def _stored_normal(scale: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:
+def _stored_normal(scale: Float[Array, "..."], spec: QuantSpec) -> Shaped[Array, "..."]:
     # Backends flush subnormal numbers to zero, and the division by such a scale would give Inf. NaN must stay NaN.
     smallest = float(jnp.finfo(jnp.float32).tiny)
     return cast_scale(jnp.where(scale < smallest, jnp.ones_like(scale), scale), spec)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32
 from jaxcompress.calibration import Calibrated, LookupCounts, MatrixLeaf, calibrated, checked_weight, entries
 from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored
 from jaxcompress.quantization._range_search import RangeSearch, searched_scales
-from jaxcompress.quantization._round_to_nearest import round_to_codes
+from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout, default_layout

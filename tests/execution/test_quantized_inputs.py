@@ -95,6 +95,22 @@ def test_what_would_not_be_rounded_is_an_error():
         jc.execute(model.apply)(params, *model.inputs)
 
 
+def test_codes_that_cannot_move_leave_a_plain_weight_with_quantized_inputs():
+    """From bfloat16 to float32 a quantized leaf has no rule: it falls back, and its inputs are rounded all the same."""
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 4)), jnp.bfloat16)
+    leaf = kinds.KINDS["int4 groups"](w, trace.LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,)))
+    leaf = dataclasses.replace(leaf, dtype=jnp.dtype("bfloat16"))
+    params = {"w": InputQuantizedArray(weight=leaf, inputs=Scaling())}
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 16)), jnp.float32)
+
+    def apply(p, x):
+        return x @ p["w"].astype(jnp.float32)
+
+    np.testing.assert_array_equal(jc.execute(apply)(params, x), (x / 2) @ leaf.materialize().astype(jnp.float32))
+    (fallback,) = jc.execution.fallbacks(apply, params, x)
+    assert (fallback.path, fallback.primitive) == ("w", "convert_element_type")
+
+
 INT8, UINT8 = QuantSpec(bits=8), QuantSpec(bits=8, symmetric=False)
 
 

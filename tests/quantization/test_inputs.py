@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
-from jaxcompress.arrays import InputQuantizedArray
+from jaxcompress.arrays import InputQuantizedArray, component_shardings
 from jaxcompress.checkpoint import restore, save
 from jaxcompress.quantization import (
     InputRange,
+    InputRounding,
     QuantSpec,
     entropy_clip,
     fake_quantize,
@@ -67,9 +69,9 @@ def test_extreme_values():
 
 def test_percentiles_are_within_a_bin():
     width = 2.0 ** np.ceil(np.log2(np.abs(values()).max())) / 2048
-    found, _ = ranges("percentile", percentile=98)
+    found, _ = ranges("percentile", percentile=98.0)
     np.testing.assert_allclose(found.scale * 7, np.percentile(np.abs(values()), 98), atol=1.5 * width)
-    found, _ = ranges("percentile", symmetric=False, percentile=98)
+    found, _ = ranges("percentile", symmetric=False, percentile=98.0)
     wanted = np.percentile(values(), 98) - np.percentile(values(), 2)
     np.testing.assert_allclose(found.scale * 15, wanted, atol=3 * width)
 
@@ -221,6 +223,38 @@ def test_pact_pays_for_its_range():
     effective = transform.apply(params(), state)["first"]
     out = effective.inputs.rounded(jnp.array([[-1.0, 0.2, 3.0]]), (1,), *effective.input_parameters(2, ()))
     np.testing.assert_allclose(out, [[0.0, 0.2, 1.0]], rtol=1e-6)
+
+
+def test_a_description_in_a_checkpoint_that_makes_no_sense_is_an_error():
+    codec = checkpoint_codec()
+    good = codec.encode(InputRounding(spec=SPEC))
+    assert codec.decode(good) == InputRounding(spec=SPEC)
+    for bad in ("int8", {}, {"spec": {"bits": 4, "colour": 1}, "gradient": "lsq"}, {"spec": {"bits": 99}}):
+        with pytest.raises(ValueError, match=r"describe how inputs are rounded|must be an integer|expected dict"):
+            codec.decode(bad)
+
+
+def checkpoint_codec():
+    from jaxcompress.checkpoint._compressed import COMPRESSED
+
+    return COMPRESSED["InputQuantizedArray"].static["inputs"]
+
+
+def test_shards_follow_the_weight():
+    """Stacked ranges along the stacked axis; the model split over the outputs computes the same."""
+    mesh = jax.make_mesh((2, 4), ("layers", "model"), axis_types=(AxisType.Auto,) * 2)
+    layout = jc.trace.LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
+    w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 8)), jnp.float32)
+    ranges = {"w": InputRange(jnp.array([0.02, 0.03]))}
+    small = quantize({"w": w}, QuantSpec(bits=8), layouts={"w": layout})
+    leaf = quantize_inputs(small, SPEC, ranges=ranges, layouts={"w": layout})["w"]
+    shardings = component_shardings(leaf, NamedSharding(mesh, PartitionSpec("layers", None, "model")))
+    assert shardings.scale.spec == PartitionSpec("layers")
+    placed = jax.device_put(leaf, shardings)
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 2, 16)), jnp.float32)
+    apply = jax.jit(jc.execute(lambda p, x: jnp.einsum("tei,eio->teo", x, p["w"])))
+    np.testing.assert_array_equal(apply({"w": placed}, x), apply({"w": leaf}, x))
+    assert jc.report.describe_leaf(leaf) == "int8 per-channel, static inputs"
 
 
 def test_bad_settings_are_named():
