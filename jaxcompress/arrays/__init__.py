@@ -1,6 +1,8 @@
 """Compressed leaves: what is stored, and how the plain array comes back."""
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray as BitmaskSparseArray
+from jaxcompress.arrays._codebook import CodebookArray as CodebookArray
+from jaxcompress.arrays._codebook import look_up as look_up
 from jaxcompress.arrays._n_of_m import NMSparseArray as NMSparseArray
 from jaxcompress.arrays._packed import PackedArray as PackedArray
 from jaxcompress.arrays._packed import pack as pack

@@ -14,6 +14,8 @@ from jaxcompress.solvers._columns import StartGroup as StartGroup
 from jaxcompress.solvers._columns import block_sizes as block_sizes
 from jaxcompress.solvers._columns import solve_columns as solve_columns
 from jaxcompress.solvers._counting import count_true as count_true
+from jaxcompress.solvers._kmeans import kmeans_line as kmeans_line
+from jaxcompress.solvers._kmeans import nearest_center as nearest_center
 from jaxcompress.solvers._masked import masked_least_squares as masked_least_squares
 from jaxcompress.solvers._order import order_keys as order_keys
 from jaxcompress.solvers._rank import keep_largest as keep_largest
