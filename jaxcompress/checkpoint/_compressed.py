@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, PackedArray, QuantizedArray
+from jaxcompress.arrays import BitmaskSparseArray, CodebookArray, NMSparseArray, PackedArray, QuantizedArray
 
 
 class Codec(NamedTuple):
@@ -95,6 +95,7 @@ COMPRESSED: dict[str, CompressedType] = {
     for row in (
         CompressedType(PackedArray, {"bits": INT, "signed": BOOL, "axis": INT, "width": INT}),
         CompressedType(QuantizedArray, {"dtype": DTYPE, "levels": _optional(FLOATS)}),
+        CompressedType(CodebookArray, {"dtype": DTYPE, "zero": BOOL}),
         CompressedType(BitmaskSparseArray, {"row_shape": INTS}),
         CompressedType(NMSparseArray, {"pattern": INTS, "axis": INT, "width": INT}),
     )
