@@ -12,6 +12,7 @@ import optax
 
 import jaxcompress as jc
 from jaxcompress import pruning
+from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import QuantSpec, quantization_aware
 from jaxcompress.schedules import constant, cubic
@@ -29,12 +30,14 @@ class Row:
         make: a new one.
         zeros: the share of zeros among the weights that `apply` returns after `STEPS` steps; None: not known before.
         trains: has trainable state.
+        rate: its learning rate.
         variant: of the row above; not run on eight devices, too.
     """
 
     make: Callable[[], Transform]
     zeros: float | None = 0.0
     trains: bool = False
+    rate: float = 10.0
     variant: bool = False
 
 
@@ -74,6 +77,25 @@ TABLE: dict[str, Row] = {
     ),
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
+    "codebooks of 3 bits": Row(
+        make=lambda: trained_codebooks(CodebookSpec(values=8, zero=False)), zeros=None, trains=True, rate=0.05
+    ),
+    "codebooks, assigned anew": Row(
+        make=lambda: trained_codebooks(CodebookSpec(values=8, rate=0.01), every=2, until=4, store="sparse"),
+        zeros=None,
+        trains=True,
+        rate=0.05,
+        variant=True,
+    ),
+    "gradual, then codebooks": Row(
+        make=lambda: jc.chain(
+            pruning.gradual(schedule=constant(0.5), every=1),
+            trained_codebooks(CodebookSpec(values=8, dtype="bfloat16"), until=3),
+        ),
+        zeros=None,
+        trains=True,
+        rate=0.05,
+    ),
     "gradual, then 4 bits": Row(
         make=lambda: jc.chain(
             pruning.gradual(schedule=constant(0.5), every=1), quantization_aware(QuantSpec(bits=4, symmetric=False))
@@ -126,7 +148,7 @@ def run(row: Row, place: Callable[[Any], Any] = lambda tree: tree, place_batch: 
         optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.05, momentum=0.9)),
         losses={"squared": squared},
         transform=transform,
-        transform_optimizer=optax.sgd(10.0) if row.trains else None,
+        transform_optimizer=optax.sgd(row.rate) if row.trains else None,
     )
     state = init_state(place(params()), key=jax.random.key(3))
     inputs = (place_batch or place)(batch())

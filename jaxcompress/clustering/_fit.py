@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from jaxcompress.clustering._spec import CodebookSpec
@@ -24,7 +25,7 @@ def fit_tables(
     spec: CodebookSpec,
     blocks: Sequence[int],
     importance: Shaped[Array, "..."] | None = None,
-) -> Float32[Array, "... E"]:
+) -> Float[Array, "... E"]:
     """The tables that fit an array best: k-means of each block, then, with a rate, Σ error + λ bits.
 
     Runs on the host, in float64; the answer of k-means does not depend on a seed.
@@ -113,11 +114,11 @@ def _broadcast(importance: Shaped[Array, "..."], weights: Shaped[Array, "..."]) 
 
 @functools.partial(jax.jit, static_argnames=("zero",))
 def _refit(
-    x: Float32[Array, "B N"], h: Float32[Array, "B N"], tables: Float32[Array, "B E"], rate: float, zero: bool
+    x: Float32[Array, "B N"], h: Float32[Array, "B N"], tables: Float32[Array, "B E"], rate: ArrayLike, zero: bool
 ) -> Float32[Array, "B E"]:
     """Assign, then move every value to the mean of its weights; as often as it takes k-means to settle."""
 
-    def step(_: int, tables: Float32[Array, "B E"]) -> Float32[Array, "B E"]:
+    def step(_: ArrayLike, tables: Float32[Array, "B E"]) -> Float32[Array, "B E"]:
         codes = _assign(x, h, tables, _price(x, h, tables, rate, zero), zero)
 
         def mean(pair: tuple[Array, Array]) -> Array:
@@ -134,14 +135,14 @@ def _refit(
 
 @functools.partial(jax.jit, static_argnames=("zero",), inline=True)
 def _price(
-    x: Float32[Array, "B N"], h: Float32[Array, "B N"], tables: Float32[Array, "B E"], rate: float, zero: bool
+    x: Float32[Array, "B N"], h: Float32[Array, "B N"], tables: Float32[Array, "B E"], rate: ArrayLike, zero: bool
 ) -> Float32[Array, "B V"]:
     """λ · bits of every code, in units of h (w - value)²; the bits are those of the codes that they lead to."""
     entries = tables.shape[1] + zero
     counts = jnp.maximum((x != 0).sum(axis=1), 1)
     unit = rate * jnp.where(x != 0, h * x * x, 0.0).sum(axis=1) / counts
 
-    def step(_: int, price: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
+    def step(_: ArrayLike, price: Float32[Array, "B V"]) -> Float32[Array, "B V"]:
         codes = _assign(x, h, tables, price, zero)
         of_code = jax.lax.map(lambda code: (codes == code).sum(axis=1), jnp.arange(entries, dtype=jnp.uint8)).T
         return unit[:, None] * -jnp.log2((of_code + 0.5) / (x.shape[1] + 0.5 * entries))
