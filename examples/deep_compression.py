@@ -53,6 +53,7 @@ class Plan:
         decay: weight decay while pruning.
         cost: `CodebookSpec.rate`, what a bit costs.
         values: of a kernel, 0 included.
+        temperature: of distillation.
     """
 
     sparsity: float
@@ -62,13 +63,14 @@ class Plan:
     decay: float = 0.1
     cost: float = 0.001
     values: int = 8
+    temperature: float = 2.0
 
 
 PLANS = {
-    ("lenet-300-100", "fashion-mnist"): Plan(sparsity=0.96, prune_epochs=40, cluster_epochs=5),
-    ("lenet-300-100", "mnist-5k"): Plan(
-        sparsity=0.985, prune_epochs=100, cluster_epochs=40, decay=0.5, cost=0.003
+    ("lenet-300-100", "fashion-mnist"): Plan(
+        sparsity=0.955, prune_epochs=60, cluster_epochs=4, rate=6e-3, temperature=4.0, cost=0.003
     ),
+    ("lenet-300-100", "mnist-5k"): Plan(sparsity=0.985, prune_epochs=100, cluster_epochs=40, decay=0.5, cost=0.003),
     ("lenet-5", "fashion-mnist"): Plan(sparsity=0.96, prune_epochs=12, cluster_epochs=2),
     ("lenet-5", "mnist-5k"): Plan(sparsity=0.985, prune_epochs=40, cluster_epochs=10, decay=0.5),
 }
@@ -149,7 +151,8 @@ def prune(train: Any, params: Params, plan: Plan, per_epoch: int, **options: Any
         scope="global",
         store="dense",
     )
-    state = train(params, plan.prune_epochs, transform=transform, rate=plan.rate, decay=plan.decay, **options)
+    options |= {"rate": plan.rate, "decay": plan.decay, "temperature": plan.temperature}
+    state = train(params, plan.prune_epochs, transform=transform, **options)
     return transform.finalize(state.params, state.transform_state)
 
 
@@ -163,8 +166,8 @@ def share_values(train: Any, params: Params, plan: Plan, per_epoch: int, **optio
     )
     # The gradient of a value sums those of thousands of weights: rates that weights bear would shake it.
     rate = optax.cosine_decay_schedule(2e-4, plan.cluster_epochs * per_epoch)
-    tables = optax.adam(rate)
-    state = train(params, plan.cluster_epochs, transform=transform, transform_optimizer=tables, rate=0.0, **options)
+    options |= {"transform_optimizer": optax.adam(rate), "rate": 0.0, "temperature": plan.temperature}
+    state = train(params, plan.cluster_epochs, transform=transform, **options)
     return transform.finalize(state.params, state.transform_state)
 
 
@@ -263,6 +266,7 @@ def train_epochs(
     rate: float,
     decay: float = 0.0,
     teacher: jax.Array | None = None,
+    temperature: float = 2.0,
     transform: Any = None,
     transform_optimizer: Any = None,
 ) -> Any:
@@ -272,7 +276,7 @@ def train_epochs(
     weights = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     losses: dict[str, Any] = {"labels": (1.0 if teacher is None else 0.1, hard_labels())}
     if teacher is not None:
-        losses["soft"] = (0.9, soft_targets(temperature=2.0))
+        losses["soft"] = (0.9, soft_targets(temperature=temperature))
     init_state, step = make_train_step(
         lambda tree, batch, *, key, train: {"logits": network.apply(tree, batch["x"])},
         None,

@@ -93,7 +93,6 @@ def _codebook(*, zero: bool, per_output: bool = False, sparse: bool = False) -> 
 
     def make(array: jax.Array, layout: LeafLayout) -> CodebookArray:
         own = {*layout.stack_axes, *(layout.output_axes if per_output else ())}
-        blocks = [n if axis in own else 1 for axis, n in enumerate(array.shape)]
         inner = tuple(axis for axis in range(array.ndim) if axis not in own)
         x = np.asarray(array)
         largest = np.abs(x).max(inner, keepdims=True)

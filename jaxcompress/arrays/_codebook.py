@@ -125,7 +125,7 @@ def _pick_forward(codes: Integer[Array, "..."], table: Float[Array, "... entries
 
 
 def _pick_backward(saved: Any, gradient: Float[Array, "..."]) -> tuple[Any, Array]:
-    """Sums by code. The gradient of a gather is a scatter, which XLA runs one by one on the CPU; this is one pass each."""
+    """Sums by code, a pass each: the gradient of a gather is a scatter, which XLA runs one by one on the CPU."""
     codes, table = saved
     blocks = table.shape[:-1]
     axes = _inner_axes(codes.shape, blocks)

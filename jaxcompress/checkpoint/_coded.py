@@ -66,7 +66,9 @@ def read_coded(path: str, records: Iterable[LeafRecord], targets: Mapping[str, A
         try:
             array = _decode(reader.block(), tuple(value.shape or ()), jnp.dtype(value.dtype), packing)
         except (ValueError, MemoryError) as err:
-            raise CheckpointError(f"Array {name!r} of leaf {record.name!r} in {path!r} cannot be decoded: {err}.") from err
+            raise CheckpointError(
+                f"Array {name!r} of leaf {record.name!r} in {path!r} cannot be decoded: {err}."
+            ) from err
         target = targets[name]
         found[name] = array if isinstance(target, np.ndarray) else jax.device_put(array, target.sharding)
     if rest := len(reader.rest()):

@@ -39,8 +39,9 @@ def write_manifest(directory: str, manifest: Manifest) -> None:
         write_synced(os.path.join(directory, MANIFEST_NAME), text.encode())
         return
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    packer = zlib.compressobj(9, zdict=_DICTIONARY)
-    write_synced(os.path.join(directory, SHORT_NAME), packer.compress(text.encode()) + packer.flush())
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, zdict=_DICTIONARY)
+    packed = packer.compress(text.encode()) + packer.flush()
+    write_synced(os.path.join(directory, SHORT_NAME), zlib.crc32(packed).to_bytes(4, "little") + packed)
 
 
 def has_manifest(directory: str) -> bool:
@@ -68,11 +69,10 @@ def read_content(directory: str) -> Any:
 def _read_short(path: str) -> Any:
     with open(path, "rb") as file:
         data = file.read()
-    unpacker = zlib.decompressobj(zdict=_DICTIONARY)
+    if zlib.crc32(data[4:]).to_bytes(4, "little") != data[:4]:
+        raise ValueError(f"{SHORT_NAME} does not have the CRC-32 that it begins with")
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS, zdict=_DICTIONARY)
     try:
-        text = unpacker.decompress(data)
-        if not unpacker.eof or unpacker.unused_data:
-            raise ValueError("it ends early or late")
-        return json.loads(text)
+        return json.loads(unpacker.decompress(data[4:]))
     except (zlib.error, ValueError) as err:
         raise ValueError(f"{SHORT_NAME} cannot be decoded ({err})") from err

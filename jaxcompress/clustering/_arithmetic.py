@@ -104,9 +104,7 @@ def stretch(probability: int) -> int:
 def squash_table() -> list[int]:
     """The inverse of `stretch`, for -2560, ..., 2560: probabilities in [4, 2^16 - 4]."""
     with decimal.localcontext(prec=30):
-        found = [
-            int(CERTAIN / (1 + (decimal.Decimal(-x) / STRETCH_UNIT).exp())) for x in range(-_LIMIT, _LIMIT + 1)
-        ]
+        found = [int(CERTAIN / (1 + (decimal.Decimal(-x) / STRETCH_UNIT).exp())) for x in range(-_LIMIT, _LIMIT + 1)]
     return [min(max(p, 4), CERTAIN - 4) for p in found]
 
 

@@ -4,14 +4,14 @@ from collections.abc import Iterable
 
 
 class Writer:
-    """Collects bytes.
+    r"""Collects bytes.
 
     Example:
         >>> writer = Writer()
         >>> writer.number(300)
         >>> writer.block(b"ab")
         >>> writer.done()
-        b'\\xac\\x02\\x02ab'
+        b'\xac\x02\x02ab'
     """
 
     def __init__(self) -> None:
@@ -46,10 +46,10 @@ class Writer:
 
 
 class Reader:
-    """Takes bytes apart that a `Writer` put together.
+    r"""Takes bytes apart that a `Writer` put together.
 
     Example:
-        >>> reader = Reader(b"\\xac\\x02\\x02ab")
+        >>> reader = Reader(b"\xac\x02\x02ab")
         >>> reader.number(), reader.block(), reader.rest()
         (300, b'ab', b'')
     """

@@ -129,7 +129,9 @@ def checked_importance(path: str, leaf: Any, weight: Any) -> jax.Array | None:
     return weight
 
 
-def store_codes(codes: jax.Array, tables: jax.Array, spec: CodebookSpec, layout: LeafLayout, leaf: Any) -> CodebookArray:
+def store_codes(
+    codes: jax.Array, tables: jax.Array, spec: CodebookSpec, layout: LeafLayout, leaf: Any
+) -> CodebookArray:
     """Codes and tables as a leaf; under the index of `leaf`, if it is sparse."""
     if isinstance(leaf, SparseArray):
         kept = sparsify_like(codes, leaf)

@@ -60,7 +60,7 @@ def encode_codes(codes: Integer[np.ndarray, "..."], *, bits: int = 8, coder: Cod
     if not 1 <= bits <= 8:
         raise ValueError(f"`bits` must be in [1, 8], got {bits}.")
     flat = np.ascontiguousarray(codes).ravel().astype(np.int64)
-    if flat.size and not (0 <= flat.min() and flat.max() < 1 << bits):
+    if flat.size and not (flat.min() >= 0 and flat.max() < 1 << bits):
         raise ValueError(f"Codes of {bits} bits are from 0 to {(1 << bits) - 1}, got {flat.min()} to {flat.max()}.")
     table = flat.reshape(as_table(codes.shape))
     tried = [coder] if coder is not None else _worth_trying(flat)

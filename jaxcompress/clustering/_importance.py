@@ -13,7 +13,7 @@ from jaxcompress.types import Params
 
 
 def input_importance(params: Params, statistics: Params, layouts: Params) -> Params:
-    """h = mean of x² of the input that a weight multiplies: the output error, for uncorrelated inputs.
+    """H = mean of x² of the input that a weight multiplies: the output error, for uncorrelated inputs.
 
     Of a table that is looked up, h is the share of the look-ups that a row gets.
 

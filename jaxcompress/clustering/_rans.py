@@ -4,8 +4,6 @@ Integers only, so that every platform decodes the same. Shape letters: N symbols
 alphabet.
 """
 
-import functools
-
 import numpy as np
 from jaxtyping import Int64, Integer, Shaped
 

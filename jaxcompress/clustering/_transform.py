@@ -123,7 +123,15 @@ def _apply(spec: CodebookSpec, until: int, params: Params, state: TransformState
 
 
 def _update(
-    spec: CodebookSpec, every: int, until: int, grads: Any, state: TransformState, params: Params, *, key: Any, loss: Any
+    spec: CodebookSpec,
+    every: int,
+    until: int,
+    grads: Any,
+    state: TransformState,
+    params: Params,
+    *,
+    key: Any,
+    loss: Any,
 ) -> tuple[TransformState, None]:
     del grads, key, loss
     fixed = state.fixed

@@ -42,8 +42,8 @@ def kmeans_line(
         array([0.05, 1.05, 5.  ])
 
     References:
-        Wang and Song 2011, "Ckmeans.1d.dp: optimal k-means clustering in one dimension by dynamic programming"; Wu 1991,
-        "Optimal quantization by matrix searching".
+        Wang and Song 2011, "Ckmeans.1d.dp: optimal k-means clustering in one dimension by dynamic programming";
+        Wu 1991, "Optimal quantization by matrix searching".
     """
     x, h = _distinct(values, weights, count)
     if len(x) <= count:
@@ -127,7 +127,7 @@ def _exact_starts(x: Float64[np.ndarray, " N"], h: Float64[np.ndarray, " N"], co
 def _one_more_run(
     sums: _Sums, best: Float64[np.ndarray, " N1"], k: int
 ) -> tuple[Float64[np.ndarray, " N1"], Integer[np.ndarray, " N1"]]:
-    """min over i of best[i] + error(i, j), for all j >= k, and its argument (monotone in j: divide and conquer).
+    """Min over i of best[i] + error(i, j), for all j >= k, and its argument (monotone in j: divide and conquer).
 
     All middles of one depth of the recursion are solved together, so that NumPy sees long vectors.
     """

@@ -21,7 +21,9 @@ def weights(*shape, seed=0, zeros=0.0):
 def means(x, codes, h=None):
     """Mean of the weights of every code but 0."""
     h = np.ones_like(x) if h is None else np.broadcast_to(h, x.shape)
-    return [np.average(x[codes == code].astype(np.float64), weights=h[codes == code]) for code in range(1, codes.max() + 1)]
+    return [
+        np.average(x[codes == code].astype(np.float64), weights=h[codes == code]) for code in range(1, codes.max() + 1)
+    ]
 
 
 @pytest.mark.parametrize("shape", [(37, 11), (5, 3, 7), (13,), (3, 3, 2, 5)])

@@ -118,7 +118,7 @@ def test_huffman_lengths_are_optimal_and_bounded():
     for size in (2, 3, 17, 256):
         counts = rng.integers(0, 1000, size) + 1
         lengths, shares = code_lengths(counts), counts / counts.sum()
-        assert (2.0 ** -lengths).sum() == 1
+        assert (2.0**-lengths).sum() == 1
         entropy = -(shares * np.log2(shares)).sum()
         assert entropy <= shares @ lengths < entropy + 1
     assert code_lengths(np.array([5, 1, 0, 2])).tolist() == [1, 2, 0, 2]
@@ -127,7 +127,7 @@ def test_huffman_lengths_are_optimal_and_bounded():
         fibonacci[at] = fibonacci[at - 1] + fibonacci[at - 2]
     lengths = code_lengths(fibonacci)
     assert lengths.max() <= LONGEST
-    assert (2.0 ** -lengths).sum() <= 1
+    assert (2.0**-lengths).sum() <= 1
 
 
 def test_frequencies_keep_every_symbol_and_sum_up():

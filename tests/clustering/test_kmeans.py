@@ -32,7 +32,12 @@ def test_scikit_learn(case):
     )
     np.testing.assert_array_equal(nearest_center(x, centers), labels)
     found = kmeans_line(x, len(centers), weights=h)
-    assert loss(x, h, found) <= inertia * (1 + 1e-12)
+    own = loss(x, h, found)
+    if case == 1:
+        # Eight clusters: none of scikit-learn's starts leads to the optimum.
+        assert own < inertia
+        return
+    assert own == pytest.approx(inertia, rel=1e-12)
     np.testing.assert_array_equal(nearest_center(x, found), labels)
     np.testing.assert_allclose(found, centers, rtol=1e-9)
 
@@ -56,7 +61,13 @@ def test_beyond_the_exact_sizes_lloyd_is_as_good_to_a_millionth():
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([], [0, 0, 0]), ([2.0], [2, 2, 2]), ([3.0, 1.0, 3.0], [1, 3, 3]), ([0.0, 0.0], [0, 0, 0]), ([1, 2, 3], [1, 2, 3])],
+    [
+        ([], [0, 0, 0]),
+        ([2.0], [2, 2, 2]),
+        ([3.0, 1.0, 3.0], [1, 3, 3]),
+        ([0.0, 0.0], [0, 0, 0]),
+        ([1, 2, 3], [1, 2, 3]),
+    ],
 )
 def test_fewer_values_than_clusters(values, expected):
     found = kmeans_line(np.array(values), 3)

@@ -1,6 +1,6 @@
 """Writes kmeans.npz with scikit-learn 1.7.2 (k-means: weighted Lloyd from many starts, and its assignment).
 
-    python -m venv V && V/bin/pip install scikit-learn==1.7.2 && V/bin/python make_kmeans.py
+python -m venv V && V/bin/pip install scikit-learn==1.7.2 && V/bin/python make_kmeans.py
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ for case, (shape, count, weighted) in enumerate([((37, 11), 4, False), ((29, 53)
     rng = np.random.default_rng(case)
     x = rng.standard_t(4, size=shape)
     h = rng.gamma(0.5, size=shape) if weighted else np.ones(shape)
-    fitted = KMeans(count, n_init=200, tol=0.0, max_iter=1000, random_state=0).fit(x.reshape(-1, 1), None, h.ravel())
+    fitted = KMeans(count, n_init=40, tol=0.0, max_iter=1000, random_state=0).fit(x.reshape(-1, 1), None, h.ravel())
     order = np.argsort(fitted.cluster_centers_[:, 0])
     place = np.argsort(order)
     out |= {
