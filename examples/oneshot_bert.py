@@ -7,8 +7,9 @@ of the sentence vectors. No labels are used, and nothing is trained.
     python examples/oneshot_bert.py [--quick] [--model FILE] [--seeds 0 1 2] [--methods ...] [--validation]
 
 FILE is a safetensors file with Hugging Face names (torch orientation) of the encoder and `classifier`; without it, the
-fine-tuned model that `jaxcompress demo` leaves in the cache is used. `--by group` calibrates every group of kernels
-that share an input on its own (24 runs instead of 6). The last line is JSON.
+fine-tuned model that `jaxcompress demo` leaves in the cache is used. `--by` says how often the calibration rows run,
+through what is pruned so far: for every group of kernels that share an input (24 times), for every layer (6 times), or
+once for the whole model, so that all statistics are those of the dense one. The last line is JSON.
 """
 
 import argparse
@@ -55,6 +56,11 @@ METHODS: dict[str, Callable[..., Any]] = {
 }
 KERNELS = jc.tree.by_path("bert/encoder/.*/kernel")
 WIDTHS = (24, 40, 64)
+TOGETHER: dict[str, Callable[[str], Any] | None] = {
+    "layer": lambda path: re.findall(r"layer/(\d+)/", path)[0],
+    "group": None,
+    "model": lambda path: None,
+}
 
 
 def main() -> None:
@@ -97,7 +103,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=list(PATTERNS))
-    parser.add_argument("--by", choices=("layer", "group"), default="layer")
+    parser.add_argument("--by", choices=list(TOGETHER), default="group")
     parser.add_argument("--validation", action="store_true", help="report on the validation rows")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -143,12 +149,8 @@ def _prune(
         select=KERNELS,
         statistics=("gram", "squared_sum"),
         row_mask=lambda ids, mask: mask,
-        together=_layer if by == "layer" else None,
+        together=TOGETHER[by],
     )
-
-
-def _layer(path: str) -> str:
-    return re.findall(r"layer/(\d+)/", path)[0]
 
 
 def _row(

@@ -51,7 +51,7 @@ class Settings:
 
 
 SETTINGS = {
-    "dense": Settings(rate=2e-3),
+    "dense": Settings(rate=2e-3, decay=0.3),
     # A high rate: what the schedule takes away must be made up for in little time.
     "gradual": Settings(rate=6e-3, decay=0.2),
     # Pruned weights move as fast as kept ones here: at high rates the masks never settle.

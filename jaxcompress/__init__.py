@@ -6,6 +6,7 @@ from jaxcompress import checkpoint as checkpoint
 from jaxcompress import distillation as distillation
 from jaxcompress import execution as execution
 from jaxcompress import gates as gates
+from jaxcompress import lowrank as lowrank
 from jaxcompress import models as models
 from jaxcompress import pruning as pruning
 from jaxcompress import quantization as quantization

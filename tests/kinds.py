@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import CodebookArray, QuantizedArray, pack, sparsify
+from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
 from jaxcompress.trace import LeafLayout
 
 Maker = Callable[[jax.Array, LeafLayout], Any]
 
 
-def _quantized(bits: int, *, groups: bool = False, zero_point: bool = False, per_tensor: bool = False) -> Maker:
+def _quantized(
+    bits: int, *, groups: bool = False, zero_point: bool = False, per_tensor: bool = False, powers: bool = False
+) -> Maker:
     def make(array: jax.Array, layout: LeafLayout) -> QuantizedArray:
         axis, shape = layout.input_axes[-1], array.shape
         shared = set(range(array.ndim)) - set(layout.stack_axes) if per_tensor else set(layout.input_axes)
@@ -29,6 +31,8 @@ def _quantized(bits: int, *, groups: bool = False, zero_point: bool = False, per
         if zero_point:
             scale = (high - low) / (2**bits - 1)
             zero = np.round(-low / scale).astype(np.uint8)
+        if powers:
+            scale = 2.0 ** np.ceil(np.log2(np.maximum(scale, 1e-30)))
         wide = [part for s in blocks for part in (s, 1)]
         codes = np.round(split / scale.reshape(wide)) + (0 if zero is None else zero.reshape(wide))
         codes = codes.reshape(shape).astype(np.int8 if zero is None else np.uint8)
@@ -110,6 +114,31 @@ def _codebook(*, zero: bool, per_output: bool = False, sparse: bool = False) -> 
     return make
 
 
+def _low_rank(make_factor: Maker | None = None, make_residual: Maker | None = None) -> Maker:
+    """Factors of sixteenths, and scales that are powers of two: sums are exact in any order."""
+
+    def make(array: jax.Array, layout: LeafLayout) -> LowRankArray:
+        rank = 3
+        factors = []
+        for axes in (layout.input_axes, layout.output_axes):
+            kept = [*layout.stack_axes, *axes]
+            shape = [n if axis in kept else 1 for axis, n in enumerate(array.shape)]
+            values = np.arange(np.prod(shape) * rank).reshape(*shape, rank) * (7 + len(factors)) % 9 - 4
+            values = values / 16
+            factor = jnp.asarray(values, array.dtype)
+            inner = dataclasses.replace(layout, input_axes=tuple(axes), output_axes=(array.ndim,))
+            factors.append(factor if make_factor is None else make_factor(factor, inner))
+        residual = None if make_residual is None else make_residual(array, layout)
+        return LowRankArray(left=factors[0], right=factors[1], residual=residual, dtype=array.dtype)
+
+    return make
+
+
+def _integers(array: jax.Array, layout: LeafLayout) -> QuantizedArray:
+    scale = np.full([n if axis in layout.stack_axes else 1 for axis, n in enumerate(array.shape)], 1 / 16)
+    return _leaf(array, np.round(16 * np.asarray(array)).astype(np.int8), 4, layout.input_axes[-1], scale)
+
+
 KINDS: dict[str, Maker] = {
     "int8 per tensor": _quantized(8, per_tensor=True),
     "int8 per channel": _quantized(8),
@@ -130,4 +159,8 @@ KINDS: dict[str, Maker] = {
     "codebook per output": _codebook(zero=False, per_output=True),
     "codebook bit mask": _codebook(zero=True, sparse=True),
     "uint4 bit mask zero point": _sparse_quantized(_bitmask, _quantized(4, zero_point=True)),
+    "low rank": _low_rank(),
+    "low rank int4": _low_rank(_integers),
+    "low rank + int4 groups": _low_rank(make_residual=_quantized(4, groups=True, powers=True)),
+    "low rank + bit mask": _low_rank(make_residual=_bitmask),
 }

@@ -12,14 +12,19 @@ from transform_table import TABLE, batch, model, params, run, trained
 import jaxcompress as jc
 from jaxcompress.checkpoint import restore, save
 from jaxcompress.quantization import QuantSpec, quantization_aware
-from jaxcompress.tree import is_unselected
+from jaxcompress.tree import is_unselected, leaf_paths, leaves_with_paths
 from jaxcompress.types import TransformState
 
 pytestmark = pytest.mark.parametrize("name", TABLE)
 
 
 def _weights(tree):
-    return [tree[layer]["kernel"] for layer in ("first", "second")]
+    return [jc.materialize(tree[layer]["kernel"]) for layer in ("first", "second")]
+
+
+def _leaves(tree):
+    """Compressed leaves count as one: a transform keeps what they stand for."""
+    return [leaf for _, leaf in leaves_with_paths(tree)]
 
 
 def _assert_same(found, expected):
@@ -27,6 +32,12 @@ def _assert_same(found, expected):
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(x, y)
+
+
+def _assert_equal(name, found, expected):
+    if TABLE[name].exact:
+        return _assert_same(found, expected)
+    return jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), found, expected)
 
 
 def test_one_trace_over_all_steps(name):
@@ -38,12 +49,12 @@ def test_one_trace_over_all_steps(name):
 def test_apply_keeps_structure_shapes_and_dtypes(name):
     transform, state, _ = trained(name)
     effective = transform.apply(state.params, state.transform_state)
-    assert jax.tree.structure(effective) == jax.tree.structure(state.params)
-    for x, y in zip(jax.tree.leaves(effective), jax.tree.leaves(params()), strict=True):
+    assert leaf_paths(effective) == leaf_paths(state.params)
+    for x, y in zip(_leaves(effective), _leaves(params()), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.params)
     narrow = transform.apply(half, state.transform_state)
-    assert {leaf.dtype for leaf in jax.tree.leaves(narrow)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in _leaves(narrow)} == {jnp.dtype("bfloat16")}
     for x, y in zip(_weights(narrow), _weights(effective), strict=True):
         assert bool((x[y == 0] == 0).all())
 
@@ -55,7 +66,7 @@ def test_zeros_are_as_many_as_asked(name):
     total = sum(w.size for w in _weights(effective))
     if TABLE[name].zeros is None:
         assert zeros < total
-        assert zeros > 0 or "bits" in name
+        assert zeros > 0 or "bits" in name or "rank" in name
     else:
         assert zeros == round(TABLE[name].zeros * total)
 
@@ -65,7 +76,7 @@ def test_jit_equals_eager(name):
     for key in (None, jax.random.key(5)):
         eager = transform.apply(state.params, state.transform_state, key=key)
         jitted = jax.jit(lambda p, s, key=key: transform.apply(p, s, key=key))(state.params, state.transform_state)
-        _assert_same(jitted, eager)
+        _assert_equal(name, jitted, eager)
     grads = jax.tree.map(lambda w: jnp.sin(50 * w), state.params)
     stage_grads = (grads,) * len(transform.stages) if transform.stages else grads
 
@@ -90,9 +101,10 @@ def test_what_is_stored_is_what_was_trained(name):
     transform, state, _ = trained(name)
     effective = jax.jit(transform.apply)(state.params, state.transform_state)
     final = transform.finalize(state.params, state.transform_state)
-    _assert_same(jax.jit(jc.materialize)(final), effective)
+    _assert_equal(name, *(jax.jit(jc.materialize)(tree) for tree in (final, effective)))
     x = batch()["x"]
-    np.testing.assert_allclose(jax.jit(jc.execute(model))(final, x), jax.jit(model)(effective, x), rtol=1e-4, atol=1e-5)
+    served, trained_outputs = (jax.jit(jc.execute(model))(tree, x) for tree in (final, effective))
+    np.testing.assert_allclose(served, trained_outputs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,20 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from jaxcompress import pruning
+from jaxcompress import lowrank, pruning
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.distillation import make_train_step
-from jaxcompress.quantization import QuantSpec, quantization_aware
+from jaxcompress.quantization import (
+    InputRange,
+    QuantSpec,
+    lsq,
+    lsq_inputs,
+    pact_inputs,
+    quantization_aware,
+    quantized_inputs,
+)
 from jaxcompress.schedules import constant, cubic
+from jaxcompress.tree import Unselected
 from jaxcompress.types import Transform
 
 STEPS = 5
@@ -30,15 +39,19 @@ class Row:
         make: a new one.
         zeros: the share of zeros among the weights that `apply` returns after `STEPS` steps; None: not known before.
         trains: has trainable state.
-        rate: its learning rate.
         variant: of the row above; not run on eight devices, too.
+        exact: what is stored has the very bits of what was trained; otherwise sums are made in another order.
+        rate: of the optimizer of the trainable state.
+        statistics: what `init` is given.
     """
 
     make: Callable[[], Transform]
     zeros: float | None = 0.0
     trains: bool = False
-    rate: float = 10.0
     variant: bool = False
+    exact: bool = True
+    rate: float = 10.0
+    statistics: Callable[[], Any] = lambda: None
 
 
 def _soon() -> Any:
@@ -75,6 +88,9 @@ TABLE: dict[str, Row] = {
     "group lasso, blocks": Row(
         make=lambda: pruning.group_lasso(strength=0.05, groups=pruning.block(4, 4)), zeros=None, variant=True
     ),
+    "rank gates": Row(
+        make=lambda: lowrank.rank_gates(strength=0.01, drop_rate=0.4), zeros=None, trains=True, exact=False
+    ),
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
     "codebooks of 3 bits": Row(
@@ -96,6 +112,41 @@ TABLE: dict[str, Row] = {
         trains=True,
         rate=0.05,
     ),
+    "8 bits, then fewer": Row(
+        make=lambda: quantization_aware(QuantSpec(bits=4, symmetric=False), bits=lambda step: jnp.maximum(8 - step, 4)),
+        zeros=None,
+        variant=True,
+    ),
+    "learned steps, 3 bits": Row(
+        make=lambda: lsq(QuantSpec(bits=3, group_size=8, scale_dtype="bfloat16")), zeros=None, trains=True, rate=1e-3
+    ),
+    "learned steps and zero points, 2 bits": Row(
+        make=lambda: lsq(QuantSpec(bits=2, symmetric=False, range_rule="mse")),
+        zeros=None,
+        trains=True,
+        rate=1e-3,
+        variant=True,
+    ),
+    "8 bits, inputs too": Row(
+        make=lambda: jc.chain(quantization_aware(QuantSpec(bits=8)), quantized_inputs(QuantSpec(bits=8))), zeros=None
+    ),
+    "learned steps of inputs, 4 bits": Row(
+        make=lambda: jc.chain(
+            lsq(QuantSpec(bits=4)), lsq_inputs(QuantSpec(bits=4, symmetric=False, per_tensor=True), select=KERNELS)
+        ),
+        zeros=None,
+        trains=True,
+        rate=1e-3,
+        statistics=lambda: ranges(0.5, 7),
+    ),
+    "clipped inputs, 4 bits": Row(
+        make=lambda: jc.chain(quantization_aware(QuantSpec(bits=8)), pact_inputs(4, select=KERNELS)),
+        zeros=None,
+        trains=True,
+        rate=1e-3,
+        statistics=lambda: ranges(0.1, 0),
+        variant=True,
+    ),
     "gradual, then 4 bits": Row(
         make=lambda: jc.chain(
             pruning.gradual(schedule=constant(0.5), every=1), quantization_aware(QuantSpec(bits=4, symmetric=False))
@@ -103,6 +154,15 @@ TABLE: dict[str, Row] = {
         zeros=None,
     ),
 }
+
+
+KERNELS = jc.tree.by_path(".*kernel")
+
+
+def ranges(scale: float, zero_point: int) -> Any:
+    """Of the inputs of both kernels."""
+    found = InputRange(jnp.float32(scale), jnp.uint8(zero_point))
+    return {name: {"kernel": found, "bias": Unselected} for name in ("first", "second")}
 
 
 def params() -> Any:
@@ -150,7 +210,7 @@ def run(row: Row, place: Callable[[Any], Any] = lambda tree: tree, place_batch: 
         transform=transform,
         transform_optimizer=optax.sgd(row.rate) if row.trains else None,
     )
-    state = init_state(place(params()), key=jax.random.key(3))
+    state = init_state(place(params()), key=jax.random.key(3), statistics=row.statistics())
     inputs = (place_batch or place)(batch())
     for _ in range(STEPS):
         state, _ = step(state, None, inputs)

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, Num
+from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
@@ -30,7 +30,7 @@ class QuantizedArray:
     Attributes:
         data: the codes: int8 / uint8, a `PackedArray`, or a sparse array of either. Signed unless there is a
             `zero_point` or `levels`.
-        scale: float32 or bfloat16, in logical layout.
+        scale: float32, bfloat16 or float8_e8m0fnu (powers of two), in logical layout.
         zero_point: unsigned integers or floats, in logical layout, or None.
         dtype: logical dtype.
         levels: the table of a format such as NF4, or None.
@@ -94,7 +94,7 @@ class QuantizedArray:
 @functools.partial(jax.jit, static_argnames=("levels", "dtype"), inline=True)
 def dequantize(
     codes: Integer[Array, "..."],
-    scale: Float[Array, "..."],
+    scale: Shaped[Array, "..."],
     zero_point: Num[Array, "..."] | None = None,
     *,
     levels: tuple[float, ...] | None = None,
@@ -141,7 +141,7 @@ def split_blocks(x: Num[Array, "..."], scale_shape: tuple[int, ...]) -> Num[Arra
     )
 
 
-def per_block(parameter: Num[Array, "..."], shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> Array:
+def per_block(parameter: Shaped[Array, "..."], shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> Array:
     """A scale or zero point, reshaped so that it broadcasts against `split_blocks(x, scale_shape)`."""
     sizes = zip(parameter.shape, shape, scale_shape, strict=True)
     split = [part for p, n, s in sizes for part in ((p, 1) if 1 < s < n else (p,))]

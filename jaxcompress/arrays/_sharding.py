@@ -7,6 +7,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._codebook import CodebookArray
+from jaxcompress.arrays._input_quantized import InputQuantizedArray
+from jaxcompress.arrays._low_rank import LowRankArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
 from jaxcompress.arrays._quantized import QuantizedArray
@@ -17,7 +19,8 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
 
     Axes of size 1 (scales of a whole axis) are replicated. On every other axis the share of a device must hold whole
     blocks: whole bytes of packed codes, whole groups, whole N:M runs. A bit-mask array can be cut along its rows, into
-    as many shards as it was built for, and along its stacked axes.
+    as many shards as it was built for, and along its stacked axes. The factors of a `LowRankArray` are cut along the
+    axes that they have, and hold their whole rank.
 
     Args:
         leaf: a plain or compressed array, or its abstract form.
@@ -58,7 +61,29 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
         return dataclasses.replace(leaf, values=parts[0], index=parts[1])
     if isinstance(leaf, BitmaskSparseArray):
         return _cut_rows(leaf, sharding)
+    if isinstance(leaf, LowRankArray):
+        return dataclasses.replace(
+            leaf,
+            left=_cut_factor(leaf.left, sharding),
+            right=_cut_factor(leaf.right, sharding),
+            residual=None if leaf.residual is None else component_shardings(leaf.residual, sharding),
+        )
+    if isinstance(leaf, InputQuantizedArray):
+        parts = (leaf.scale, leaf.zero_point)
+        scale, zero_point = (None if part is None else _of_leading_axes(part, sharding) for part in parts)
+        weight = component_shardings(leaf.weight, sharding)
+        return dataclasses.replace(leaf, weight=weight, scale=scale, zero_point=zero_point)
     return _replicate_ones(leaf, sharding)
+
+
+def _cut_factor(factor: Any, sharding: NamedSharding) -> Any:
+    *sizes, _ = factor.shape
+    kept = [None if size == 1 else entry for size, entry in zip(sizes, _entries(sharding, len(sizes)), strict=True)]
+    return component_shardings(factor, NamedSharding(sharding.mesh, PartitionSpec(*kept, None)))
+
+
+def _of_leading_axes(part: Any, sharding: NamedSharding) -> NamedSharding:
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[: part.ndim]))
 
 
 def _cut_whole_blocks(leaf: Any, axis: int, block: int, sharding: NamedSharding) -> NamedSharding:

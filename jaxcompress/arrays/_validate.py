@@ -8,6 +8,8 @@ import numpy as np
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._codebook import CodebookArray
+from jaxcompress.arrays._input_quantized import InputQuantizedArray
+from jaxcompress.arrays._low_rank import LowRankArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
 from jaxcompress.arrays._quantized import QuantizedArray
@@ -41,6 +43,10 @@ def validate_array(leaf: Any) -> None:
         _validate_quantized(leaf)
     elif isinstance(leaf, CodebookArray):
         _validate_codebook(leaf)
+    elif isinstance(leaf, LowRankArray):
+        _validate_low_rank(leaf)
+    elif isinstance(leaf, InputQuantizedArray):
+        _validate_input_quantized(leaf)
 
 
 def _require(holds: Any, message: str) -> None:
@@ -122,3 +128,33 @@ def _validate_codebook(leaf: CodebookArray) -> None:
     _require(int(codes.max(initial=0)) < entries + leaf.zero, f"A code exceeds the {entries + leaf.zero} values.")
     _require(leaf.zero or not isinstance(leaf.data, SparseArray), "Codes that are left out need `zero`.")
     validate_array(leaf.data)
+
+
+def _validate_low_rank(leaf: LowRankArray) -> None:
+    left, right = tuple(leaf.left.shape), tuple(leaf.right.shape)
+    fit = (
+        len(left) == len(right)
+        and left[-1:] == right[-1:]
+        and all(n == m or 1 in (n, m) for n, m in zip(left[:-1], right[:-1], strict=True))
+    )
+    _require(fit, f"The factors {left} and {right} need equal ranks, and equal sizes or 1 on all other axes.")
+    parts = [part for part in (leaf.left, leaf.right, leaf.residual) if part is not None]
+    dtypes = [leaf.dtype, *(part.dtype for part in parts)]
+    _require(all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes), f"All dtypes are floats, got {dtypes}.")
+    if leaf.residual is not None:
+        _require(
+            tuple(leaf.residual.shape) == leaf.shape and leaf.residual.dtype == leaf.dtype,
+            f"The residual is {leaf.residual.dtype}{tuple(leaf.residual.shape)}, the array {leaf.dtype}{leaf.shape}.",
+        )
+    for part in parts:
+        validate_array(part)
+
+
+def _validate_input_quantized(leaf: InputQuantizedArray) -> None:
+    if leaf.scale is not None:
+        stacked = leaf.shape[: leaf.scale.ndim]
+        _require(leaf.scale.shape == stacked, f"Input scales of shape {leaf.scale.shape}, stacked axes {stacked}.")
+        _require((jnp.isfinite(leaf.scale) & (leaf.scale > 0)).all(), "Input scales must be positive and finite.")
+    shapes = [None if part is None else part.shape for part in (leaf.scale, leaf.zero_point)]
+    _require(shapes[1] in (None, shapes[0]), f"Input scales and zero points of shapes {shapes} differ.")
+    validate_array(leaf.weight)

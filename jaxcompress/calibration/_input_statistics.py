@@ -1,7 +1,7 @@
 """Sums over the inputs of every leaf, streamed over batches."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,8 @@ def input_statistics(
         params: plain or compressed leaves.
         batches: tuples of inputs; each is used once. Inputs that are no arrays are static.
         select: which leaves; by default every one that is contracted or looked up.
-        statistics: what to gather of contracted leaves; leave "gram" out where memory is short.
+        statistics: what to gather of contracted leaves; leave "gram" out where memory is short. "histogram" is there
+            on request.
         row_mask: `(*inputs) -> weights` of shape (B, L), say, so that padding does not count. It weights rows of shape
             (B, L), (B, L, ...) and (B * L,); rows of shape (B,) count where any token does.
         memory_limit: bytes that all statistics together may take; see `statistics_nbytes`.
@@ -68,8 +69,48 @@ def input_statistics(
         _check_batch(batch)
         totals = program.step(totals, (params,), batch)
     check_totals(program, totals)
-    found = {number: totals[place] for place, group in enumerate(program.groups) for number in group.leaves}
-    return program.tree(found, Unselected)
+    return _tree(program, totals)
+
+
+def batch_statistics(
+    apply: Callable[..., Any],
+    params: Params,
+    batches: Iterable[Any],
+    *,
+    select: Selector | None = None,
+    statistics: Sequence[Statistic] = STATISTICS,
+    row_mask: RowMask | None = None,
+) -> Iterator[Params]:
+    """`input_statistics` of each batch alone, one after another; compiled once.
+
+    Args:
+        apply: as there.
+        params: as there.
+        batches: as there.
+        select: as there.
+        statistics: as there.
+        row_mask: as there.
+
+    Yields:
+        A partial tree for each batch.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> batches = [(jnp.array([[1.0, -2.0]]),), (jnp.array([[3.0, 0.0]]),)]
+        >>> found = batch_statistics(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((2, 3))}, batches)
+        >>> [entry["kernel"].absolute_max.tolist() for entry in found]
+        [[1.0, 2.0], [3.0, 0.0]]
+    """
+    program = None
+    for batch in batches:
+        _check_batch(batch)
+        if program is None:
+            program = build(apply, params, batch, select=select, statistics=statistics, row_mask=row_mask)
+        totals = program.step(program.zeros(), (params,), batch)
+        check_totals(program, totals)
+        yield _tree(program, totals)
+    if program is None:
+        raise ValueError("`batches` is empty: statistics need at least one batch.")
 
 
 def statistics_nbytes(
@@ -129,6 +170,11 @@ def check_totals(program: Program, totals: Totals, *, only: int | None = None) -
         for part in jax.tree.leaves(totals[place]):
             if not np.isfinite(jax.device_get(part.sum())):
                 raise ValueError(f"The inputs of leaf {path!r} hold NaN or Inf, or their sums overflow.")
+
+
+def _tree(program: Program, totals: Totals) -> Params:
+    found = {number: totals[place] for place, group in enumerate(program.groups) for number in group.leaves}
+    return program.tree(found, Unselected)
 
 
 def _nbytes(program: Program) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ from jax.interpreters import partial_eval
 
 from jaxcompress.calibration._interpret import Interpreter
 from jaxcompress.calibration._statistics import (
-    STATISTICS,
     LookupCounts,
     Statistic,
     Statistics,
@@ -133,9 +132,9 @@ class _Model:
 
 
 def _check_names(statistics: Sequence[Statistic]) -> None:
-    unknown = [name for name in statistics if name not in STATISTICS]
+    unknown = [name for name in statistics if name not in get_args(Statistic)]
     if unknown or not statistics or isinstance(statistics, str):
-        raise ValueError(f"`statistics` must be a sequence of names among {STATISTICS}, got {statistics!r}.")
+        raise ValueError(f"`statistics` must be a sequence of names among {get_args(Statistic)}, got {statistics!r}.")
 
 
 def _chosen(params: Params, found: list[LeafLayout], select: Selector | None) -> set[int]:

@@ -13,15 +13,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-Statistic = Literal["gram", "squared_sum", "absolute_sum", "absolute_max"]
+from jaxcompress.calibration._histogram import Histogram, add_histograms, empty_histogram, histogram_of
+
+Statistic = Literal["gram", "squared_sum", "absolute_sum", "absolute_max", "histogram"]
 """The names of what can be gathered of a contracted leaf."""
 
 STATISTICS: tuple[Statistic, ...] = ("gram", "squared_sum", "absolute_sum", "absolute_max")
+"""What is gathered by default."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["count", "gram", "squared_sum", "absolute_sum", "absolute_max", "cross"],
+    data_fields=["count", "gram", "squared_sum", "absolute_sum", "absolute_max", "cross", "histogram"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -37,6 +40,7 @@ class InputStatistics:
         absolute_sum: (S, D), Σ |x|.
         absolute_max: (S, D), max |x| over the rows of positive weight.
         cross: (S, D, D), Σ y xᵀ with y the inputs of the same leaf in the dense model; see `sequential`.
+        histogram: of all values of x, whatever their feature.
     """
 
     count: Any
@@ -45,6 +49,7 @@ class InputStatistics:
     absolute_sum: Any = None
     absolute_max: Any = None
     cross: Any = None
+    histogram: Histogram | Any = None
 
     @property
     def absolute_mean(self) -> Float32[Array, "*stack D"] | None:
@@ -75,11 +80,14 @@ def empty_statistics(
     stack: Sequence[int], width: int, names: Sequence[Statistic], *, cross: bool = False
 ) -> InputStatistics:
     """The statistics of no rows at all."""
-    shapes = {name: (*stack, width, width) if name == "gram" else (*stack, width) for name in names}
+    histogram = empty_histogram(stack) if "histogram" in names else None
+    shapes = {name: (*stack, width) for name in names if name != "histogram"}
+    if "gram" in names:
+        shapes["gram"] = (*stack, width, width)
     if cross:
         shapes["cross"] = (*stack, width, width)
     parts = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
-    return InputStatistics(count=jnp.zeros(tuple(stack), jnp.float32), **parts)
+    return InputStatistics(count=jnp.zeros(tuple(stack), jnp.float32), histogram=histogram, **parts)
 
 
 def statistics_of(
@@ -114,6 +122,7 @@ def statistics_of(
         absolute_sum=None if like.absolute_sum is None else jnp.abs(weighted).sum(axis=-2),
         absolute_max=None if like.absolute_max is None else largest.max(axis=-2, initial=0.0),
         cross=None if like.cross is None or dense is None else _product(dense.astype(jnp.float32), weighted),
+        histogram=None if like.histogram is None else _histogram(x, weights),
     )
 
 
@@ -127,8 +136,12 @@ def add_statistics(total: _Statistics, more: _Statistics) -> _Statistics:
         (2.0, 2.0, 1.0)
     """
     added = jax.tree.map(jnp.add, total, more)
-    if isinstance(total, InputStatistics) and isinstance(more, InputStatistics) and total.absolute_max is not None:
-        return dataclasses.replace(added, absolute_max=jnp.maximum(total.absolute_max, more.absolute_max))
+    if not isinstance(total, InputStatistics) or not isinstance(more, InputStatistics):
+        return added
+    if total.absolute_max is not None:
+        added = dataclasses.replace(added, absolute_max=jnp.maximum(total.absolute_max, more.absolute_max))
+    if total.histogram is not None:
+        added = dataclasses.replace(added, histogram=add_histograms(total.histogram, more.histogram))
     return added
 
 
@@ -154,6 +167,11 @@ def add_at(
 
     sums = add_statistics(jax.tree.map(box, total), more)
     return jax.tree.map(lambda leaf, part: jax.lax.dynamic_update_slice(leaf, part, _starts(leaf)), total, sums)
+
+
+def _histogram(x: Float[Array, "*stack N D"], weights: Float32[Array, " N"] | None) -> Histogram:
+    values = x.reshape(*x.shape[:-2], -1)
+    return histogram_of(values, None if weights is None else jnp.repeat(weights, x.shape[-1]))
 
 
 def _product(y: Float32[Array, "*stack N D"], x: Float32[Array, "*stack N D"]) -> Float32[Array, "*stack D D"]:

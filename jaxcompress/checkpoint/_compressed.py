@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import BitmaskSparseArray, CodebookArray, NMSparseArray, PackedArray, QuantizedArray
+from jaxcompress.arrays import (
+    BitmaskSparseArray,
+    CodebookArray,
+    InputQuantizedArray,
+    LowRankArray,
+    NMSparseArray,
+    PackedArray,
+    QuantizedArray,
+)
+from jaxcompress.quantization import InputRounding, QuantSpec
 
 
 class Codec(NamedTuple):
@@ -83,12 +92,25 @@ def _number(kind: type, *abstract: type) -> Codec:
     return Codec(encode, _exactly(kind).decode)
 
 
+def _encode_rounding(value: Any) -> Any:
+    return dataclasses.asdict(_exactly(InputRounding).encode(value))
+
+
+def _decode_rounding(value: Any) -> InputRounding:
+    try:
+        fields = _exactly(dict).decode(value)
+        return InputRounding(**fields | {"spec": QuantSpec(**fields["spec"])})
+    except (KeyError, TypeError) as err:
+        raise ValueError(f"{value!r} does not describe how inputs are rounded: {err}") from err
+
+
 INT = _number(int, np.integer)
 BOOL = _number(bool, np.bool_)
 FLOAT = _number(float, np.floating, int, np.integer)
 DTYPE = Codec(lambda value: jnp.dtype(value).name, _decode_dtype)
 INTS = _tuple_of(INT)
 FLOATS = _tuple_of(FLOAT)
+ROUNDING = Codec(_encode_rounding, _decode_rounding)
 
 COMPRESSED: dict[str, CompressedType] = {
     row.cls.__name__: row
@@ -97,7 +119,9 @@ COMPRESSED: dict[str, CompressedType] = {
         CompressedType(QuantizedArray, {"dtype": DTYPE, "levels": _optional(FLOATS)}),
         CompressedType(CodebookArray, {"dtype": DTYPE, "zero": BOOL}),
         CompressedType(BitmaskSparseArray, {"row_shape": INTS}),
+        CompressedType(InputQuantizedArray, {"inputs": ROUNDING}),
         CompressedType(NMSparseArray, {"pattern": INTS, "axis": INT, "width": INT}),
+        CompressedType(LowRankArray, {"dtype": DTYPE}),
     )
 }
 """By class name, as it stands in the manifest. Classes come from this table alone, never from a file."""

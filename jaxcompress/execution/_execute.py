@@ -1,6 +1,5 @@
 """The interpreter: a model's jaxpr, evaluated with compressed leaves in place."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,26 +8,18 @@ import jax
 
 from jaxcompress.execution._rearrange import can_unstack
 from jaxcompress.execution._rules import RULES
+from jaxcompress.execution._values import (
+    Fallback,
+    Note,
+    Weight,
+    holds_compressed_weight,
+    ignore,
+    plain,
+    with_plain_weight,
+)
 from jaxcompress.trace import Body, as_body, called_body, walk
 from jaxcompress.tree import path_string
-from jaxcompress.types import CompressedArray, is_compressed
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fallback:
-    """A use of a compressed leaf for which there is no rule, so that the plain array was made.
-
-    Attributes:
-        path: of the leaf.
-        primitive: the JAX primitive that used it.
-        shape: of the array that was made.
-        nbytes: its size in bytes.
-    """
-
-    path: str
-    primitive: str
-    shape: tuple[int, ...]
-    nbytes: int
+from jaxcompress.types import is_compressed
 
 
 def execute(apply: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,7 +47,7 @@ def execute(apply: Callable[..., Any]) -> Callable[..., Any]:
         >>> execute(lambda params, x: x @ params["kernel"])({"kernel": kernel}, jnp.array([[1.0, 1.0]]))
         Array([[-0.5]], dtype=float32)
     """
-    return functools.wraps(apply)(functools.partial(_run, apply, _ignore))
+    return functools.wraps(apply)(functools.partial(_run, apply, ignore))
 
 
 def fallbacks(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Fallback, ...]:
@@ -94,23 +85,7 @@ def fallbacks(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Fal
     return tuple(dict.fromkeys(noted))
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """A compressed value on its way through the walk, with the path of the leaf that it comes from."""
-
-    array: CompressedArray
-    path: str = dataclasses.field(metadata={"static": True})
-
-
-_Note = Callable[[Fallback], None]
-
-
-def _ignore(fallback: Fallback) -> None:
-    del fallback
-
-
-def _run(apply: Callable[..., Any], note: _Note, *args: Any, **kwargs: Any) -> Any:
+def _run(apply: Callable[..., Any], note: Note, *args: Any, **kwargs: Any) -> Any:
     keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_compressed)
     leaves = [leaf for _, leaf in keyed]
     if not any(is_compressed(leaf) for leaf in leaves):
@@ -130,14 +105,14 @@ def _run(apply: Callable[..., Any], note: _Note, *args: Any, **kwargs: Any) -> A
     return jax.tree.structure(outputs).unflatten(results)
 
 
-def _interpret(body: Body, values: Sequence[Any], note: _Note) -> list[Any]:
+def _interpret(body: Body, values: Sequence[Any], note: Note) -> list[Any]:
     """Evaluates a body; its outputs are plain."""
     results = walk(body, values, functools.partial(_visit, note=note))
-    return [_plain(value, "output", note) for value in results]
+    return [plain(value, "output", note) for value in results]
 
 
-def _visit(eqn: Any, values: list[Any], *, note: _Note) -> Sequence[Any]:
-    if not any(isinstance(value, _Weight) for value in values):
+def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
+    if not any(isinstance(value, Weight) for value in values):
         return _bind(eqn, values)
     name = eqn.primitive.name
     if name in _CONTROL:
@@ -145,11 +120,18 @@ def _visit(eqn: Any, values: list[Any], *, note: _Note) -> Sequence[Any]:
     if name in _INLINED and (body := called_body(eqn)) is not None:
         return walk(body, values, functools.partial(_visit, note=note))
     if name in RULES:
-        path = next(value.path for value in values if isinstance(value, _Weight))
-        results = RULES[name](eqn, [value.array if isinstance(value, _Weight) else value for value in values])
+        path = next(value.path for value in values if isinstance(value, Weight))
+        results = _by_rule(eqn, values)
+        if results is None and any(map(holds_compressed_weight, values)):
+            values = [with_plain_weight(value, name, note) for value in values]
+            results = _by_rule(eqn, values)
         if results is not None:
-            return [_Weight(out, path) if is_compressed(out) else out for out in results]
-    return _bind(eqn, [_plain(value, name, note) for value in values])
+            return [Weight(out, path) if is_compressed(out) else out for out in results]
+    return _bind(eqn, [plain(value, name, note) for value in values])
+
+
+def _by_rule(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    return RULES[eqn.primitive.name](eqn, [value.array if isinstance(value, Weight) else value for value in values])
 
 
 def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
@@ -158,31 +140,23 @@ def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-def _plain(value: Any, primitive: str, note: _Note) -> Any:
-    if not isinstance(value, _Weight):
-        return value
-    array = value.array.materialize()
-    note(Fallback(path=value.path, primitive=primitive, shape=array.shape, nbytes=array.size * array.dtype.itemsize))
-    return array
-
-
 # `custom_jvp` and `custom_vjp` are not inlined: that would lose their derivatives.
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
 
-def _remat(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
+def _remat(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
     def run(*operands: Any) -> list[Any]:
         return _interpret(as_body(eqn.params["jaxpr"]), operands, note)
 
     return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
 
 
-def _scan(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
+def _scan(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
     num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
     consts = values[:num_consts]
-    carry = [_plain(value, "scan", note) for value in values[num_consts : num_consts + num_carry]]
+    carry = [plain(value, "scan", note) for value in values[num_consts : num_consts + num_carry]]
     stacked = [
-        value if not isinstance(value, _Weight) or can_unstack(value.array) else _plain(value, "scan", note)
+        value if not isinstance(value, Weight) or can_unstack(value.array) else plain(value, "scan", note)
         for value in values[num_consts + num_carry :]
     ]
 
@@ -195,10 +169,10 @@ def _scan(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
     return [*carry, *collected]
 
 
-def _while(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
+def _while(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
     cond_end = eqn.params["cond_nconsts"]
     body_end = cond_end + eqn.params["body_nconsts"]
-    carry = [_plain(value, "while", note) for value in values[body_end:]]
+    carry = [plain(value, "while", note) for value in values[body_end:]]
 
     def condition(carry: list[Any]) -> Any:
         return _interpret(as_body(eqn.params["cond_jaxpr"]), [*values[:cond_end], *carry], note)[0]
@@ -209,7 +183,7 @@ def _while(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
     return jax.lax.while_loop(condition, step, carry)
 
 
-def _cond(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
+def _cond(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
     def run(branch: Any, *operands: Any) -> list[Any]:
         return _interpret(as_body(branch), operands, note)
 
@@ -217,7 +191,7 @@ def _cond(eqn: Any, values: list[Any], note: _Note) -> Sequence[Any]:
     return jax.lax.switch(values[0], branches, *values[1:])
 
 
-_CONTROL: dict[str, Callable[[Any, list[Any], _Note], Sequence[Any]]] = {
+_CONTROL: dict[str, Callable[[Any, list[Any], Note], Sequence[Any]]] = {
     "remat": _remat,
     "remat2": _remat,
     "checkpoint": _remat,
@@ -241,4 +215,4 @@ def _tagged(keys: tuple[Any, ...], leaf: Any) -> Any:
     # The keys begin with (args or kwargs, number or name of the argument).
     argument, inner = keys[1], keys[2:]
     first = keys[0].idx == 0 and argument.idx == 0
-    return _Weight(leaf, path_string(inner) if first else f"[{path_string((argument,))}]/{path_string(inner)}")
+    return Weight(leaf, path_string(inner) if first else f"[{path_string((argument,))}]/{path_string(inner)}")

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import CodebookArray, QuantizedArray
+from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray
+from jaxcompress.execution._low_rank import dot_low_rank
 from jaxcompress.execution._rearrange import parameters, slice_axis
 from jaxcompress.types import is_compressed
 
@@ -24,6 +25,9 @@ def dot_general(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Arr
     side = 0 if is_compressed(left) else 1
     leaf, other = (left, right) if side == 0 else (right, left)
     other: Any = other.materialize() if is_compressed(other) else other
+    if isinstance(leaf, LowRankArray):
+        found = dot_low_rank(leaf, other, side, parameters, _dot_of_any)
+        return _dot(leaf.materialize(), other, side, parameters) if found is None else found
     axis = _block_axis(leaf, side, other, parameters)
     if axis is None:
         return _dot(leaf.materialize(), other, side, parameters)
@@ -35,6 +39,12 @@ def dot_general(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Arr
         return _dot(leaf.materialize(), other, side, parameters)
 
     return jax.lax.platform_dependent(leaf, other, cpu=by_blocks, default=whole)
+
+
+def _dot_of_any(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Array:
+    if is_compressed(left) or is_compressed(right):
+        return dot_general(left, right, parameters)
+    return jax.lax.dot_general_p.bind(left, right, **parameters)
 
 
 def _dot(leaf: jax.Array, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:

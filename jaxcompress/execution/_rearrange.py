@@ -1,6 +1,7 @@
 """Moving compressed arrays about without making them plain. Each function returns None where it cannot."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from jaxcompress.arrays import (
     BitmaskSparseArray,
     CodebookArray,
+    InputQuantizedArray,
+    LowRankArray,
     NMSparseArray,
     PackedArray,
     QuantizedArray,
@@ -32,6 +35,17 @@ def transpose(leaf: Any, permutation: Sequence[int]) -> Any:
         names = ("data",) if isinstance(leaf, PackedArray) else ("values", "index")
         parts = {name: transpose(getattr(leaf, name), permutation) for name in names}
         return dataclasses.replace(leaf, **parts, axis=axis)
+    if isinstance(leaf, LowRankArray):
+        permutation = tuple(permutation)
+        return with_factors(
+            leaf,
+            lambda factor: transpose(factor, (*permutation, leaf.ndim)),
+            lambda residual: transpose(residual, permutation),
+        )
+    if isinstance(leaf, InputQuantizedArray):
+        stacked = range(_stacked_ndim(leaf))
+        fixed = tuple(permutation[: len(stacked)]) == tuple(stacked)
+        return _with_weight(leaf, transpose(leaf.weight, permutation)) if fixed else None
     return None if is_compressed(leaf) else leaf.transpose(permutation)
 
 
@@ -46,6 +60,12 @@ def reshape(leaf: Any, shape: Sequence[int]) -> Any:
         data = _dense_codes(leaf, lambda codes: codes.reshape(shape)) if data is None else data
         targets = iter(sizes)
         return _with_parts(leaf, data, lambda part: part.reshape(next(targets)))
+    if isinstance(leaf, LowRankArray):
+        return _reshape_low_rank(leaf, shape)
+    if isinstance(leaf, InputQuantizedArray):
+        stacked = _stacked_ndim(leaf)
+        fixed = tuple(shape[:stacked]) == leaf.shape[:stacked]
+        return _with_weight(leaf, reshape(leaf.weight, shape)) if fixed else None
     return None if is_compressed(leaf) else leaf.reshape(shape)
 
 
@@ -62,6 +82,19 @@ def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
         if axis == leaf.axis + leaf.ndim:
             return None
         return jax.tree.map(lambda part: slice_axis(part, axis, start, size), leaf)
+    if isinstance(leaf, LowRankArray):
+
+        def of_part(part: Any) -> Any:
+            return part if part.shape[axis] != leaf.shape[axis] else slice_axis(part, axis, start, size)
+
+        return with_factors(leaf, of_part, of_part)
+    if isinstance(leaf, InputQuantizedArray):
+        moved = leaf
+        if axis < _stacked_ndim(leaf):
+            parts = {"scale": leaf.scale, "zero_point": leaf.zero_point}
+            cut = {name: part if part is None else slice_axis(part, axis, start, size) for name, part in parts.items()}
+            moved = dataclasses.replace(leaf, **cut)
+        return _with_weight(moved, slice_axis(leaf.weight, axis, start, size))
     return None if is_compressed(leaf) else jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
 
 
@@ -75,7 +108,22 @@ def cast(leaf: Any, dtype: Any) -> Any:
         return dataclasses.replace(leaf, dtype=jnp.dtype(dtype)) if same else None
     if isinstance(leaf, SparseArray) and not is_compressed(leaf.values):
         return dataclasses.replace(leaf, values=leaf.values.astype(dtype))
-    return None
+    if isinstance(leaf, LowRankArray) and (leaf.dtype == dtype or leaf.dtype == jnp.float32):
+        moved = with_factors(leaf, lambda factor: factor, lambda residual: cast(residual, dtype))
+        return None if moved is None else dataclasses.replace(moved, dtype=jnp.dtype(dtype))
+    if isinstance(leaf, InputQuantizedArray):
+        plain = not is_compressed(leaf.weight)
+        return _with_weight(leaf, leaf.weight.astype(dtype) if plain else cast(leaf.weight, dtype))
+    return None if is_compressed(leaf) else jnp.asarray(leaf).astype(dtype)
+
+
+def with_factors(leaf: LowRankArray, move: Callable[[Any], Any], move_residual: Callable[[Any], Any]) -> Any:
+    """A low-rank array whose factors and residual are moved; None where one of them cannot be."""
+    left, right = move(leaf.left), move(leaf.right)
+    residual = None if leaf.residual is None else move_residual(leaf.residual)
+    if left is None or right is None or (residual is None) != (leaf.residual is None):
+        return None
+    return dataclasses.replace(leaf, left=left, right=right, residual=residual)
 
 
 def can_unstack(leaf: Any) -> bool:
@@ -86,6 +134,11 @@ def can_unstack(leaf: Any) -> bool:
         return leaf.axis != -leaf.ndim
     if isinstance(leaf, BitmaskSparseArray):
         return leaf.starts.ndim > 1
+    if isinstance(leaf, LowRankArray):
+        parts = [part for part in (leaf.left, leaf.right, leaf.residual) if part is not None]
+        return all(part.shape[0] == leaf.shape[0] and can_unstack(part) for part in parts)
+    if isinstance(leaf, InputQuantizedArray):
+        return can_unstack(leaf.weight) and (leaf.scale is None or leaf.scale.ndim > 0)
     return not is_compressed(leaf)
 
 
@@ -94,6 +147,24 @@ def parameters(leaf: QuantizedArray | CodebookArray) -> list[Any]:
     if isinstance(leaf, CodebookArray):
         return [jax.ShapeDtypeStruct(leaf.table.shape[:-1], leaf.table.dtype)]
     return [leaf.scale] if leaf.zero_point is None else [leaf.scale, leaf.zero_point]
+
+
+def _reshape_low_rank(leaf: LowRankArray, shape: Sequence[int]) -> LowRankArray | None:
+    """Axes may be merged and split as long as one factor, or each of them, has all axes of a run."""
+    runs = reshape_runs(leaf.shape, shape)
+
+    def move(factor: Any) -> Any:
+        sizes = [1] * len(shape)
+        for before, after in runs:
+            size = math.prod(factor.shape[axis] for axis in before)
+            if size == math.prod(leaf.shape[axis] for axis in before):
+                for axis in after:
+                    sizes[axis] = shape[axis]
+            elif any(factor.shape[axis] != 1 for axis in before):
+                return None
+        return reshape(factor, (*sizes, leaf.rank))
+
+    return with_factors(leaf, move, lambda residual: reshape(residual, shape))
 
 
 def _with_parts(leaf: Any, data: Any, move: Callable[[Any], Any]) -> Any:
@@ -105,6 +176,14 @@ def _with_parts(leaf: Any, data: Any, move: Callable[[Any], Any]) -> Any:
     scale = move(leaf.scale)
     zero_point = None if leaf.zero_point is None else move(leaf.zero_point)
     return dataclasses.replace(leaf, data=data, scale=scale, zero_point=zero_point)
+
+
+def _with_weight(leaf: InputQuantizedArray, weight: Any) -> InputQuantizedArray | None:
+    return None if weight is None else dataclasses.replace(leaf, weight=weight)
+
+
+def _stacked_ndim(leaf: InputQuantizedArray) -> int:
+    return 0 if leaf.scale is None else leaf.scale.ndim
 
 
 def _dense_codes(leaf: QuantizedArray | CodebookArray, move: Any) -> Any:

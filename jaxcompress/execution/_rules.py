@@ -6,8 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import component_shardings
+from jaxcompress.arrays import InputQuantizedArray, LowRankArray, component_shardings, input_rounded
+from jaxcompress.execution._low_rank import can_stay_thin, convolve_low_rank
 from jaxcompress.execution._matmul import dot_general
+from jaxcompress.execution._quantized_inputs import dot_of_quantized_inputs
 from jaxcompress.execution._rearrange import cast, reshape, slice_axis, transpose
 from jaxcompress.types import is_compressed
 
@@ -21,7 +23,25 @@ def _one(result: Any) -> Sequence[Any] | None:
 
 def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     left, right = values
+    if isinstance(left, InputQuantizedArray) or isinstance(right, InputQuantizedArray):
+        return [dot_of_quantized_inputs(left, right, eqn.params)]
+    for side, (leaf, other) in enumerate(((left, right), (right, left))):
+        if isinstance(leaf, LowRankArray) and not can_stay_thin(leaf, other.dtype, side, eqn.params):
+            return None
     return [dot_general(left, right, eqn.params)]
+
+
+def _conv(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """Low-rank kernels, and those whose inputs are quantized too: there is no rule for others."""
+    x, kernel = values
+    if is_compressed(values[0]):
+        return None
+    if isinstance(kernel, LowRankArray):
+        return _one(convolve_low_rank(kernel, x, eqn))
+    if not isinstance(kernel, InputQuantizedArray):
+        return None
+    features = eqn.params["dimension_numbers"].lhs_spec[1]
+    return [eqn.primitive.bind(input_rounded(kernel, x, (features,)), kernel.materialize(), **eqn.params)]
 
 
 def _transpose(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
@@ -106,6 +126,7 @@ def _by_part(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 RULES: dict[str, Rule] = {
     "dot_general": _dot_general,
+    "conv_general_dilated": _conv,
     "gather": _gather,
     "transpose": _transpose,
     "reshape": _reshape,

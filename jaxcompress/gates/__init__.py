@@ -2,16 +2,6 @@
 
 from jaxcompress.gates._budget import kept_size as kept_size
 from jaxcompress.gates._budget import units_within as units_within
-from jaxcompress.gates._hard_concrete import STANDARD as STANDARD
-from jaxcompress.gates._hard_concrete import Form as Form
-from jaxcompress.gates._hard_concrete import HardConcrete as HardConcrete
-from jaxcompress.gates._hard_concrete import cumulative as cumulative
-from jaxcompress.gates._hard_concrete import deterministic_gates as deterministic_gates
-from jaxcompress.gates._hard_concrete import initial_log_alpha as initial_log_alpha
-from jaxcompress.gates._hard_concrete import nonzero_probability as nonzero_probability
-from jaxcompress.gates._hard_concrete import quantile as quantile
-from jaxcompress.gates._hard_concrete import sample_gates as sample_gates
-from jaxcompress.gates._hard_concrete import soft_gates as soft_gates
 from jaxcompress.gates._layers import layer_units as layer_units
 from jaxcompress.gates._measure import Measure as Measure
 from jaxcompress.gates._measure import expected_size as expected_size
@@ -27,3 +17,13 @@ from jaxcompress.gates._transform import hard_concrete as hard_concrete
 from jaxcompress.gates._transform import multiply_gates as multiply_gates
 from jaxcompress.gates._values import gate_values as gate_values
 from jaxcompress.gates._values import kept_units as kept_units
+from jaxcompress.solvers import STANDARD as STANDARD
+from jaxcompress.solvers import Form as Form
+from jaxcompress.solvers import HardConcrete as HardConcrete
+from jaxcompress.solvers import cumulative as cumulative
+from jaxcompress.solvers import deterministic_gates as deterministic_gates
+from jaxcompress.solvers import initial_log_alpha as initial_log_alpha
+from jaxcompress.solvers import nonzero_probability as nonzero_probability
+from jaxcompress.solvers import quantile as quantile
+from jaxcompress.solvers import sample_gates as sample_gates
+from jaxcompress.solvers import soft_gates as soft_gates

@@ -61,6 +61,10 @@ def units_within(
         raise ValueError(f"Give one of `sparsity`, `size` and `shape`, got {sparsity}, {size} and {shape}.")
     if sparsity is not None and not 0 <= sparsity <= 1:
         raise ValueError(f"`sparsity` must be in [0, 1], got {sparsity}.")
+    if size is not None and not size >= 0:
+        raise ValueError(f"`size` must be at least 0, got {size}.")
+    if not log_alpha:
+        raise ValueError("`log_alpha` is empty: there are no units to choose from.")
     check_groups(groups, params)
     scores = _scores(log_alpha, groups, params)
     if shape is not None:

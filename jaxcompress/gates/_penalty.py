@@ -70,7 +70,8 @@ def lambda_penalty(strength: float | Mapping[str, float], *, examples: int, weig
         Louizos, Welling and Kingma 2018, equation 9 and section 2.3, as its released code weighs them.
     """
     values = strength.values() if isinstance(strength, Mapping) else (strength,)
-    if min(values, default=0) < 0 or weight_decay < 0:
+    # Not `< 0`: NaN is refused as well.
+    if not all(value >= 0 for value in (*values, weight_decay)):
         raise ValueError(f"`strength` and `weight_decay` must not be negative, got {strength} and {weight_decay}.")
     if examples < 1:
         raise ValueError(f"`examples` must be at least 1, got {examples}.")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxcompress.gates._measure import Measure, expected_size, full_size, parameters
 from jaxcompress.gates._penalty import Gated, Penalty, check_known
 from jaxcompress.schedules import constant
+from jaxcompress.solvers import ascending, steer
 from jaxcompress.types import Schedule
 
 Multipliers = dict[str, Any]
@@ -58,6 +59,8 @@ def lagrangian(
         raise ValueError(f"Give one of `sparsity` and `size`, got {sparsity} and {size}.")
     if sparsity is not None and not 0 <= sparsity <= 1:
         raise ValueError(f"`sparsity` must be in [0, 1], got {sparsity}.")
+    if size is not None and not size >= 0:
+        raise ValueError(f"`size` must be at least 0, got {size}.")
 
     def sizes(gated: Gated) -> tuple[Mapping[str, float], float, float]:
         """What a weight counts, the full size, the target."""
@@ -169,7 +172,7 @@ def smallest_with(
         weights = measure(gated.params)
         share = expected_size(gated.params, gated.groups, gated.probabilities, weights)
         share = share / full_size(gated.params, weights)
-        return share + _reversed(multipliers["loss"]) * (gated.loss - loss_bound) - gated.loss
+        return share + ascending(multipliers["loss"]) * (gated.loss - loss_bound) - gated.loss
 
     return Penalty(init, value, lambda multipliers: {"loss": jnp.maximum(multipliers["loss"], 0.0)})
 
@@ -225,10 +228,4 @@ def _pair(initial: tuple[float, float]) -> Multipliers:
 
 
 def _steer(distance: Any, multipliers: Multipliers) -> jax.Array:
-    linear, quadratic = _reversed(multipliers["linear"]), _reversed(multipliers["quadratic"])
-    return linear * distance + quadratic * distance**2
-
-
-def _reversed(multiplier: jax.Array) -> jax.Array:
-    """The same number, with the opposite gradient: minimising makes it ascend."""
-    return 2 * jax.lax.stop_gradient(multiplier) - multiplier
+    return steer(distance, multipliers["linear"], multipliers["quadratic"])

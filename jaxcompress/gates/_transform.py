@@ -8,7 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.gates._hard_concrete import (
+from jaxcompress.gates._penalty import Gated, Penalty, by_name, check_known
+from jaxcompress.gates._values import gate_values
+from jaxcompress.solvers import (
     STANDARD,
     Form,
     HardConcrete,
@@ -16,8 +18,6 @@ from jaxcompress.gates._hard_concrete import (
     nonzero_probability,
     sample_gates,
 )
-from jaxcompress.gates._penalty import Gated, Penalty, by_name, check_known
-from jaxcompress.gates._values import gate_values
 from jaxcompress.transforms import identity
 from jaxcompress.tree import is_unselected, leaves_with_paths, map_with_path
 from jaxcompress.types import Params, Selector, Transform, TransformState, is_compressed

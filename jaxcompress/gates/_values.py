@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.gates._hard_concrete import STANDARD, Form, HardConcrete, deterministic_gates, soft_gates
+from jaxcompress.solvers import STANDARD, Form, HardConcrete, deterministic_gates, soft_gates
 from jaxcompress.units import UnitGroup
 
 

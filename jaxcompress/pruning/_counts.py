@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from jaxcompress.pruning._matrices import Calibrated
+from jaxcompress.calibration import Calibrated
 from jaxcompress.pruning._patterns import NOfM, Pattern
 from jaxcompress.pruning._ranking import check_sparsity, is_tree
 from jaxcompress.tree import is_unselected, leaves_with_paths

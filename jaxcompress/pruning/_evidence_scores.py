@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.pruning._scores import checked_weight
+from jaxcompress.calibration import checked_weight
 from jaxcompress.trace import selected_layouts
 from jaxcompress.tree import (
     check_finite,

@@ -2,10 +2,6 @@
 
 import dataclasses
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeafInfo:
@@ -26,19 +22,3 @@ class LeafInfo:
     damping: float | None = None
     retries: int = 0
     dead_inputs: int = 0
-
-
-def output_error(
-    gram: Float[Array, "S D D"], weights: Float[Array, "S D R"], changed: Float[Array, "S D R"]
-) -> Float32[Array, ""]:
-    """sqrt(tr(ΔᵀGΔ) / tr(WᵀGW)), Δ = W - W'; 0 where W has no output at all."""
-
-    def energy(matrix: Float[Array, "S D R"]) -> Float32[Array, ""]:
-        matrix = matrix.astype(jnp.float32)
-        outputs = jnp.einsum("sij,sjr->sir", gram, matrix, precision=jax.lax.Precision.HIGHEST)
-        # Rounding can make a sum of squares that is nearly 0 negative.
-        return jnp.maximum(jnp.sum(matrix * outputs), 0.0)
-
-    total = energy(weights)
-    lost = energy(weights.astype(jnp.float32) - changed.astype(jnp.float32))
-    return jnp.where(total > 0, jnp.sqrt(lost / jnp.where(total > 0, total, 1.0)), 0.0)

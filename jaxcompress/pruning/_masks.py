@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxcompress.calibration import checked_weight
 from jaxcompress.pruning._counting_rules import CountingRule, check_rule, drops, settle_ties
 from jaxcompress.pruning._patterns import Pattern, unstructured
 from jaxcompress.pruning._ranking import Scope, as_it_is, check_sparsity, ranked_masks
-from jaxcompress.pruning._scores import checked_weight
 from jaxcompress.trace import LeafLayout, default_layout, selected_layouts
 from jaxcompress.tree import check_finite, is_traced, is_unselected, map_selected
 from jaxcompress.types import Params, Selector, is_compressed

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxcompress.calibration import checked_weight
 from jaxcompress.pruning._masks import apply_masks, overlay
 from jaxcompress.pruning._patterns import Pattern, unstructured
 from jaxcompress.pruning._ranking import Scope, check_sparsity, ranked_masks
-from jaxcompress.pruning._scores import checked_weight
 from jaxcompress.pruning._store import store_masked
 from jaxcompress.trace import selected_layouts
 from jaxcompress.tree import map_selected

@@ -6,10 +6,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration import gradients
+from jaxcompress.calibration import checked_weight, gradients
 from jaxcompress.trace import selected_layouts
-from jaxcompress.tree import check_finite, map_selected
-from jaxcompress.types import Params, Selector, is_compressed
+from jaxcompress.tree import map_selected
+from jaxcompress.types import Params, Selector
 
 Variant = Literal["normalized", "absolute", "taylor"]
 
@@ -91,12 +91,3 @@ def gradient_scores(
         return (jnp.abs(gradient) if variant == "absolute" else gradient) / norm.astype(gradient.dtype)
 
     return map_selected(score, chosen, params, mean)
-
-
-def checked_weight(path: str, leaf: Any) -> jax.Array:
-    """A leaf as floats; errors name it."""
-    plain = leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
-    if not jnp.issubdtype(plain.dtype, jnp.floating):
-        raise ValueError(f"Leaf {path!r} holds {plain.dtype}: only floats can be pruned; exclude it.")
-    check_finite(path, plain)
-    return plain

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
+from jaxcompress.calibration import Calibrated, calibrated, entries, with_leaves
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
-from jaxcompress.pruning._hessian import problem
-from jaxcompress.pruning._leaf_info import LeafInfo, output_error
-from jaxcompress.pruning._matrices import Calibrated, calibrated, entries, with_leaves
+from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
 from jaxcompress.solvers import (
     QuantizeColumn,
@@ -24,6 +23,8 @@ from jaxcompress.solvers import (
     inverse_factor,
     keep_in_runs,
     keep_largest,
+    output_error,
+    problem,
     solve_columns,
 )
 from jaxcompress.types import Params, Selector

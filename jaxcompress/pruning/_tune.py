@@ -11,12 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
+from jaxcompress.calibration import Calibrated, calibrated, entries, with_leaves
 from jaxcompress.pruning._counts import sparsity_by_path
-from jaxcompress.pruning._hessian import damped, problem
-from jaxcompress.pruning._leaf_info import LeafInfo, output_error
-from jaxcompress.pruning._matrices import Calibrated, calibrated, entries, with_leaves
+from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
-from jaxcompress.solvers import alternating_mask, keep_in_runs, keep_largest, masked_least_squares
+from jaxcompress.solvers import (
+    alternating_mask,
+    damped,
+    keep_in_runs,
+    keep_largest,
+    masked_least_squares,
+    output_error,
+    problem,
+)
 from jaxcompress.tree import is_unselected, leaves_with_paths, map_with_path
 from jaxcompress.types import Params, Selector
 

@@ -5,11 +5,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.calibration import Calibrated, calibrated, entries, map_entries, with_leaves
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
-from jaxcompress.pruning._leaf_info import LeafInfo, output_error
+from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._masks import Scope, masks_from_scores
-from jaxcompress.pruning._matrices import Calibrated, calibrated, entries, map_entries, with_leaves
 from jaxcompress.pruning._patterns import NOfM, Pattern, unstructured
+from jaxcompress.solvers import output_error
 from jaxcompress.trace import LeafLayout
 from jaxcompress.types import Params, Selector
 

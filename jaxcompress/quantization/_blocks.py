@@ -36,8 +36,11 @@ def scale_shape(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tu
     for axis in stack if spec.per_tensor or not inputs else (*stack, *outputs):
         blocks[axis] = shape[axis]
     if spec.group_size is not None:
-        sizes = _group_extents(tuple(shape[axis] for axis in inputs), spec.group_size)
-        for axis, size in zip(inputs, sizes, strict=True):
+        sizes = _group_extents(tuple(shape[axis] for axis in inputs), spec.group_size, "group_size", "input")
+        if spec.group_outputs > 1:
+            along = tuple(shape[axis] for axis in outputs)
+            sizes += _group_extents(along, spec.group_outputs, "group_outputs", "output")
+        for axis, size in zip((*inputs, *outputs), sizes, strict=False):
             blocks[axis] = shape[axis] // size
     return tuple(blocks)
 
@@ -79,15 +82,15 @@ def axes_of(layout: LeafLayout) -> LeafLayout:
     )
 
 
-def _group_extents(sizes: tuple[int, ...], group_size: int) -> tuple[int, ...]:
+def _group_extents(sizes: tuple[int, ...], group_size: int, name: str, axes: str) -> tuple[int, ...]:
     """How far a group of consecutive inputs reaches along every input axis: (12, 32), 64 -> (2, 32)."""
     if 0 in sizes:
         return (1,) * len(sizes)
     fitting = _fitting_sizes(sizes)
     if group_size not in fitting:
         raise ValueError(
-            f"`group_size` {group_size} does not divide the input axes of sizes {sizes}, the innermost last; "
-            f"sizes that do: {', '.join(map(str, fitting)) or 'none (the leaf has no input axes)'}."
+            f"`{name}` {group_size} does not divide the {axes} axes of sizes {sizes}, the innermost last; "
+            f"sizes that do: {', '.join(map(str, fitting)) or f'none (the leaf has no {axes} axes)'}."
         )
     extents = []
     for size in reversed(sizes):

@@ -8,50 +8,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import dequantize
+from jaxcompress.arrays import straight_through as straight_through
 from jaxcompress.quantization._blocks import axes_of
-from jaxcompress.quantization._round_to_nearest import round_to_codes
+from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout
 
 
-@jax.custom_jvp
-def straight_through(rounded: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """`rounded`, with the gradient of `x`.
-
-    Unlike `x + stop_gradient(rounded - x)` it is exactly `rounded`, also where `x` is not finite, and costs nothing.
-
-    Args:
-        rounded: the value.
-        x: of the same shape and dtype; gets the gradient unchanged.
-
-    Returns:
-        `rounded`.
-
-    Example:
-        >>> float(jax.grad(lambda x: 3 * straight_through(jnp.round(x), x))(1.7))
-        3.0
-
-    References:
-        Bengio et al., "Estimating or propagating gradients through stochastic neurons", 2013.
-    """
-    return rounded
-
-
-@straight_through.defjvp
-def _straight_through_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
-    return primals[0], tangents[1]
-
-
-def fake_quantize_array(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> Float[Array, "..."]:
+def fake_quantize_array(
+    w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout, *, bits: Any = None
+) -> Float[Array, "..."]:
     """What `quantize_array(w, spec, layout).materialize()` gives, bit for bit, with the gradient of the identity.
 
     Weights that are 0 stay 0. The arithmetic is float32. Two passes over `w`: its ranges, and the rounding.
 
     Args:
         w: the weights.
-        spec: bits, granularity, variant.
+        spec: format, granularity, range.
         layout: gives the axes.
+        bits: of integers, where they are traced (a schedule), whole numbers in [2, 8].
 
     Returns:
         An array of the shape and dtype of `w`.
@@ -66,12 +42,13 @@ def fake_quantize_array(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLay
         Array([[ 7. ,  0.5],
                [-3. , -3.5]], dtype=float32)
     """
-    return straight_through(_rounded(jax.lax.stop_gradient(w), spec, axes_of(layout)), w)
+    return straight_through(_rounded(jax.lax.stop_gradient(w), bits, spec, axes_of(layout)), w)
 
 
 # Compiled as one also outside `jit`: a chain of transforms applies its stages once when it is initialised.
 @functools.partial(jax.jit, static_argnames=("spec", "layout"), inline=True)
-def _rounded(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> Float[Array, "..."]:
-    scale, zero_point = block_scales(w, spec, layout)
-    rounded = dequantize(round_to_codes(w, scale, zero_point, spec), scale, zero_point, dtype=w.dtype)
+def _rounded(w: Float[Array, "..."], bits: Any, spec: QuantSpec, layout: LeafLayout) -> Float[Array, "..."]:
+    scale, zero_point = block_scales(w, spec, layout, bits=bits)
+    codes = round_to_codes(w, scale, zero_point, spec, bits=bits)
+    rounded = dequantize(codes, scale, zero_point, levels=spec.levels, dtype=w.dtype)
     return jnp.where(w == 0, jnp.zeros_like(rounded), rounded) if spec.bits == 1 else rounded

@@ -1,19 +1,20 @@
 """Quantization of trees: which leaves, and errors that name them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import QuantizedArray, SparseArray
+from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, SparseArray
 from jaxcompress.quantization._blocks import packing_axis
 from jaxcompress.quantization._fake_quant import fake_quantize_array
 from jaxcompress.quantization._fixed_point import Overflow, check_bits, fixed_point_codes, fixed_point_encode
 from jaxcompress.quantization._round_to_nearest import quantize_array, store_codes
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout, selected_layouts
-from jaxcompress.tree import check_finite, is_unselected, map_with_path
+from jaxcompress.tree import Unselected, check_finite, is_unselected, map_selected, map_with_path
 from jaxcompress.types import Params, Selector, is_compressed
 
 
@@ -27,7 +28,7 @@ def quantize(
 
     Args:
         params: the tree.
-        spec: bits, granularity, variant.
+        spec: format, granularity, range.
         select: which leaves; by default every weight (see `trace.selected_layouts`).
         layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
 
@@ -45,14 +46,19 @@ def quantize(
     """
 
     def visit(path: str, leaf: Any, layout: LeafLayout) -> Any:
-        check_finite(path, _dense(leaf))
-        return quantize_array(leaf if isinstance(leaf, SparseArray) else _dense(leaf), spec, layout)
+        check_finite(path, dense_array(leaf))
+        return quantize_array(leaf if isinstance(leaf, SparseArray) else dense_array(leaf), spec, layout)
 
     return _map_weights(visit, params, select, layouts)
 
 
 def fake_quantize(
-    params: Params, spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None
+    params: Params,
+    spec: QuantSpec,
+    *,
+    select: Selector | None = None,
+    layouts: Params | None = None,
+    bits: Any = None,
 ) -> Params:
     """The values of the selected leaves after quantization, with straight-through gradients; for use inside a loss.
 
@@ -61,9 +67,10 @@ def fake_quantize(
 
     Args:
         params: the tree.
-        spec: bits, granularity, variant.
+        spec: format, granularity, range.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
+        bits: of integers, where they are traced; see `fake_quantize_array`.
 
     Returns:
         A tree of the same logical shapes and dtypes.
@@ -76,7 +83,10 @@ def fake_quantize(
         Array([[ 7.], [-3.]], dtype=float32)
     """
     return _map_weights(
-        lambda _, leaf, layout: fake_quantize_array(_dense(leaf), spec, layout), params, select, layouts
+        lambda _, leaf, layout: fake_quantize_array(dense_array(leaf), spec, layout, bits=bits),
+        params,
+        select,
+        layouts,
     )
 
 
@@ -110,7 +120,7 @@ def fixed_point(
     check_bits(bits)
 
     def visit(path: str, leaf: Any, layout: LeafLayout) -> QuantizedArray:
-        dense = _dense(leaf)
+        dense = dense_array(leaf)
         check_finite(path, dense)
         codes = fixed_point_codes(fixed_point_encode(dense, bits, overflow=overflow), bits)
         keep = leaf if isinstance(leaf, SparseArray) else None
@@ -121,23 +131,45 @@ def fixed_point(
     return _map_weights(visit, params, select, layouts)
 
 
-def _map_weights(
-    fn: Callable[[str, Any, LeafLayout], Any], params: Params, select: Selector | None, layouts: Params | None
-) -> Params:
-    """`fn(path, leaf, layout)` on the selected leaves that are not quantized yet."""
+def weight_layouts(params: Params, *, select: Selector | None, layouts: Params | None) -> Params:
+    """The layouts of the selected leaves that are not quantized yet, `Unselected` elsewhere.
 
-    def visit(path: str, leaf: Any, layout: Any) -> Any:
-        if is_unselected(layout) or isinstance(leaf, QuantizedArray):
-            return leaf
+    Raises:
+        ValueError: nothing is selected; a selected leaf is no float array.
+    """
+
+    def visit(path: str, layout: LeafLayout, leaf: Any) -> Any:
+        weight = leaf.weight if isinstance(leaf, InputQuantizedArray) else leaf
+        if isinstance(weight, QuantizedArray):
+            return Unselected
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(
                 f"Leaf {path!r} of dtype {leaf.dtype} and shape {tuple(leaf.shape)} is selected, but only floats can "
                 "be quantized; exclude it."
             )
-        return fn(path, leaf, layout)
+        return layout
 
-    return map_with_path(visit, params, selected_layouts(params, select=select, layouts=layouts))
+    return map_selected(visit, selected_layouts(params, select=select, layouts=layouts), params)
 
 
-def _dense(leaf: Any) -> jax.Array:
+def dense_array(leaf: Any) -> jax.Array:
+    """The plain array."""
     return leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
+
+
+def on_weight(leaf: Any, fn: Callable[[Any], Any]) -> Any:
+    """`fn(leaf)`; of a leaf whose inputs are quantized, which they stay, `fn` of its weight."""
+    if isinstance(leaf, InputQuantizedArray):
+        return dataclasses.replace(leaf, weight=fn(leaf.weight))
+    return fn(leaf)
+
+
+def _map_weights(
+    fn: Callable[[str, Any, LeafLayout], Any], params: Params, select: Selector | None, layouts: Params | None
+) -> Params:
+    """`fn(path, leaf, layout)` on the selected leaves that are not quantized yet; the others as they are."""
+
+    def visit(path: str, leaf: Any, layout: Any) -> Any:
+        return leaf if is_unselected(layout) else on_weight(leaf, lambda weight: fn(path, weight, layout))
+
+    return map_with_path(visit, params, weight_layouts(params, select=select, layouts=layouts))

@@ -7,20 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Integer, Num
+from jaxtyping import Array, Bool, Float, Integer, Num, Shaped
 
-from jaxcompress.arrays import (
-    BitmaskSparseArray,
-    QuantizedArray,
-    SparseArray,
-    pack,
-    per_block,
-    sparsify,
-    sparsify_like,
-    split_blocks,
-)
-from jaxcompress.quantization._arithmetic import divide
+from jaxcompress.arrays import BitmaskSparseArray, QuantizedArray, SparseArray, pack, sparsify, sparsify_like
 from jaxcompress.quantization._blocks import axes_of, packing_axis
+from jaxcompress.quantization._rounding import round_to_codes as round_to_codes
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout
@@ -28,7 +19,7 @@ from jaxcompress.types import CompressedArray, is_compressed
 
 
 def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, layout: LeafLayout) -> QuantizedArray:
-    """Quantizes one leaf: scales from the extreme values of its blocks, codes by rounding to nearest.
+    """Quantizes one leaf: scales from the ranges of its blocks, codes by rounding to nearest.
 
     Zeros stay exactly zero. One bit has no code for zero: there, when `w` is concrete and holds zeros, the codes are
     stored sparsely, without them.
@@ -36,7 +27,7 @@ def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, la
     Args:
         w: the weights. A sparse array keeps its index, and its codes are stored under it; any other compressed array
             stands for the plain one.
-        spec: bits, granularity, variant.
+        spec: format, granularity, range.
         layout: gives the axes.
 
     Returns:
@@ -56,34 +47,27 @@ def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, la
     """
     dense: Any = w.materialize() if is_compressed(w) else w
     scale, zero_point, codes = _scales_and_codes(dense, spec, axes_of(layout))
-    keep = w if isinstance(w, SparseArray) else None
-    if spec.bits == 1 and not isinstance(dense, Tracer):
-        keep = _without_zeros(jnp.not_equal(dense, 0), keep, layout)
-    data = store_codes(codes, bits=spec.bits, axis=packing_axis(codes.shape, spec.bits, layout), keep=keep)
-    return QuantizedArray(data=data, scale=scale, zero_point=zero_point, dtype=jnp.dtype(dense.dtype))
+    return _stored(w, dense, codes, scale, zero_point, spec, layout)
 
 
-def round_to_codes(
-    w: Float[Array, "..."], scale: Float[Array, "..."], zero_point: Num[Array, "..."] | None, spec: QuantSpec
-) -> Integer[Array, "..."]:
-    """clip(round(w / scale) + zero_point), halves to even, in float32; w >= 0 at one bit.
+def quantize_array_at(
+    w: Float[Array, "..."] | CompressedArray,
+    scale: Shaped[Array, "..."],
+    zero_point: Num[Array, "..."] | None,
+    spec: QuantSpec,
+    layout: LeafLayout,
+) -> QuantizedArray:
+    """`quantize_array` with scales that are known already, such as learned ones.
 
     Args:
-        w: the weights.
-        scale: one entry per block, as stored.
-        zero_point: as `block_scales` gives it.
-        spec: gives the range of the codes.
-
-    Returns:
-        int8 codes, uint8 unless `spec.signed`, of the shape of `w`.
+        w: as there.
+        scale: in `spec.scale_dtype`, one entry per block.
+        zero_point: None for symmetric codes.
+        spec: format.
+        layout: gives the axes.
     """
-    if spec.bits == 1:
-        return (w >= 0).astype(jnp.uint8)
-    codes = jnp.round(divide(split_blocks(w, scale.shape), per_block(scale, w.shape, scale.shape)))
-    if zero_point is not None:
-        codes = codes + per_block(zero_point, w.shape, scale.shape)
-    codes = jnp.clip(codes, *spec.code_range)
-    return codes.astype(jnp.int8 if spec.signed else jnp.uint8).reshape(w.shape)
+    dense: Any = w.materialize() if is_compressed(w) else w
+    return _stored(w, dense, round_to_codes(dense, scale, zero_point, spec), scale, zero_point, spec, layout)
 
 
 def store_codes(codes: Integer[Array, "..."], *, bits: int, axis: int, keep: SparseArray | None = None) -> Any:
@@ -111,6 +95,18 @@ def store_codes(codes: Integer[Array, "..."], *, bits: int, axis: int, keep: Spa
 def _scales_and_codes(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> tuple[Array, Array | None, Array]:
     scale, zero_point = block_scales(w, spec, layout)
     return scale, zero_point, round_to_codes(w, scale, zero_point, spec)
+
+
+def _stored(
+    w: Any, dense: Array, codes: Array, scale: Array, zero_point: Array | None, spec: QuantSpec, layout: LeafLayout
+) -> QuantizedArray:
+    keep = w if isinstance(w, SparseArray) else None
+    if spec.bits == 1 and not isinstance(dense, Tracer):
+        keep = _without_zeros(jnp.not_equal(dense, 0), keep, layout)
+    data = store_codes(codes, bits=spec.bits, axis=packing_axis(codes.shape, spec.bits, layout), keep=keep)
+    return QuantizedArray(
+        data=data, scale=scale, zero_point=zero_point, dtype=jnp.dtype(dense.dtype), levels=spec.levels
+    )
 
 
 def _without_zeros(nonzero: Bool[Array, "..."], keep: SparseArray | None, layout: LeafLayout) -> SparseArray | None:

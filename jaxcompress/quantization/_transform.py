@@ -7,11 +7,16 @@ from jaxcompress.quantization._quantize import fake_quantize, quantize
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.transforms import identity
 from jaxcompress.tree import map_with_path
-from jaxcompress.types import Params, Selector, Transform, TransformState, is_compressed
+from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, is_compressed
 
 
 def quantization_aware(
-    spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None, begin: int = 0
+    spec: QuantSpec,
+    *,
+    select: Selector | None = None,
+    layouts: Params | None = None,
+    begin: int = 0,
+    bits: Schedule | None = None,
 ) -> Transform:
     """Trains with rounded weights (straight-through), and stores them quantized in the end.
 
@@ -19,17 +24,19 @@ def quantization_aware(
     follow the weights. It can stand behind a pruning transform: zeros stay zero, and sparse leaves keep their index.
 
     Args:
-        spec: bits, granularity, variant.
+        spec: format, granularity, range.
         select: which leaves; resolved on the tree at hand at every call. By default every weight.
         layouts: from `trace.layouts`.
         begin: number of updates after which rounding begins. Before that, `apply` returns `params`; the law that
             `finalize` stores what `apply` returns holds from there on.
+        bits: number of updates -> bits, of integers: 8 at first, say, and fewer and fewer. Its values are rounded to
+            whole numbers and clipped to [2, 8]; it must end at `spec.bits`, which is what `finalize` stores.
 
     Returns:
-        The transform. Its state is empty, but for a counter of updates (int32) if `begin` > 0.
+        The transform. Its state is empty, but for a counter of updates (int32) with `begin` > 0 or `bits`.
 
     Raises:
-        ValueError: `begin` is negative.
+        ValueError: `begin` is negative; `bits` with a format that has no choice of bits.
 
     Example:
         >>> from jaxcompress.types import TransformState
@@ -47,20 +54,21 @@ def quantization_aware(
     if begin < 0:
         raise ValueError(f"`begin` must not be negative, got {begin}.")
 
-    def fake(params: Params) -> Params:
-        return fake_quantize(params, spec, select=select, layouts=layouts)
+    if bits is not None and (spec.format != "int" or spec.bits < 2):
+        raise ValueError(f"A schedule of `bits` is for integers of 2 bits or more, got {spec}.")
 
     def finalize(params: Params, state: TransformState) -> Params:
         del state
         return quantize(params, spec, select=select, layouts=layouts)
 
-    if begin == 0:
-        return identity()._replace(apply=lambda params, state, *, key=None: fake(params), finalize=finalize)
-
     def apply(params: Params, state: TransformState, *, key=None) -> Params:
         del key
-        return _switch(state.fixed >= begin, fake(params), params)
+        now = None if bits is None else jnp.clip(jnp.round(jnp.asarray(bits(state.fixed), jnp.float32)), 2, 8)
+        rounded = fake_quantize(params, spec, select=select, layouts=layouts, bits=now)
+        return rounded if begin == 0 else _switch(state.fixed >= begin, rounded, params)
 
+    if begin == 0 and bits is None:
+        return identity()._replace(apply=apply, finalize=finalize)
     return identity()._replace(init=_count_from_zero, apply=apply, update=_count, finalize=finalize)
 
 

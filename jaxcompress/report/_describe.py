@@ -2,16 +2,24 @@
 
 from typing import Any
 
-from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, PackedArray, QuantizedArray
+from jaxcompress.arrays import (
+    BitmaskSparseArray,
+    InputQuantizedArray,
+    LowRankArray,
+    NMSparseArray,
+    PackedArray,
+    QuantizedArray,
+)
 from jaxcompress.types import is_compressed
 
 
 def describe_leaf(leaf: Any) -> str:
     """The kind of a leaf, such as `float32`, `int8`, `int4 g32 2:4`, `bfloat16 bitmask`, `uint4 levels g64`.
 
-    For quantized leaves: the codes, how weights share scales, and how zeros are stored. `g32` is a group of 32 weights
-    on one axis, `b16x32` a block over several, `per-channel` one scale for all weights along some axes, `per-tensor`
-    one for all of them.
+    For quantized leaves: the codes, how weights share scales, and how zeros are stored; then, where the inputs are
+    quantized too, whether their ranges are dynamic or static. `g32` is a group of 32 weights on one axis, `b16x32` a
+    block over several, `per-channel` one scale for all weights along some axes, `per-tensor` one for all of them. For
+    low-rank leaves: their factors and the residual, such as `rank 16 float32 + int4 g32`.
 
     Args:
         leaf: an array, a compressed array, or the abstract form of either.
@@ -27,8 +35,14 @@ def describe_leaf(leaf: Any) -> str:
         codes = leaf.data.values if isinstance(leaf.data, BitmaskSparseArray | NMSparseArray) else leaf.data
         words = [_codes(codes), "levels" if leaf.levels is not None else "", _blocks(leaf), _pattern(leaf.data)]
         return " ".join(word for word in words if word)
+    if isinstance(leaf, InputQuantizedArray):
+        return f"{describe_leaf(leaf.weight)}, {'dynamic' if leaf.scale is None else 'static'} inputs"
     if isinstance(leaf, BitmaskSparseArray | NMSparseArray):
         return f"{_codes(leaf.values)} {_pattern(leaf)}"
+    if isinstance(leaf, LowRankArray):
+        kinds = dict.fromkeys(describe_leaf(factor) for factor in (leaf.left, leaf.right))
+        factors = f"rank {leaf.rank} {' and '.join(kinds)}"
+        return factors if leaf.residual is None else f"{factors} + {describe_leaf(leaf.residual)}"
     if isinstance(leaf, PackedArray):
         return _codes(leaf)
     return type(leaf).__name__ if is_compressed(leaf) else str(leaf.dtype)

@@ -5,7 +5,6 @@ here. B inputs in a block.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -92,7 +91,46 @@ def solve_columns(
     if not weights.size:
         return weights.astype(jnp.float32)
     rules = _rules(depth, block_size, run_size, group_size, keep_block, keep_run, quantize_column, start_group)
-    return _solve(weights.astype(jnp.float32), factor, rules)
+    return _solve(weights.astype(jnp.float32), factor, rules)[0]
+
+
+def solve_groups(
+    weights: Float[Array, "D R"],
+    factor: Float32[Array, "D D"],
+    *,
+    quantize_column: QuantizeColumn,
+    start_group: StartGroup,
+    group_size: int,
+    block_size: int = 128,
+) -> tuple[Float32[Array, "D R"], Any]:
+    """`solve_columns` for a quantizer whose parameters must be stored: what `start_group` made comes back, too.
+
+    Args:
+        weights: as there; not empty.
+        factor: likewise.
+        quantize_column: likewise.
+        start_group: likewise.
+        group_size: divides D.
+        block_size: as there.
+
+    Returns:
+        The weights, and the parameters of all groups, stacked.
+
+    Example:
+        >>> def start(w):
+        ...     return jnp.abs(w).max(axis=0)
+        >>> def to_ends(w, top, i):
+        ...     return jnp.sign(w) * top
+        >>> w = jnp.array([[1.0], [3.0], [5.0], [2.0]])
+        >>> found, tops = solve_groups(w, jnp.eye(4), quantize_column=to_ends, start_group=start, group_size=2)
+        >>> found.ravel().tolist(), tops.tolist()
+        ([3.0, 3.0, 5.0, 5.0], [[3.0], [5.0]])
+    """
+    depth = weights.shape[0]
+    rules = _rules(depth, block_size, 1, group_size, None, None, quantize_column, start_group)
+    solved, by_step = _solve(weights.astype(jnp.float32), factor, rules)
+    # Every step lies within one group.
+    return solved, jax.tree.map(lambda part: part[: depth // rules.step or 1][:: rules.group // rules.step], by_step)
 
 
 def block_sizes(depth: int, block_size: int, *, multiple: int = 1) -> list[int]:
@@ -120,12 +158,16 @@ def _rules(
     if min(block_size, run_size, group) < 1:
         raise ValueError(f"Sizes must be positive, got {block_size=}, {run_size=}, {group_size=}.")
     run = run_size if keep_run is not None else 1
-    inner = math.lcm(run, group) if group < block_size else run
+    # One group of all inputs sets no borders: runs would otherwise be cut where the last of them is short.
+    grouped = group_size is not None and group < block_size
+    if grouped and group % run:
+        raise ValueError(f"`group_size` must be a multiple of `run_size`, got {group} and {run}.")
+    inner = group if grouped else run
     block = _round_up(block_size, inner)
     if block < group < depth and group % block:
         raise ValueError(f"`group_size` {group} beyond the block must be a multiple of `block_size` {block}.")
     # Steps begin where runs and groups do; 16 inputs at a time keep the updates in the cache.
-    common = math.gcd(block, group) if group < block else block
+    common = group if grouped else block
     step = max((size for size in range(1, 33) if common % size == 0 and size % run == 0), default=common)
     return _Rules(keep_block, keep_run, quantize_column, start_group, block, step, run, group)
 
@@ -134,7 +176,10 @@ def _round_up(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def _solve(weights: Float32[Array, "D R"], factor: Float32[Array, "D D"], rules: _Rules) -> Float32[Array, "D R"]:
+def _solve(
+    weights: Float32[Array, "D R"], factor: Float32[Array, "D D"], rules: _Rules
+) -> tuple[Float32[Array, "D R"], Any]:
+    """The weights, and the quantizer's parameters step by step."""
     depth = weights.shape[0]
     padding = -depth % rules.block
     weights, factor = jnp.pad(weights, ((0, padding), (0, 0))), jnp.pad(factor, (0, padding))
@@ -148,13 +193,14 @@ def _solve(weights: Float32[Array, "D R"], factor: Float32[Array, "D D"], rules:
         square = jax.lax.dynamic_slice_in_dim(rows, start, rules.block, axis=1)
         if rules.start_group is not None and rules.block <= rules.group < depth:
             parameters = _renewed(rules, parameters, weights, start, start)
-        solved, errors, parameters = _solve_block(own, square, parameters, number, rules)
+        (solved, errors, parameters), by_step = _solve_block(own, square, parameters, number, rules)
         # U is upper triangular: inputs before this block get exactly 0.
         weights = weights - _product(rows.T, errors)
-        return (jax.lax.dynamic_update_slice_in_dim(weights, solved, start, 0), parameters), None
+        return (jax.lax.dynamic_update_slice_in_dim(weights, solved, start, 0), parameters), by_step
 
-    (weights, _), _ = jax.lax.scan(block, (weights, parameters), jnp.arange(weights.shape[0] // rules.block))
-    return weights[:depth]
+    blocks = jnp.arange(weights.shape[0] // rules.block)
+    (weights, _), by_step = jax.lax.scan(block, (weights, parameters), blocks)
+    return weights[:depth], jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), by_step)
 
 
 def _solve_block(
@@ -163,8 +209,11 @@ def _solve_block(
     parameters: Any,
     number: Int32[Array, ""],
     rules: _Rules,
-) -> tuple[Float32[Array, "B R"], Float32[Array, "B R"], Any]:
-    """The block's weights, the errors that later inputs have to make up for, and the quantizer's parameters."""
+) -> tuple[tuple[Float32[Array, "B R"], Float32[Array, "B R"], Any], Any]:
+    """The block's weights, the errors that later inputs have to make up for, and the quantizer's parameters.
+
+    These are what is left of them, and, apart, what each step had.
+    """
     diagonal = jnp.diagonal(square)
     kept = jnp.ones(weights.shape, bool)
     if rules.keep_block is not None:
@@ -181,10 +230,10 @@ def _solve_block(
         solved, found = _solve_step(own, keep, small, parameters, index, rules)
         weights = weights - _product(rows.T, found)
         weights = jax.lax.dynamic_update_slice_in_dim(weights, solved, begin, 0)
-        return (weights, jax.lax.dynamic_update_slice_in_dim(errors, found, begin, 0), parameters), None
+        return (weights, jax.lax.dynamic_update_slice_in_dim(errors, found, begin, 0), parameters), parameters
 
     state = (weights, jnp.zeros_like(weights), parameters)
-    return jax.lax.scan(step, state, jnp.arange(rules.block // rules.step))[0]
+    return jax.lax.scan(step, state, jnp.arange(rules.block // rules.step))
 
 
 def _solve_step(

@@ -3,31 +3,10 @@
 Shape letters: D inputs of a kernel, O its outputs, U units.
 """
 
-import dataclasses
-
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Moments:
-    """Sums over rows of inputs x, and of targets t that `x @ W + b` should be.
-
-    Attributes:
-        count: Σ 1, the number of rows.
-        inputs: Σ x.
-        targets: Σ t.
-        gram: Σ x xᵀ.
-        cross: Σ x tᵀ.
-        square: Σ |t|².
-    """
-
-    count: float
-    inputs: Float64[np.ndarray, " D"]
-    targets: Float64[np.ndarray, " O"]
-    gram: Float64[np.ndarray, "D D"]
-    cross: Float64[np.ndarray, "D O"]
-    square: float
+from jaxcompress.calibration import Moments
 
 
 def fit_rows(
@@ -109,23 +88,6 @@ def fit_gates(
         gates = np.clip(_solve(normal + np.diag(hold), right + hold), -limit, limit)
         solved[kept] = own * (member @ gates)[:, None]
     return solved, _bias(moments, solved, bias, free_bias)
-
-
-def relative_error(moments: Moments, kernel: np.ndarray, bias: np.ndarray) -> float:
-    """Σ |x W + b - t|² / Σ |t - mean t|²: 0 is exact, 1 is no better than a constant.
-
-    Example:
-        >>> sums = Moments(
-        ...     count=2.0, inputs=np.zeros(1), targets=np.zeros(1), gram=np.eye(1), cross=np.eye(1), square=1.0
-        ... )
-        >>> relative_error(sums, np.array([[0.5]]), np.zeros(1))
-        0.25
-    """
-    w, b, m = np.asarray(kernel, np.float64), np.asarray(bias, np.float64), moments
-    predicted = (w * (m.gram @ w)).sum() + 2 * (b @ (m.inputs @ w)) + m.count * (b @ b)
-    error = predicted - 2 * ((w * m.cross).sum() + b @ m.targets) + m.square
-    variation = m.square - (m.targets @ m.targets) / max(m.count, 1.0)
-    return max(float(error), 0.0) / max(float(variation), 1e-30)
 
 
 def _about(moments: Moments, bias: np.ndarray, free_bias: bool) -> tuple[np.ndarray, np.ndarray]:

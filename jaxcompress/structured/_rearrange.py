@@ -20,7 +20,7 @@ def rearrange(keep: Mapping[str, Any], matrices: Mapping[str, Any]) -> dict[str,
         The new `keep`.
 
     Raises:
-        ValueError: a matrix has the wrong shape.
+        ValueError: a matrix has the wrong shape, or holds NaN or Inf; names the group.
 
     Example:
         >>> rearrange({"g": [True, False, False]}, {"g": [[1.0, 0, 0], [0, 1, 0.9], [0, 0.9, 1]]})
@@ -39,6 +39,9 @@ def _swapped(name: str, kept: np.ndarray, matrix: Any) -> np.ndarray:
     matrix = np.asarray(matrix, np.float64)
     if matrix.shape != (len(kept), len(kept)):
         raise ValueError(f"The matrix of {name!r} must have shape {(len(kept), len(kept))}, got {matrix.shape}.")
+    # With NaN no change ever compares as too small to make, and the search would not end.
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"The matrix of {name!r} holds NaN or Inf.")
     diagonal = np.diag(matrix)
     tolerance = 1e-12 * max(float(np.abs(diagonal).max(initial=0.0)), 1e-300)
     pull = matrix @ ~kept

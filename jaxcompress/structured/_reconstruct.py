@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.structured._least_squares import fit_gates, fit_rows, relative_error
-from jaxcompress.structured._moments import moments
-from jaxcompress.structured._pause import Site, pausing
+from jaxcompress.calibration import Site, moments, pausing, relative_error
+from jaxcompress.structured._least_squares import fit_gates, fit_rows
 from jaxcompress.structured._shrink import check_keep, mask_units
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
@@ -93,9 +92,8 @@ def reconstruct(
         sums = moments(pairs, *_stored(_Kernel.of(params, site), params, site), rows)
         # A bias that went with its sublayer must stay 0: `shrink` makes it so.
         free = bias and site.bias is not None and bool(np.all(masks.get(site.bias, True)))
-        # Kernels are cut along their inputs, so that the mask has one entry for each of these.
-        kept = np.flatnonzero(np.asarray(masks[site.path]).reshape(-1))
         whole, before = _Kernel.of(params, site), _Kernel.of(fitted, site)
+        kept = np.flatnonzero(_kept_inputs(masks[site.path], whole.weight.shape, site))
         options = {"ridge": ridge, "free_bias": free}
         if form == "rows":
             after = _Kernel(*fit_rows(sums, whole.weight, before.bias, kept, **options))
@@ -135,6 +133,12 @@ def _stored(kernel: _Kernel, params: Params, site: Site) -> tuple[jax.Array, jax
     return jnp.asarray(kernel.weight, dtype), jnp.asarray(kernel.bias, bias_dtype)
 
 
+def _kept_inputs(mask: Any, shape: tuple[int, ...], site: Site) -> np.ndarray:
+    """For each input, whether anything of it stays; another group may have cut the outputs."""
+    mask = np.asarray(mask)
+    return np.asarray(np.broadcast_to(mask.T if site.input_axis else mask, shape).any(axis=1))
+
+
 def _check_axis(site: Site, group: UnitGroup, part: UnitSlices) -> None:
     if part.axis != site.input_axis:
         raise ValueError(
@@ -169,7 +173,8 @@ def _owners(
 def _unit_of_row(group: UnitGroup, part: UnitSlices, rows: int) -> np.ndarray:
     """The unit of every row; rows of none are units of their own."""
     units = group.count + np.arange(rows)
-    units[part.start : part.start + group.count * part.size] = np.repeat(np.arange(group.count), part.size)
+    owned = np.tile(np.repeat(np.arange(group.count), part.size), part.repeat)
+    units[part.start : part.start + len(owned)] = owned
     return units
 
 

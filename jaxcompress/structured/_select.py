@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxcompress.structured._shrink import check_keep
+from jaxcompress.structured._shrink import check_entries
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
 from jaxcompress.units import UnitGroup, unit_sizes
@@ -88,7 +88,7 @@ def select_units(
     References:
         Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", algorithm 1: all numbers of heads.
     """
-    check_keep(params, groups, scores)
+    check_entries(params, groups, scores)
     values = _values(scores, groups)
     _check_disjoint(groups)
     if within not in get_args(Within):

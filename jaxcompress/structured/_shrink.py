@@ -71,6 +71,15 @@ def mask_units(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, A
 
 def check_keep(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any]) -> None:
     """Checks groups against parameters, and `keep` against groups."""
+    check_entries(params, groups, keep)
+    for name, kept in keep.items():
+        # Numbers of units, say, would be taken for True.
+        if not np.isin(np.asarray(kept), (0, 1)).all():
+            raise ValueError(f"`keep[{name!r}]` must hold True and False, got {np.asarray(kept).tolist()}.")
+
+
+def check_entries(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any]) -> None:
+    """Checks groups against parameters, and that there is one entry for each unit."""
     check_groups(groups, params)
     counts = {group.name: group.count for group in groups}
     for name, kept in keep.items():

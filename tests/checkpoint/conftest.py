@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.arrays import CodebookArray, QuantizedArray, pack, sparsify
+from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
 
 
 def _bits(leaf: Any) -> bytes:
@@ -47,6 +47,10 @@ def _compressed() -> dict[str, Any]:
 
     nested = sparsify(codes, half, pattern=(2, 4), axis=0)
     nested = type(nested)(**{**vars(nested), "values": pack(nested.values, bits=4, axis=0)})
+    left, right = weights[:, None, :2], weights.T[None, :, :2]
+    thin = LowRankArray(left=left, right=right, dtype=jnp.dtype("float32"))
+    half_codes = quantized(pack(codes[:, None, :2], bits=4, axis=0), scale[:, None, :1])
+    with_rest = LowRankArray(left=half_codes, right=right, residual=quantized(packed, groups), dtype=thin.dtype)
     return {
         "packed": packed,
         "int8": quantized(codes, scale),
@@ -65,6 +69,8 @@ def _compressed() -> dict[str, Any]:
         "int8 bit mask": quantized(kept, scale),
         "int8 2:4": quantized(regular, groups),
         "int4 2:4": quantized(nested, groups),
+        "low rank": thin,
+        "low rank with a residual": with_rest,
         "stacked": jax.tree.map(lambda part: jnp.stack([part, part]), quantized(packed, groups)),
     }
 

@@ -74,7 +74,8 @@ def test_equals_the_plain_model(name):
 def test_gradients_equal_those_of_the_plain_model(name):
     """With respect to the inputs, the scales, the kept values and the leaves that stayed plain."""
     model, _ = _model(name)
-    chosen = ("int8 per channel", "uint4 groups zero point", "int4 2:4 groups", "bit mask", "codebook")
+    chosen = ("int8 per channel", "uint4 groups zero point", "int4 2:4 groups", "bit mask")
+    chosen += ("low rank + int4 groups", "codebook")
     params = {kind: _compressed(name, kind) for kind in chosen}
     trainable, rest = tree.partition_trainable(params)
     floats, others = tree.partition(lambda x: jnp.issubdtype(x.dtype, jnp.floating), model.inputs)
@@ -95,7 +96,10 @@ def test_gradients_equal_those_of_the_plain_model(name):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max(initial=0)) + 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["int8 per channel", "int4 groups", "int4 2:4 groups", "2:4", "codebook per output"])
+@pytest.mark.parametrize(
+    "kind",
+    ["int8 per channel", "int4 groups", "int4 2:4 groups", "2:4", "low rank", "codebook per output"],
+)
 @pytest.mark.parametrize("name", ["dense", "attention", "tied_embed", "scanned", "batched_experts"])
 def test_sharded_over_eight_devices(name, kind):
     """Weights are cut along their first output axis where it can hold whole shares."""
@@ -117,11 +121,12 @@ def test_sharded_over_eight_devices(name, kind):
     _close(got, model.apply(jc.materialize(params), *model.inputs))
 
 
+@pytest.mark.parametrize("kind", ["int4 groups", "low rank", "low rank + int4 groups"])
 @pytest.mark.parametrize("name", zoo.MODELS)
-def test_weights_in_matmuls_and_lookups_need_no_fallback(name):
+def test_weights_in_matmuls_and_lookups_need_no_fallback(name, kind):
     model, _ = _model(name)
-    notes = execution.fallbacks(model.apply, _compressed(name, "int4 groups"), *model.inputs)
-    if name == "conv":
+    notes = execution.fallbacks(model.apply, _compressed(name, kind), *model.inputs)
+    if name == "conv" and "rank" not in kind:
         assert {(note.path, note.primitive) for note in notes} == {("kernel", "conv_general_dilated")}
     elif name == "control_flow":
         assert {note.primitive for note in notes} == {"mul"}

@@ -232,3 +232,12 @@ def test_layers_without_biases_and_of_convolutions():
 def test_layers_that_do_not_fit_are_named(kernels, message):
     with pytest.raises(ValueError, match=message):
         gates.layer_units(PARAMS, kernels)
+
+
+def test_budgets_that_are_no_numbers_and_no_units():
+    rows = UnitGroup(name="rows", count=4, slices=(UnitSlices(path="w", axis=0),))
+    params = {"w": jnp.ones((4, 2))}
+    with pytest.raises(ValueError, match="`size` must be at least 0, got nan"):
+        gates.units_within({"rows": [1.0, 2.0, 3.0, 4.0]}, [rows], params, size=float("nan"))
+    with pytest.raises(ValueError, match="`log_alpha` is empty"):
+        gates.units_within({}, [rows], params, sparsity=0.0)

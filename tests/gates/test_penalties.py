@@ -256,3 +256,10 @@ def test_targets_of_zero_and_one(params):
     with pytest.raises(ValueError, match=r"least possible is 7 of 67 \(sparsity 0.895522\)"):
         gates.lagrangian(sparsity=1.0).init(given)
     gates.lagrangian(sparsity=1.0, measure=gates.parameters(count=by_path("up|down"))).init(given)
+
+
+def test_nan_is_no_price_and_no_target():
+    with pytest.raises(ValueError, match="must not be negative, got nan"):
+        gates.lambda_penalty(float("nan"), examples=3)
+    with pytest.raises(ValueError, match="`size` must be at least 0, got nan"):
+        gates.lagrangian(size=float("nan"))

@@ -252,7 +252,7 @@ def test_mistakes_are_named():
         pruning.wanda(PARAMS, STATISTICS, sparsity=0.5, scope="leaf", counting="reference")
     with pytest.raises(ValueError, match="'bias' has no statistic 'gram'"):
         run(sparsity=0.5, select=lambda params: dict.fromkeys(params, True))
-    with pytest.raises(ValueError, match="there is nothing to prune"):
+    with pytest.raises(ValueError, match="there is nothing to compress"):
         pruning.wanda(PARAMS, dict.fromkeys(PARAMS, tree.Unselected), sparsity=0.5)
     with pytest.raises(ValueError, match=r"'kernel' of shape \(5, 12\) has stack \[\] and 5 inputs.*give `layouts`"):
         pruning.wanda({"kernel": PARAMS["kernel"].T}, {"kernel": STATISTICS["kernel"]}, sparsity=0.5)
@@ -264,3 +264,25 @@ def test_values_that_are_not_finite_are_named():
         pruning.sparsegpt(broken, {"kernel": STATISTICS["kernel"]}, sparsity=0.5)
     with pytest.raises(ValueError, match="statistics of leaf 'kernel' hold NaN or Inf"):
         pruning.sparsegpt({"kernel": PARAMS["kernel"]}, {"kernel": _statistics(np.full_like(X, np.inf))}, sparsity=0.5)
+
+
+@pytest.mark.parametrize("method", [pruning.wanda, pruning.sparsegpt, pruning.alps])
+@pytest.mark.parametrize("width", [1, 3, 6, 9])
+def test_n_of_m_holds_in_a_last_run_that_is_short(method, width):
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(width, 5)), jnp.float32)}
+    pruned, _ = method(params, {"kernel": _statistics(rng.normal(size=(30, width)))}, pattern=pruning.n_of_m(2, 4))
+    kept = np.asarray(pruned["kernel"] != 0)
+    for start in range(0, width, 4):
+        run = kept[start : start + 4]
+        np.testing.assert_array_equal(run.sum(axis=0), min(2, len(run)))
+
+
+@pytest.mark.parametrize("method", [pruning.wanda, pruning.sparsegpt, pruning.alps])
+def test_leaves_without_inputs_and_statistics_without_rows(method):
+    params = {"kernel": jnp.zeros((0, 4))}
+    pruned, info = method(params, {"kernel": _statistics(np.zeros((3, 0)))}, sparsity=0.5)
+    assert (pruned["kernel"].shape, info["kernel"].error) == ((0, 4), 0.0)
+    none = {"kernel": _statistics(np.zeros((0, X.shape[1])))}
+    with pytest.raises(ValueError, match="statistics of leaf 'kernel' are of no rows"):
+        method({"kernel": PARAMS["kernel"]}, none, sparsity=0.5)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.solvers import block_sizes, inverse_factor, solve_columns
+from jaxcompress.solvers import block_sizes, inverse_factor, keep_in_runs, solve_columns
 
 RNG = np.random.default_rng(0)
 
@@ -134,3 +134,38 @@ def test_sizes_that_do_not_fit():
     assert block_sizes(0, 8) == []
     assert solve_columns(jnp.zeros((0, 3)), jnp.zeros((0, 0))).shape == (0, 3)
     assert solve_columns(jnp.zeros((4, 0)), jnp.eye(4)).shape == (4, 0)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6, 7, 10, 21])
+def test_runs_that_the_last_one_cuts_short(depth):
+    """Runs begin at multiples of four, whatever the number of inputs; the short one keeps two of what it has."""
+    weights, _, factor = _problem(depth, 5)
+    found = solve_columns(
+        jnp.asarray(weights),
+        jnp.asarray(factor, jnp.float32),
+        keep_run=lambda w, d: keep_in_runs(jnp.where(d[:, None] > 0, jnp.square(w), -1.0), 2, 4, axis=0),
+        run_size=4,
+    )
+    kept = {}
+
+    def fix(w, i):
+        if i % 4 == 0:
+            order = np.argsort(np.argsort(-np.square(w[i : i + 4]), axis=0), axis=0)
+            kept.update({i + j: row < 2 for j, row in enumerate(order)})
+        return np.where(kept[i], w[i], 0)
+
+    np.testing.assert_allclose(found, _loop(weights, factor, fix), atol=1e-4)
+
+
+def test_groups_that_cut_runs_are_refused():
+    weights, _, factor = _problem(12, 2)
+    with pytest.raises(ValueError, match="`group_size` must be a multiple of `run_size`, got 6 and 4"):
+        solve_columns(
+            jnp.asarray(weights),
+            jnp.asarray(factor, jnp.float32),
+            keep_run=lambda w, d: w > 0,
+            run_size=4,
+            quantize_column=lambda w, scale, i: w,
+            start_group=lambda w: w.max(axis=0),
+            group_size=6,
+        )

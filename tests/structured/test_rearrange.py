@@ -63,3 +63,12 @@ def test_groups_without_a_matrix_stay_and_the_input_is_not_changed():
 def test_wrong_shapes_are_named():
     with pytest.raises(ValueError, match=r"The matrix of 'g' must have shape \(2, 2\), got \(3, 3\)"):
         rearrange({"g": [True, False]}, {"g": np.eye(3)})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_matrix_that_is_not_finite_is_named(value):
+    """The search would never end: no change compares as too small."""
+    matrix = np.eye(3)
+    matrix[1, 2] = value
+    with pytest.raises(ValueError, match="The matrix of 'g' holds NaN or Inf"):
+        rearrange({"g": [True, False, False]}, {"g": matrix})

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress.calibration import pausing
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import mask_units, reconstruct, shrink
-from jaxcompress.structured._pause import pausing
 from jaxcompress.units import UnitGroup, UnitSlices
 
 WIDTH, INNER, BLOCKS = 4, (6, 10), 2
@@ -293,3 +293,44 @@ def test_an_output_that_is_added_to_nothing():
     assert (first.path, first.residual, first.bias) == ("a", None, None)
     second = run.send((np.zeros((2, 2)), np.zeros(2)))
     np.testing.assert_array_equal(second.inputs, np.zeros((3, 2)))
+
+
+def test_units_of_several_runs_have_one_gate():
+    """Channels after flattening (positions, channels): unit u owns rows u, u + 2 and u + 4."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 6))
+    x[:, 1::2] = 2 * x[:, 0::2] + 0.1 * x[:, 1::2]
+    kernel = rng.normal(size=(6, 4))
+    part = UnitSlices(path="w", axis=0, repeat=3, gated=True)
+    group = UnitGroup(name="channels", count=2, slices=(part,))
+    options = {"form": "gates", "ridge": 0.0, "bias": False}
+    params, batches = {"w": jnp.asarray(kernel, jnp.float32)}, [(jnp.asarray(x, jnp.float32),)]
+    fitted, _ = reconstruct(lambda p, x: x @ p["w"], params, [group], {"channels": [True, False]}, batches, **options)
+    alone = x[:, 0::2] @ kernel[0::2]
+    gate = (alone * (x @ kernel)).sum() / (alone**2).sum()
+    np.testing.assert_allclose(fitted["w"][0::2], gate * kernel[0::2], rtol=1e-4)
+    np.testing.assert_array_equal(fitted["w"][1::2], 0)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_another_group_may_cut_the_outputs_of_a_kernel(turned):
+    rng = np.random.default_rng(0)
+    first, second = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(60, 6)) @ rng.normal(size=(6, 6)), jnp.float32)
+    inputs = UnitGroup(name="in", count=6, slices=(UnitSlices(path="w", axis=int(turned), gated=True),))
+    cut = UnitSlices(path="w", axis=1 - int(turned))
+    hidden = UnitGroup(name="hidden", count=4, slices=(cut, UnitSlices(path="v", axis=0, gated=True)))
+    keep = {"in": [True] * 4 + [False] * 2, "hidden": [True, True, False, True]}
+
+    def apply(params, x):
+        return jnp.tanh(x @ (params["w"].T if turned else params["w"])) @ params["v"]
+
+    params = {"w": first.T if turned else first, "v": second}
+    fitted, info = reconstruct(apply, params, [inputs, hidden], keep, [(x,)], ridge=0.0)
+    kernel = np.asarray(fitted["w"].T if turned else fitted["w"])
+    np.testing.assert_array_equal(kernel[4:], 0)
+    wanted = np.linalg.lstsq(np.asarray(x[:, :4], np.float64), np.asarray(x @ first, np.float64), rcond=None)[0]
+    np.testing.assert_allclose(kernel[:4, [0, 1, 3]], wanted[:, [0, 1, 3]], rtol=1e-3, atol=1e-4)
+    assert all(entry["error"] <= entry["error_before"] for entry in info.values())
+    small = shrink(fitted, [inputs, hidden], keep)
+    np.testing.assert_allclose(apply(small, x[:, :4]), apply(fitted, x), rtol=1e-4, atol=1e-4)

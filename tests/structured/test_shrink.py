@@ -269,3 +269,11 @@ def test_a_gate_of_zero_hides_inf_and_nan():
     group = UnitGroup(name="g", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
     masked = mask_units({"w": jnp.array([[1.0], [jnp.nan]])}, [group], {"g": [True, False]})
     np.testing.assert_array_equal(masked["w"], [[1.0], [0.0]])
+
+
+def test_numbers_of_units_are_not_taken_for_flags():
+    group = UnitGroup(name="rows", count=3, slices=(UnitSlices(path="w", axis=0, gated=True),))
+    for act in (shrink, mask_units):
+        with pytest.raises(ValueError, match=r"`keep\['rows'\]` must hold True and False, got \[0, 1, 2\]"):
+            act({"w": jnp.ones((3, 2))}, [group], {"rows": [0, 1, 2]})
+        act({"w": jnp.ones((3, 2))}, [group], {"rows": [0, 1, 1]})

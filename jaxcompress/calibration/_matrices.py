@@ -13,28 +13,33 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from jaxcompress.calibration import InputStatistics
-from jaxcompress.pruning._scores import checked_weight
-from jaxcompress.trace import LeafLayout, default_layout
-from jaxcompress.tree import Unselected, is_traced, is_unselected, leaves_with_paths, map_selected, map_with_path
+from jaxcompress.calibration._statistics import InputStatistics
+from jaxcompress.trace import LeafLayout, default_layout, selected_layouts
+from jaxcompress.tree import (
+    Unselected,
+    check_finite,
+    is_traced,
+    is_unselected,
+    leaves_with_paths,
+    map_selected,
+    map_with_path,
+)
 from jaxcompress.types import Params, Selector, is_compressed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibrated:
-    """A leaf with the statistics of its inputs.
+class MatrixLeaf:
+    """A leaf that can be read as matrices.
 
     Attributes:
         path: of the leaf.
         weight: plain floats, in the leaf's shape.
         layout: its axes.
-        statistics: of its inputs.
     """
 
     path: str
     weight: jax.Array
     layout: LeafLayout
-    statistics: InputStatistics
 
     @property
     def stack(self) -> int:
@@ -64,17 +69,46 @@ class Calibrated:
 
     def flat(self, statistic: Float[Array, "..."], *, ndim: int) -> Float[Array, "..."]:
         """A statistic with `ndim` axes of its own, with one axis for the stack."""
-        return statistic.reshape(-1, *statistic.shape[statistic.ndim - ndim :])
+        return statistic.reshape(self.stack, *statistic.shape[statistic.ndim - ndim :])
 
     @property
     def _permutation(self) -> tuple[int, ...]:
         return (*self.layout.stack_axes, *self.layout.input_axes, *self.layout.output_axes)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrated(MatrixLeaf):
+    """The same, with statistics.
+
+    Attributes:
+        statistics: of its inputs.
+    """
+
+    statistics: InputStatistics
+
+
+def matrices(params: Params, *, select: Selector | None = None, layouts: Params | None = None) -> Params:
+    """The leaves to compress as `MatrixLeaf`, `Unselected` elsewhere.
+
+    Args:
+        params: the tree.
+        select: which leaves; see `trace.selected_layouts`.
+        layouts: from `trace.layouts`; by default kernels are (in..., out).
+
+    Raises:
+        ValueError: nothing is selected; a selected leaf is no float array, or holds NaN or Inf. Names the leaf.
+    """
+
+    def visit(path: str, layout: LeafLayout, leaf: Any) -> MatrixLeaf:
+        return MatrixLeaf(path=path, weight=checked_weight(path, leaf), layout=layout)
+
+    return map_selected(visit, selected_layouts(params, select=select, layouts=layouts), params)
+
+
 def calibrated(
     params: Params, statistics: Params, *, needs: str, select: Selector | None, layouts: Params | None
 ) -> Params:
-    """The leaves to prune with their statistics, `Unselected` elsewhere.
+    """The leaves to compress with their statistics, `Unselected` elsewhere.
 
     Args:
         params: the tree.
@@ -84,7 +118,7 @@ def calibrated(
         layouts: from `trace.layouts`; by default kernels are (in..., out).
 
     Raises:
-        ValueError: a leaf without statistics, or with statistics of another width; nothing to prune. Names the leaf.
+        ValueError: a leaf without statistics, or with statistics of another width; nothing to compress. Names the leaf.
     """
     known = map_with_path(lambda *_: None, params) if layouts is None else layouts
     marks = map_with_path(lambda *_: None, params) if select is None else select(params)
@@ -102,17 +136,17 @@ def calibrated(
 
     chosen = map_with_path(visit, params, statistics, known, marks)
     if not list(entries(chosen)):
-        raise ValueError(f"No leaf has the statistic {needs!r}: there is nothing to prune.")
+        raise ValueError(f"No leaf has the statistic {needs!r}: there is nothing to compress.")
     return chosen
 
 
-def entries(chosen: Params) -> Iterator[Calibrated]:
+def entries(chosen: Params) -> Iterator[Any]:
     """The leaves that are there."""
     for _, entry in leaves_with_paths(chosen):
         yield entry
 
 
-def map_entries(fn: Callable[[Calibrated], Any], chosen: Params) -> Params:
+def map_entries(fn: Callable[[Any], Any], chosen: Params) -> Params:
     """`fn` of every leaf that is there; errors name the leaf."""
     return map_selected(lambda _, entry: fn(entry), chosen)
 
@@ -126,6 +160,15 @@ def with_leaves(params: Params, chosen: Params, leaves: dict[str, Any]) -> Param
     return map_with_path(put, params, chosen, is_leaf=is_compressed)
 
 
+def checked_weight(path: str, leaf: Any) -> jax.Array:
+    """A leaf as floats; errors name it."""
+    plain = leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
+    if not jnp.issubdtype(plain.dtype, jnp.floating):
+        raise ValueError(f"Leaf {path!r} holds {plain.dtype}: only floats can be compressed; exclude it.")
+    check_finite(path, plain)
+    return plain
+
+
 def _check_width(entry: Calibrated, needs: str) -> None:
     layout, shape, found = entry.layout, entry.weight.shape, entry.statistics
     wanted = [shape[axis] for axis in layout.stack_axes], math.prod(shape[axis] for axis in layout.input_axes)
@@ -135,6 +178,8 @@ def _check_width(entry: Calibrated, needs: str) -> None:
             f"Leaf {entry.path!r} of shape {shape} has stack {wanted[0]} and {wanted[1]} inputs, its statistics have "
             f"{given[0]} and {given[1]}; give `layouts` from `trace.layouts`."
         )
+    if not is_traced(found.count) and not bool((found.count > 0).all()):
+        raise ValueError(f"The statistics of leaf {entry.path!r} are of no rows.")
     for part in jax.tree.leaves(found):
         if not is_traced(part) and not bool(jnp.isfinite(part).all()):
             raise ValueError(f"The statistics of leaf {entry.path!r} hold NaN or Inf.")

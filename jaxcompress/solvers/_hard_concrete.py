@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxcompress.solvers import keep_largest
+from jaxcompress.solvers._rank import keep_largest
 
 Form = Literal["louizos", "topk"]
 """What a gate is without noise; see `deterministic_gates`."""

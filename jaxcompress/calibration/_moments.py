@@ -3,15 +3,36 @@
 Shape letters: N rows (tokens), D inputs of a kernel, O its outputs.
 """
 
+import dataclasses
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Float64
 
-from jaxcompress.structured._least_squares import Moments
-from jaxcompress.structured._pause import Site
+from jaxcompress.calibration._pause import Site
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Sums over rows of inputs x, and of targets t that `x @ W + b` should be.
+
+    Attributes:
+        count: Σ 1, the number of rows.
+        inputs: Σ x.
+        targets: Σ t.
+        gram: Σ x xᵀ.
+        cross: Σ x tᵀ.
+        square: Σ |t|².
+    """
+
+    count: float
+    inputs: Float64[np.ndarray, " D"]
+    targets: Float64[np.ndarray, " O"]
+    gram: Float64[np.ndarray, "D D"]
+    cross: Float64[np.ndarray, "D O"]
+    square: float
 
 
 def moments(
@@ -50,6 +71,23 @@ def moments(
         raise ValueError(f"`row_mask` leaves no row of the input of {path!r}.")
     count, square = float(total.pop("count")), float(total.pop("square"))
     return Moments(count=count, square=square, **total)
+
+
+def relative_error(moments: Moments, kernel: np.ndarray, bias: np.ndarray) -> float:
+    """Σ |x W + b - t|² / Σ |t - mean t|²: 0 is exact, 1 is no better than a constant.
+
+    Example:
+        >>> sums = Moments(
+        ...     count=2.0, inputs=np.zeros(1), targets=np.zeros(1), gram=np.eye(1), cross=np.eye(1), square=1.0
+        ... )
+        >>> relative_error(sums, np.array([[0.5]]), np.zeros(1))
+        0.25
+    """
+    w, b, m = np.asarray(kernel, np.float64), np.asarray(bias, np.float64), moments
+    predicted = (w * (m.gram @ w)).sum() + 2 * (b @ (m.inputs @ w)) + m.count * (b @ b)
+    error = predicted - 2 * ((w * m.cross).sum() + b @ m.targets) + m.square
+    variation = m.square - (m.targets @ m.targets) / max(m.count, 1.0)
+    return max(float(error), 0.0) / max(float(variation), 1e-30)
 
 
 @jax.jit

@@ -5,12 +5,12 @@ Shape letters: D inputs, R outputs.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxcompress.solvers import damped_cholesky
+from jaxcompress.solvers._cholesky import damped_cholesky
+from jaxcompress.solvers._outputs import dense_targets
 
 
 class Problem(NamedTuple):
@@ -77,19 +77,3 @@ def damped(hessian: Float32[Array, "D D"], damping: ArrayLike) -> Damped:
     mean = jnp.diagonal(hessian).mean()
     added = found.damping * mean * jnp.eye(hessian.shape[0], dtype=jnp.float32)
     return Damped(hessian + added, found.damping, found.retries)
-
-
-def dense_targets(
-    weights: Float32[Array, "D R"], hessian: Float32[Array, "D D"], cross: Float32[Array, "D D"], damping: ArrayLike
-) -> Float32[Array, "D R"]:
-    """The weights whose outputs on the new inputs X come closest to the dense ones, Y W: W + H⁻¹ (XᵀY - XᵀX) W.
-
-    Args:
-        weights: W.
-        hessian: XᵀX, on any scale.
-        cross: YᵀX, on the same scale.
-        damping: λ; with a large one the weights stay W.
-    """
-    factor = damped_cholesky(hessian, damping).factor
-    gap = jnp.matmul(cross.T - hessian, weights, precision=jax.lax.Precision.HIGHEST)
-    return weights + jax.scipy.linalg.cho_solve((factor, True), gap)

@@ -84,11 +84,15 @@ class _Weight:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Output:
-    """What a kernel will have written, once it is known what is added to it: the product, or product and bias."""
+    """What a kernel will have written, once it is known what is added to it: the product, or product and bias.
+
+    `written` holds it from then on: a value that is read twice (by a GELU) stops the model once.
+    """
 
     site: Site
     shape: tuple[int, ...]
     dtype: Any
+    written: list[Any] = dataclasses.field(default_factory=list)
 
 
 _Steps = Generator[Site, "tuple[Any, Any]", list[Any]]
@@ -125,7 +129,7 @@ class _Run:
         if name in ("add", "add_any") and any(isinstance(value, _Output) for value in values):
             return [(yield from self.add(eqn, *values))]
         if name == "convert_element_type" and isinstance(values[0], _Output):
-            return [dataclasses.replace(values[0], dtype=eqn.params["new_dtype"])]
+            return [dataclasses.replace(values[0], dtype=eqn.params["new_dtype"], written=[])]
         if name in _LOOPS:
             self.check_outside(name, values)
         elif (body := called_body(eqn)) is not None:
@@ -164,25 +168,29 @@ class _Run:
         output, other = (left, right) if isinstance(left, _Output) else (right, left)
         bias = isinstance(other, _Weight) and other.axes == (*[-1] * (len(other.axes) - 1), 0)
         if bias and output.site.bias is None:
-            return dataclasses.replace(output, site=dataclasses.replace(output.site, bias=other.path))
+            site = dataclasses.replace(output.site, bias=other.path)
+            return dataclasses.replace(output, site=site, written=[])
         if isinstance(other, _Output) or jnp.shape(_value(other)) != output.shape:
             plain = [(yield from self.plain(left)), (yield from self.plain(right))]
             return _bind(eqn, plain)[0]
         residual = _value(other).reshape(-1, output.shape[-1])
         site = dataclasses.replace(output.site, residual=residual)
-        return (yield from self.plain(dataclasses.replace(output, site=site)))
+        return (yield from self.plain(dataclasses.replace(output, site=site, written=[])))
 
     def plain(self, value: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
         """The value itself; stops if a kernel is to write it."""
         if not isinstance(value, _Output):
             return _value(value)
+        if value.written:
+            return value.written[0]
         kernel, bias = yield value.site
         written = value.site.inputs @ jnp.asarray(kernel, value.site.inputs.dtype)
         if value.site.bias is not None:
             written = written + jnp.asarray(bias, written.dtype)[None, :]
         if value.site.residual is not None:
             written = written + value.site.residual
-        return written.astype(value.dtype).reshape(value.shape)
+        value.written.append(written.astype(value.dtype).reshape(value.shape))
+        return value.written[0]
 
     def check_outside(self, name: str, values: list[Any]) -> None:
         for value in values:

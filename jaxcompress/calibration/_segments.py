@@ -1,0 +1,179 @@
+"""A model cut into consecutive parts, by its jaxpr."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxcompress.trace import Body, Origin, as_body, called_body, rearrange, walk
+from jaxcompress.tree import leaves_with_paths
+from jaxcompress.types import Params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Segment:
+    """A part of a model.
+
+    Attributes:
+        paths: of the selected leaves that are first used here.
+        body: its equations; the inputs are all leaves of the params, then the live values.
+        floats: which of the values that it passes on depend on the params of the model so far, and are floats.
+    """
+
+    paths: tuple[str, ...]
+    body: Any
+    floats: tuple[bool, ...]
+
+    def __call__(self, params: Params, values: Sequence[Any]) -> list[Any]:
+        """The values that live behind this part, from those that live before it. Pure; may be compiled."""
+        return walk(self.body, [*jax.tree.leaves(params), *values], _bind)
+
+
+def segments(
+    apply: Callable[..., Any],
+    params: Params,
+    inputs: Sequence[Any],
+    *,
+    paths: Sequence[str],
+    together: Callable[[str], Any],
+) -> list[Segment]:
+    """Cuts a model where the first leaf of the next group is first used; one part after another is the whole model.
+
+    What lives at a cut (the residual stream, masks) is found from the jaxpr. Loops are never cut: the layers of a scan
+    are one part.
+
+    Args:
+        apply: `(params, *inputs) -> outputs`.
+        params: arrays, or `jax.ShapeDtypeStruct`.
+        inputs: trees of arrays, likewise; the first part takes their leaves as its values.
+        paths: of the leaves that define the parts.
+        together: path -> key; neighbours (in the order of first use) of equal keys share a part.
+
+    Returns:
+        The parts, in order. The last one returns the leaves of the model's outputs.
+
+    Raises:
+        ValueError: a leaf that no input ever meets; names it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def apply(params, x):
+        ...     return jnp.tanh(x @ params["first"]) @ params["second"]
+        >>> params, x = {"first": jnp.ones((2, 3)), "second": jnp.ones((3, 1))}, jnp.ones((4, 2))
+        >>> first, second = segments(apply, params, (x,), paths=["first", "second"], together=lambda path: path)
+        >>> [value.shape for value in first(params, [x])], second(params, first(params, [x]))[0].shape
+        ([(4, 3)], (4, 1))
+    """
+    closed = _inlined(jax.make_jaxpr(apply)(params, *inputs))
+    jaxpr, leaves = closed.jaxpr, leaves_with_paths(params)
+    flow = _Flow(jaxpr, len(leaves))
+    used = flow.first_uses([path for path, _ in leaves], paths)
+    cuts, owners = _cuts(used, together)
+    found = []
+    for k, begin in enumerate(cuts):
+        end = cuts[k + 1] if k + 1 < len(cuts) else len(jaxpr.eqns)
+        entering = flow.live(begin) if k else list(jaxpr.invars[len(leaves) :])
+        leaving = flow.live(end) if k + 1 < len(cuts) else list(jaxpr.outvars)
+        part = SimpleNamespace(
+            constvars=jaxpr.constvars,
+            invars=[*jaxpr.invars[: len(leaves)], *entering],
+            outvars=leaving,
+            eqns=flow.equations(begin, end, leaving),
+        )
+        floats = tuple(var in flow.weighted and jnp.issubdtype(var.aval.dtype, jnp.floating) for var in leaving)
+        found.append(Segment(tuple(owners[k]), Body(part, closed.consts), floats))
+    return found
+
+
+class _Flow:
+    """Which values depend on inputs, which on params, and where they are used."""
+
+    def __init__(self, jaxpr: Any, leaf_count: int) -> None:
+        self.jaxpr, self.leaf_count = jaxpr, leaf_count
+        self.data = set(jaxpr.invars[leaf_count:])
+        self.weighted = set(jaxpr.invars[:leaf_count])
+        self.place: dict[Any, int] = dict.fromkeys(jaxpr.invars, -1)
+        self.last: dict[Any, int] = {}
+        for i, eqn in enumerate(jaxpr.eqns):
+            variables = _variables(eqn.invars)
+            for var in variables:
+                self.last[var] = i
+            self.data |= set(eqn.outvars) if any(var in self.data for var in variables) else set()
+            self.weighted |= set(eqn.outvars) if any(var in self.weighted for var in variables) else set()
+            self.place |= dict.fromkeys(eqn.outvars, i)
+        self.last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
+
+    def first_uses(self, names: Sequence[str], paths: Sequence[str]) -> dict[str, int]:
+        """Path -> the first equation in which a value that depends on inputs meets the leaf; in that order."""
+        origins = {
+            var: Origin(n, tuple((axis,) for axis in range(len(var.aval.shape))))
+            for n, var in enumerate(self.jaxpr.invars[: self.leaf_count])
+        }
+        used: dict[str, int] = {}
+        for i, eqn in enumerate(self.jaxpr.eqns):
+            own = [origins[var] for var in _variables(eqn.invars) if var in origins]
+            if any(var in self.data for var in eqn.outvars):
+                for origin in own:
+                    used.setdefault(names[origin.leaf], i)
+            elif own and eqn.invars[0] in origins and (moved := rearrange(eqn, origins[eqn.invars[0]])) is not None:
+                origins[eqn.outvars[0]] = moved
+        missing = [path for path in paths if path not in used]
+        if missing:
+            raise ValueError(f"Leaf {missing[0]!r} meets no input of the model: it belongs to no part of it.")
+        return dict(sorted(((path, used[path]) for path in paths), key=lambda item: item[1]))
+
+    def live(self, cut: int) -> list[Any]:
+        """The values that depend on inputs, are there before an equation, and are used from it on."""
+        return [v for v, at in self.place.items() if v in self.data and at < cut <= self.last.get(v, -1)]
+
+    def equations(self, begin: int, end: int, leaving: Sequence[Any]) -> list[Any]:
+        """What it takes to compute some values from those that live at `begin`, and the params."""
+        wanted, kept = set(_variables(leaving)), []
+        for i in range(end - 1, -1, -1):
+            eqn = self.jaxpr.eqns[i]
+            own = not any(var in self.data for var in eqn.outvars) or i >= begin
+            if own and wanted & set(eqn.outvars):
+                kept.append(eqn)
+                wanted |= set(_variables(eqn.invars))
+        return kept[::-1]
+
+
+def _cuts(used: dict[str, int], together: Callable[[str], Any]) -> tuple[list[int], list[list[str]]]:
+    cuts: list[int] = []
+    owners: list[list[str]] = []
+    last = None
+    for path, at in used.items():
+        key = together(path)
+        if not cuts or key != last:
+            cuts.append(at if cuts else 0)
+            owners.append([])
+        owners[-1].append(path)
+        last = key
+    return cuts, owners
+
+
+def _inlined(closed: Any) -> Any:
+    """The same program without the calls that only wrap."""
+
+    def visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
+        body = called_body(eqn) if eqn.primitive.name in _WRAPPERS else None
+        return _bind(eqn, values) if body is None else walk(body, values, visit)
+
+    return jax.make_jaxpr(lambda *values: walk(as_body(closed), list(values), visit))(*closed.in_avals)
+
+
+_WRAPPERS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
+
+
+def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]

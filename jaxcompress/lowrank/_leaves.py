@@ -1,0 +1,150 @@
+"""Leaves, the norms in which they are approximated, and their factors in the leaves' own axes.
+
+Shape letters: S stack entries, D inputs, R outputs, k the rank.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxcompress.arrays import LowRankArray
+from jaxcompress.calibration import MatrixLeaf, with_leaves
+from jaxcompress.lowrank._factorize import Directions, directions, truncate
+from jaxcompress.lowrank._ranks import RankRule, Spectrum, as_rule, spectrum
+from jaxcompress.types import Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Target:
+    """One leaf, and the norm to approximate it in.
+
+    Attributes:
+        leaf: the leaf.
+        weights: (S, D, R), what its factors should come close to; float32.
+        inputs: what the inputs weigh: (S, D, D), (S, D) or None; see `directions`.
+        outputs: what the outputs weigh: (S, R) or None.
+        damping: share of the mean diagonal that was added; None where nothing was.
+        retries: how often the damping had to grow.
+    """
+
+    leaf: MatrixLeaf
+    weights: jax.Array
+    inputs: jax.Array | None = None
+    outputs: jax.Array | None = None
+    damping: float | None = None
+    retries: int = 0
+
+    def directions(self) -> Directions:
+        """Of the weights in that norm."""
+        return directions(self.weights, self.inputs, self.outputs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankInfo:
+    """What happened to one leaf.
+
+    Attributes:
+        rank: of its factors; None: it stayed dense.
+        parameters: of the factors, or of the dense leaf.
+        share: of the dense leaf's parameters.
+        loss: Σ of the dropped σ², in the norm that was minimised.
+        error: sqrt(loss / Σ of all σ²): with activations, ||X W - X W'|| / ||X W||.
+        damping: share of the mean diagonal that was added to XᵀX; None where nothing was.
+        retries: how often the damping had to grow.
+    """
+
+    rank: int | None
+    parameters: int
+    share: float
+    loss: float
+    error: float
+    damping: float | None = None
+    retries: int = 0
+
+
+def factored(
+    params: Params, chosen: Params, targets: Sequence[Target], rank: int | Mapping[str, int | None] | RankRule
+) -> tuple[Params, dict[str, LowRankInfo]]:
+    """`params` with a `LowRankArray` for every target whose rank is not None.
+
+    Args:
+        params: the tree.
+        chosen: the same with `MatrixLeaf`, or `Unselected`.
+        targets: one for each of those.
+        rank: ranks or a rule.
+    """
+    found = [target.directions() for target in targets]
+    spectra = [_spectrum(target, own) for target, own in zip(targets, found, strict=True)]
+    ranks = as_rule(rank)(spectra)
+    leaves, info = {}, {}
+    for target, own, losses in zip(targets, found, spectra, strict=True):
+        chosen_rank = ranks[target.leaf.path]
+        leaves[target.leaf.path] = factor_leaf(target, own, chosen_rank)
+        info[target.leaf.path] = _info(target, losses, chosen_rank)
+    return with_leaves(params, chosen, leaves), info
+
+
+def factor_leaf(target: Target, found: Directions, rank: int | None) -> Any:
+    """The factors of one target as a leaf; the plain leaf for None."""
+    if rank is None:
+        return target.leaf.weight
+    left, right = truncate(target.weights, found, rank=rank)
+    return low_rank_leaf(target.leaf, left, right)
+
+
+def low_rank_leaf(leaf: MatrixLeaf, left: Float[Array, "S D k"], right: Float[Array, "S R k"]) -> LowRankArray:
+    """Factors of matrices, in the axes and the dtype of the leaf."""
+    dtype, layout = leaf.weight.dtype, leaf.layout
+    return LowRankArray(
+        left=_spread(leaf, left, (*layout.stack_axes, *layout.input_axes)).astype(dtype),
+        right=_spread(leaf, right, (*layout.stack_axes, *layout.output_axes)).astype(dtype),
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def spectrum_of(leaf: MatrixLeaf, values: Any) -> Spectrum:
+    """What ranks of a leaf cost and lose, from its singular values, (S, K)."""
+    _, depth, width = shape_of(leaf)
+    return spectrum(leaf.path, values, inputs=depth, outputs=width, itemsize=leaf.weight.dtype.itemsize)
+
+
+def shape_of(leaf: MatrixLeaf) -> tuple[int, int, int]:
+    """(S, D, R)."""
+    layout = leaf.layout
+    stack, depth, width = (
+        math.prod(leaf.weight.shape[axis] for axis in axes)
+        for axes in (layout.stack_axes, layout.input_axes, layout.output_axes)
+    )
+    return stack, depth, width
+
+
+def _spectrum(target: Target, found: Directions) -> Spectrum:
+    return spectrum_of(target.leaf, jax.device_get(found.values))
+
+
+def _spread(leaf: MatrixLeaf, factor: Float[Array, "S N k"], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """(S, N, k) over some axes of the leaf, with 1 for the others and the rank as the last axis."""
+    shape, rank = leaf.weight.shape, factor.shape[-1]
+    rest = [axis for axis in range(len(shape)) if axis not in axes]
+    wide = factor.reshape(*(shape[axis] for axis in axes), *(1 for _ in rest), rank)
+    return wide.transpose(*np.argsort([*axes, *rest]).tolist(), len(shape))
+
+
+def _info(target: Target, losses: Spectrum, rank: int | None) -> LowRankInfo:
+    parameters = losses.dense if rank is None else losses.parameters(rank)
+    loss, whole = 0.0 if rank is None else float(losses.losses[rank]), float(losses.losses[0])
+    return LowRankInfo(
+        rank=rank,
+        parameters=parameters,
+        share=parameters / losses.dense if losses.dense else 1.0,
+        loss=loss,
+        error=math.sqrt(loss / whole) if whole > 0 else 0.0,
+        damping=target.damping,
+        retries=target.retries,
+    )

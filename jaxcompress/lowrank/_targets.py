@@ -1,0 +1,167 @@
+"""The norms in which leaves are approximated: plain, by activations, by Fisher information.
+
+Shape letters: S stack entries, D inputs, R outputs.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float32
+
+from jaxcompress.calibration import InputStatistics, LookupCounts, MatrixLeaf, entries, matrices
+from jaxcompress.lowrank._factorize import Whitening, root_of_gram
+from jaxcompress.lowrank._leaves import Target, shape_of
+from jaxcompress.solvers import dense_targets
+from jaxcompress.tree import is_unselected, leaves_with_paths, map_with_path
+from jaxcompress.types import Params, Selector, is_compressed
+
+Side = Literal["inputs", "outputs", "both"]
+Targets = tuple[Params, list[Target]]
+
+
+def plain_targets(params: Params, *, select: Selector | None, layouts: Params | None) -> Targets:
+    """The selected leaves in the Frobenius norm: a partial tree of `MatrixLeaf`, and one target for each."""
+    chosen = matrices(params, select=select, layouts=layouts)
+    return chosen, [Target(leaf=leaf, weights=_weights(leaf)) for leaf in entries(chosen)]
+
+
+def activation_targets(
+    params: Params,
+    statistics: Params,
+    *,
+    fisher: Params | None,
+    damping: float,
+    whitening: Whitening,
+    select: Selector | None,
+    layouts: Params | None,
+) -> Targets:
+    """The leaves that have statistics in the norm of their outputs; see `activation_svd`."""
+    if not damping >= 0:
+        raise ValueError(f"`damping` must be at least 0, got {damping}.")
+    if whitening not in ("eigen", "cholesky"):
+        raise ValueError(f"`whitening` must be 'eigen' or 'cholesky', got {whitening!r}.")
+    chosen = matrices(params, select=_with_statistics(statistics, select), layouts=layouts)
+    evidence = dict(leaves_with_paths(statistics, is_leaf=_is_evidence))
+    weights = _by_path(fisher, chosen)
+    targets = [
+        _activation_target(leaf, evidence.get(leaf.path), weights.get(leaf.path), damping, whitening)
+        for leaf in entries(chosen)
+    ]
+    return chosen, targets
+
+
+def fisher_targets(
+    params: Params, fisher: Params, *, weights: Side, select: Selector | None, layouts: Params | None
+) -> Targets:
+    """The selected leaves in a norm that sums of the Fisher information weight; see `fisher_svd`."""
+    if weights not in ("inputs", "outputs", "both"):
+        raise ValueError(f"`weights` must be 'inputs', 'outputs' or 'both', got {weights!r}.")
+    chosen = matrices(params, select=select, layouts=layouts)
+    given = _by_path(fisher, chosen)
+    targets = []
+    for leaf in entries(chosen):
+        information = leaf.matrix(given[leaf.path])
+        total = information.sum((1, 2))[:, None] if weights == "both" else 1.0
+        sums = information.sum(2), information.sum(1) / jnp.where(total > 0, total, 1.0)
+        inputs, outputs = None if weights == "outputs" else sums[0], None if weights == "inputs" else sums[1]
+        targets.append(Target(leaf=leaf, weights=_weights(leaf), inputs=inputs, outputs=outputs))
+    return chosen, targets
+
+
+def _weights(leaf: MatrixLeaf) -> jax.Array:
+    return leaf.matrix(leaf.weight).astype(jnp.float32)
+
+
+def _activation_target(
+    leaf: MatrixLeaf, found: Any, fisher: jax.Array | None, damping: float, whitening: Whitening
+) -> Target:
+    if isinstance(found, LookupCounts):
+        return _lookup_target(leaf, found)
+    if not isinstance(found, InputStatistics) or found.gram is None:
+        raise ValueError(f"Leaf {leaf.path!r} has no statistic 'gram'; gather it with `input_statistics`.")
+    stack, depth, _ = shape_of(leaf)
+    if found.gram.shape[-1] != depth or found.count.size != stack:
+        raise ValueError(
+            f"Leaf {leaf.path!r} has {stack} stack entries and {depth} inputs, its statistics have {found.count.size} "
+            f"and {found.gram.shape[-1]}; give `layouts` from `trace.layouts`."
+        )
+    gram = found.gram.reshape(stack, depth, depth)
+    _check_values(leaf.path, "statistics", gram)
+    weights = _weights(leaf)
+    if found.cross is not None:
+        weights = _dense_targets(weights, gram, found.cross.reshape(gram.shape), damping or 1e-6)
+    root = root_of_gram(gram, damping, whitening=whitening)
+    trace = jnp.trace(gram, axis1=1, axis2=2)[:, None]
+    outputs = None if fisher is None else leaf.matrix(fisher).sum(1) / jnp.where(trace > 0, trace, 1.0)
+    return Target(
+        leaf=leaf,
+        weights=weights,
+        inputs=root.matrix,
+        outputs=outputs,
+        damping=float(root.damping.max(initial=damping)),
+        retries=int(root.retries.max(initial=0)),
+    )
+
+
+def _lookup_target(leaf: MatrixLeaf, found: LookupCounts) -> Target:
+    stack, _, rows = shape_of(leaf)
+    if stack != 1 or found.rows.shape != (rows,):
+        raise ValueError(
+            f"Leaf {leaf.path!r} has {rows} rows, its statistics have {found.rows.shape}; give `layouts` from "
+            "`trace.layouts`."
+        )
+    return Target(leaf=leaf, weights=_weights(leaf), outputs=found.rows[None].astype(jnp.float32) + 1.0)
+
+
+@jax.jit
+def _dense_targets(
+    weights: Float32[Array, "S D R"], gram: Float32[Array, "S D D"], cross: Float32[Array, "S D D"], damping: ArrayLike
+) -> Float32[Array, "S D R"]:
+    return jax.lax.map(lambda parts: dense_targets(parts[0], parts[1], parts[2], damping), (weights, gram, cross))
+
+
+def _with_statistics(statistics: Params, select: Selector | None) -> Selector:
+    """By default, all leaves that have statistics to go by."""
+    if select is not None:
+        return select
+    found = dict(leaves_with_paths(statistics, is_leaf=_is_evidence))
+
+    def usable(path: str, _: Any) -> bool:
+        own = found.get(path)
+        return isinstance(own, LookupCounts) or (isinstance(own, InputStatistics) and own.gram is not None)
+
+    def chosen(params: Params) -> Params:
+        marks = map_with_path(usable, params)
+        if not any(jax.tree.leaves(marks)):
+            raise ValueError("No leaf has the statistic 'gram': there is nothing to compress.")
+        return marks
+
+    return chosen
+
+
+def _is_evidence(node: Any) -> bool:
+    return isinstance(node, InputStatistics | LookupCounts)
+
+
+def _by_path(fisher: Params | None, chosen: Params) -> dict[str, jax.Array]:
+    """The Fisher information of every chosen leaf, checked."""
+    if fisher is None:
+        return {}
+    given = dict(leaves_with_paths(fisher, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf)))
+    found = {}
+    for leaf in entries(chosen):
+        own = given.get(leaf.path)
+        if own is None or is_unselected(own) or is_compressed(own) or own.shape != leaf.weight.shape:
+            raise ValueError(f"Leaf {leaf.path!r} needs an entry in `fisher` of its shape, {leaf.weight.shape}.")
+        _check_values(leaf.path, "`fisher`", own)
+        if bool((own < 0).any()):
+            raise ValueError(f"`fisher` of leaf {leaf.path!r} is negative somewhere.")
+        found[leaf.path] = own.astype(jnp.float32)
+    return found
+
+
+def _check_values(path: str, what: str, values: jax.Array) -> None:
+    if not bool(jnp.isfinite(values).all()):
+        raise ValueError(f"The {what} of leaf {path!r} hold NaN or Inf.")

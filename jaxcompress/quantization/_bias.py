@@ -1,0 +1,80 @@
+"""Bias correction: what rounding shifts on average, taken back by the biases."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.calibration import moments, pausing
+from jaxcompress.quantization._leaf_matrix import with_new_leaves
+from jaxcompress.tree import leaves_with_paths, map_with_path
+from jaxcompress.types import Params, is_compressed
+
+
+def correct_biases(
+    apply: Callable[..., Any],
+    params: Params,
+    compressed: Params,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    row_mask: Callable[..., Any] | None = None,
+) -> tuple[Params, dict[str, float]]:
+    """Sets each bias so that, on average, its kernel writes what it does in the dense model.
+
+    Kernel after kernel, in the order of the model, with the biases before it corrected: b' = mean(t) - mean(x) W', with
+    t = y W + b + s - r as in `reconstruct`. One pass; only biases change.
+
+    Args:
+        apply: `(params, *inputs) -> outputs`; its compressed kernels must each be in one plain matmul outside of loops.
+        params: the dense tree.
+        compressed: the same tree with compressed kernels.
+        batches: tuples of inputs; all wait at the same kernel.
+        row_mask: `(*inputs) -> mask`, with one entry for each row of the kernels' inputs; by default all count.
+
+    Returns:
+        `(params, shifts)`: `compressed` with other biases, and the root
+        mean square of what was added to each, by the path of its kernel.
+
+    Raises:
+        ValueError: no batches; no compressed kernel; as `calibration.pausing`.
+
+    Example:
+        >>> from jaxcompress.quantization import QuantSpec, quantize
+        >>> params = {"w": jnp.array([[0.6], [0.6], [7.0]]), "b": jnp.zeros(1)}
+        >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0]])
+        >>> small = quantize(params, QuantSpec(bits=4))
+        >>> corrected, _ = correct_biases(lambda p, x: x @ p["w"] + p["b"][None], params, small, [(x,)])
+        >>> round(float(corrected["b"][0]), 3)  # 1.2 became 2, and x is 1.5 on average
+        -1.2
+
+    References:
+        Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.2.
+    """
+    kept = list(batches)
+    if not kept:
+        raise ValueError("`batches` is empty: biases need inputs.")
+    small = dict(leaves_with_paths(compressed))
+    paths = [path for path, leaf in small.items() if is_compressed(leaf) and len(leaf.shape) == 2]
+    if not paths:
+        raise ValueError("No leaf with two axes is compressed: there is nothing to correct.")
+    plain = map_with_path(lambda _, leaf: leaf.materialize() if is_compressed(leaf) else leaf, compressed)
+    rows = [None if row_mask is None else np.asarray(row_mask(*batch)).reshape(-1) > 0 for batch in kept]
+    both = [(pausing(apply, paths, params, *batch), pausing(apply, paths, plain, *batch)) for batch in kept]
+    dense, current, changed, shifts = dict(leaves_with_paths(params)), dict(leaves_with_paths(plain)), {}, {}
+    replies: tuple[Any, Any] = None, None
+    for _ in paths:
+        pairs = [(whole.send(replies[0]), rounded.send(replies[1])) for whole, rounded in both]
+        site = pairs[0][0]
+        kernels = [tree[site.path].T if site.input_axis else tree[site.path] for tree in (dense, current)]
+        if site.bias is None:
+            nothing = jnp.zeros(kernels[0].shape[1], kernels[0].dtype)
+            replies = (kernels[0], nothing), (kernels[1], nothing)
+            continue
+        bias = dense[site.bias]
+        sums = moments(pairs, kernels[0], bias, rows)
+        after = (sums.targets - sums.inputs @ np.asarray(kernels[1], np.float64)) / sums.count
+        changed[site.bias] = jnp.asarray(after, bias.dtype)
+        shifts[site.path] = float(np.sqrt(np.mean((after - np.asarray(current[site.bias], np.float64)) ** 2)))
+        replies = (kernels[0], bias), (kernels[1], changed[site.bias])
+    return with_new_leaves(compressed, changed), shifts

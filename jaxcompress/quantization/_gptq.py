@@ -1,0 +1,127 @@
+"""GPTQ: rounding one input after another, while the rest makes up for it.
+
+Shape letters: S stack entries, D inputs, R outputs.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float32
+
+from jaxcompress.calibration import Calibrated
+from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
+from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_new_leaves
+from jaxcompress.quantization._range_search import RangeSearch
+from jaxcompress.quantization._rounding_info import RoundingInfo
+from jaxcompress.quantization._scales import block_scales
+from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.quantization._tables import counted_leaves, nearest_table
+from jaxcompress.solvers import output_error, problem
+from jaxcompress.types import Params, Selector
+
+
+def gptq(
+    params: Params,
+    statistics: Params,
+    spec: QuantSpec,
+    *,
+    order: Order = "activation",
+    groups: Groups = "static",
+    ranges: RangeSearch | None = None,
+    refine: int = 0,
+    damping: float = 0.01,
+    block_size: int = 128,
+    dead_diagonal: float | None = None,
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> tuple[Params, dict[str, RoundingInfo]]:
+    """Rounds the inputs of each leaf one after another; those still to come make up for the error.
+
+    With U the upper factor of (XᵀX + λ mean(diag) I)⁻¹ = Uᵀ U, input i is rounded to nearest, and its error
+    e = (w_i - q_i) / U_ii, times U_ij, is subtracted from every later input j. Where the statistics have `cross`
+    (inputs in the dense model against those in the compressed one), the weights first become those that come closest
+    to the dense outputs on the inputs that the leaf will really get. Tables that are looked up (`LookupCounts`) are
+    rounded to nearest: their rows do not make up for one another.
+
+    Args:
+        params: the tree; compressed leaves count as the arrays they stand for.
+        statistics: from `calibration.input_statistics`, with "gram".
+        spec: bits, granularity, variant. `convention="full"` is that of the paper.
+        order: "activation" begins with the inputs of most energy (act-order); what is stored does not change.
+        groups: "static": all scales come from the weights as they were. "updated": those of a group from the weights as
+            they are when it begins, in natural order only. Without groups there is no difference.
+        ranges: how to search for scales; None: by the extreme values.
+        refine: rounds of least-squares scales and coordinate descent of the codes behind it; see `refined` in this
+            package. No output gets worse on the calibration rows.
+        damping: λ, at least 0; grows tenfold until the matrix can be factored.
+        block_size: inputs between two updates of all the rest.
+        dead_diagonal: what stands for an input that is 0 in every row; None: the mean of the diagonal; 1 in the public
+            implementations.
+        select: which leaves; by default all that have statistics.
+        layouts: from `trace.layouts`; needed where kernels are not (in..., out).
+
+    Returns:
+        `(params, info)`: a `QuantizedArray` for every leaf, and a `RoundingInfo` by path.
+
+    Raises:
+        ValueError: options out of range; nothing to round; a leaf without statistics, with statistics of another width,
+            with NaN or Inf in either, or with axes that the group size does not divide. Names option or leaf.
+
+    Example:
+        >>> from jaxcompress.calibration import input_statistics
+        >>> params = {"kernel": jnp.array([[0.6], [0.6], [7.0]])}
+        >>> x = jnp.array([[1.0, 0.95, 0.0], [0.95, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> statistics = input_statistics(lambda p, x: x @ p["kernel"], params, [(x,)])
+        >>> small, info = gptq(params, statistics, QuantSpec(bits=4))
+        >>> small["kernel"].codes().ravel().tolist()  # two inputs of 0.6 that nearly agree: 1.2 is 1 + 0, not 1 + 1
+        [1, 0, 7]
+        >>> info["kernel"].error < info["kernel"].error_before
+        True
+
+    References:
+        Frantar et al. 2022, "GPTQ: accurate post-training quantization for generative pre-trained transformers".
+    """
+    rule = Rule(spec, order, groups, ranges, refine, block_size)
+    check_rule(rule, damping)
+    contracted, tables = counted_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
+    found = {entry.path: _quantize(entry, damping, dead_diagonal, rule) for entry in contracted}
+    found |= {table.path: nearest_table(table, spec, ranges) for table in tables}
+    leaves = {path: leaf for path, (leaf, _) in found.items()}
+    return with_new_leaves(params, leaves), {path: info for path, (_, info) in found.items()}
+
+
+def _quantize(entry: Calibrated, damping: float, dead_diagonal: float | None, rule: Rule) -> tuple[Any, RoundingInfo]:
+    check_blocks(entry, rule.spec)
+    statistics = entry.statistics
+    gram = entry.flat(statistics.gram, ndim=2)
+    cross = None if statistics.cross is None else entry.flat(statistics.cross, ndim=2)
+    weights = entry.matrix(entry.weight).astype(jnp.float32)
+    parts = weights, gram, cross, statistics.count.reshape(-1)
+    solved, before, after = _solve(parts, np.float32(damping), dead_diagonal, rule)
+    leaf = stored(entry, solved.codes, solved.scale, solved.zero_point, rule.spec)
+    return leaf, RoundingInfo.of(
+        leaf,
+        error_before=float(before),
+        error=float(after),
+        damping=float(solved.damping.max(initial=damping)),
+        retries=int(solved.retries.max(initial=0)),
+        dead_inputs=int((jnp.diagonal(gram, axis1=1, axis2=2) == 0).sum()),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("dead_diagonal", "rule"))
+def _solve(
+    parts: Any, damping: Any, dead_diagonal: float | None, rule: Rule
+) -> tuple[Solved, Float32[Array, ""], Float32[Array, ""]]:
+    def one(parts: Any) -> Any:
+        weights, gram, cross, count = parts
+        targets, hessian, _ = problem(weights, gram, cross, count, damping, dead_diagonal=dead_diagonal)
+        nearest = rounded(weights, *block_scales(weights, rule.spec, MATRIX), rule.spec)
+        return gptq_matrix(targets, hessian, damping, rule), targets, nearest
+
+    gram = parts[1]
+    solved, targets, nearest = jax.lax.map(one, parts)
+    return solved, output_error(gram, targets, nearest), output_error(gram, targets, solved.weights)

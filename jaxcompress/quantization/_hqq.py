@@ -1,0 +1,165 @@
+"""HQQ: zero points from the weights alone, robust to outliers.
+
+Shape letters: S stack entries, D inputs, R outputs, G groups of g inputs.
+"""
+
+import functools
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
+
+from jaxcompress.calibration import MatrixLeaf, entries, matrices
+from jaxcompress.quantization._blocks import scale_shape
+from jaxcompress.quantization._leaf_matrix import STACK, check_blocks, stored, with_new_leaves
+from jaxcompress.quantization._rounding_info import RoundingInfo
+from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.types import Params, Selector
+
+Iterate = Literal["best", "legacy"]
+"""Which zero points are taken: for every block the best ones met, or where the public solver stops."""
+
+
+def hqq(
+    params: Params,
+    spec: QuantSpec,
+    *,
+    iterations: int = 20,
+    norm: float = 0.7,
+    beta: float = 10.0,
+    kappa: float = 1.01,
+    iterate: Iterate = "best",
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> tuple[Params, dict[str, RoundingInfo]]:
+    """Half-quadratic quantization: zero points, not whole numbers, that leave few large errors.
+
+    With scale s from the ranges (which need not contain 0), codes q = round(w / s + z) and errors w - (q - z) s, it
+    alternates e = shrink(w - (q - z) s) and z = mean(q - (w - e) / s), where shrink(x) = sign(x) relu(|x| -
+    |x|^(p-1) / β), p = `norm`, and β grows by κ each time. No data are used.
+
+    Args:
+        params: the tree; compressed leaves count as the arrays they stand for.
+        spec: asymmetric, 2 to 8 bits, with scales per output or group; zero points are stored as `spec.scale_dtype`.
+        iterations: at most.
+        norm: p, in (0, 1).
+        beta: β at the start.
+        kappa: κ.
+        iterate: "best": for each block, of least mean |w - (q - z) s|. "legacy": as the public solver's default: it
+            stops at the first step that does not lower the mean over the whole matrix, and takes the zero points after
+            that step.
+        select: which leaves; see `trace.selected_layouts`.
+        layouts: from `trace.layouts`.
+
+    Returns:
+        `(params, info)`: a `QuantizedArray` for every selected leaf, and a `RoundingInfo` by path. Its errors are those
+        of the weights, ||W - W'|| / ||W||, before with the zero points of the ranges.
+
+    Raises:
+        ValueError: options out of range; a symmetric spec; nothing is selected; a leaf that holds NaN or Inf, or whose
+            axes the group size does not divide. Names the leaf.
+
+    Example:
+        >>> kernel = jnp.linspace(-1.0, 1.0, 64).reshape(32, 2).at[0, 0].set(9.0)
+        >>> small, info = hqq({"kernel": kernel}, QuantSpec(bits=3, symmetric=False))
+        >>> small["kernel"].zero_point.shape, small["kernel"].bits
+        ((1, 2), 3)
+
+    References:
+        Badri and Shaji 2023, "Half-quadratic quantization of large machine learning models".
+    """
+    _check_options(spec, iterations, norm, beta, kappa, iterate)
+    leaves: dict[str, Any] = {}
+    info: dict[str, RoundingInfo] = {}
+    for entry in entries(matrices(params, select=select, layouts=layouts)):
+        check_blocks(entry, spec)
+        leaves[entry.path], info[entry.path] = _quantize(entry, spec, (iterations, norm, beta, kappa, iterate))
+    return with_new_leaves(params, leaves), info
+
+
+def _check_options(spec: QuantSpec, iterations: int, norm: float, beta: float, kappa: float, iterate: str) -> None:
+    if iterate not in get_args(Iterate):
+        raise ValueError(f"`iterate` must be one of {get_args(Iterate)}, got {iterate!r}.")
+    if spec.symmetric or spec.bits == 1 or spec.per_tensor or spec.group_outputs > 1:
+        raise ValueError(
+            "HQQ chooses zero points of integers for each output or group: give a spec with `symmetric=False`, 2 to 8 "
+            f"bits, neither `per_tensor` nor tiles, got {spec}."
+        )
+    if iterations < 0 or not 0 < norm < 1 or not beta > 0 or not kappa >= 1:
+        raise ValueError(
+            "`iterations` must be at least 0, `norm` in (0, 1), `beta` positive and `kappa` at least 1, got "
+            f"{iterations}, {norm}, {beta} and {kappa}."
+        )
+
+
+def _quantize(entry: MatrixLeaf, spec: QuantSpec, options: tuple[Any, ...]) -> tuple[Any, RoundingInfo]:
+    weights = entry.matrix(entry.weight).astype(jnp.float32)
+    codes, scale, zero_point, before, after = _solve(weights, spec, options)
+    leaf = stored(entry, codes, scale, zero_point, spec)
+    return leaf, RoundingInfo.of(leaf, error_before=float(before), error=float(after))
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "options"))
+def _solve(weights: Float32[Array, "S D R"], spec: QuantSpec, options: tuple[Any, ...]) -> Any:
+    stack, depth, width = weights.shape
+    groups = scale_shape(weights.shape, spec, STACK)[1]
+    blocks = weights.reshape(stack, groups, depth // max(groups, 1), width)
+    top = 2.0**spec.bits - 1
+    low = blocks.min(axis=2, keepdims=True, initial=jnp.inf)
+    high = blocks.max(axis=2, keepdims=True, initial=-jnp.inf)
+    # As the public code: a block that hardly varies keeps scale 1.
+    inverse = jnp.where(jnp.abs(high - low) <= 1e-4, 1.0, jnp.minimum(top / (high - low), 2e4))
+    scale = (1.0 / inverse).astype(spec.scale_dtype)
+    if spec.scale_dtype != "float32":
+        inverse = 1.0 / scale.astype(jnp.float32)
+
+    def codes_at(zero: Any) -> Any:
+        return jnp.clip(jnp.round(blocks * inverse + zero), 0, top)
+
+    start = -low * inverse
+    zero = _zero_points(blocks, inverse, start, codes_at, options).astype(spec.scale_dtype)
+
+    def error(zero: Any) -> Any:
+        lost = blocks - (codes_at(zero) - zero) * scale.astype(jnp.float32)
+        total = jnp.sum(jnp.square(blocks))
+        return jnp.where(total > 0, jnp.sqrt(jnp.sum(jnp.square(lost)) / jnp.where(total > 0, total, 1.0)), 0.0)
+
+    codes = codes_at(zero.astype(jnp.float32)).astype(jnp.uint8).reshape(weights.shape)
+    return codes, scale[:, :, 0], zero[:, :, 0], error(start), error(zero.astype(jnp.float32))
+
+
+def _zero_points(
+    blocks: Float32[Array, "S G g R"],
+    inverse: Float32[Array, "S G 1 R"],
+    start: Float32[Array, "S G 1 R"],
+    codes_at: Any,
+    options: tuple[Any, ...],
+) -> Float[Array, "S G 1 R"]:
+    iterations, norm, beta, kappa, iterate = options
+    # The public solver raises β in its other variant only; there κ has no effect on the default one.
+    growth = kappa if iterate == "best" else 1.0
+
+    def step(state: Any, k: Any) -> Any:
+        zero, best, best_zero, going = state
+        codes = codes_at(zero)
+        gap = blocks - (codes - zero) / inverse
+        size = jnp.abs(gap)
+        if iterate == "best":
+            error = size.mean(axis=2, keepdims=True)
+            best_zero = jnp.where(error < best, zero, best_zero)
+        else:
+            error = size.mean(axis=(1, 2, 3), keepdims=True)
+        shrunk = jnp.sign(gap) * jnp.maximum(size - size ** (norm - 1) / (beta * growth**k), 0.0)
+        moved = jnp.mean(codes - (blocks - shrunk) * inverse, axis=2, keepdims=True)
+        # The step that no longer helps is still taken, and is the last.
+        zero = jnp.where(going, moved, zero)
+        return (zero, jnp.minimum(error, best), best_zero, going & (error < best) | (iterate == "best")), None
+
+    shape = start.shape if iterate == "best" else (start.shape[0], 1, 1, 1)
+    state = (start, jnp.full(shape, jnp.inf), start, jnp.ones(shape, bool))
+    (zero, best, best_zero, _), _ = jax.lax.scan(step, state, jnp.arange(iterations))
+    if iterate == "legacy":
+        return zero
+    last = jnp.abs(blocks - (codes_at(zero) - zero) / inverse).mean(axis=2, keepdims=True)
+    return jnp.where(last < best, zero, best_zero)

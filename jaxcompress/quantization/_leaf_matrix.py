@@ -1,0 +1,96 @@
+"""Leaves as matrices with their scales: where one-shot methods round.
+
+Shape letters: S stack entries, D inputs, R outputs, G groups of inputs.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Integer, Num, Shaped
+
+from jaxcompress.arrays import QuantizedArray, dequantize
+from jaxcompress.calibration import MatrixLeaf
+from jaxcompress.quantization._blocks import packing_axis, scale_shape
+from jaxcompress.quantization._round_to_nearest import store_codes
+from jaxcompress.quantization._rounding import round_to_codes
+from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.trace import LeafLayout
+from jaxcompress.tree import map_with_path
+from jaxcompress.types import Params
+
+MATRIX = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
+"""Of one matrix, (D, R)."""
+
+STACK = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
+"""Of a stack of them, (S, D, R)."""
+
+
+def rounded(
+    w: Float[Array, "D R"], scale: Float[Array, "G r"], zero_point: Num[Array, "g r0"] | None, spec: QuantSpec
+) -> Float[Array, "D R"]:
+    """The nearest weights that can be stored, in float32."""
+    return dequantize(round_to_codes(w, scale, zero_point, spec), scale, zero_point, levels=spec.levels)
+
+
+def values_of(
+    w: Float[Array, "D R"], scale: Float[Array, "G r"], zero_point: Num[Array, "g r0"] | None, spec: QuantSpec
+) -> Float[Array, "D R"]:
+    """What the codes of the nearest weights stand for before scaling."""
+    codes = round_to_codes(w, scale, zero_point, spec)
+    return dequantize(codes, jnp.ones(scale.shape), zero_point, levels=spec.levels)
+
+
+def stored(
+    entry: MatrixLeaf,
+    codes: Integer[Array, "S D R"],
+    scale: Float[Array, "S G r"],
+    zero_point: Num[Array, "S g r0"] | None,
+    spec: QuantSpec,
+) -> QuantizedArray:
+    """The compressed leaf of codes and scales that are in matrix form.
+
+    Args:
+        entry: the leaf.
+        codes: as `round_to_codes` gives them.
+        scale: blocks of the matrix; those of the leaf in the order of its flattened axes.
+        zero_point: likewise, or None.
+        spec: bits.
+    """
+    shape = entry.weight.shape
+    blocks = scale_shape(shape, spec, entry.layout)
+    own = entry.leaf(codes)
+    data = store_codes(own, bits=spec.bits, axis=packing_axis(shape, spec.bits, entry.layout))
+    return QuantizedArray(
+        data=data,
+        scale=_blocks_of_leaf(entry.layout, scale, blocks),
+        zero_point=None if zero_point is None else _blocks_of_leaf(entry.layout, zero_point, blocks),
+        dtype=jnp.dtype(entry.weight.dtype),
+        levels=spec.levels,
+    )
+
+
+def check_blocks(entry: MatrixLeaf, spec: QuantSpec) -> None:
+    """Raises, naming the leaf, when the blocks do not divide it."""
+    try:
+        scale_shape(entry.weight.shape, spec, entry.layout)
+    except ValueError as err:
+        err.add_note(f"at leaf {entry.path!r}")
+        raise
+
+
+def with_new_leaves(params: Params, leaves: Mapping[str, Any]) -> Params:
+    """`params` with other leaves, by path."""
+    return map_with_path(lambda path, leaf: leaves.get(path, leaf), params)
+
+
+def _blocks_of_leaf(layout: LeafLayout, parameter: Shaped[Array, "S g r"], blocks: tuple[int, ...]) -> Array:
+    """Scales in matrix form -> in the leaf's layout; axes of size 1 stay 1."""
+    permutation = (*layout.stack_axes, *layout.input_axes, *layout.output_axes)
+    shape = [
+        blocks[axis] if parameter.shape[place] > 1 else 1
+        for place, axes in enumerate((layout.stack_axes, layout.input_axes, layout.output_axes))
+        for axis in axes
+    ]
+    places = sorted(range(len(permutation)), key=lambda i: permutation[i])
+    return parameter.reshape(shape).transpose(places)

@@ -1,0 +1,303 @@
+"""Learned rounding: up or down, block after block, so that each block's outputs stay what they were."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Float32
+
+from jaxcompress.arrays import PackedArray, QuantizedArray, pack, per_block, split_blocks
+from jaxcompress.calibration import Segment, segments
+from jaxcompress.quantization._leaf_matrix import with_new_leaves
+from jaxcompress.quantization._rounding_info import RoundingInfo
+from jaxcompress.tree import leaves_with_paths, map_with_path
+from jaxcompress.types import Params, is_compressed
+
+
+class RoundingSchedule(NamedTuple):
+    """How a block is learned.
+
+    Attributes:
+        steps: of Adam, on one batch each, in turn.
+        rate: learning rate of what decides between two codes.
+        scale_rate: of the logarithms of the scales, relative to `rate`; 0 leaves them.
+        strength: of the penalty that drives decisions to 0 or 1.
+        warm_up: share of the steps without it.
+        sharpness: exponents of the penalty, first and last.
+    """
+
+    steps: int = 200
+    rate: float = 1e-2
+    scale_rate: float = 0.05
+    strength: float = 0.01
+    warm_up: float = 0.2
+    sharpness: tuple[float, float] = (20.0, 2.0)
+
+
+DEFAULT = RoundingSchedule()
+
+
+def learned_rounding(
+    apply: Callable[..., Any],
+    params: Params,
+    rounded: Params,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    together: Callable[[str], Any],
+    schedule: RoundingSchedule = DEFAULT,
+    row_mask: Callable[..., Any] | None = None,
+) -> tuple[Params, dict[str, RoundingInfo]]:
+    """AdaRound, block by block, from weights that are rounded already.
+
+    Every weight may keep its code c or take the neighbour on the side of the dense weight, c ± h, h in {0, 1}. While it
+    is learned, h = clip(1.2 σ(v) - 0.1, 0, 1), which starts where c ± h is nearest to the dense weight, and the penalty
+    strength mean(1 - |2h - 1|^β), with β falling, makes it a decision. The loss is the squared error of what the block
+    passes on, over its variance, between the dense model on dense inputs and the rounded one on those that the rounded
+    blocks before it give. A block that ends up worse than it began stays as it was.
+
+    Args:
+        apply: `(params, *inputs) -> outputs`. The last block is learned on all outputs: return hidden states, say,
+            rather than the two logits of a classifier.
+        params: the dense tree.
+        rounded: the same with `QuantizedArray` leaves (from `quantize`, `gptq`, `reconstruct`), and other biases, if
+            they changed.
+        batches: tuples of arrays; all are kept, with what each block passes on.
+        together: path of a rounded leaf -> its block, such as the number of the layer. Blocks are cut where the next
+            one's first leaf is used (see `calibration.segments`); the layers of a scan are one block.
+        schedule: steps, rates, penalty.
+        row_mask: `(*inputs) -> (B, L)`, say: above 0 where a row counts, for values with these leading axes.
+
+    Returns:
+        `(params, info)`: as `rounded`, with other codes and scales, and a `RoundingInfo` by path with the relative
+        errors of the leaf's block.
+
+    Raises:
+        ValueError: no batches, no rounded leaf, one with a table of levels or sparse codes; options out of range.
+
+    Example:
+        >>> from jaxcompress.quantization import QuantSpec, quantize
+        >>> params = {"w": jnp.array([[0.7], [0.55], [7.0]])}
+        >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [4.0, 4.1, 0.0]])
+        >>> start = quantize(params, QuantSpec(bits=4))
+        >>> found, info = learned_rounding(
+        ...     lambda p, x: x @ p["w"], params, start, [(x,)], together=str, schedule=RoundingSchedule(rate=0.05)
+        ... )
+        >>> start["w"].codes().ravel().tolist(), int(found["w"].codes()[:2].sum())
+        ([1, 1, 7], 1)
+
+    References:
+        Nagel et al. 2020, "Up or down? Adaptive rounding for post-training quantization"; Li et al. 2021, "BRECQ:
+        pushing the limit of post-training quantization by block reconstruction".
+    """
+    kept = [tuple(jax.tree.map(jnp.asarray, batch)) for batch in batches]
+    paths = [path for path, leaf in leaves_with_paths(rounded) if isinstance(leaf, QuantizedArray)]
+    _check(kept, paths, dict(leaves_with_paths(rounded)), schedule)
+    masks = [None if row_mask is None else jnp.asarray(row_mask(*batch)) > 0 for batch in kept]
+    dense, current = (map_with_path(lambda _, leaf: _plain(leaf), tree) for tree in (params, rounded))
+    # Batches of different shapes have programs of their own, cut at the same leaves.
+    cut = functools.partial(segments, apply, dense, paths=paths, together=together)
+    programs = _by_shape(kept, cut)
+    values = [(jax.tree.leaves(batch), jax.tree.leaves(batch)) for batch in kept]
+    leaves, info = dict(leaves_with_paths(rounded)), {}
+    for k in range(len(programs[0])):
+        parts = [program[k] for program in programs]
+        own = {path: leaves[path] for path in parts[0].paths}
+        targets = [_run(part)(dense, old) for part, (old, _) in zip(parts, values, strict=True)]
+        block = _Block(parts, current, [new for _, new in values], targets, masks)
+        learned, before, after = _learn(block, own, dict(leaves_with_paths(dense)), schedule)
+        leaves |= learned
+        current = with_new_leaves(current, {path: _plain(leaf) for path, leaf in learned.items()})
+        info |= {path: RoundingInfo.of(leaf, error_before=before, error=after) for path, leaf in learned.items()}
+        moved = [_run(part)(current, new) for part, (_, new) in zip(parts, values, strict=True)]
+        values = list(zip(targets, moved, strict=True))
+    return with_new_leaves(rounded, leaves), info
+
+
+class _Block(NamedTuple):
+    """A block with what goes into it and what should come out, batch by batch."""
+
+    parts: list[Segment]
+    params: Params
+    inputs: list[Any]
+    targets: list[Any]
+    masks: list[Any]
+
+
+class _Choice(NamedTuple):
+    """What is fixed of a leaf: its codes, the other code of each weight, and the range of the logarithms."""
+
+    codes: Float32[Array, "..."]
+    step: Float32[Array, "..."]
+    leaf: QuantizedArray
+
+
+def _check(kept: list[Any], paths: list[str], leaves: Mapping[str, Any], schedule: RoundingSchedule) -> None:
+    if not kept:
+        raise ValueError("`batches` is empty: rounding needs inputs.")
+    if not paths:
+        raise ValueError("No leaf of `rounded` is a `QuantizedArray`: quantize first.")
+    for path in paths:
+        if leaves[path].levels is not None or not isinstance(leaves[path].data, PackedArray | jax.Array):
+            raise ValueError(f"Leaf {path!r} has a table of levels, or sparse codes: only dense integers are learned.")
+    if schedule.steps < 0 or not schedule.rate > 0 or schedule.scale_rate < 0 or schedule.strength < 0:
+        raise ValueError(f"`schedule` needs a positive rate, and steps and strengths of at least 0, got {schedule}.")
+
+
+def _by_shape(kept: list[Any], cut: Callable[[Any], list[Segment]]) -> list[list[Segment]]:
+    known: dict[Any, list[Segment]] = {}
+    found = []
+    for batch in kept:
+        shapes = str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch))
+        if shapes not in known:
+            known[shapes] = cut(batch)
+        found.append(known[shapes])
+    return found
+
+
+def _learn(
+    block: _Block, own: dict[str, QuantizedArray], dense: Mapping[str, Any], schedule: RoundingSchedule
+) -> tuple[dict[str, QuantizedArray], float, float]:
+    """The block's leaves, and its relative error before and after."""
+    choices = {path: _choice(leaf, dense[path]) for path, leaf in own.items()}
+    state: Any = {path: _start(choice, dense[path]) for path, choice in choices.items()}
+    optimizer = optax.adam(schedule.rate)
+    moments = optimizer.init(state)
+    losses = {id(part): _loss(part, schedule) for part in block.parts}
+    for i in range(schedule.steps if own else 0):
+        at = i % len(block.parts)
+        share = np.float32(i / schedule.steps)
+        data = block.inputs[at], block.targets[at], block.masks[at]
+        gradient = losses[id(block.parts[at])](state, choices, block.params, data, share)
+        updates, moments = _update(optimizer, gradient, moments)
+        state = optax.apply_updates(state, updates)
+    learned = {path: _hard(choice, state[path], schedule) for path, choice in choices.items()}
+    before, after = _error(block, own), _error(block, learned)
+    return (learned, before, after) if after < before else (own, before, before)
+
+
+def _choice(leaf: QuantizedArray, dense: Any) -> _Choice:
+    codes = leaf.codes().astype(jnp.float32)
+    low, high = _range(leaf)
+    other = jnp.clip(codes + jnp.sign(_gap(leaf, dense)), low, high)
+    return _Choice(codes, other - codes, leaf)
+
+
+def _gap(leaf: QuantizedArray, dense: Any) -> Float32[Array, "..."]:
+    """How far the dense weights are from the rounded ones, in codes."""
+    blocks = leaf.scale.shape
+    gap = split_blocks(dense.astype(jnp.float32) - leaf.materialize().astype(jnp.float32), blocks)
+    return (gap / per_block(leaf.scale, leaf.shape, blocks)).reshape(leaf.shape)
+
+
+def _range(leaf: QuantizedArray) -> tuple[float, float]:
+    """What codes may be; symmetric codes keep to those that occur on both sides."""
+    if leaf.zero_point is not None:
+        return 0.0, 2.0**leaf.bits - 1
+    lowest = jnp.minimum(leaf.codes().astype(jnp.float32).min(initial=0), -(2.0 ** (leaf.bits - 1) - 1))
+    return float(lowest), 2.0 ** (leaf.bits - 1) - 1
+
+
+def _start(choice: _Choice, dense: Any) -> dict[str, Any]:
+    gap = jnp.abs(_gap(choice.leaf, dense))
+    # Below 1/2: at the start, all decisions are for the codes as they are.
+    share = jnp.clip(gap, 0.0, 0.49)
+    inner = (share + 0.1) / 1.2
+    return {"v": jnp.log(inner / (1 - inner)), "u": jnp.zeros(choice.leaf.scale.shape, jnp.float32)}
+
+
+def _decision(v: Any) -> Any:
+    return jnp.clip(1.2 * jax.nn.sigmoid(v) - 0.1, 0.0, 1.0)
+
+
+def _soft(choice: _Choice, state: Mapping[str, Any], schedule: RoundingSchedule) -> Float[Array, "..."]:
+    leaf, scale = choice.leaf, _scale(choice.leaf, state["u"], schedule)
+    codes = choice.codes + choice.step * _decision(state["v"])
+    values = split_blocks(codes, scale.shape)
+    if leaf.zero_point is not None:
+        values = values - per_block(leaf.zero_point, leaf.shape, scale.shape)
+    return (values * per_block(scale, leaf.shape, scale.shape)).reshape(leaf.shape).astype(leaf.dtype)
+
+
+def _scale(leaf: QuantizedArray, u: Any, schedule: RoundingSchedule) -> Any:
+    return leaf.scale.astype(jnp.float32) * jnp.exp(schedule.scale_rate * u)
+
+
+def _hard(choice: _Choice, state: Mapping[str, Any], schedule: RoundingSchedule) -> QuantizedArray:
+    leaf = choice.leaf
+    codes = choice.codes + choice.step * (_decision(state["v"]) >= 0.5)
+    codes = codes.astype(leaf.codes().dtype)
+    data = leaf.data
+    data = pack(codes, bits=data.bits, axis=data.axis) if isinstance(data, PackedArray) else codes
+    scale = _scale(leaf, state["u"], schedule).astype(leaf.scale.dtype)
+    return dataclasses.replace(leaf, data=data, scale=scale)
+
+
+def _loss(part: Segment, schedule: RoundingSchedule) -> Callable[..., Any]:
+    def loss(state: Any, choices: Any, params: Params, data: Any, share: Any) -> Any:
+        inputs, targets, mask = data
+        soft = {path: _soft(choices[path], state[path], schedule) for path in state}
+        lost, total = _energies(part, with_new_leaves(params, soft), inputs, targets, mask)
+        ready = (share - schedule.warm_up) / max(1 - schedule.warm_up, 1e-6)
+        first, last = schedule.sharpness
+        power = last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(ready, 0.0, 1.0)))
+        open_ = [1 - jnp.abs(2 * _decision(own["v"]) - 1) ** power for own in state.values()]
+        penalty = sum(part.sum() for part in open_) / max(sum(part.size for part in open_), 1)
+        return lost / total + jnp.where(ready > 0, schedule.strength, 0.0) * penalty
+
+    return _gradient(loss)
+
+
+def _gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
+    # The leaf inside a choice is a pytree with static fields: it may be an argument.
+    return jax.jit(jax.grad(loss))
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def _update(optimizer: Any, gradient: Any, moments: Any) -> Any:
+    return optimizer.update(gradient, moments)
+
+
+def _energies(part: Segment, params: Params, inputs: Any, targets: Any, mask: Any) -> tuple[Any, Any]:
+    """Squared errors of what the block passes on, each over the variance of the target, and their number."""
+    lost, count = jnp.float32(0), 0
+    for found, wanted, counts in zip(part(params, inputs), targets, part.floats, strict=True):
+        if not counts:
+            continue
+        wanted = wanted.astype(jnp.float32)
+        weight = jnp.ones((), jnp.float32)
+        if mask is not None and wanted.shape[: mask.ndim] == mask.shape:
+            weight = mask.astype(jnp.float32).reshape(*mask.shape, *(1,) * (wanted.ndim - mask.ndim))
+        weight = jnp.broadcast_to(weight, wanted.shape)
+        total = jnp.maximum(weight.sum(), 1.0)
+        mean = jnp.sum(weight * wanted) / total
+        variance = jnp.maximum(jnp.sum(weight * jnp.square(wanted - mean)), jnp.finfo(jnp.float32).tiny)
+        lost, count = lost + jnp.sum(weight * jnp.square(found.astype(jnp.float32) - wanted)) / variance, count + 1
+    return lost, max(count, 1)
+
+
+def _error(block: _Block, leaves: Mapping[str, QuantizedArray]) -> float:
+    params = with_new_leaves(block.params, {path: _plain(leaf) for path, leaf in leaves.items()})
+    found = [
+        _measure(part)(params, *data)
+        for part, *data in zip(block.parts, block.inputs, block.targets, block.masks, strict=True)
+    ]
+    return float(np.sqrt(np.mean([float(lost) / total for lost, total in found])))
+
+
+@functools.lru_cache(maxsize=64)
+def _measure(part: Segment) -> Callable[..., Any]:
+    return jax.jit(lambda params, inputs, targets, mask: _energies(part, params, inputs, targets, mask))
+
+
+@functools.lru_cache(maxsize=64)
+def _run(part: Segment) -> Callable[..., Any]:
+    return jax.jit(lambda params, values: part(params, values))
+
+
+def _plain(leaf: Any) -> jax.Array:
+    return leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)

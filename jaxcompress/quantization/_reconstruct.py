@@ -1,0 +1,210 @@
+"""Rounding kernel after kernel, each of which makes up for what the ones before have lost.
+
+Shape letters: D inputs of a kernel, R outputs.
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float64
+
+from jaxcompress.calibration import MatrixLeaf, Moments, Site, entries, matrices, moments, pausing, relative_error
+from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
+from jaxcompress.quantization._leaf_matrix import check_blocks, stored, with_new_leaves
+from jaxcompress.quantization._range_search import RangeSearch
+from jaxcompress.quantization._round_to_nearest import quantize_array
+from jaxcompress.quantization._rounding_info import RoundingInfo
+from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.trace import layouts as traced_layouts
+from jaxcompress.tree import leaves_with_paths
+from jaxcompress.types import Params, Selector
+
+Targets = Literal["dense", "weights"]
+"""What a kernel comes close to: what the dense model writes, or its own weights on the inputs that it gets."""
+
+BEST_RANGES = RangeSearch(steps=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
+"""Both ends of every range, weighted by the inputs."""
+
+
+def reconstruct(
+    apply: Callable[..., Any],
+    params: Params,
+    batches: Iterable[tuple[Any, ...]],
+    spec: QuantSpec | Callable[[str], QuantSpec],
+    *,
+    order: Order = "activation",
+    groups: Groups = "static",
+    ranges: RangeSearch | None = BEST_RANGES,
+    refine: int = 2,
+    targets: Targets = "dense",
+    ridge: float = 0.1,
+    damping: float = 0.01,
+    bias: bool = True,
+    row_mask: Callable[..., Any] | None = None,
+    select: Selector | None = None,
+) -> tuple[Params, dict[str, RoundingInfo]]:
+    """GPTQ in one pass through the model, with targets that undo the errors so far.
+
+    Kernel after kernel, in the order of the model, with everything before it already rounded: with x what the rounded
+    model feeds into the kernel W, r what its output is added to, and t = y W + b + s the same of the dense model,
+
+        T = argmin Σ |x T + b' + r - t|² + ridge mean(diag Σ x xᵀ) |T - W|²,
+
+    which least squares give; then T is rounded by GPTQ in the metric Σ x xᵀ (about the mean, if the bias b' is free),
+    and `refine` rounds of least-squares scales and coordinate descent follow. So a sublayer also makes up for the
+    errors in the residual stream that it adds to. Both models run side by side, once.
+
+    Args:
+        apply: `(params, *inputs) -> outputs`; its kernels must each be in one plain matmul outside of loops. For
+            stacked layers use `gptq` with `calibration.sequential`.
+        params: the dense tree, plain arrays.
+        batches: tuples of inputs; no labels are needed. All wait at the same kernel: memory for what one layer holds
+            for all of them, twice.
+        spec: bits, granularity, variant; or a function of the path.
+        order: as for `gptq`.
+        groups: likewise.
+        ranges: likewise.
+        refine: likewise.
+        targets: "dense": T as above. "weights": T = W, which is GPTQ as published, in sequence; without `refine`,
+            `ranges` and `bias`, exactly so.
+        ridge: how much T is held to W; the rows must tell more than noise about it.
+        damping: as for `gptq`.
+        bias: fit the bias too, where one is added to the output; it stays a float.
+        row_mask: `(*inputs) -> mask` with one entry for each row of the kernels' inputs (each token), above 0 where it
+            counts; by default all count.
+        select: which leaves; by default every kernel with two axes that a matmul contracts.
+
+    Returns:
+        `(params, info)`: a `QuantizedArray` for every kernel, new biases, and a `RoundingInfo` by path. Its errors are
+        sqrt(Σ |x W' + b' + r - t|² / Σ |t - r - mean(t - r)|²), before with the weights rounded to nearest.
+
+    Raises:
+        ValueError: options out of range; no batches, or no row that counts; a kernel in no matmul, in several, or in a
+            loop, or with axes that the group size does not divide; inputs with NaN or Inf. Names the leaf.
+
+    Example:
+        >>> params = {"w": jnp.array([[0.6], [0.6], [7.0]]), "b": jnp.zeros(1)}
+        >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.1], [4.0, 4.1, 0.0]])
+        >>> small, info = reconstruct(lambda p, x: x @ p["w"] + p["b"][None], params, [(x,)], QuantSpec(bits=4))
+        >>> info["w"].error < 0.2 < info["w"].error_before
+        True
+
+    References:
+        Frantar et al. 2022, "GPTQ"; Li et al. 2025, "GPTAQ: efficient finetuning-free quantization for asymmetric
+        calibration" (targets of the dense model); here with the residual stream, the bias and least-squares scales.
+    """
+    kept = list(batches)
+    if not kept:
+        raise ValueError("`batches` is empty: rounding needs inputs.")
+    if targets not in get_args(Targets):
+        raise ValueError(f"`targets` must be one of {get_args(Targets)}, got {targets!r}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+    kernels = _kernels(apply, params, kept[0], select)
+    specs = {path: spec(path) if callable(spec) else spec for path in kernels}
+    for path, kernel in kernels.items():
+        check_rule(Rule(specs[path], order, groups, ranges, refine), damping)
+        check_blocks(kernel, specs[path])
+    rows = [None if row_mask is None else np.asarray(row_mask(*batch)).reshape(-1) > 0 for batch in kept]
+    both = [tuple(pausing(apply, list(kernels), params, *batch) for _ in "12") for batch in kept]
+    replies: tuple[Any, Any] = None, None
+    leaves: dict[str, Any] = {}
+    info: dict[str, RoundingInfo] = {}
+    for _ in kernels:
+        pairs = [(dense.send(replies[0]), current.send(replies[1])) for dense, current in both]
+        site = pairs[0][0]
+        kernel, before = kernels[site.path], _bias(params, site)
+        weights = np.asarray(kernel.matrix(kernel.weight)[0], np.float64)
+        sums = moments(pairs, jnp.asarray(weights, jnp.float32), jnp.asarray(before, jnp.float32), rows)
+        rule = Rule(specs[site.path], order, groups, ranges, refine)
+        fit = _Fit(weights, before, ridge if targets == "dense" else None, damping, bias and site.bias is not None)
+        leaf, after, info[site.path] = _rounded_kernel(kernel, sums, fit, rule)
+        leaves[site.path] = leaf
+        if site.bias is not None:
+            leaves[site.bias] = jnp.asarray(after, dict(leaves_with_paths(params))[site.bias].dtype)
+        dense_reply = jnp.asarray(weights, kernel.weight.dtype), jnp.asarray(before, kernel.weight.dtype)
+        replies = dense_reply, (kernel.matrix(leaf.materialize())[0], jnp.asarray(after, kernel.weight.dtype))
+    assert set(info) == set(kernels), "every kernel stops the model once"
+    return with_new_leaves(params, leaves), info
+
+
+def _kernels(
+    apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...], select: Selector | None
+) -> dict[str, MatrixLeaf]:
+    """The kernels to round, by path."""
+    found = traced_layouts(apply, params, *inputs)
+
+    def plain(params: Params) -> Params:
+        return jax.tree.map(lambda leaf, layout: layout.kind == "matmul" and leaf.ndim == 2, params, found)
+
+    return {entry.path: entry for entry in entries(matrices(params, select=select or plain, layouts=found))}
+
+
+def _bias(params: Params, site: Site) -> Float64[np.ndarray, " R"]:
+    leaves = dict(leaves_with_paths(params))
+    outputs = leaves[site.path].shape[1 - site.input_axis]
+    return np.zeros(outputs) if site.bias is None else np.asarray(leaves[site.bias], np.float64)
+
+
+class _Fit(NamedTuple):
+    """A kernel of the dense model, and what it may become; without a ridge the weights are the targets."""
+
+    weights: Float64[np.ndarray, "D R"]
+    bias: Float64[np.ndarray, " R"]
+    ridge: float | None
+    damping: float
+    free_bias: bool
+
+
+def _rounded_kernel(
+    kernel: MatrixLeaf, sums: Moments, fit: _Fit, rule: Rule
+) -> tuple[Any, Float64[np.ndarray, " R"], RoundingInfo]:
+    """The compressed leaf, the bias that goes with it, and what happened."""
+    targets, hessian, dead = _problem(sums, fit)
+    solved = _solve(targets.astype(np.float32), hessian.astype(np.float32), np.float32(fit.damping), rule)
+    zero_point = None if solved.zero_point is None else solved.zero_point[None]
+    leaf = stored(kernel, solved.codes[None], solved.scale[None], zero_point, rule.spec)
+    found = np.asarray(kernel.matrix(leaf.materialize())[0], np.float64)
+    nearest = quantize_array(kernel.weight, rule.spec, kernel.layout).materialize()
+    after = (sums.targets - sums.inputs @ found) / sums.count if fit.free_bias else fit.bias
+    return (
+        leaf,
+        after,
+        RoundingInfo.of(
+            leaf,
+            error_before=float(np.sqrt(relative_error(sums, np.asarray(kernel.matrix(nearest)[0]), fit.bias))),
+            error=float(np.sqrt(relative_error(sums, found, after))),
+            damping=float(solved.damping),
+            retries=int(solved.retries),
+            dead_inputs=int(dead.sum()),
+        ),
+    )
+
+
+def _problem(sums: Moments, fit: _Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Targets, the matrix that weighs their errors (its mean diagonal is 1), and which inputs are always 0."""
+    gram, cross = sums.gram, sums.cross - np.outer(sums.inputs, fit.bias)
+    dead = np.diag(gram) <= 0
+    if fit.free_bias:
+        gram = sums.gram - np.outer(sums.inputs, sums.inputs) / sums.count
+        cross = sums.cross - np.outer(sums.inputs, sums.targets) / sums.count
+    # Inputs that never change leave rounding errors on a centred diagonal, or nothing.
+    level = np.diag(sums.gram)[~dead].mean() if not dead.all() else 1.0
+    constant = np.diag(gram) <= 1e-6 * np.diag(sums.gram)
+    mean = np.diag(gram)[~constant].mean() if not constant.all() else level
+    hessian = np.where(constant[:, None] | constant[None], 0.0, gram / mean) + np.diag(np.where(constant, 1.0, 0.0))
+    targets = fit.weights
+    if fit.ridge is not None:
+        hold = max(fit.ridge, 1e-8)
+        right = np.where(constant[:, None], fit.weights, cross / mean) + hold * fit.weights
+        targets = np.linalg.solve(hessian + hold * np.eye(len(gram)), right)
+    return np.where(dead[:, None], 0.0, targets), hessian, dead
+
+
+@functools.partial(jax.jit, static_argnames="rule")
+def _solve(targets: Any, hessian: Any, damping: Any, rule: Rule) -> Solved:
+    return gptq_matrix(targets, hessian, damping, rule)

@@ -1,0 +1,220 @@
+"""GPTQ, range search and reconstruction: layouts, stacks, tables, dtypes, bad input, and that they help."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxcompress as jc
+from jaxcompress import quantization, tree
+from jaxcompress.calibration import InputStatistics, LookupCounts, input_statistics
+from jaxcompress.quantization import QuantSpec, RangeSearch, gptq, reconstruct
+from jaxcompress.solvers import coordinate_descent, least_squares_scales
+from jaxcompress.trace import LeafLayout
+
+RNG = np.random.default_rng(0)
+DEPTH, WIDTH = 12, 5
+SPEC = QuantSpec(bits=3, group_size=4, symmetric=False, convention="full")
+X = RNG.normal(size=(60, DEPTH)) @ (RNG.normal(size=(DEPTH, DEPTH)) / np.sqrt(DEPTH) + 0.5)
+W = RNG.normal(size=(DEPTH, WIDTH))
+
+
+def _statistics(rows, cross=None):
+    rows = np.asarray(rows, np.float32)
+    cross = None if cross is None else jnp.asarray(np.asarray(cross, np.float32).T @ rows)
+    return InputStatistics(count=jnp.float32(len(rows)), gram=jnp.asarray(rows.T @ rows), cross=cross)
+
+
+PARAMS = {"kernel": jnp.asarray(W, jnp.float32), "bias": jnp.ones(WIDTH)}
+STATISTICS = {"kernel": _statistics(X), "bias": tree.Unselected}
+
+
+def _error(found, rows=X, weights=W):
+    rows, found = np.asarray(rows, np.float64), np.asarray(found, np.float64)
+    return np.linalg.norm(rows @ (weights - found)) / np.linalg.norm(rows @ weights)
+
+
+def _by_hand(w, gram, spec, damping=0.01):
+    """Algorithm 1 of the paper, one input at a time, in float64; groups are static, the order is by energy."""
+    hessian = gram + damping * np.diag(gram).mean() * np.eye(len(gram))
+    order = np.argsort(-np.diag(gram), kind="stable")
+    upper = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)])).T
+    blocks = w.reshape(-1, spec.group_size, w.shape[1])
+    low, high = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
+    scale = (high - low) / (2**spec.bits - 1)
+    zero = np.round(-low / scale)
+    left, found = w[order].copy(), np.zeros_like(w)
+    for i, at in enumerate(order):
+        s, z = scale[at // spec.group_size], zero[at // spec.group_size]
+        found[at] = (np.clip(np.round(left[i] / s) + z, 0, 2**spec.bits - 1) - z) * s
+        left[i:] -= upper[i, i:][:, None] * ((left[i] - found[at]) / upper[i, i])[None]
+    return found
+
+
+def test_weights_and_errors_are_those_of_the_algorithm():
+    found, info = gptq(PARAMS, STATISTICS, SPEC)
+    expected = _by_hand(W, X.T @ X, SPEC)
+    np.testing.assert_allclose(found["kernel"].materialize(), expected, rtol=1e-4, atol=1e-5)
+    nearest = quantization.quantize({"kernel": PARAMS["kernel"]}, SPEC)["kernel"].materialize()
+    assert info["kernel"].error == pytest.approx(_error(expected), abs=2e-3)
+    assert info["kernel"].error_before == pytest.approx(_error(nearest), abs=2e-3)
+    assert info["kernel"].error < info["kernel"].error_before
+    assert found["bias"] is PARAMS["bias"]
+    assert info["kernel"].bits_per_weight == pytest.approx((W.size * 3 + 15 * 32 + 15 * 8) / W.size, rel=0.3)
+
+
+def test_no_float_weights_are_left():
+    found, _ = gptq(PARAMS, STATISTICS, SPEC)
+    sizes = [leaf.size for leaf in jax.tree.leaves(found["kernel"]) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert sizes == [3 * WIDTH]
+
+
+def test_refining_and_better_ranges_lower_the_error():
+    search = RangeSearch(steps=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
+    errors = [
+        gptq(PARAMS, STATISTICS, SPEC, **options)[1]["kernel"].error
+        for options in ({}, {"refine": 3}, {"ranges": search, "refine": 3})
+    ]
+    assert errors[0] > errors[1]
+    assert errors[0] > errors[2]
+
+
+def test_any_layout_gives_the_same_codes():
+    expected, _ = gptq({"kernel": PARAMS["kernel"]}, {"kernel": STATISTICS["kernel"]}, SPEC)
+    out_in = LeafLayout(kind="matmul", input_axes=(1,), output_axes=(0,))
+    turned, _ = gptq({"w": PARAMS["kernel"].T}, {"w": STATISTICS["kernel"]}, SPEC, layouts={"w": out_in})
+    np.testing.assert_array_equal(turned["w"].codes(), np.asarray(expected["kernel"].codes()).T)
+    # Two input axes, two output axes, between them a stack of two; groups of 4 run along the second input axis.
+    stacked = np.stack([W.reshape(3, 4, WIDTH), 2 * W.reshape(3, 4, WIDTH)], axis=2)[..., None]
+    layout = LeafLayout(kind="matmul", stack_axes=(2,), input_axes=(0, 1), output_axes=(3, 4))
+    both = jax.tree.map(lambda part: jnp.stack([part, part]), STATISTICS["kernel"])
+    found, _ = gptq({"w": jnp.asarray(stacked, jnp.float32)}, {"w": both}, SPEC, layouts={"w": layout})
+    for entry in (0, 1):
+        got = np.asarray(found["w"].materialize())[:, :, entry].reshape(DEPTH, WIDTH)
+        np.testing.assert_allclose(got, (1 + entry) * expected["kernel"].materialize(), rtol=1e-5, atol=1e-6)
+
+
+def test_tables_are_rounded_for_the_rows_that_are_looked_up():
+    params = {"table": jnp.asarray(RNG.normal(size=(9, 4)), jnp.float32).at[8].mul(20.0)}
+    counts = LookupCounts(count=jnp.float32(8), rows=jnp.ones(9).at[8].set(0.0))
+    layouts = {"table": LeafLayout(kind="lookup", input_axes=(1,), output_axes=(0,))}
+    spec = QuantSpec(bits=4, per_tensor=True)
+    search = RangeSearch(norm=2.0, shrink=0.98, steps=50, weighted=True)
+    found, info = gptq(params, {"table": counts}, spec, ranges=search, layouts=layouts)
+    rows = np.asarray(params["table"])[:8]
+    lost = np.linalg.norm(np.asarray(found["table"].materialize())[:8] - rows) / np.linalg.norm(rows)
+    assert info["table"].error == pytest.approx(lost, abs=1e-4)
+    assert info["table"].error < 0.3 * info["table"].error_before
+    with pytest.raises(ValueError, match=r"'table' of shape .* has 4 rows, its statistics count 9"):
+        gptq(params, {"table": counts}, spec)
+
+
+def test_bfloat16_and_dead_inputs_and_singular_matrices():
+    rows = X[:4].copy()
+    rows[:, [2, 7]] = 0
+    params = {"kernel": PARAMS["kernel"].astype(jnp.bfloat16)}
+    found, info = gptq(params, {"kernel": _statistics(rows)}, SPEC, damping=0.0)
+    assert found["kernel"].dtype == jnp.bfloat16
+    assert info["kernel"].dead_inputs == 2
+    assert info["kernel"].retries > 0
+    np.testing.assert_array_equal(np.asarray(found["kernel"].materialize(), np.float32)[[2, 7]], 0)
+    found, info = gptq({"kernel": 0 * PARAMS["kernel"]}, {"kernel": _statistics(0 * X)}, SPEC)
+    assert info["kernel"].error == 0
+    assert not np.asarray(found["kernel"].materialize()).any()
+
+
+def test_mistakes_are_named():
+    with pytest.raises(ValueError, match="`groups='updated'` needs `order='natural'`"):
+        gptq(PARAMS, STATISTICS, SPEC, groups="updated")
+    with pytest.raises(ValueError, match="`damping` must be at least 0, got -1"):
+        gptq(PARAMS, STATISTICS, SPEC, damping=-1.0)
+    with pytest.raises(ValueError, match="`group_size` 5 does not divide") as caught:
+        gptq(PARAMS, STATISTICS, QuantSpec(bits=4, group_size=5))
+    assert "at leaf 'kernel'" in caught.value.__notes__
+    with pytest.raises(ValueError, match="Leaf 'kernel' holds 1 NaN"):
+        gptq({"kernel": PARAMS["kernel"].at[0, 0].set(jnp.nan)}, {"kernel": STATISTICS["kernel"]}, SPEC)
+    with pytest.raises(ValueError, match=r"has stack \[\] and 5 inputs"):
+        gptq({"kernel": PARAMS["kernel"].T}, {"kernel": STATISTICS["kernel"]}, SPEC)
+    with pytest.raises(ValueError, match="`steps` must be at least 1"):
+        RangeSearch(steps=0)
+
+
+def test_equal_on_one_and_on_eight_devices():
+    kernel = jnp.asarray(RNG.normal(size=(DEPTH, 16)), jnp.float32)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    placed = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(None, "model")))
+    statistics = {"kernel": STATISTICS["kernel"]}
+    everywhere = jax.device_put(statistics, NamedSharding(mesh, PartitionSpec()))
+    expected, _ = gptq({"kernel": kernel}, statistics, SPEC)
+    found, _ = gptq({"kernel": placed}, everywhere, SPEC)
+    np.testing.assert_array_equal(found["kernel"].codes(), expected["kernel"].codes())
+
+
+def _two_layers(params, x):
+    hidden = x @ params["up"] + params["shift"][None]
+    # Read twice, as a GELU does.
+    return x + (hidden * jax.nn.sigmoid(hidden)) @ params["down"]
+
+
+def _layers():
+    rng = np.random.default_rng(1)
+    return {
+        "up": jnp.asarray(rng.normal(size=(12, 24)) / 3, jnp.float32),
+        "shift": jnp.zeros(24),
+        "down": jnp.asarray(rng.normal(size=(24, 12)) / 5, jnp.float32),
+    }
+
+
+def test_targets_that_undo_earlier_errors_come_closer_to_the_dense_model():
+    params, rows = _layers(), jnp.asarray(RNG.normal(size=(400, 12)), jnp.float32)
+    spec = dataclasses.replace(SPEC, bits=2)
+    wanted = _two_layers(params, rows)
+    published = {"targets": "weights", "bias": False, "ranges": None, "refine": 0}
+    gaps = []
+    for options in (published, {"ridge": 0.01}):
+        found, info = reconstruct(_two_layers, params, [(rows[:200],), (rows[200:],)], spec, **options)
+        plain = jc.materialize(found)
+        gaps.append(float(jnp.linalg.norm(_two_layers(plain, rows) - wanted)))
+        assert set(info) == {"up", "down"}
+    assert gaps[1] < 0.9 * gaps[0]
+    alone = {"up": params["up"]}
+    statistics = input_statistics(lambda p, x: x @ p["up"], alone, [(rows,)])
+    first = reconstruct(_two_layers, params, [(rows,)], spec, **published)[0]["up"]
+    np.testing.assert_array_equal(gptq(alone, statistics, spec)[0]["up"].codes(), first.codes())
+
+
+def test_reconstruction_names_what_it_cannot_do():
+    params, rows = _layers(), jnp.ones((3, 12))
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        reconstruct(_two_layers, params, [], SPEC)
+    with pytest.raises(ValueError, match="`ridge` must not be negative"):
+        reconstruct(_two_layers, params, [(rows,)], SPEC, ridge=-1.0)
+    with pytest.raises(ValueError, match="holds NaN or Inf"):
+        reconstruct(_two_layers, params, [(rows * jnp.nan,)], SPEC)
+
+
+def test_descent_and_scales_against_float64():
+    hessian = X.T @ X
+    step = 0.7
+    start = step * np.round(W / step)
+    gram = jnp.asarray(hessian, jnp.float32)
+    to_step = lambda w, i: step * jnp.round(w / step)  # noqa: E731
+    found = coordinate_descent(jnp.asarray(start), jnp.asarray(W), gram, to_step, sweeps=3, block_size=5)
+    expected = start.copy()
+    for _ in range(3):
+        for i in range(DEPTH):
+            want = expected[i] - (hessian[i] @ (expected - W)) / hessian[i, i]
+            expected[i] = step * np.round(want / step)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    values = np.round(W / step)
+    start, targets = jnp.ones((3, WIDTH)), jnp.asarray(W, jnp.float32)
+    scales = least_squares_scales(jnp.asarray(values, jnp.float32), targets, gram, start, damping=0.0)
+    for r in range(WIDTH):
+        columns = np.zeros((DEPTH, 3))
+        for g in range(3):
+            columns[4 * g : 4 * g + 4, g] = values[4 * g : 4 * g + 4, r]
+        best = np.linalg.lstsq(X @ columns, X @ W[:, r], rcond=None)[0]
+        np.testing.assert_allclose(scales[:, r], best, rtol=2e-3)

@@ -1,0 +1,95 @@
+"""Learned rounding, and the parts that a model is cut into."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress.calibration import segments
+from jaxcompress.quantization import QuantSpec, RoundingSchedule, learned_rounding, quantize
+
+SPEC = QuantSpec(bits=2, group_size=4, symmetric=False)
+
+
+def _model(params, x, mask):
+    for name in ("one", "two"):
+        hidden = jnp.tanh(jax.jit(jnp.matmul)(x, params[name]["up"].T))
+        x = x + mask[..., None] * (hidden @ params[name]["down"])
+    return x
+
+
+def _params():
+    rng = np.random.default_rng(0)
+    make = lambda *shape: jnp.asarray(rng.normal(size=shape) / 3, jnp.float32)  # noqa: E731
+    return {name: {"up": make(12, 8), "down": make(12, 8)} for name in ("one", "two")}
+
+
+def _batch():
+    rng = np.random.default_rng(1)
+    mixing = rng.normal(size=(8, 8)) / 2
+    return jnp.asarray(rng.normal(size=(6, 5, 8)) @ mixing, jnp.float32), jnp.ones((6, 5)).at[:, 4].set(0)
+
+
+PATHS = ["one/up", "one/down", "two/up", "two/down"]
+
+
+def test_the_parts_one_after_another_are_the_model():
+    params, batch = _params(), _batch()
+    for together, count in ((lambda path: path, 4), (lambda path: path.split("/")[0], 2), (lambda path: 0, 1)):
+        values = list(batch)
+        found = segments(_model, params, batch, paths=PATHS, together=together)
+        assert len(found) == count
+        assert [path for part in found for path in part.paths] == PATHS
+        for part in found:
+            values = part(params, values)
+            assert len(values) == len(part.floats)
+        np.testing.assert_allclose(values[0], _model(params, *batch), atol=1e-6)
+    # A mask that later parts read, too, is passed on, but is nothing to fit.
+    first, *_ = segments(_model, params, batch, paths=PATHS, together=lambda path: path.split("/")[0])
+    assert sorted(first.floats) == [False, True]
+    with pytest.raises(ValueError, match="Leaf 'spare' meets no input"):
+        segments(_model, {**params, "spare": jnp.ones(2)}, batch, paths=["spare"], together=lambda path: path)
+
+
+def test_blocks_come_closer_to_the_dense_ones():
+    params, batch = _params(), _batch()
+    layouts = jc.trace.layouts(_model, params, *batch)
+    start = quantize(params, SPEC, layouts=layouts)
+    found, info = learned_rounding(
+        _model,
+        params,
+        start,
+        [batch],
+        together=lambda path: path.split("/")[0],
+        schedule=RoundingSchedule(steps=150, rate=0.03),
+        row_mask=lambda x, mask: mask,
+    )
+    wanted, errors = _model(params, *batch), []
+    for tree in (start, found):
+        gap = jc.execute(_model)(tree, *batch) - wanted
+        errors.append(float(jnp.linalg.norm(gap[:, :4])))
+    assert errors[1] < 0.7 * errors[0]
+    assert list(info) == PATHS
+    assert all(entry.error < entry.error_before for entry in info.values())
+    for name in ("one", "two"):
+        before, after = (np.asarray(tree[name]["up"].codes(), int) for tree in (start, found))
+        assert 0 < np.abs(after - before).max() <= 1
+        assert after.min() >= 0
+        assert after.max() <= 3
+        assert found[name]["up"].data.axis == start[name]["up"].data.axis
+
+
+def test_what_cannot_be_learned_is_named():
+    params, batch = _params(), _batch()
+    with pytest.raises(ValueError, match="No leaf of `rounded`"):
+        learned_rounding(_model, params, params, [batch], together=lambda path: path)
+    with pytest.raises(ValueError, match="`batches` is empty"):
+        learned_rounding(_model, params, params, [], together=lambda path: path)
+    sparse = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 0), params)
+    layouts = jc.trace.layouts(_model, params, *batch)
+    masks = jax.tree.map(lambda leaf: leaf != 0, sparse)
+    stored = {"one": {"up": jc.pruning.store_masked(sparse["one"]["up"], masks["one"]["up"], layouts["one"]["up"], jc.pruning.unstructured())}}  # fmt: skip  # noqa: E501
+    small = quantize(stored, QuantSpec(bits=4))
+    with pytest.raises(ValueError, match="'one/up' has a table of levels, or sparse codes"):
+        learned_rounding(_model, params, {**params, "one": {**params["one"], **small["one"]}}, [batch], together=str)
