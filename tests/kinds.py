@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import LowRankArray, QuantizedArray, pack, sparsify
+from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
 from jaxcompress.trace import LeafLayout
 
 Maker = Callable[[jax.Array, LeafLayout], Any]
@@ -92,6 +92,28 @@ def _sparse_quantized(make_sparse: Maker, make_codes: Maker) -> Maker:
     return make
 
 
+def _codebook(*, zero: bool, per_output: bool = False, sparse: bool = False) -> Maker:
+    """Seven or eight values between the extremes of every block; what is small is 0 where there is one."""
+
+    def make(array: jax.Array, layout: LeafLayout) -> CodebookArray:
+        own = {*layout.stack_axes, *(layout.output_axes if per_output else ())}
+        inner = tuple(axis for axis in range(array.ndim) if axis not in own)
+        x = np.asarray(array)
+        largest = np.abs(x).max(inner, keepdims=True)
+        table = largest[..., None] * np.linspace(-1, 1, 7 if zero else 8) ** 3
+        table = np.where(table == 0, largest[..., None] / 50, table)
+        codes = np.abs(x[..., None] - table).argmin(-1) + zero
+        codes = np.where(np.abs(x) < 0.3 * largest, 0, codes) if zero else codes
+        codes = jnp.asarray(codes, jnp.uint8)
+        data = pack(codes, bits=3, axis=layout.input_axes[-1])
+        if sparse:
+            kept = sparsify(codes, codes != 0, stack_ndim=len(layout.stack_axes))
+            data = dataclasses.replace(kept, values=pack(kept.values, bits=3))
+        return CodebookArray(data=data, table=jnp.asarray(table, jnp.float32), dtype=array.dtype, zero=zero)
+
+    return make
+
+
 def _low_rank(make_factor: Maker | None = None, make_residual: Maker | None = None) -> Maker:
     """Factors of sixteenths, and scales that are powers of two: sums are exact in any order."""
 
@@ -133,6 +155,9 @@ KINDS: dict[str, Maker] = {
     "int4 bit mask": _sparse_quantized(_bitmask, _quantized(4)),
     "int4 2:4 groups": _sparse_quantized(_n_of_m, _quantized(4, groups=True)),
     "uint4 2:4 zero point": _sparse_quantized(_n_of_m, _quantized(4, zero_point=True)),
+    "codebook": _codebook(zero=True),
+    "codebook per output": _codebook(zero=False, per_output=True),
+    "codebook bit mask": _codebook(zero=True, sparse=True),
     "uint4 bit mask zero point": _sparse_quantized(_bitmask, _quantized(4, zero_point=True)),
     "low rank": _low_rank(),
     "low rank int4": _low_rank(_integers),

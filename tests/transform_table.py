@@ -12,6 +12,7 @@ import optax
 
 import jaxcompress as jc
 from jaxcompress import lowrank, pruning
+from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import (
     InputRange,
@@ -92,6 +93,25 @@ TABLE: dict[str, Row] = {
     ),
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
+    "codebooks of 3 bits": Row(
+        make=lambda: trained_codebooks(CodebookSpec(values=8, zero=False)), zeros=None, trains=True, rate=0.05
+    ),
+    "codebooks, assigned anew": Row(
+        make=lambda: trained_codebooks(CodebookSpec(values=8, rate=0.01), every=2, until=4, store="sparse"),
+        zeros=None,
+        trains=True,
+        rate=0.05,
+        variant=True,
+    ),
+    "gradual, then codebooks": Row(
+        make=lambda: jc.chain(
+            pruning.gradual(schedule=constant(0.5), every=1),
+            trained_codebooks(CodebookSpec(values=8, dtype="bfloat16"), until=3),
+        ),
+        zeros=None,
+        trains=True,
+        rate=0.05,
+    ),
     "8 bits, then fewer": Row(
         make=lambda: quantization_aware(QuantSpec(bits=4, symmetric=False), bits=lambda step: jnp.maximum(8 - step, 4)),
         zeros=None,

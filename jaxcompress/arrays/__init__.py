@@ -1,6 +1,8 @@
 """Compressed leaves: what is stored, and how the plain array comes back."""
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray as BitmaskSparseArray
+from jaxcompress.arrays._codebook import CodebookArray as CodebookArray
+from jaxcompress.arrays._codebook import look_up as look_up
 from jaxcompress.arrays._input_quantized import InputQuantizedArray as InputQuantizedArray
 from jaxcompress.arrays._input_quantized import InputQuantizer as InputQuantizer
 from jaxcompress.arrays._input_quantized import input_rounded as input_rounded

@@ -79,11 +79,11 @@ class QuantizedArray:
         if isinstance(self.data, BitmaskSparseArray | NMSparseArray):
             codes, mask = self.data.take_rows(rows), self.data.take_mask_rows(rows)
         else:
-            codes, mask = _take_code_rows(self.data, rows), None
+            codes, mask = take_code_rows(self.data, rows), None
         plain = dequantize(
             codes.reshape(-1, *self.shape[1:]),
-            _take_parameter_rows(self.scale, rows, self.shape[0]),
-            _take_parameter_rows(self.zero_point, rows, self.shape[0]),
+            take_parameter_rows(self.scale, rows, self.shape[0]),
+            take_parameter_rows(self.zero_point, rows, self.shape[0]),
             levels=self.levels,
             dtype=self.dtype,
         ).reshape(*rows.shape, *self.shape[1:])
@@ -148,18 +148,20 @@ def per_block(parameter: Shaped[Array, "..."], shape: tuple[int, ...], scale_sha
     return parameter.astype(jnp.float32).reshape(split)
 
 
-def _zero_is_zero(array: QuantizedArray) -> bool:
-    return array.zero_point is None and array.levels is None
-
-
-def _take_code_rows(data: Any, rows: Integer[Array, "..."]) -> Integer[Array, "..."]:
+def take_code_rows(data: Any, rows: Integer[Array, "..."]) -> Integer[Array, "..."]:
+    """`codes[rows]`, unpacking those rows only."""
     if isinstance(data, PackedArray) and data.axis != -data.ndim:
         return dataclasses.replace(data, data=data.data[rows]).materialize()
     return unpacked(data)[rows]
 
 
-def _take_parameter_rows(parameter: Any, rows: Integer[Array, "..."], length: int) -> Any:
+def take_parameter_rows(parameter: Any, rows: Integer[Array, "..."], length: int) -> Any:
+    """What belongs to `rows`, flattened, of an array of `length` rows: one entry per block of rows, or one for all."""
     if parameter is None or parameter.shape[0] == 1:
         return parameter
     rows_per_block = length // parameter.shape[0]
     return parameter[(rows // rows_per_block).reshape(-1)]
+
+
+def _zero_is_zero(array: QuantizedArray) -> bool:
+    return array.zero_point is None and array.levels is None

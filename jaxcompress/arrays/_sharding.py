@@ -6,6 +6,7 @@ from typing import Any
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._codebook import CodebookArray
 from jaxcompress.arrays._input_quantized import InputQuantizedArray
 from jaxcompress.arrays._low_rank import LowRankArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
@@ -49,6 +50,9 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
             scale=component_shardings(leaf.scale, sharding),
             zero_point=None if leaf.zero_point is None else component_shardings(leaf.zero_point, sharding),
         )
+    if isinstance(leaf, CodebookArray):
+        data, table = component_shardings(leaf.data, sharding), component_shardings(leaf.table, sharding)
+        return dataclasses.replace(leaf, data=data, table=table)
     if isinstance(leaf, PackedArray):
         return dataclasses.replace(leaf, data=_cut_whole_blocks(leaf, leaf.axis, codes_per_block(leaf.bits), sharding))
     if isinstance(leaf, NMSparseArray):

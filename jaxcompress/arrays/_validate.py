@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
+from jaxcompress.arrays._codebook import CodebookArray
 from jaxcompress.arrays._input_quantized import InputQuantizedArray
 from jaxcompress.arrays._low_rank import LowRankArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
 from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.arrays._sparse import SparseArray
 
 
 def validate_array(leaf: Any) -> None:
@@ -39,6 +41,8 @@ def validate_array(leaf: Any) -> None:
         _validate_bitmask(leaf)
     elif isinstance(leaf, QuantizedArray):
         _validate_quantized(leaf)
+    elif isinstance(leaf, CodebookArray):
+        _validate_codebook(leaf)
     elif isinstance(leaf, LowRankArray):
         _validate_low_rank(leaf)
     elif isinstance(leaf, InputQuantizedArray):
@@ -108,6 +112,21 @@ def _validate_quantized(leaf: QuantizedArray) -> None:
     if leaf.levels is not None:
         _require(leaf.zero_point is None, "A table of levels has no zero point.")
         _require(int(leaf.codes().max(initial=0)) < len(leaf.levels), f"A code exceeds the {len(leaf.levels)} levels.")
+    validate_array(leaf.data)
+
+
+def _validate_codebook(leaf: CodebookArray) -> None:
+    blocks, entries = leaf.table.shape[:-1], leaf.table.shape[-1]
+    divides = len(blocks) == leaf.ndim and all(
+        n % s == 0 if s else n == 0 for n, s in zip(leaf.shape, blocks, strict=True)
+    )
+    _require(divides, f"Tables of shape {leaf.table.shape} do not divide codes of shape {leaf.shape}.")
+    _require(jnp.issubdtype(leaf.dtype, jnp.floating), f"The logical dtype is a float, got {leaf.dtype}.")
+    _require(jnp.isfinite(leaf.table).all(), "The values of a table must be finite.")
+    codes = leaf.codes()
+    _require(codes.dtype == jnp.uint8, f"Codes are unsigned, got {codes.dtype}.")
+    _require(int(codes.max(initial=0)) < entries + leaf.zero, f"A code exceeds the {entries + leaf.zero} values.")
+    _require(leaf.zero or not isinstance(leaf.data, SparseArray), "Codes that are left out need `zero`.")
     validate_array(leaf.data)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxcompress.arrays import (
     BitmaskSparseArray,
+    CodebookArray,
     InputQuantizedArray,
     LowRankArray,
     NMSparseArray,
@@ -116,6 +117,7 @@ COMPRESSED: dict[str, CompressedType] = {
     for row in (
         CompressedType(PackedArray, {"bits": INT, "signed": BOOL, "axis": INT, "width": INT}),
         CompressedType(QuantizedArray, {"dtype": DTYPE, "levels": _optional(FLOATS)}),
+        CompressedType(CodebookArray, {"dtype": DTYPE, "zero": BOOL}),
         CompressedType(BitmaskSparseArray, {"row_shape": INTS}),
         CompressedType(InputQuantizedArray, {"inputs": ROUNDING}),
         CompressedType(NMSparseArray, {"pattern": INTS, "axis": INT, "width": INT}),

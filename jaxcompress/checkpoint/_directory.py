@@ -68,10 +68,10 @@ def checksums(directory: str, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: _checksum(os.path.join(directory, name)), names), strict=True))
 
 
-def write_synced(path: str, text: str) -> None:
+def write_synced(path: str, content: bytes) -> None:
     """Writes a file and waits until it is on the disk."""
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 

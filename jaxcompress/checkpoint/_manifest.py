@@ -3,14 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
 from jaxcompress.tree import path_string
 
-FORMAT_VERSION = 1
-"""Raised whenever an older reader would misread a new checkpoint."""
+FORMAT_VERSION = 2
+"""Raised whenever an older reader would misread a new checkpoint. 2: arrays may be entropy-coded."""
+
+Storage = Literal["orbax", "entropy"]
+"""What holds the arrays."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,7 @@ class Manifest:
         structure: the containers.
         leaves: the leaves, in the order of `structure`.
         files: the files that hold the arrays, by path below the checkpoint.
+        storage: what holds the arrays.
     """
 
     format_version: int
@@ -125,3 +129,4 @@ class Manifest:
     structure: StructureNode
     leaves: tuple[LeafRecord, ...]
     files: Mapping[str, FileRecord]
+    storage: Storage = "orbax"

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast, get_args
 
 import jax.numpy as jnp
 
 from jaxcompress.checkpoint._keys import decode_key, encode_key
-from jaxcompress.checkpoint._manifest import FileRecord, LeafRecord, Manifest, StoredValue, StructureNode
+from jaxcompress.checkpoint._manifest import FileRecord, LeafRecord, Manifest, Storage, StoredValue, StructureNode
 
 STORED_DTYPES = frozenset(
     ["bool"]
@@ -22,7 +22,7 @@ _SUB_BYTE = ("int1", "uint1", "int2", "uint2", "int4", "uint4")
 
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """The manifest as JSON values."""
-    return {
+    content: dict[str, Any] = {
         "format_version": manifest.format_version,
         "versions": dict(manifest.versions),
         "config": manifest.config,
@@ -34,6 +34,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
         ],
         "files": {name: dataclasses.asdict(file) for name, file in manifest.files.items()},
     }
+    return content if manifest.storage == "orbax" else content | {"storage": manifest.storage}
 
 
 def manifest_from_json(content: Mapping[str, Any]) -> Manifest:
@@ -50,6 +51,7 @@ def manifest_from_json(content: Mapping[str, Any]) -> Manifest:
         structure=_node_from_json(_get(content, "structure", dict)),
         leaves=tuple(_leaf_from_json(at, leaf) for at, leaf in enumerate(_get(content, "leaves", list))),
         files={name: _file_from_json(content["files"], name) for name in _get(content, "files", dict)},
+        storage=_storage(_get(content, "storage", str, default="orbax")),
     )
     _check_consistent(manifest)
     return manifest
@@ -65,6 +67,12 @@ def _check_consistent(manifest: Manifest) -> None:
     names = [array.array for leaf in manifest.leaves for array in leaf.value.arrays()]
     if len(set(names)) != len(names):
         raise ValueError("two arrays have the same name")
+
+
+def _storage(name: str) -> Storage:
+    if name not in get_args(Storage):
+        raise ValueError(f"`storage` is one of {get_args(Storage)}, found {name!r}")
+    return cast(Storage, name)
 
 
 def _file_from_json(content: Mapping[str, Any], name: str) -> FileRecord:

@@ -1,15 +1,13 @@
 """Reading a manifest from a directory."""
 
-import json
 import os
 from typing import Any
 
 from jaxcompress.checkpoint._directory import leftovers
 from jaxcompress.checkpoint._errors import CheckpointError
 from jaxcompress.checkpoint._manifest import FORMAT_VERSION, Manifest
+from jaxcompress.checkpoint._manifest_file import MANIFEST_NAME, read_content
 from jaxcompress.checkpoint._manifest_json import manifest_from_json
-
-MANIFEST_NAME = "manifest.json"
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -55,14 +53,13 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 def _load_json(path: str) -> Any:
     try:
-        with open(os.path.join(path, MANIFEST_NAME), encoding="utf-8") as file:
-            return json.load(file)
+        return read_content(path)
     except (FileNotFoundError, NotADirectoryError) as err:
         raise _missing(path) from err
     except (ValueError, RecursionError) as err:
         raise CheckpointError(
-            f"The manifest of the checkpoint {path!r} is damaged: {MANIFEST_NAME} is not valid JSON ({err}). "
-            "The file may be truncated; restore it from a copy."
+            f"The manifest of the checkpoint {path!r} is damaged: {err}. The file may be truncated; restore it from a "
+            "copy."
         ) from err
 
 

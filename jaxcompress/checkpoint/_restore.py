@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
+from jaxcompress.checkpoint._coded import CODED_NAME, read_coded
 from jaxcompress.checkpoint._directory import checksums, file_sizes
 from jaxcompress.checkpoint._errors import CheckpointError
 from jaxcompress.checkpoint._leaves import decode_leaf
@@ -28,7 +29,7 @@ class RestoreInfo:
     Attributes:
         config: of the model, as given to `save`; empty if none was.
         metadata: likewise.
-        versions: of `jaxcompress`, `jax` and `orbax` that wrote it.
+        versions: of `jaxcompress`, `jax` and, where it holds the arrays, `orbax` that wrote it.
         format_version: of the layout of the checkpoint.
         disk_bytes: size of all its files.
     """
@@ -157,7 +158,10 @@ def _read(path: str, manifest: Manifest, shardings: Mapping[str, Sharding | None
                 _check_precision(path, record, array)
                 target = jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=sharding or default)
             (empty if 0 in target.shape else stored)[name] = target
-    arrays = read_arrays(os.path.join(path, ARRAYS_NAME), stored)
+    if manifest.storage == "orbax":
+        arrays = read_arrays(os.path.join(path, ARRAYS_NAME), stored)
+    else:
+        arrays = read_coded(os.path.join(path, CODED_NAME), manifest.leaves, stored)
     return arrays | {name: _empty(target) for name, target in empty.items()}
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import LowRankArray, QuantizedArray
+from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray
 from jaxcompress.execution._low_rank import dot_low_rank
-from jaxcompress.execution._rearrange import slice_axis
+from jaxcompress.execution._rearrange import parameters, slice_axis
 from jaxcompress.types import is_compressed
 
 # XLA on the CPU writes a widened weight to a temporary at every call. With few tokens that write dominates (12x at one
@@ -55,7 +55,7 @@ def _dot(leaf: jax.Array, other: jax.Array, side: int, parameters: Mapping[str, 
 def _block_axis(leaf: Any, side: int, other: Any, parameters: Mapping[str, Any]) -> int | None:
     """The output axis of `leaf` to cut into blocks, or None to run whole."""
     contracted, batch = parameters["dimension_numbers"]
-    if not isinstance(leaf, QuantizedArray) or batch[side] or math.prod(leaf.shape) < _LARGE:
+    if not isinstance(leaf, QuantizedArray | CodebookArray) or batch[side] or math.prod(leaf.shape) < _LARGE:
         return None
     tokens = other.size // max(math.prod(other.shape[axis] for axis in contracted[1 - side]), 1)
     if tokens > _FEW_TOKENS:
@@ -65,14 +65,13 @@ def _block_axis(leaf: Any, side: int, other: Any, parameters: Mapping[str, Any])
     return max(fit, key=lambda axis: leaf.shape[axis], default=None)
 
 
-def _can_cut(leaf: QuantizedArray, axis: int) -> bool:
+def _can_cut(leaf: QuantizedArray | CodebookArray, axis: int) -> bool:
     codes = jax.eval_shape(lambda leaf: slice_axis(leaf.data, axis, 0, leaf.shape[axis] // _BLOCKS), leaf)
-    parts = [leaf.scale] if leaf.zero_point is None else [leaf.scale, leaf.zero_point]
-    return codes is not None and all(part.shape[axis] in (1, leaf.shape[axis]) for part in parts)
+    return codes is not None and all(part.shape[axis] in (1, leaf.shape[axis]) for part in parameters(leaf))
 
 
 def _dot_by_blocks(
-    leaf: QuantizedArray, axis: int, other: jax.Array, side: int, parameters: Mapping[str, Any]
+    leaf: QuantizedArray | CodebookArray, axis: int, other: jax.Array, side: int, parameters: Mapping[str, Any]
 ) -> jax.Array:
     contracted, _ = parameters["dimension_numbers"]
     size = leaf.shape[axis] // _BLOCKS

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxcompress.arrays import (
     BitmaskSparseArray,
+    CodebookArray,
     InputQuantizedArray,
     LowRankArray,
     NMSparseArray,
@@ -20,10 +21,12 @@ from jaxcompress.arrays import (
 from jaxcompress.trace import reshape_runs
 from jaxcompress.types import is_compressed
 
+_Coded = (QuantizedArray, CodebookArray)
+
 
 def transpose(leaf: Any, permutation: Sequence[int]) -> Any:
     """The axes of a compressed (or plain) array in another order."""
-    if isinstance(leaf, QuantizedArray):
+    if isinstance(leaf, _Coded):
         data = transpose(leaf.data, permutation)
         data = _dense_codes(leaf, lambda codes: codes.transpose(permutation)) if data is None else data
         return _with_parts(leaf, data, lambda part: part.transpose(permutation))
@@ -48,9 +51,9 @@ def transpose(leaf: Any, permutation: Sequence[int]) -> Any:
 
 def reshape(leaf: Any, shape: Sequence[int]) -> Any:
     """Another shape; scales must stay blocks of it."""
-    if isinstance(leaf, QuantizedArray):
+    if isinstance(leaf, _Coded):
         runs = reshape_runs(leaf.shape, shape)
-        sizes = [_reshaped_blocks(leaf.shape, shape, part.shape, runs) for part in _parameters(leaf)]
+        sizes = [_reshaped_blocks(leaf.shape, shape, part.shape, runs) for part in parameters(leaf)]
         if None in sizes:
             return None
         data = _reshape_data(leaf.data, shape, runs)
@@ -68,8 +71,8 @@ def reshape(leaf: Any, shape: Sequence[int]) -> Any:
 
 def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
     """`size` entries along one axis (not negative) from `start`, which may be traced and is not clamped."""
-    if isinstance(leaf, QuantizedArray):
-        if not all(_sliceable(part.shape[axis], leaf.shape[axis], start, size) for part in _parameters(leaf)):
+    if isinstance(leaf, _Coded):
+        if not all(_sliceable(part.shape[axis], leaf.shape[axis], start, size) for part in parameters(leaf)):
             return None
         data = slice_axis(leaf.data, axis, start, size)
         data = _dense_codes(leaf, lambda codes: slice_axis(codes, axis, start, size)) if data is None else data
@@ -99,7 +102,7 @@ def cast(leaf: Any, dtype: Any) -> Any:
     """Another logical dtype, where the cast loses nothing that the leaf's own dtype would have rounded away."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
-    if isinstance(leaf, QuantizedArray):
+    if isinstance(leaf, _Coded):
         # From bfloat16 to float32 the plain route rounds first: only a narrowing cast of float32 is the same.
         same = leaf.dtype == dtype or leaf.dtype == jnp.float32
         return dataclasses.replace(leaf, dtype=jnp.dtype(dtype)) if same else None
@@ -125,8 +128,8 @@ def with_factors(leaf: LowRankArray, move: Callable[[Any], Any], move_residual: 
 
 def can_unstack(leaf: Any) -> bool:
     """Whether slicing every part along its first axis slices the leaf along its first axis."""
-    if isinstance(leaf, QuantizedArray):
-        return can_unstack(leaf.data) and all(part.shape[0] == leaf.shape[0] for part in _parameters(leaf))
+    if isinstance(leaf, _Coded):
+        return can_unstack(leaf.data) and all(part.shape[0] == leaf.shape[0] for part in parameters(leaf))
     if isinstance(leaf, PackedArray | NMSparseArray):
         return leaf.axis != -leaf.ndim
     if isinstance(leaf, BitmaskSparseArray):
@@ -137,6 +140,13 @@ def can_unstack(leaf: Any) -> bool:
     if isinstance(leaf, InputQuantizedArray):
         return can_unstack(leaf.weight) and (leaf.scale is None or leaf.scale.ndim > 0)
     return not is_compressed(leaf)
+
+
+def parameters(leaf: QuantizedArray | CodebookArray) -> list[Any]:
+    """What has one entry per block, as arrays or abstract ones with the axes of the leaf."""
+    if isinstance(leaf, CodebookArray):
+        return [jax.ShapeDtypeStruct(leaf.table.shape[:-1], leaf.table.dtype)]
+    return [leaf.scale] if leaf.zero_point is None else [leaf.scale, leaf.zero_point]
 
 
 def _reshape_low_rank(leaf: LowRankArray, shape: Sequence[int]) -> LowRankArray | None:
@@ -157,13 +167,12 @@ def _reshape_low_rank(leaf: LowRankArray, shape: Sequence[int]) -> LowRankArray 
     return with_factors(leaf, move, lambda residual: reshape(residual, shape))
 
 
-def _parameters(leaf: QuantizedArray) -> list[Any]:
-    return [leaf.scale] if leaf.zero_point is None else [leaf.scale, leaf.zero_point]
-
-
-def _with_parts(leaf: QuantizedArray, data: Any, move: Any) -> QuantizedArray | None:
+def _with_parts(leaf: Any, data: Any, move: Callable[[Any], Any]) -> Any:
     if data is None:
         return None
+    if isinstance(leaf, CodebookArray):
+        # The table has one axis more than the leaf, which stays the last.
+        return dataclasses.replace(leaf, data=data, table=jax.vmap(move, in_axes=-1, out_axes=-1)(leaf.table))
     scale = move(leaf.scale)
     zero_point = None if leaf.zero_point is None else move(leaf.zero_point)
     return dataclasses.replace(leaf, data=data, scale=scale, zero_point=zero_point)
@@ -177,9 +186,10 @@ def _stacked_ndim(leaf: InputQuantizedArray) -> int:
     return 0 if leaf.scale is None else leaf.scale.ndim
 
 
-def _dense_codes(leaf: QuantizedArray, move: Any) -> Any:
+def _dense_codes(leaf: QuantizedArray | CodebookArray, move: Any) -> Any:
     """The codes as plain integers, moved; None where absent codes must stay distinguishable from code 0."""
-    if isinstance(leaf.data, SparseArray) and (leaf.zero_point is not None or leaf.levels is not None):
+    shifted = isinstance(leaf, QuantizedArray) and (leaf.zero_point is not None or leaf.levels is not None)
+    if isinstance(leaf.data, SparseArray) and shifted:
         return None
     return move(leaf.codes())
 

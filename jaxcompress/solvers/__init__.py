@@ -31,6 +31,8 @@ from jaxcompress.solvers._hard_concrete import soft_gates as soft_gates
 from jaxcompress.solvers._hessian import Problem as Problem
 from jaxcompress.solvers._hessian import damped as damped
 from jaxcompress.solvers._hessian import problem as problem
+from jaxcompress.solvers._kmeans import kmeans_line as kmeans_line
+from jaxcompress.solvers._kmeans import nearest_center as nearest_center
 from jaxcompress.solvers._masked import masked_least_squares as masked_least_squares
 from jaxcompress.solvers._multipliers import ascending as ascending
 from jaxcompress.solvers._multipliers import steer as steer

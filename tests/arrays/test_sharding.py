@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcompress.arrays import LowRankArray, QuantizedArray, component_shardings, pack, sparsify
+from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray, component_shardings, pack, sparsify
 from jaxcompress.trace import LeafLayout
 
 PLAIN = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
@@ -53,7 +53,7 @@ def test_outputs_and_inputs_cut(kind):
             parts = [jax.tree.leaves(part)[0].sharding.spec for part in (placed.left, placed.right)]
             assert parts == [PartitionSpec("data", None, None), PartitionSpec(None, "model", None)]
             return
-        codes = placed.data if isinstance(placed, QuantizedArray) else placed
+        codes = placed.data if isinstance(placed, QuantizedArray | CodebookArray) else placed
         while hasattr(codes, "materialize"):
             codes = codes.values if hasattr(codes, "values") else codes.data
         assert codes.sharding.spec == PartitionSpec("data", "model")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.arrays import LowRankArray, QuantizedArray, pack, sparsify
+from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
 
 
 def _bits(leaf: Any) -> bytes:
@@ -57,6 +57,12 @@ def _compressed() -> dict[str, Any]:
         "int4 groups": quantized(packed, groups),
         "zero point": quantized(pack(jnp.abs(codes).astype(jnp.uint8), bits=3, axis=0), scale, zero_point=scale + 1),
         "levels": quantized(pack(jnp.abs(codes).astype(jnp.uint8), bits=4, axis=1), scale, levels=(0.1,) * 16),
+        "codebook": CodebookArray(
+            data=pack(jnp.abs(codes).astype(jnp.uint8), bits=3, axis=0),
+            table=jnp.linspace(-1, 1, 7)[None, None],
+            dtype=jnp.dtype("float32"),
+            zero=True,
+        ),
         "bit mask": sparsify(weights.astype(jnp.bfloat16), mask),
         "bit mask in shards": sparsify(weights, mask, shards=4),
         "2:4": sparsify(weights, half, pattern=(2, 4), axis=0),

@@ -85,9 +85,9 @@ def test_every_missing_field_of_the_manifest(original, tmp_path):
 
 
 def test_a_newer_format(copy):
-    _edit(copy, lambda content: content.update(format_version=2, versions={"jaxcompress": "9.1"}, new={}))
-    _fails(copy, r"format version 2, written by jaxcompress 9\.1; this version reads up to 1\. Upgrade")
-    with pytest.raises(CheckpointError, match="format version 2"):
+    _edit(copy, lambda content: content.update(format_version=3, versions={"jaxcompress": "9.1"}, new={}))
+    _fails(copy, r"format version 3, written by jaxcompress 9\.1; this version reads up to 2\. Upgrade")
+    with pytest.raises(CheckpointError, match="format version 3"):
         read_manifest(copy)
 
 

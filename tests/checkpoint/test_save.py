@@ -171,7 +171,7 @@ def _fail(*_args, **_kwargs):
     raise OSError("No space left on device")
 
 
-@pytest.mark.parametrize("name", ["write_arrays", "write_synced", "file_sizes", "manifest_to_json"])
+@pytest.mark.parametrize("name", ["write_arrays", "file_sizes", "write_manifest"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch, name, existing):
     if existing:

@@ -74,7 +74,8 @@ def test_equals_the_plain_model(name):
 def test_gradients_equal_those_of_the_plain_model(name):
     """With respect to the inputs, the scales, the kept values and the leaves that stayed plain."""
     model, _ = _model(name)
-    chosen = ("int8 per channel", "uint4 groups zero point", "int4 2:4 groups", "bit mask", "low rank + int4 groups")
+    chosen = ("int8 per channel", "uint4 groups zero point", "int4 2:4 groups", "bit mask")
+    chosen += ("low rank + int4 groups", "codebook")
     params = {kind: _compressed(name, kind) for kind in chosen}
     trainable, rest = tree.partition_trainable(params)
     floats, others = tree.partition(lambda x: jnp.issubdtype(x.dtype, jnp.floating), model.inputs)
@@ -95,7 +96,10 @@ def test_gradients_equal_those_of_the_plain_model(name):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max(initial=0)) + 1e-6)
 
 
-@pytest.mark.parametrize("kind", ["int8 per channel", "int4 groups", "int4 2:4 groups", "2:4", "low rank"])
+@pytest.mark.parametrize(
+    "kind",
+    ["int8 per channel", "int4 groups", "int4 2:4 groups", "2:4", "low rank", "codebook per output"],
+)
 @pytest.mark.parametrize("name", ["dense", "attention", "tied_embed", "scanned", "batched_experts"])
 def test_sharded_over_eight_devices(name, kind):
     """Weights are cut along their first output axis where it can hold whole shares."""

@@ -1,0 +1,162 @@
+"""Shared values for the leaves of a tree: which leaves, and what happened to them."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays import CodebookArray, SparseArray, pack, sparsify_like
+from jaxcompress.clustering._fit import fit_tables, nearest_codes
+from jaxcompress.clustering._spec import CodebookSpec
+from jaxcompress.trace import LeafLayout, selected_layouts
+from jaxcompress.tree import Unselected, check_finite, is_unselected, map_with_path
+from jaxcompress.types import Params, Selector, is_compressed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterInfo:
+    """What happened to one leaf.
+
+    Attributes:
+        error: sqrt(Σ h (w - w')² / Σ h w²); h is the importance, or 1.
+        zeros: share of weights that are 0 now.
+        values: number of values in use, 0 included, over all tables of the leaf.
+        entropy_bits: mean of -log2 of the share of a code: bits per weight of an ideal coder that knows the shares.
+    """
+
+    error: float
+    zeros: float
+    values: int
+    entropy_bits: float
+
+
+def cluster(
+    params: Params,
+    spec: CodebookSpec,
+    *,
+    importance: Params | None = None,
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> tuple[Params, dict[str, ClusterInfo]]:
+    """Lets the weights of a leaf share a few values: Σ h (w - value)² is minimised by k-means.
+
+    Leaves that are clustered already are left as they are, so that calls with different `select` and `spec` compose.
+    Sparse leaves keep their index; other compressed leaves are materialized first.
+
+    Args:
+        params: the tree.
+        spec: how many values, which weights share a table, and what a code costs.
+        importance: h, a partial tree of arrays that broadcast against the leaves: `calibration.fisher`, or
+            `input_importance` of input statistics. `Unselected`, None or no tree: 1.
+        select: which leaves; by default every weight (see `trace.selected_layouts`).
+        layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
+
+    Returns:
+        `(params, info)`: a `CodebookArray` for every selected leaf, and what happened, by path.
+
+    Raises:
+        ValueError: nothing is selected; a selected leaf is no float array, is sparse though `spec.zero` is False, or
+            holds NaN or Inf; importance that is negative, not finite or of another shape. Names the leaf.
+
+    Example:
+        >>> small, info = cluster({"kernel": jnp.array([[0.0, 1.0], [1.2, -2.0]])}, CodebookSpec(values=3))
+        >>> small["kernel"].table, small["kernel"].materialize()
+        (Array([[[-2. ,  1.1]]], dtype=float32), Array([[ 0. ,  1.1], [ 1.1, -2. ]], dtype=float32))
+        >>> info["kernel"].values, info["kernel"].entropy_bits
+        (3, 1.5)
+
+    References:
+        Han, Mao and Dally 2016, "Deep Compression: compressing deep neural networks with pruning, trained quantization
+        and Huffman coding"; Choi, El-Khamy and Lee 2017, "Towards the limit of network quantization" (weighting by
+        second derivatives, entropy-constrained codes).
+    """
+    info: dict[str, ClusterInfo] = {}
+
+    def visit(path: str, leaf: Any, layout: Any, weight: Any) -> Any:
+        if is_unselected(layout) or isinstance(leaf, CodebookArray):
+            return leaf
+        dense, h = checked_leaf(path, leaf, spec), checked_importance(path, leaf, weight)
+        tables = fit_tables(dense, spec, spec.blocks(dense.shape, layout), h)
+        codes = nearest_codes(dense, tables, spec, h)
+        stored = store_codes(codes, tables, spec, layout, leaf)
+        info[path] = describe(dense, stored, codes, h)
+        return stored
+
+    known = map_with_path(lambda *_: Unselected, params) if importance is None else importance
+    chosen = selected_layouts(params, select=select, layouts=layouts)
+    return map_with_path(visit, params, chosen, known), info
+
+
+def checked_leaf(path: str, leaf: Any, spec: CodebookSpec) -> jax.Array:
+    """A leaf as plain floats.
+
+    Raises:
+        ValueError: as `cluster`.
+    """
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"Leaf {path!r} of dtype {leaf.dtype} and shape {tuple(leaf.shape)} is selected, but only floats can share "
+            "values; exclude it."
+        )
+    if isinstance(leaf, SparseArray) and not spec.zero:
+        raise ValueError(f"Leaf {path!r} is sparse: what it leaves out is 0, so `zero` must be True.")
+    if not len(leaf.shape):
+        raise ValueError(f"Leaf {path!r} is a scalar and has no axis along which to store codes; exclude it.")
+    dense = leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
+    check_finite(path, dense)
+    return dense
+
+
+def checked_importance(path: str, leaf: Any, weight: Any) -> jax.Array | None:
+    """The importance of a leaf, or None.
+
+    Raises:
+        ValueError: it does not broadcast against the leaf.
+    """
+    if weight is None or is_unselected(weight):
+        return None
+    try:
+        fits = np.broadcast_shapes(weight.shape, leaf.shape) == tuple(leaf.shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`importance` of leaf {path!r} has shape {tuple(weight.shape)}, which does not broadcast to "
+            f"{tuple(leaf.shape)}."
+        )
+    return weight
+
+
+def store_codes(
+    codes: jax.Array, tables: jax.Array, spec: CodebookSpec, layout: LeafLayout, leaf: Any
+) -> CodebookArray:
+    """Codes and tables as a leaf; under the index of `leaf`, if it is sparse."""
+    if isinstance(leaf, SparseArray):
+        kept = sparsify_like(codes, leaf)
+        data = dataclasses.replace(kept, values=pack(kept.values, bits=spec.bits, axis=getattr(kept, "axis", -1)))
+    else:
+        data = pack(codes, bits=spec.bits, axis=_packing_axis(codes.shape, layout))
+    return CodebookArray(data=data, table=tables, dtype=jnp.dtype(leaf.dtype), zero=spec.zero)
+
+
+def describe(dense: jax.Array, stored: CodebookArray, codes: jax.Array, importance: jax.Array | None) -> ClusterInfo:
+    """Error and entropy of a clustered leaf."""
+    h = 1.0 if importance is None else np.asarray(importance, np.float64)
+    x, y = np.asarray(dense, np.float64), np.asarray(stored.materialize(), np.float64)
+    total = float((h * x * x).sum())
+    counts = np.bincount(np.asarray(codes).ravel(), minlength=1)
+    shares = counts[counts > 0] / max(counts.sum(), 1)
+    return ClusterInfo(
+        error=float(np.sqrt((h * (x - y) ** 2).sum() / total)) if total else 0.0,
+        zeros=float((y == 0).mean()) if y.size else 0.0,
+        values=len(shares),
+        entropy_bits=float(np.abs(shares @ np.log2(shares))) if len(shares) else 0.0,
+    )
+
+
+def _packing_axis(shape: tuple[int, ...], layout: LeafLayout) -> int:
+    """The longest axis that is not stacked, the last of equal ones: fewest padded codes."""
+    free = [axis for axis in range(len(shape)) if axis not in layout.stack_axes] or list(range(len(shape)))
+    return max(free, key=lambda axis: (shape[axis], axis)) - len(shape)

@@ -1,0 +1,69 @@
+"""From what a leaf reads to how much the error of each of its weights counts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.calibration import InputStatistics, LookupCounts
+from jaxcompress.trace import LeafLayout
+from jaxcompress.tree import Unselected, leaves_with_paths, map_with_path
+from jaxcompress.types import Params
+
+
+def input_importance(params: Params, statistics: Params, layouts: Params) -> Params:
+    """H = mean of x² of the input that a weight multiplies: the output error, for uncorrelated inputs.
+
+    Of a table that is looked up, h is the share of the look-ups that a row gets.
+
+    Args:
+        params: the tree.
+        statistics: from `calibration.input_statistics`, with "gram" or "squared_sum".
+        layouts: from `trace.layouts`, of the same model.
+
+    Returns:
+        A partial tree of arrays that broadcast against the leaves, fit for `cluster`.
+
+    Raises:
+        ValueError: no leaf has statistics; or a leaf has those of no rows, names it.
+
+    Example:
+        >>> from jaxcompress.calibration import input_statistics
+        >>> from jaxcompress.trace import layouts
+        >>> params, x = {"kernel": jnp.ones((2, 3))}, jnp.array([[1.0, 2.0], [3.0, 0.0]])
+        >>> model = lambda p, x: x @ p["kernel"]
+        >>> statistics = input_statistics(model, params, [(x,)])
+        >>> input_importance(params, statistics, layouts(model, params, x))["kernel"].tolist()
+        [[5.0], [2.0]]
+    """
+
+    def visit(path: str, leaf: Any, entry: Any, layout: LeafLayout) -> Any:
+        if not isinstance(entry, InputStatistics | LookupCounts):
+            return Unselected
+        if not bool((jnp.asarray(entry.count) > 0).all()):
+            raise ValueError(f"Leaf {path!r} has statistics of no rows: its importance is not known.")
+        if isinstance(entry, LookupCounts):
+            return _spread(entry.rows / entry.count, layout.output_axes, leaf.shape)
+        return _of_inputs(path, entry, layout, leaf.shape)
+
+    found = map_with_path(visit, params, statistics, layouts)
+    if not leaves_with_paths(found):
+        raise ValueError("No leaf has input statistics: gather them with `calibration.input_statistics`.")
+    return found
+
+
+def _of_inputs(path: str, entry: InputStatistics, layout: LeafLayout, shape: tuple[int, ...]) -> jax.Array:
+    if entry.gram is None and entry.squared_sum is None:
+        raise ValueError(f"Leaf {path!r} has neither of the statistics 'gram' and 'squared_sum'; gather one of them.")
+    squares = entry.squared_sum
+    if squares is None:
+        squares = jnp.diagonal(entry.gram, axis1=-2, axis2=-1)
+    return _spread(squares / entry.count[..., None], (*layout.stack_axes, *layout.input_axes), shape)
+
+
+def _spread(values: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:
+    """Values in the order of `axes`, in a shape that broadcasts against the leaf."""
+    sizes = [shape[axis] for axis in axes]
+    order = np.argsort(axes).tolist()
+    return values.reshape(sizes).transpose(order).reshape([n if i in axes else 1 for i, n in enumerate(shape)])

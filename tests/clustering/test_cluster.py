@@ -1,0 +1,190 @@
+"""Trees with shared values: against NumPy, in every layout, and with everything that can be wrong with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress import trace
+from jaxcompress.arrays import CodebookArray, look_up, sparsify, validate_array
+from jaxcompress.calibration import input_statistics
+from jaxcompress.clustering import CodebookSpec, cluster, input_importance, trained_codebooks
+from jaxcompress.trace import LeafLayout
+
+
+def weights(*shape, seed=0, zeros=0.0):
+    rng = np.random.default_rng(seed)
+    return np.where(rng.random(shape) < zeros, 0, rng.normal(size=shape)).astype(np.float32)
+
+
+def means(x, codes, h=None):
+    """Mean of the weights of every code but 0."""
+    h = np.ones_like(x) if h is None else np.broadcast_to(h, x.shape)
+    return [
+        np.average(x[codes == code].astype(np.float64), weights=h[codes == code]) for code in range(1, codes.max() + 1)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(37, 11), (5, 3, 7), (13,), (3, 3, 2, 5)])
+def test_every_weight_has_the_nearest_value_and_every_value_is_the_mean_of_its_weights(shape):
+    x = weights(*shape, zeros=0.3)
+    found, info = cluster({"w": jnp.asarray(x)}, CodebookSpec(values=5), select=lambda tree: {"w": True})
+    leaf = found["w"]
+    validate_array(leaf)
+    codes, table = np.asarray(leaf.codes()), np.asarray(leaf.table).ravel()
+    assert table.shape == (4,)
+    np.testing.assert_array_equal(codes == 0, x == 0)
+    np.testing.assert_array_equal(codes[x != 0] - 1, np.abs(x[x != 0][:, None] - table).argmin(1))
+    np.testing.assert_allclose(table, means(x, codes), rtol=1e-6)
+    np.testing.assert_array_equal(leaf.materialize(), np.concatenate([[0], table])[codes].astype(np.float32))
+    y = np.asarray(leaf.materialize(), np.float64)
+    assert info["w"].error == pytest.approx(np.linalg.norm(x - y) / np.linalg.norm(x))
+    shares = np.bincount(codes.ravel()) / codes.size
+    assert info["w"].entropy_bits == pytest.approx(-(shares * np.log2(shares)).sum())
+    assert (info["w"].values, info["w"].zeros) == (5, pytest.approx((x == 0).mean()))
+
+
+def test_a_stacked_leaf_is_clustered_copy_by_copy_and_outputs_one_by_one():
+    x = jnp.asarray(weights(3, 16, 6, zeros=0.2))
+    layouts = {"w": LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))}
+    for per in ("leaf", "output"):
+        spec = CodebookSpec(values=4, per=per)
+        leaf = cluster({"w": x}, spec, layouts=layouts)[0]["w"]
+        assert leaf.table.shape == ((3, 1, 1, 3) if per == "leaf" else (3, 1, 6, 3))
+        for at in range(3):
+            one = {"w": LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))}
+            alone = cluster({"w": x[at]}, spec, layouts=one)[0]["w"]
+            np.testing.assert_array_equal(leaf.materialize()[at], alone.materialize())
+
+
+def test_importance_moves_the_values_to_what_counts():
+    x = weights(24, 10, seed=3)
+    h = np.random.default_rng(4).gamma(0.3, size=(24, 10)).astype(np.float32)
+    spec = CodebookSpec(values=4, zero=False)
+    plain, without = cluster({"w": jnp.asarray(x)}, spec)
+    found, info = cluster({"w": jnp.asarray(x)}, spec, importance={"w": jnp.asarray(h)})
+    own, other = (np.asarray(tree["w"].materialize(), np.float64) for tree in (found, plain))
+    assert (h * (x - own) ** 2).sum() < (h * (x - other) ** 2).sum()
+    assert info["w"].error == pytest.approx(np.sqrt((h * (x - own) ** 2).sum() / (h * x.astype(np.float64) ** 2).sum()))
+    assert without["w"].error < np.linalg.norm(x - own) / np.linalg.norm(x)
+
+
+def test_importance_of_inputs():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(20, 4, 6)) * np.arange(1, 7), jnp.float32)
+    params = {"kernel": jnp.asarray(weights(4, 6, 5))}
+
+    def model(tree, inputs):
+        return jnp.einsum("nab,abo->no", inputs, tree["kernel"])
+
+    statistics = input_statistics(model, params, [(x[:8],), (x[8:],)])
+    h = input_importance(params, statistics, trace.layouts(model, params, x))["kernel"]
+    np.testing.assert_allclose(h, np.square(np.asarray(x, np.float64)).mean(0)[..., None], rtol=1e-5)
+    with pytest.raises(ValueError, match="No leaf has input statistics"):
+        input_importance(params, {"kernel": None}, trace.layouts(model, params, x))
+
+
+def test_a_rate_buys_shorter_codes():
+    x = {"w": jnp.asarray(weights(60, 50))}
+    entropies, errors = [], []
+    for rate in (0.0, 0.01, 0.05, 0.2):
+        _, info = cluster(x, CodebookSpec(values=16, rate=rate))
+        entropies.append(info["w"].entropy_bits)
+        errors.append(info["w"].error)
+    assert entropies == sorted(entropies, reverse=True)
+    assert errors == sorted(errors)
+    assert entropies[-1] < 0.6 * entropies[0]
+
+
+def test_sparse_and_half_precision_leaves():
+    x = weights(20, 9, zeros=0.7)
+    sparse = sparsify(jnp.asarray(x), jnp.asarray(x != 0))
+    leaf = cluster({"w": sparse}, CodebookSpec(values=8))[0]["w"]
+    validate_array(leaf)
+    dense = cluster({"w": jnp.asarray(x)}, CodebookSpec(values=8))[0]["w"]
+    np.testing.assert_array_equal(leaf.materialize(), dense.materialize())
+    half = cluster({"w": jnp.asarray(x, jnp.bfloat16)}, CodebookSpec(values=8, dtype="bfloat16"))[0]["w"]
+    assert half.materialize().dtype == half.table.dtype == jnp.bfloat16
+    assert cluster({"w": leaf, "v": jnp.ones((2, 2))}, CodebookSpec(values=2))[0]["w"] is leaf
+
+
+@pytest.mark.parametrize("x", [np.zeros((0, 4)), np.zeros((5, 0)), np.zeros((5, 3)), np.full((5, 3), 2.0), np.eye(3)])
+def test_fewer_values_than_asked(x):
+    for zero in (True, False):
+        found, info = cluster({"w": jnp.asarray(x, jnp.float32)}, CodebookSpec(values=16, zero=zero, rate=0.01))
+        validate_array(found["w"])
+        if zero or x.size:
+            np.testing.assert_array_equal(found["w"].materialize(), x)
+        assert info["w"].error == 0
+
+
+def test_what_cannot_be_clustered():
+    spec = CodebookSpec(values=4)
+    with pytest.raises(ValueError, match="'a/w' holds 1 NaN and 1 Inf"):
+        cluster({"a": {"w": jnp.array([[jnp.nan, jnp.inf, 1.0]])}}, spec)
+    with pytest.raises(ValueError, match="'w' of dtype int32"):
+        cluster({"w": jnp.ones((2, 2), jnp.int32)}, spec)
+    with pytest.raises(ValueError, match=r"'w' has shape \(3,\), which does not broadcast to \(2, 2\)"):
+        cluster({"w": jnp.ones((2, 2))}, spec, importance={"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match="'w' is sparse"):
+        cluster({"w": sparsify(jnp.ones((2, 2)), jnp.eye(2, dtype=bool))}, CodebookSpec(values=4, zero=False))
+    with pytest.raises(ValueError, match="nothing is selected"):
+        cluster({"w": jnp.ones(2)}, spec)
+    for wrong in ({"values": 1}, {"values": 257}, {"values": 4, "rate": -1.0}):
+        with pytest.raises(ValueError, match=r"must be"):
+            CodebookSpec(**wrong)
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (6, 1), (3, 2), (1, 4)])
+@pytest.mark.parametrize("zero", [True, False])
+def test_look_up_and_its_gradient(blocks, zero):
+    rng = np.random.default_rng(0)
+    table, codes = rng.normal(size=(*blocks, 5)).astype(np.float32), rng.integers(0, 5 + zero, (6, 4)).astype(np.uint8)
+    gradient = rng.normal(size=(6, 4)).astype(np.float32)
+    whole = np.concatenate([np.zeros((*blocks, 1)), table], -1) if zero else table
+    value, pull = jax.vjp(lambda t: look_up(jnp.asarray(codes), t, zero=zero), jnp.asarray(table))
+    expected, sums = np.zeros((6, 4)), np.zeros(whole.shape)
+    for i, j in np.ndindex(6, 4):
+        at = (i * blocks[0] // 6, j * blocks[1] // 4, codes[i, j])
+        expected[i, j] = whole[at]
+        sums[at] += gradient[i, j]
+    np.testing.assert_array_equal(value, expected.astype(np.float32))
+    np.testing.assert_allclose(pull(jnp.asarray(gradient))[0], sums[..., int(zero) :], rtol=1e-5, atol=1e-6)
+
+
+def test_training_moves_tables_only_and_lowers_the_loss():
+    x, target = jnp.asarray(weights(40, 12, seed=5)), jnp.asarray(weights(12, 7, seed=6, zeros=0.5))
+    params, transform = {"w": target}, trained_codebooks(CodebookSpec(values=4))
+    state = transform.init(params, key=jax.random.key(0))
+
+    def loss(tables):
+        w = transform.apply(params, state._replace(trainable=tables))["w"]
+        return jnp.square(x @ (w - target)).sum()
+
+    before, tables = loss(state.trainable), state.trainable
+    for _ in range(50):
+        tables = jax.tree.map(lambda t, g: t - 1e-4 * g, tables, jax.grad(loss)(tables))
+    assert loss(tables) < before
+    final = transform.finalize(params, state._replace(trainable=tables))["w"]
+    assert isinstance(final, CodebookArray)
+    np.testing.assert_array_equal(final.codes() == 0, target == 0)
+
+
+def test_a_stored_table_trains_by_itself_and_zeros_stay():
+    """`partition_trainable` finds the table of a finished leaf."""
+    leaf = cluster({"w": jnp.asarray(weights(12, 7, zeros=0.5))}, CodebookSpec(values=4))[0]["w"]
+    trainable, rest = jc.tree.partition_trainable({"w": leaf})
+    moved = jax.tree.map(lambda part: part + 1, trainable)
+    now = jc.tree.combine(moved, rest)["w"].materialize()
+    np.testing.assert_array_equal(now == 0, leaf.materialize() == 0)
+    np.testing.assert_allclose(now[now != 0], leaf.materialize()[now != 0] + 1, rtol=1e-6)
+
+
+def test_transform_options():
+    spec = CodebookSpec(values=4)
+    for wrong in ({"every": 0}, {"until": -1}):
+        with pytest.raises(ValueError, match="must be"):
+            trained_codebooks(spec, **wrong)
+    with pytest.raises(ValueError, match="'w' holds 1 NaN"):
+        trained_codebooks(spec).init({"w": jnp.full((1, 1), jnp.nan)}, key=jax.random.key(0))
