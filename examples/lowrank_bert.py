@@ -203,7 +203,7 @@ class Judge:
         }
         times = self._times()
         for name, row in means.items():
-            row["time"] = times.get(name, float("nan"))
+            row["time"] = times.get(name)
         pairs = {}
         for first, second in PAIRS:
             of = [np.mean(self.divergences[name], axis=0) for name in (first, second)]
@@ -234,7 +234,7 @@ def show(figures: dict[str, Any]) -> None:
     whole = figures["methods"]["dense"]["bytes"]
     rows = []
     for name, row in figures["methods"].items():
-        shares = (f"{row['bytes'] / whole:.1%}", "" if np.isnan(row["time"]) else f"{row['time']:.2f}")
+        shares = (f"{row['bytes'] / whole:.1%}", "" if row["time"] is None else f"{row['time']:.2f}")
         fidelity = (f"{row['kl']:.4f}", f"{row['vector_error']:.3f}", f"{100 * row['agreement']:.1f}")
         rows.append((name, *shares, *fidelity, f"{100 * row['accuracy']:.1f}"))
     print(report.format_table(report.Table(header, tuple(rows))))

@@ -4,10 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Shaped
 
 
-def divide(x: Float[Array, "..."], y: Num[Array, "..."] | float | int) -> Float[Array, "..."]:
+def divide(x: Float[Array, "..."], y: Shaped[Array, "..."] | float | int) -> Float[Array, "..."]:
     """The quotient x / y in float32, rounded once; `y` broadcasts against `x`.
 
     XLA turns the division by a broadcast or constant value into a multiplication with its reciprocal, which is off by

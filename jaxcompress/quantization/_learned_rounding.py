@@ -84,8 +84,9 @@ def learned_rounding(
         >>> params = {"w": jnp.array([[0.7], [0.55], [7.0]])}
         >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [4.0, 4.1, 0.0]])
         >>> start = quantize(params, QuantSpec(bits=4))
+        >>> schedule = RoundingSchedule(rate=0.05, steps=400)
         >>> found, info = learned_rounding(
-        ...     lambda p, x: x @ p["w"], params, start, [(x,)], together=str, schedule=RoundingSchedule(rate=0.05)
+        ...     lambda p, x: x @ p["w"], params, start, [(x,)], together=str, schedule=schedule
         ... )
         >>> start["w"].codes().ravel().tolist(), int(found["w"].codes()[:2].sum())
         ([1, 1, 7], 1)

@@ -118,7 +118,7 @@ def awq(
         >>> x = jnp.array([[0.1, 4.0, 0.0], [0.0, 0.0, 4.0]])
         >>> statistics = input_statistics(lambda p, x: x @ p["kernel"], params, [(x,)])
         >>> _, info = awq(params, statistics, QuantSpec(bits=2))
-        >>> info["kernel"].error < info["kernel"].error_before
+        >>> info["kernel"].error < 0.9 * info["kernel"].error_before
         True
 
     References:

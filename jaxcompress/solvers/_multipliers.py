@@ -9,8 +9,9 @@ def steer(distance: Float[Array, ""], linear: Float[Array, ""], quadratic: Float
 
     Example:
         >>> import jax.numpy as jnp
-        >>> jax.grad(steer, argnums=(0, 1, 2))(jnp.float32(0.5), jnp.float32(1.0), jnp.float32(2.0))
-        (Array(3., dtype=float32, ...), Array(-0.5, dtype=float32, ...), Array(-0.25, dtype=float32, ...))
+        >>> gradient = jax.grad(steer, argnums=(0, 1, 2))(jnp.float32(0.5), jnp.float32(1.0), jnp.float32(2.0))
+        >>> [float(part) for part in gradient]
+        [3.0, -0.5, -0.25]
     """
     return ascending(linear) * distance + ascending(quadratic) * distance**2
 

@@ -14,8 +14,9 @@ from jaxcompress.types import Params, Selector, is_compressed
 def partition_trainable(params: Params, *, select: Selector | None = None) -> tuple[Params, Params]:
     """Splits `params` into what an optimizer may change and the rest.
 
-    Float arrays are trainable, the float parts of compressed arrays (scales) too; integer codes, packed bytes, masks,
-    keys and everything that is no array are not: an optimizer would otherwise keep moments for codes.
+    Float arrays are trainable, the float parts of compressed arrays (scales) too; integer codes, floats of one byte,
+    packed bytes, masks, keys and everything that is no array are not: an optimizer would otherwise keep moments for
+    codes.
 
     Args:
         params: the tree; compressed arrays are taken apart.
@@ -73,4 +74,7 @@ def _either(x: Any, y: Any) -> Any:
 
 
 def _is_float(leaf: Any) -> bool:
-    return hasattr(leaf, "dtype") and not is_compressed(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    if not hasattr(leaf, "dtype") or is_compressed(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return False
+    # Floats of one byte are codes, or powers of two as scales: no step of an optimizer would move them.
+    return leaf.dtype.itemsize > 1

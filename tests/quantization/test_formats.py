@@ -18,6 +18,7 @@ from jaxcompress.quantization import (
     scale_shape,
 )
 from jaxcompress.trace import LeafLayout
+from jaxcompress.tree import partition_trainable
 
 LAYOUT = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
 STACKED = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
@@ -171,6 +172,13 @@ def test_block_scales_of_mx_are_powers_of_two():
         np.testing.assert_array_equal(
             leaf.materialize(), scaled.astype(element).astype(np.float64) * spread(wanted, w.shape)
         )
+
+
+def test_scales_of_mx_are_never_given_to_an_optimizer():
+    trainable, _ = partition_trainable(
+        {"w": quantize_array(jnp.asarray(weights((64, 5))), QuantSpec(format="mxfp4"), LAYOUT)}
+    )
+    assert jax.tree.leaves(trainable) == []
 
 
 def test_integers_under_powers_of_two_are_not_cut():

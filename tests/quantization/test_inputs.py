@@ -183,7 +183,7 @@ def test_survives_a_checkpoint(tmp_path):
     assert jax.tree.structure(back) == jax.tree.structure(stored)
     for x, y in zip(jax.tree.leaves(stored), jax.tree.leaves(back), strict=True):
         assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
+        np.testing.assert_array_equal(*(np.atleast_1d(part).view(np.uint8) for part in (x, y)))
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
