@@ -67,7 +67,7 @@ def decode_adaptive(data: bytes, shape: tuple[int, int], alphabet: int) -> Integ
     if common >= max(alphabet, 1) or not 4 <= share <= CERTAIN - 4:
         raise ValueError(f"symbol {common} of {alphabet} with the probability {share} is not possible")
     decoder = BitDecoder(reader.rest())
-    size = shape[::-1] if turned % 2 else shape
+    size = (shape[1], shape[0]) if turned % 2 else shape
     codes = np.array(_walk(decoder, size, common, alphabet, share, turned // 2, None), np.int64).reshape(size)
     decoder.check_done()
     return codes.T if turned % 2 else codes

@@ -135,7 +135,11 @@ def _refit(
 
 @functools.partial(jax.jit, static_argnames=("zero",), inline=True)
 def _price(
-    x: Float32[Array, "B N"], h: Float32[Array, "B N"], tables: Float32[Array, "B E"], rate: ArrayLike, zero: bool
+    x: Float32[Array, "B N"],
+    h: Float32[Array, "B N"],
+    tables: Float32[Array, "B E"],
+    rate: Float[Array, ""] | float,
+    zero: bool,
 ) -> Float32[Array, "B V"]:
     """λ · bits of every code, in units of h (w - value)²; the bits are those of the codes that they lead to."""
     entries = tables.shape[1] + zero

@@ -54,11 +54,12 @@ def input_importance(params: Params, statistics: Params, layouts: Params) -> Par
 
 
 def _of_inputs(path: str, entry: InputStatistics, layout: LeafLayout, shape: tuple[int, ...]) -> jax.Array:
-    if entry.gram is None and entry.squared_sum is None:
-        raise ValueError(f"Leaf {path!r} has neither of the statistics 'gram' and 'squared_sum'; gather one of them.")
-    squares = entry.squared_sum
-    if squares is None:
+    if entry.squared_sum is not None:
+        squares = entry.squared_sum
+    elif entry.gram is not None:
         squares = jnp.diagonal(entry.gram, axis1=-2, axis2=-1)
+    else:
+        raise ValueError(f"Leaf {path!r} has neither of the statistics 'gram' and 'squared_sum'; gather one of them.")
     return _spread(squares / entry.count[..., None], (*layout.stack_axes, *layout.input_axes), shape)
 
 
