@@ -3,6 +3,7 @@
 from jaxcompress import arrays as arrays
 from jaxcompress import calibration as calibration
 from jaxcompress import checkpoint as checkpoint
+from jaxcompress import clustering as clustering
 from jaxcompress import distillation as distillation
 from jaxcompress import execution as execution
 from jaxcompress import gates as gates
