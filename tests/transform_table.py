@@ -96,7 +96,7 @@ TABLE: dict[str, Row] = {
     "codebooks of 3 bits": Row(
         make=lambda: trained_codebooks(CodebookSpec(values=8, zero=False)), zeros=None, trains=True, rate=0.05
     ),
-    "codebooks, assigned anew": Row(
+    "codebooks of 3 bits, assigned anew": Row(
         make=lambda: trained_codebooks(CodebookSpec(values=8, rate=0.01), every=2, until=4, store="sparse"),
         zeros=None,
         trains=True,
