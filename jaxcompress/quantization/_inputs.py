@@ -83,7 +83,7 @@ def quantize_inputs(
 
     Args:
         params: plain or quantized leaves; quantize weights first.
-        spec: of the inputs.
+        spec: of the inputs. `symmetric=False` uses all codes where most inputs have one sign (behind GELU or ReLU).
         ranges: from `input_ranges`, with the same spec.
         select: which leaves; by default every weight that is multiplied (not tables that are only looked up).
         layouts: from `trace.layouts`.

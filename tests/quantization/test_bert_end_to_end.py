@@ -58,7 +58,7 @@ def test_what_is_trained_is_what_is_served(name):
         optax.sgd(1e-2),
         losses={"soft": soft_targets()},
         transform=transform,
-        transform_optimizer=optax.sgd(1e-3),
+        transform_optimizer=optax.adam(1e-5),
     )
     state = init_state(params, key=jax.random.key(1), statistics=ranges)
     before = jax.tree.map(jnp.copy, state.transform_state.trainable)
