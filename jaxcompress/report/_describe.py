@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxcompress.arrays import (
     BitmaskSparseArray,
+    CodebookArray,
     InputQuantizedArray,
     LowRankArray,
     NMSparseArray,
@@ -19,7 +20,8 @@ def describe_leaf(leaf: Any) -> str:
     For quantized leaves: the codes, how weights share scales, and how zeros are stored; then, where the inputs are
     quantized too, whether their ranges are dynamic or static. `g32` is a group of 32 weights on one axis, `b16x32` a
     block over several, `per-channel` one scale for all weights along some axes, `per-tensor` one for all of them. For
-    low-rank leaves: their factors and the residual, such as `rank 16 float32 + int4 g32`.
+    low-rank leaves: their factors and the residual, such as `rank 16 float32 + int4 g32`. For codebooks: how many
+    values, and how their codes are stored, such as `16 values uint4 bitmask`.
 
     Args:
         leaf: an array, a compressed array, or the abstract form of either.
@@ -34,6 +36,10 @@ def describe_leaf(leaf: Any) -> str:
     if isinstance(leaf, QuantizedArray):
         codes = leaf.data.values if isinstance(leaf.data, BitmaskSparseArray | NMSparseArray) else leaf.data
         words = [_codes(codes), "levels" if leaf.levels is not None else "", _blocks(leaf), _pattern(leaf.data)]
+        return " ".join(word for word in words if word)
+    if isinstance(leaf, CodebookArray):
+        codes = leaf.data.values if isinstance(leaf.data, BitmaskSparseArray | NMSparseArray) else leaf.data
+        words = [f"{leaf.table.shape[-1] + leaf.zero} values", _codes(codes), _pattern(leaf.data)]
         return " ".join(word for word in words if word)
     if isinstance(leaf, InputQuantizedArray):
         return f"{describe_leaf(leaf.weight)}, {'dynamic' if leaf.scale is None else 'static'} inputs"

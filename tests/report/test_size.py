@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcompress.arrays import QuantizedArray, pack, sparsify
+from jaxcompress.arrays import CodebookArray, QuantizedArray, pack, sparsify
 from jaxcompress.report import describe_leaf, disk_bytes, format_table, leaf_table, size_report, total_table
 from jaxcompress.tree import by_path, partition_trainable
 
@@ -216,6 +216,16 @@ def test_disk_bytes_sums_files_once(tmp_path):
     assert disk_bytes(tmp_path / "deep" / "linked") == 3
     with pytest.raises(FileNotFoundError):
         disk_bytes(tmp_path / "nothing")
+
+
+def test_codebooks_are_described():
+    table = jnp.ones((1, 1, 15), jnp.float32)
+    codes = pack(jnp.ones((8, 4), jnp.uint8), bits=4, axis=0)
+    leaf = CodebookArray(data=codes, table=table, dtype=jnp.dtype("float32"), zero=True)
+    assert describe_leaf(leaf) == "16 values uint4"
+    assert describe_leaf(dataclasses.replace(leaf, zero=False, table=table[..., :9])) == "9 values uint4"
+    sparse = dataclasses.replace(leaf, data=sparsify(jnp.eye(8, 4, dtype=jnp.uint8), jnp.eye(8, 4, dtype=bool)))
+    assert describe_leaf(sparse) == "16 values uint8 bitmask"
 
 
 def test_kinds_of_stacked_leaves_and_unknown_classes():
