@@ -46,9 +46,7 @@ class Plan:
 
 
 PLANS = {
-    ("lenet-300-100", "fashion-mnist"): Plan(
-        keep=0.149, epochs=65, gate_epochs=25, learning_rate=2e-3, temperature=4.0
-    ),
+    ("lenet-300-100", "fashion-mnist"): Plan(keep=0.149, epochs=50, gate_epochs=25),
     ("lenet-300-100", "mnist-5k"): Plan(keep=0.1, epochs=120, gate_epochs=60),
     ("lenet-5", "fashion-mnist"): Plan(keep=0.1, epochs=6, gate_epochs=3),
     ("lenet-5", "mnist-5k"): Plan(keep=0.05, epochs=40, gate_epochs=20),
