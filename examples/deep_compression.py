@@ -18,7 +18,7 @@ import json
 import lzma
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from lenets import NETWORKS, Network
 
 import jaxcompress as jc
 from jaxcompress import checkpoint, pruning
@@ -111,7 +112,7 @@ def split(images: Images, *, validate: bool, quick: bool) -> dict[str, dict[str,
     return {name: {"x": jnp.asarray(x), "labels": jnp.asarray(y)} for name, (x, y) in pairs.items()}
 
 
-def run(network: "Network", rows: Any, plan: Plan, *, seed: int, quick: bool) -> dict[str, Any]:
+def run(network: Network, rows: Any, plan: Plan, *, seed: int, quick: bool) -> dict[str, Any]:
     """All stages."""
     epochs = 2 if quick else DENSE_EPOCHS
     keys = jax.random.split(jax.random.key(seed), 5)
@@ -200,58 +201,6 @@ def entropy_bytes(codes: np.ndarray) -> float:
     shares = np.bincount(codes.ravel()) / codes.size
     shares = shares[shares > 0]
     return float(-(shares * np.log2(shares)).sum() * codes.size / 8)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Network:
-    """A pure function of (params, images), and the shapes of its kernels."""
-
-    apply: Callable[[Params, jax.Array], jax.Array]
-    shapes: Mapping[str, tuple[int, ...]]
-
-    def init(self, key: jax.Array) -> Params:
-        """Kernels of variance 2 / inputs."""
-        make = jax.nn.initializers.he_normal()
-        keys = jax.random.split(key, len(self.shapes))
-        return {
-            name: {"kernel": make(own, shape, jnp.float32), "bias": jnp.zeros(shape[-1])}
-            for own, (name, shape) in zip(keys, self.shapes.items(), strict=True)
-        }
-
-
-def mlp(params: Params, images: jax.Array) -> jax.Array:
-    """LeNet-300-100."""
-    x = images.reshape(len(images), -1)
-    for name in ("first", "second"):
-        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"][None])
-    return x @ params["last"]["kernel"] + params["last"]["bias"][None]
-
-
-def convolutional(params: Params, images: jax.Array) -> jax.Array:
-    """LeNet-5, with 20 and 50 channels and 500 neurons."""
-    x = images[..., None]
-    for name in ("first", "second"):
-        x = jax.nn.relu(convolve(x, params[name]["kernel"]) + params[name]["bias"][None, None, None])
-        n, height, width, channels = x.shape
-        x = x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
-    x = jax.nn.relu(x.reshape(len(x), -1) @ params["third"]["kernel"] + params["third"]["bias"][None])
-    return x @ params["last"]["kernel"] + params["last"]["bias"][None]
-
-
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution as one matmul over patches: inside a scan on a CPU many times faster than XLA's own."""
-    rows, columns = x.shape[1] - kernel.shape[0] + 1, x.shape[2] - kernel.shape[1] + 1
-    shifted = [x[:, i : i + rows, j : j + columns] for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
-    return jnp.concatenate(shifted, axis=3) @ kernel.reshape(-1, kernel.shape[3])
-
-
-NETWORKS = {
-    "lenet-300-100": Network(apply=mlp, shapes={"first": (784, 300), "second": (300, 100), "last": (100, 10)}),
-    "lenet-5": Network(
-        apply=convolutional,
-        shapes={"first": (5, 5, 1, 20), "second": (5, 5, 20, 50), "third": (800, 500), "last": (500, 10)},
-    ),
-}
 
 
 def train_epochs(

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from lenets import NETWORKS, Network, Params
 
 import jaxcompress as jc
 from jaxcompress import gates
 from jaxcompress.distillation import make_train_step, soft_targets
 from jaxcompress.recipe import Images, fashion_mnist, mnist_5k
 from jaxcompress.units import UnitGroup, remove_units, sum_units
-
-Params = dict[str, dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,73 +51,6 @@ PLANS = {
     ("lenet-5", "mnist-5k"): Plan(keep=0.05, epochs=40, gate_epochs=20),
 }
 QUICK_ROWS = 2000
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Network:
-    """A pure function, the paths of its kernels in order, and whether its input features are units."""
-
-    apply: Callable[[Params, jax.Array], jax.Array]
-    shapes: Mapping[str, tuple[int, ...]]
-    gated_inputs: bool
-
-    @property
-    def units(self) -> list[str]:
-        """What the numbers of an architecture count."""
-        return (["inputs"] if self.gated_inputs else []) + list(self.shapes)[:-1]
-
-    @property
-    def kernels(self) -> list[str]:
-        """Paths of the kernels, in the order of execution."""
-        return [f"{name}/kernel" for name in self.shapes]
-
-    def init(self, key: jax.Array) -> Params:
-        """Fresh parameters."""
-        keys = jax.random.split(key, len(self.shapes))
-        make = jax.nn.initializers.he_normal()
-        return {
-            name: {"kernel": make(own, shape, jnp.float32), "bias": jnp.zeros(shape[-1])}
-            for own, (name, shape) in zip(keys, self.shapes.items(), strict=True)
-        }
-
-
-def mlp(params: Params, images: jax.Array) -> jax.Array:
-    """LeNet-300-100 on (batch, features)."""
-    x = images.reshape(len(images), -1)
-    for name in ("first", "second"):
-        x = jax.nn.relu(x @ params[name]["kernel"] + params[name]["bias"][None])
-    return x @ params["last"]["kernel"] + params["last"]["bias"][None]
-
-
-def convolutional(params: Params, images: jax.Array) -> jax.Array:
-    """LeNet-5 on (batch, 28, 28)."""
-    x = images[..., None]
-    for name in ("first", "second"):
-        x = jax.nn.relu(convolve(x, params[name]["kernel"]) + params[name]["bias"][None, None, None])
-        n, height, width, channels = x.shape
-        x = x.reshape(n, height // 2, 2, width // 2, 2, channels).max(axis=(2, 4))
-    x = x.reshape(len(x), -1)
-    x = jax.nn.relu(x @ params["third"]["kernel"] + params["third"]["bias"][None])
-    return x @ params["last"]["kernel"] + params["last"]["bias"][None]
-
-
-def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """A convolution as one matmul over patches: inside a scan on a CPU many times faster than XLA's own."""
-    rows, columns = x.shape[1] - kernel.shape[0] + 1, x.shape[2] - kernel.shape[1] + 1
-    shifted = [x[:, i : i + rows, j : j + columns] for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
-    return jnp.concatenate(shifted, axis=3) @ kernel.reshape(-1, kernel.shape[3])
-
-
-NETWORKS = {
-    "lenet-300-100": Network(
-        apply=mlp, shapes={"first": (784, 300), "second": (300, 100), "last": (100, 10)}, gated_inputs=True
-    ),
-    "lenet-5": Network(
-        apply=convolutional,
-        shapes={"first": (5, 5, 1, 20), "second": (5, 5, 20, 50), "third": (800, 500), "last": (500, 10)},
-        gated_inputs=False,
-    ),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,7 +143,7 @@ def with_gates(network: Network, params: Params, rows: Rows, plan: Plan, groups:
         penalty=gates.lagrangian(
             sparsity=1 - plan.keep, warm_up=optax.linear_schedule(0.0, 1.0, plan.gate_epochs * batches // 2)
         ),
-        drop_rate={"inputs": 0.2} if network.gated_inputs else 0.5,
+        drop_rate={"inputs": 0.2} if network.takes_features else 0.5,
     )
     state = train(network, params, rows, plan, plan.gate_epochs, key=key, transform=transform)
     log_alpha = state.transform_state.trainable["log_alpha"]
@@ -263,7 +195,7 @@ def count_weights(params: Params) -> int:
 
 def architecture(network: Network, params: Params) -> str:
     names = list(network.shapes)
-    widths = [params[name]["kernel"].shape[-2] for name in names[:1] if network.gated_inputs]
+    widths = [params[name]["kernel"].shape[-2] for name in names[:1] if network.takes_features]
     return "-".join(map(str, [*widths, *(params[name]["kernel"].shape[-1] for name in names[:-1])]))
 
 
@@ -287,7 +219,7 @@ def run(network: Network, images: Images, plan: Plan, *, held_out: int, seed: in
     }
     keys = jax.random.split(jax.random.key(seed), 6)
     start = network.init(keys[0])
-    groups = gates.layer_units(start, network.kernels, inputs=network.gated_inputs)
+    groups = gates.layer_units(start, network.kernels, inputs=network.takes_features)
     dense_size = count_weights(start)
 
     print("dense", flush=True)
