@@ -101,7 +101,7 @@ def look_up(
         >>> codes, table = jnp.array([[0, 1, 2, 1]], "uint8"), jnp.array([[[-0.5, 0.25]]])
         >>> look_up(codes, table, zero=True)
         Array([[ 0.  , -0.5 ,  0.25, -0.5 ]], dtype=float32)
-        >>> jax.grad(lambda t: (look_up(codes, t, zero=True) * jnp.arange(4.0)).sum())(table)
+        >>> jax.grad(lambda t: (look_up(codes, t, zero=True) * jnp.arange(4.0)[None]).sum())(table)
         Array([[[4., 2.]]], dtype=float32)
 
     References:
