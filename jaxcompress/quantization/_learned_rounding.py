@@ -1,6 +1,5 @@
 """Learned rounding: up or down, block after block, so that each block's outputs stay what they were."""
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -9,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Float32
 
-from jaxcompress.arrays import PackedArray, QuantizedArray, pack, per_block, split_blocks
+from jaxcompress.arrays import PackedArray, QuantizedArray
 from jaxcompress.calibration import Segment, segments
 from jaxcompress.quantization._leaf_matrix import with_new_leaves
 from jaxcompress.quantization._rounding_info import RoundingInfo
+from jaxcompress.quantization._soft_rounding import choice_of, decision, first_state, hard_leaf, soft_leaf
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
 
@@ -129,14 +128,6 @@ class _Block(NamedTuple):
     masks: list[Any]
 
 
-class _Choice(NamedTuple):
-    """What is fixed of a leaf: its codes, how far the other code of each weight is, and the leaf itself."""
-
-    codes: Float32[Array, "..."]
-    step: Float32[Array, "..."]
-    leaf: QuantizedArray
-
-
 def _check(kept: list[Any], paths: list[str], leaves: Mapping[str, Any], schedule: RoundingSchedule) -> None:
     if not kept:
         raise ValueError("`batches` is empty: rounding needs inputs.")
@@ -164,8 +155,8 @@ def _learn(
     block: _Block, own: dict[str, QuantizedArray], dense: Mapping[str, Any], schedule: RoundingSchedule
 ) -> tuple[dict[str, QuantizedArray], float, float]:
     """The block's leaves, and its relative error before and after."""
-    choices = {path: _choice(leaf, dense[path]) for path, leaf in own.items()}
-    state: Any = {path: _start(choice, dense[path]) for path, choice in choices.items()}
+    choices = {path: choice_of(leaf, dense[path]) for path, leaf in own.items()}
+    state: Any = {path: first_state(choice, dense[path]) for path, choice in choices.items()}
     optimizer = optax.adam(schedule.rate)
     moments = optimizer.init(state)
     losses = {id(part): _loss(part, schedule) for part in block.parts}
@@ -176,77 +167,20 @@ def _learn(
         gradient = losses[id(block.parts[at])](state, choices, block.params, data, share)
         updates, moments = _update(optimizer, gradient, moments)
         state = optax.apply_updates(state, updates)
-    learned = {path: _hard(choice, state[path], schedule) for path, choice in choices.items()}
+    learned = {path: hard_leaf(choice, state[path], schedule.scale_rate) for path, choice in choices.items()}
     before, after = _error(block, own), _error(block, learned)
     return (learned, before, after) if after < before else (own, before, before)
-
-
-def _choice(leaf: QuantizedArray, dense: Any) -> _Choice:
-    codes = leaf.codes().astype(jnp.float32)
-    low, high = _range(leaf)
-    other = jnp.clip(codes + jnp.sign(_gap(leaf, dense)), low, high)
-    return _Choice(codes, other - codes, leaf)
-
-
-def _gap(leaf: QuantizedArray, dense: Any) -> Float32[Array, "..."]:
-    """How far the dense weights are from the rounded ones, in codes."""
-    blocks = leaf.scale.shape
-    gap = split_blocks(dense.astype(jnp.float32) - leaf.materialize().astype(jnp.float32), blocks)
-    return (gap / per_block(leaf.scale, leaf.shape, blocks)).reshape(leaf.shape)
-
-
-def _range(leaf: QuantizedArray) -> tuple[float, float]:
-    """What codes may be; symmetric codes keep to those that occur on both sides."""
-    if leaf.zero_point is not None:
-        return 0.0, 2.0**leaf.bits - 1
-    lowest = jnp.minimum(leaf.codes().astype(jnp.float32).min(initial=0), -(2.0 ** (leaf.bits - 1) - 1))
-    return float(lowest), 2.0 ** (leaf.bits - 1) - 1
-
-
-def _start(choice: _Choice, dense: Any) -> dict[str, Any]:
-    gap = jnp.abs(_gap(choice.leaf, dense))
-    # Below 1/2: at the start, all decisions are for the codes as they are.
-    share = jnp.clip(gap, 0.0, 0.49)
-    inner = (share + 0.1) / 1.2
-    return {"v": jnp.log(inner / (1 - inner)), "u": jnp.zeros(choice.leaf.scale.shape, jnp.float32)}
-
-
-def _decision(v: Any) -> Any:
-    return jnp.clip(1.2 * jax.nn.sigmoid(v) - 0.1, 0.0, 1.0)
-
-
-def _soft(choice: _Choice, state: Mapping[str, Any], schedule: RoundingSchedule) -> Float[Array, "..."]:
-    leaf, scale = choice.leaf, _scale(choice.leaf, state["u"], schedule)
-    codes = choice.codes + choice.step * _decision(state["v"])
-    values = split_blocks(codes, scale.shape)
-    if leaf.zero_point is not None:
-        values = values - per_block(leaf.zero_point, leaf.shape, scale.shape)
-    return (values * per_block(scale, leaf.shape, scale.shape)).reshape(leaf.shape).astype(leaf.dtype)
-
-
-def _scale(leaf: QuantizedArray, u: Any, schedule: RoundingSchedule) -> Any:
-    return leaf.scale.astype(jnp.float32) * jnp.exp(schedule.scale_rate * u)
-
-
-def _hard(choice: _Choice, state: Mapping[str, Any], schedule: RoundingSchedule) -> QuantizedArray:
-    leaf = choice.leaf
-    codes = choice.codes + choice.step * (_decision(state["v"]) >= 0.5)
-    codes = codes.astype(leaf.codes().dtype)
-    data = leaf.data
-    data = pack(codes, bits=data.bits, axis=data.axis) if isinstance(data, PackedArray) else codes
-    scale = _scale(leaf, state["u"], schedule).astype(leaf.scale.dtype)
-    return dataclasses.replace(leaf, data=data, scale=scale)
 
 
 def _loss(part: Segment, schedule: RoundingSchedule) -> Callable[..., Any]:
     def loss(state: Any, choices: Any, params: Params, data: Any, share: Any) -> Any:
         inputs, targets, mask = data
-        soft = {path: _soft(choices[path], state[path], schedule) for path in state}
+        soft = {path: soft_leaf(choices[path], state[path], schedule.scale_rate) for path in state}
         lost, total = _energies(part, with_new_leaves(params, soft), inputs, targets, mask)
         ready = (share - schedule.warm_up) / max(1 - schedule.warm_up, 1e-6)
         first, last = schedule.sharpness
         power = last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(ready, 0.0, 1.0)))
-        open_ = [1 - jnp.abs(2 * _decision(own["v"]) - 1) ** power for own in state.values()]
+        open_ = [1 - jnp.abs(2 * decision(own["v"]) - 1) ** power for own in state.values()]
         penalty = sum(part.sum() for part in open_) / max(sum(part.size for part in open_), 1)
         return lost / total + jnp.where(ready > 0, schedule.strength, 0.0) * penalty
 

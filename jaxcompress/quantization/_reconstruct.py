@@ -98,12 +98,7 @@ def reconstruct(
         calibration" (targets of the dense model); here with the residual stream, the bias and least-squares scales.
     """
     kept = list(batches)
-    if not kept:
-        raise ValueError("`batches` is empty: rounding needs inputs.")
-    if targets not in get_args(Targets):
-        raise ValueError(f"`targets` must be one of {get_args(Targets)}, got {targets!r}.")
-    if not ridge >= 0:
-        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+    _check(kept, targets, ridge)
     kernels = _kernels(apply, params, kept[0], select)
     specs = {path: spec(path) if callable(spec) else spec for path in kernels}
     for path, kernel in kernels.items():
@@ -130,6 +125,15 @@ def reconstruct(
         replies = dense_reply, (kernel.matrix(leaf.materialize())[0], jnp.asarray(after, kernel.weight.dtype))
     assert set(info) == set(kernels), "every kernel stops the model once"
     return with_new_leaves(params, leaves), info
+
+
+def _check(kept: list[Any], targets: Targets, ridge: float) -> None:
+    if not kept:
+        raise ValueError("`batches` is empty: rounding needs inputs.")
+    if targets not in get_args(Targets):
+        raise ValueError(f"`targets` must be one of {get_args(Targets)}, got {targets!r}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
 
 
 def _kernels(
