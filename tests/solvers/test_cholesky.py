@@ -25,6 +25,15 @@ def test_factors_are_those_of_numpy():
     assert int(upper.retries) == 0
 
 
+@pytest.mark.parametrize("depth", [128, 129, 300, 515])
+def test_factors_of_several_blocks(depth):
+    hessian = _hessian(depth, 2 * depth)
+    damped = hessian + 0.05 * np.diag(hessian).mean() * np.eye(depth)
+    found = np.asarray(inverse_factor(jnp.asarray(hessian, jnp.float32), 0.05).factor)
+    np.testing.assert_allclose(found, np.linalg.cholesky(np.linalg.inv(damped)).T, atol=1e-4)
+    assert not np.tril(found, -1).any()
+
+
 def test_damping_grows_tenfold_until_it_is_enough():
     # Eigenvalues 3 and -1: the mean of the diagonal is 1, so a share above 1 is needed.
     matrix = jnp.array([[1.0, 2.0], [2.0, 1.0]])
