@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
+from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
 from jaxcompress.trace import LeafLayout
 
 Maker = Callable[[jax.Array, LeafLayout], Any]
@@ -114,6 +114,19 @@ def _codebook(*, zero: bool, per_output: bool = False, sparse: bool = False) -> 
     return make
 
 
+def _additive(array: jax.Array, layout: LeafLayout) -> AdditiveCodebookArray:
+    """Two tables of 8 runs of 4, other ones for each stacked entry; powers of two, so that every sum is exact."""
+    axis, count = layout.input_axes[-1] - array.ndim, 2
+    runs = list(array.shape)
+    runs[axis] = -(-runs[axis] // 4)
+    blocks = [n if i in layout.stack_axes else 1 for i, n in enumerate(array.shape)]
+    rng = np.random.default_rng(0)
+    codes = jnp.asarray(rng.integers(0, 8, (*runs, count)), jnp.uint8)
+    table = jnp.asarray(rng.integers(-8, 9, (*blocks, count, 8, 4)) / 16, jnp.bfloat16)
+    data = pack(codes, bits=4, axis=axis - 1)
+    return AdditiveCodebookArray(data=data, table=table, dtype=array.dtype, axis=axis, width=array.shape[axis])
+
+
 def _low_rank(make_factor: Maker | None = None, make_residual: Maker | None = None) -> Maker:
     """Factors of sixteenths, and scales that are powers of two: sums are exact in any order."""
 
@@ -158,6 +171,7 @@ KINDS: dict[str, Maker] = {
     "codebook": _codebook(zero=True),
     "codebook per output": _codebook(zero=False, per_output=True),
     "codebook bit mask": _codebook(zero=True, sparse=True),
+    "additive codebooks": _additive,
     "uint4 bit mask zero point": _sparse_quantized(_bitmask, _quantized(4, zero_point=True)),
     "low rank": _low_rank(),
     "low rank int4": _low_rank(_integers),
