@@ -21,7 +21,7 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
     Axes of size 1 (scales of a whole axis) are replicated. On every other axis the share of a device must hold whole
     blocks: whole bytes of packed codes, whole groups, whole N:M runs. A bit-mask array can be cut along its rows, into
     as many shards as it was built for, and along its stacked axes. The factors of a `LowRankArray` are cut along the
-    axes that they have, and hold their whole rank. The axis of the runs of an `AdditiveCodebookArray` is cut between runs.
+    axes that they have, and hold their whole rank. The runs of an `AdditiveCodebookArray` stay whole.
 
     Args:
         leaf: a plain or compressed array, or its abstract form.
@@ -89,8 +89,9 @@ def _cut_runs(leaf: AdditiveCodebookArray, sharding: NamedSharding) -> AdditiveC
     _cut_whole_blocks(leaf, leaf.axis, leaf.length, sharding)
     entries = _entries(sharding, leaf.ndim)
     codes, tables = (NamedSharding(sharding.mesh, PartitionSpec(*entries, *[None] * more)) for more in (1, 3))
+    scale = None if leaf.scale is None else _replicate_ones(leaf.scale, sharding)
     data, table = component_shardings(leaf.data, codes), _replicate_ones(leaf.table, tables)
-    return dataclasses.replace(leaf, data=data, table=table)
+    return dataclasses.replace(leaf, data=data, table=table, scale=scale)
 
 
 def _of_leading_axes(part: Any, sharding: NamedSharding) -> NamedSharding:

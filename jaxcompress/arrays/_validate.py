@@ -136,8 +136,11 @@ def _validate_additive(leaf: AdditiveCodebookArray) -> None:
     _require(leaf.data.shape[-1] == count, f"Each run has {leaf.data.shape[-1]} codes for {count} tables.")
     own = list(leaf.shape)
     own[leaf.axis] = 1
-    fit = len(blocks) == leaf.ndim and all(s in (1, n) for s, n in zip(blocks, own, strict=True))
-    _require(fit, f"Tables of shape {leaf.table.shape} do not fit codes of shape {leaf.data.shape}.")
+    for name, sizes in (("Tables", blocks), ("Scales", () if leaf.scale is None else leaf.scale.shape)):
+        fit = len(sizes) == leaf.ndim and all(s in (1, n) for s, n in zip(sizes, own, strict=True))
+        absent = name == "Scales" and leaf.scale is None
+        _require(fit or absent, f"{name} of shape {tuple(sizes)} do not fit an array of shape {leaf.shape}.")
+    _require(leaf.scale is None or jnp.isfinite(leaf.scale).all(), "Scales must be finite.")
     _validate_codes(leaf, values)
 
 

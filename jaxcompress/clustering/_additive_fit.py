@@ -4,14 +4,16 @@ Shape letters: N runs, D weights of a run, M tables, K entries of a table.
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from jaxcompress.clustering._additive_search import nearest_entries, run_errors, search_codes, sums_of_entries
+from jaxcompress.clustering._additive_search import nearest_entries, run_errors, search_codes
 from jaxcompress.clustering._additive_spec import AdditiveSpec
 from jaxcompress.solvers import damped_cholesky
 
@@ -63,9 +65,7 @@ def fit_additive(x: Float32[Array, "N D"], h: Float32[Array, "N D"], spec: Addit
         return AdditiveFit(tables, codes, error), error
 
     start = total(tables, codes)
-    (tables, codes, _), errors = jax.lax.scan(
-        one_round, AdditiveFit(tables, codes, start), None, length=spec.rounds
-    )
+    (tables, codes, _), errors = jax.lax.scan(one_round, AdditiveFit(tables, codes, start), None, length=spec.rounds)
     return AdditiveFit(tables, codes, jnp.concatenate([start[None], errors]))
 
 
@@ -91,10 +91,9 @@ def _kmeans(x: Float32[Array, "N D"], h: Float32[Array, "N D"], count: int) -> F
     """Lloyd's iteration from centers that split, the worst first, where their runs spread most (no random numbers)."""
     if len(x) <= count:
         return jnp.zeros((count, x.shape[1])).at[: len(x)].set(x)
-    step = max(len(x) // (_SEEDING * count), 1)
-    few, own = x[::step], h[::step]
+    few, own = (part[_spread(len(x), min(len(x), _SEEDING * count))] for part in (x, h))
     mean = _ratio((h * x).sum(0), h.sum(0), x.mean(0))
-    centers = jnp.broadcast_to(mean, (count, x.shape[1]))
+    centers = jnp.broadcast_to(mean[None], (count, x.shape[1]))
 
     def level(_: ArrayLike, centers: Float32[Array, "K D"]) -> Float32[Array, "K D"]:
         centers = _split(few, own, centers)
@@ -104,17 +103,24 @@ def _kmeans(x: Float32[Array, "N D"], h: Float32[Array, "N D"], count: int) -> F
     return jax.lax.fori_loop(0, _LAST_LLOYD, lambda _, centers: _lloyd(x, h, centers), centers)
 
 
-def _lloyd(
-    x: Float32[Array, "N D"], h: Float32[Array, "N D"], centers: Float32[Array, "K D"]
-) -> Float32[Array, "K D"]:
+def _spread(size: int, count: int) -> Int32[np.ndarray, " count"]:
+    """Different numbers below `size`, evenly spread, by steps of a golden section of it.
+
+    A common stride could be a multiple of the runs of one line, and meet the same inputs again and again.
+    """
+    step = max(round(0.618 * size), 1)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return (np.arange(count) * step % size).astype(np.int32)
+
+
+def _lloyd(x: Float32[Array, "N D"], h: Float32[Array, "N D"], centers: Float32[Array, "K D"]) -> Float32[Array, "K D"]:
     """Every center moves to the mean of its runs; where they do not count it stays."""
     code = nearest_entries(x, h, centers)
     return _ratio(_sums(h * x, code, len(centers)), _sums(h, code, len(centers)), centers)
 
 
-def _split(
-    x: Float32[Array, "N D"], h: Float32[Array, "N D"], centers: Float32[Array, "K D"]
-) -> Float32[Array, "K D"]:
+def _split(x: Float32[Array, "N D"], h: Float32[Array, "N D"], centers: Float32[Array, "K D"]) -> Float32[Array, "K D"]:
     """Centers without runs move beside those with the largest error: one to each side, along the axis of most error."""
     count = len(centers)
     code = nearest_entries(x, h, centers)
@@ -123,7 +129,7 @@ def _split(
     axis = spread.argmax(axis=1)
     most = jnp.take_along_axis(spread, axis[:, None], axis=1)
     step = jnp.sqrt(_ratio(most, jnp.take_along_axis(total, axis[:, None], axis=1), jnp.zeros_like(most)))
-    step = jnp.where(jnp.arange(x.shape[1]) == axis[:, None], step, 0.0)
+    step = step * jax.nn.one_hot(axis, x.shape[1])
     givers = jnp.argsort(-spread.sum(axis=1), stable=True)
     takers = jnp.argsort(runs > 0, stable=True)
     moves = (runs[takers] == 0) & (spread.sum(axis=1)[givers] > 0)
@@ -141,7 +147,7 @@ def _solve_tables(
     plus a small multiple of the squared step, which cannot raise the error; a few of them reach the least squares.
     """
     count, values, _ = tables.shape
-    places = codes.astype(jnp.int32) + values * jnp.arange(count)
+    places = codes.astype(jnp.int32) + values * jnp.arange(count)[None]
 
     def of_coordinate(part: tuple[Array, Array, Array]) -> Float32[Array, " MK"]:
         x, h, entries = part

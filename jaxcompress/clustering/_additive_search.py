@@ -91,7 +91,7 @@ def _beam_search(
     values = tables.shape[1]
     rest, codes = x[None], jnp.zeros((1, 0), jnp.int32)
     for m, table in enumerate(tables):
-        costs = ((table**2) @ h)[None] - 2 * (h * rest) @ table.T + (h * rest**2).sum(axis=1)[:, None]
+        costs = ((table**2) @ h)[None] - 2 * (h[None] * rest) @ table.T + (rest**2 @ h)[:, None]
         if m == len(tables) - 1:
             best = _first_least(costs.reshape(-1))[None]
         else:

@@ -8,22 +8,25 @@ from typing import Literal
 class AdditiveSpec:
     """How long runs are, and from how many tables of how many entries they are summed.
 
-    Codes take `bits_per_weight`; the tables of a leaf take tables x values x length numbers more.
+    Codes take `bits_per_weight`; the tables of a leaf take `tables * values * length` numbers more.
 
     Attributes:
         length: d, weights of a run, at least 1: consecutive along an input axis.
         tables: M, tables from each of which one entry is added, in [1, 8]. 1 is product quantization with one table
             for all places.
         values: K, entries of a table, in [2, 256].
+        scaled: whether weights are divided by the root mean square of their output channel first, which is stored as a
+            scale: output channels of unlike size can then share entries.
         beam: sums that the search for codes keeps, at least 1. More is slower and finds better codes; it does not
             matter with one table.
         rounds: how often tables and codes are improved in turn.
-        dtype: of the tables, "bfloat16" or "float32".
+        dtype: of the tables and scales, "bfloat16" or "float32".
     """
 
     length: int
     tables: int
     values: int
+    scaled: bool = True
     beam: int = 8
     rounds: int = 8
     dtype: Literal["float32", "bfloat16"] = "bfloat16"

@@ -19,7 +19,9 @@ def transpose_additive(
     ndim = leaf.ndim
     data = transpose(leaf.data, (*permutation, ndim))
     table = leaf.table.transpose(*permutation, ndim, ndim + 1, ndim + 2)
-    return dataclasses.replace(leaf, data=data, table=table, axis=tuple(permutation).index(leaf.axis + ndim) - ndim)
+    scale = None if leaf.scale is None else leaf.scale.transpose(permutation)
+    axis = tuple(permutation).index(leaf.axis + ndim) - ndim
+    return dataclasses.replace(leaf, data=data, table=table, scale=scale, axis=axis)
 
 
 def reshape_additive(leaf: AdditiveCodebookArray, shape: Sequence[int]) -> AdditiveCodebookArray | None:
@@ -28,14 +30,17 @@ def reshape_additive(leaf: AdditiveCodebookArray, shape: Sequence[int]) -> Addit
     runs, at = reshape_runs(leaf.shape, shape), leaf.axis + leaf.ndim
     before, after = next(run for run in runs if at in run[0])
     sizes = reshaped_blocks(leaf.shape, shape, blocks, runs)
-    if sizes is None or len(before) != 1 or len(after) != 1:
+    ones = [1] * leaf.ndim
+    of_scale = reshaped_blocks(leaf.shape, shape, ones if leaf.scale is None else leaf.scale.shape, runs)
+    if sizes is None or of_scale is None or len(before) != 1 or len(after) != 1:
         return None
     stored = [*shape, count]
     stored[after[0]] = leaf.data.shape[at]
     data = reshape_data(leaf.data, stored, [*runs, ([leaf.ndim], [len(shape)])])
     data = leaf.codes().reshape(stored) if data is None else data
     table = leaf.table.reshape(*sizes, count, values, length)
-    return dataclasses.replace(leaf, data=data, table=table, axis=after[0] - len(shape))
+    scale = None if leaf.scale is None else leaf.scale.reshape(of_scale)
+    return dataclasses.replace(leaf, data=data, table=table, scale=scale, axis=after[0] - len(shape))
 
 
 def slice_additive(
@@ -46,13 +51,15 @@ def slice_additive(
         return None
     data = slice_axis(leaf.data, axis, start, size)
     data = slice_axis(leaf.codes(), axis, start, size) if data is None else data
-    shared = leaf.table.shape[axis] != leaf.shape[axis]
-    return dataclasses.replace(
-        leaf, data=data, table=leaf.table if shared else slice_axis(leaf.table, axis, start, size)
+    table, scale = (
+        part if part is None or part.shape[axis] != leaf.shape[axis] else slice_axis(part, axis, start, size)
+        for part in (leaf.table, leaf.scale)
     )
+    return dataclasses.replace(leaf, data=data, table=table, scale=scale)
 
 
 def can_unstack_additive(leaf: AdditiveCodebookArray) -> bool:
     """Whether slicing every part along its first axis slices the leaf along its first axis."""
     packed = isinstance(leaf.data, PackedArray) and leaf.data.axis == -leaf.data.ndim
-    return not packed and leaf.axis != -leaf.ndim and leaf.table.shape[0] == leaf.shape[0]
+    parts = [part for part in (leaf.table, leaf.scale) if part is not None]
+    return not packed and leaf.axis != -leaf.ndim and all(part.shape[0] == leaf.shape[0] for part in parts)

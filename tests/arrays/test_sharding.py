@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, component_shardings, pack, sparsify
+from jaxcompress.arrays import (
+    AdditiveCodebookArray,
+    CodebookArray,
+    LowRankArray,
+    QuantizedArray,
+    component_shardings,
+    pack,
+    sparsify,
+)
 from jaxcompress.trace import LeafLayout
 
 PLAIN = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
