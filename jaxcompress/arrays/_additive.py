@@ -117,5 +117,5 @@ def _add_entries(
     at = total.ndim - 1 + axis
     # The weights of a run go beside the runs, and the two axes become one.
     total = jnp.moveaxis(total, -1, at + 1)
-    total = total.reshape(*total.shape[:at], -1, *total.shape[at + 2 :])
+    total = total.reshape(*total.shape[:at], total.shape[at] * length, *total.shape[at + 2 :])
     return jax.lax.slice_in_dim(total, 0, width, axis=at).astype(dtype)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Shaped, UInt8
+from jaxtyping import Array, Float32, Float64, Shaped, UInt8
 
 from jaxcompress.arrays import AdditiveCodebookArray, pack
 from jaxcompress.clustering._additive_fit import fit_additive
@@ -156,22 +156,14 @@ class _Runs(NamedTuple):
 
 def _stored(
     dense: Shaped[Array, "..."], h: Float32[Array, "..."], runs: _Runs, spec: AdditiveSpec
-) -> tuple[AdditiveCodebookArray, Float32[np.ndarray, " rounds1"]]:
+) -> tuple[AdditiveCodebookArray, Float64[np.ndarray, " rounds1"]]:
     """The compressed leaf, and its error, relative to that of zeros, after each round."""
     w = dense.astype(jnp.float32)
     scale = _scales(w, runs).astype(spec.dtype) if spec.scaled else None
-    unit = jnp.ones(()) if scale is None else scale.astype(jnp.float32)
+    unit = jnp.ones_like(w) if scale is None else jnp.broadcast_to(scale.astype(jnp.float32), w.shape)
     x = runs.split(jnp.where(unit > 0, w / jnp.where(unit > 0, unit, 1.0), 0.0))
-    # Relative, so that no square overflows or becomes 0.
-    h = h / h.max(initial=0) * (unit / jnp.maximum(unit.max(initial=0), jnp.finfo(jnp.float32).tiny)) ** 2
-    h = runs.split(jnp.broadcast_to(h, w.shape))
-    tables = jnp.zeros((len(x), spec.tables, spec.values, spec.length))
-    codes, errors = jnp.zeros((*x.shape[:2], spec.tables), jnp.uint8), np.zeros(spec.rounds + 1)
-    if x.size:
-        fits = [fit_additive(*pair, spec) for pair in zip(x, h, strict=True)]
-        tables, codes = jnp.stack([fit.tables for fit in fits]), jnp.stack([fit.codes for fit in fits])
-        total = float((h * x**2).sum())
-        errors = np.sqrt(np.sum([fit.errors for fit in fits], axis=0) / total) if total else errors
+    # The error of w is that of x, times the square of the scale.
+    tables, codes, errors = _fit_stack(x, runs.split(_near_one(h) * _near_one(unit) ** 2), spec)
     stored = AdditiveCodebookArray(
         data=pack(runs.join(codes), bits=spec.bits, axis=runs.axis),
         table=tables.astype(spec.dtype).reshape(*runs.sizes(*runs.stack), *tables.shape[1:]),
@@ -181,6 +173,25 @@ def _stored(
         width=dense.shape[runs.axis],
     )
     return stored, errors
+
+
+def _fit_stack(
+    x: Float32[Array, "S N D"], h: Float32[Array, "S N D"], spec: AdditiveSpec
+) -> tuple[Float32[Array, "S M K D"], UInt8[Array, "S N M"], Float64[np.ndarray, " rounds1"]]:
+    """Tables and codes of each copy, and the error of all of them."""
+    if not x.size:
+        tables = jnp.zeros((len(x), spec.tables, spec.values, spec.length))
+        return tables, jnp.zeros((*x.shape[:2], spec.tables), jnp.uint8), np.zeros(spec.rounds + 1)
+    fits = [fit_additive(*pair, spec) for pair in zip(x, h, strict=True)]
+    total, lost = float((h * x**2).sum()), np.sum([fit.errors for fit in fits], axis=0, dtype=np.float64)
+    errors = np.sqrt(lost / total) if total else np.zeros_like(lost)
+    return jnp.stack([fit.tables for fit in fits]), jnp.stack([fit.codes for fit in fits]), errors
+
+
+def _near_one(values: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """Divided by a power of two, which rounds nothing, so that the largest is near 1: no square overflows or gets 0."""
+    _, exponent = jnp.frexp(values.max(initial=0))
+    return jnp.ldexp(values, -exponent)
 
 
 def _scales(w: Float32[Array, "..."], runs: _Runs) -> Float32[Array, "..."]:

@@ -56,7 +56,7 @@ def fit_additive(x: Float32[Array, "N D"], h: Float32[Array, "N D"], spec: Addit
     def one_round(state: AdditiveFit, _: None) -> tuple[AdditiveFit, Float32[Array, ""]]:
         tables, codes, error = state
         # Rounding, of tables to bfloat16 or of sums, can undo a tiny gain: then what was there stays.
-        moved = _rounded(_solve_tables(x, h, codes, tables), spec)
+        moved = _rounded(least_squares_tables(x, h, codes, tables), spec)
         now = total(moved, codes)
         tables, error = jnp.where(now < error, moved, tables), jnp.minimum(now, error)
         found = search_codes(x, h, codes, tables, spec.beam)
@@ -77,14 +77,14 @@ def _seed(
     x: Float32[Array, "N D"], h: Float32[Array, "N D"], spec: AdditiveSpec
 ) -> tuple[Float32[Array, "M K D"], UInt8[Array, "N M"]]:
     """Each table by k-means of what the ones before it leave over."""
-    tables, codes = [], []
-    for _ in range(spec.tables):
-        table = _kmeans(x, h, spec.values)
-        code = nearest_entries(x, h, table)
-        x = x - table[code]
-        tables.append(table)
-        codes.append(code.astype(jnp.uint8))
-    return jnp.stack(tables), jnp.stack(codes, axis=-1)
+
+    def one_table(rest: Float32[Array, "N D"], _: None) -> tuple[Array, tuple[Array, Array]]:
+        table = _kmeans(rest, h, spec.values)
+        code = nearest_entries(rest, h, table)
+        return rest - table[code], (table, code.astype(jnp.uint8))
+
+    _, (tables, codes) = jax.lax.scan(one_table, x, None, length=spec.tables)
+    return tables, codes.T
 
 
 def _kmeans(x: Float32[Array, "N D"], h: Float32[Array, "N D"], count: int) -> Float32[Array, "K D"]:
@@ -138,7 +138,7 @@ def _split(x: Float32[Array, "N D"], h: Float32[Array, "N D"], centers: Float32[
     return centers.at[jnp.where(moves, takers, count)].set(beside, mode="drop")
 
 
-def _solve_tables(
+def least_squares_tables(
     x: Float32[Array, "N D"], h: Float32[Array, "N D"], codes: UInt8[Array, "N M"], tables: Float32[Array, "M K D"]
 ) -> Float32[Array, "M K D"]:
     """The tables that fit best with these codes: all of them together, from the normal equations of each coordinate.

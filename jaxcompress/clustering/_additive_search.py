@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int32, UInt8
 
-# Runs that are searched together; a (chunk, beam * K) array of costs is the largest that is made.
-_CHUNK = 1024
+# Runs that are searched together: few enough that (chunk, beam * K) costs stay in the cache of a CPU.
+_CHUNK = 256
 _SWEEPS = 2
 
 

@@ -67,6 +67,7 @@ def _compressed() -> dict[str, Any]:
             data=pack(jnp.abs(codes[::4, :, None]).astype(jnp.uint8) % 3, bits=2, axis=1),
             table=jnp.linspace(-1, 1, 12, dtype=jnp.bfloat16).reshape(1, 1, 1, 3, 4),
             dtype=jnp.dtype("float32"),
+            scale=scale.astype(jnp.bfloat16),
             axis=-2,
             width=16,
         ),
