@@ -58,13 +58,13 @@ def moments(
     """
     total: dict[str, np.ndarray] = {}
     path = ""
-    for (dense, pruned), counted in zip(pairs, weights, strict=True):
+    for (dense, pruned), own in zip(pairs, weights, strict=True):
         path = dense.path
-        if counted is not None and len(counted) != len(pruned.inputs):
+        if own is not None and len(own) != len(pruned.inputs):
             raise ValueError(
-                f"`row_mask` gives {len(counted)} entries; the input of {path!r} has {len(pruned.inputs)} rows."
+                f"`row_mask` gives {len(own)} entries; the input of {path!r} has {len(pruned.inputs)} rows."
             )
-        found = _sums((dense.inputs, dense.residual), (pruned.inputs, pruned.residual), kernel, bias, counted)
+        found = _sums((dense.inputs, dense.residual), (pruned.inputs, pruned.residual), kernel, bias, own)
         total = {name: np.asarray(value, np.float64) + total.get(name, 0.0) for name, value in found.items()}
     if not all(np.isfinite(value).all() for value in total.values()):
         raise ValueError(f"What goes into {path!r}, or what is added to its output, holds NaN or Inf.")

@@ -164,7 +164,9 @@ def least_squares_tables(
     return jax.lax.map(of_coordinate, (x.T, h.T, flat.T)).T.reshape(tables.shape)
 
 
-def _normal_matrix(h: Float32[Array, " N"], places: Int32[Array, "N M"], size: int, values: int):
+def _normal_matrix(
+    h: Float32[Array, " N"], places: Int32[Array, "N M"], size: int, values: int
+) -> Float32[Array, "MK MK"]:
     """Σ h over the runs that have both entries, for each pair of entries."""
     count = places.shape[1]
     matrix = jnp.diag(sum(_sums(h, places[:, m], size) for m in range(count)))
