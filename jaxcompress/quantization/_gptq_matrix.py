@@ -28,7 +28,11 @@ Order = Literal["natural", "activation"]
 """In which order the inputs of a leaf are rounded: as they are stored, or those of most energy first."""
 
 Groups = Literal["static", "updated"]
-"""Scales from the weights as they were, or as they are when their group begins."""
+"""Scales from the weights as they were, or as they are when their group begins.
+
+Updated weights carry the errors of those before them, and their ranges grow: with symmetric codes of 2 bits the model as
+a whole can end up worse than rounded to nearest.
+"""
 
 
 class Rule(NamedTuple):
