@@ -30,8 +30,8 @@ Order = Literal["natural", "activation"]
 Groups = Literal["static", "updated"]
 """Scales from the weights as they were, or as they are when their group begins.
 
-Updated weights carry the errors of those before them, and their ranges grow: with symmetric codes of 2 bits the model as
-a whole can end up worse than rounded to nearest.
+Updated weights carry the errors of those before them, and their ranges grow: with symmetric codes of 2 bits the model
+as a whole can end up worse than rounded to nearest.
 """
 
 
