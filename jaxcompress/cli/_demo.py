@@ -67,7 +67,7 @@ def run_demo(
     )
     compressed = compress(setting.recipe, module, dense, setting.train, progress=screen)
     path = save_compressed(
-        out, module, compressed, tokenizer=setting.minilm, metadata={"recipe": setting.recipe.to_dict()}, overwrite=True
+        out, module, compressed, tokenizer=setting.minilm, recipe=setting.recipe, overwrite=True
     )
     figures = _figures(screen, setting, module, dense, compressed, path)
     figures |= {"checkpoint": str(path.resolve()), "seconds": time.monotonic() - begun}
