@@ -68,8 +68,8 @@ class Plan:
 
 
 PLANS = {
-    ("lenet-300-100", "fashion-mnist"): Plan(sparsity=0.96, prune_epochs=45, cluster_epochs=4, cost=0.003),
-    ("lenet-300-100", "mnist-5k"): Plan(sparsity=0.985, prune_epochs=100, cluster_epochs=40, decay=0.5, cost=0.003),
+    ("lenet-300-100", "fashion-mnist"): Plan(sparsity=0.95, prune_epochs=45, cluster_epochs=4, decay=0.2, cost=0.003),
+    ("lenet-300-100", "mnist-5k"): Plan(sparsity=0.98, prune_epochs=100, cluster_epochs=40, decay=0.5, cost=0.002),
     ("lenet-5", "fashion-mnist"): Plan(sparsity=0.96, prune_epochs=12, cluster_epochs=2),
     ("lenet-5", "mnist-5k"): Plan(sparsity=0.985, prune_epochs=40, cluster_epochs=10, decay=0.5),
 }

@@ -1,6 +1,7 @@
 """One maker for each kind of compressed leaf: `(array, layout) -> compressed leaf`, with plain arithmetic."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
+from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
 from jaxcompress.trace import LeafLayout
 
 Maker = Callable[[jax.Array, LeafLayout], Any]
@@ -114,6 +115,24 @@ def _codebook(*, zero: bool, per_output: bool = False, sparse: bool = False) -> 
     return make
 
 
+def _additive(array: jax.Array, layout: LeafLayout, *, scaled: bool = False) -> AdditiveCodebookArray:
+    """Two tables of 8 runs of 4, other ones for each stacked entry; powers of two, so that every sum is exact."""
+    axis, count = layout.input_axes[-1] - array.ndim, 2
+    runs = list(array.shape)
+    runs[axis] = -(-runs[axis] // 4)
+    blocks = [n if i in layout.stack_axes else 1 for i, n in enumerate(array.shape)]
+    rng = np.random.default_rng(0)
+    codes = jnp.asarray(rng.integers(0, 8, (*runs, count)), jnp.uint8)
+    table = jnp.asarray(rng.integers(-8, 9, (*blocks, count, 8, 4)) / 16, jnp.float32)
+    data, static = pack(codes, bits=4, axis=axis - 1), {"axis": axis, "width": array.shape[axis]}
+    if not scaled:
+        return AdditiveCodebookArray(data=data, table=table, dtype=array.dtype, **static)
+    own = (*layout.stack_axes, *layout.output_axes)
+    scale = 2.0 ** rng.integers(-2, 2, [n if i in own else 1 for i, n in enumerate(array.shape)])
+    scale = jnp.asarray(scale, jnp.float32)
+    return AdditiveCodebookArray(data=data, table=table, scale=scale, dtype=array.dtype, **static)
+
+
 def _low_rank(make_factor: Maker | None = None, make_residual: Maker | None = None) -> Maker:
     """Factors of sixteenths, and scales that are powers of two: sums are exact in any order."""
 
@@ -158,6 +177,8 @@ KINDS: dict[str, Maker] = {
     "codebook": _codebook(zero=True),
     "codebook per output": _codebook(zero=False, per_output=True),
     "codebook bit mask": _codebook(zero=True, sparse=True),
+    "additive codebooks": _additive,
+    "additive codebooks scaled": functools.partial(_additive, scaled=True),
     "uint4 bit mask zero point": _sparse_quantized(_bitmask, _quantized(4, zero_point=True)),
     "low rank": _low_rank(),
     "low rank int4": _low_rank(_integers),

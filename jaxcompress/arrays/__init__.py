@@ -1,5 +1,6 @@
 """Compressed leaves: what is stored, and how the plain array comes back."""
 
+from jaxcompress.arrays._additive import AdditiveCodebookArray as AdditiveCodebookArray
 from jaxcompress.arrays._bitmask import BitmaskSparseArray as BitmaskSparseArray
 from jaxcompress.arrays._codebook import CodebookArray as CodebookArray
 from jaxcompress.arrays._codebook import look_up as look_up

@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcompress.arrays._additive import AdditiveCodebookArray
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._codebook import CodebookArray
 from jaxcompress.arrays._input_quantized import InputQuantizedArray
@@ -20,7 +21,7 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
     Axes of size 1 (scales of a whole axis) are replicated. On every other axis the share of a device must hold whole
     blocks: whole bytes of packed codes, whole groups, whole N:M runs. A bit-mask array can be cut along its rows, into
     as many shards as it was built for, and along its stacked axes. The factors of a `LowRankArray` are cut along the
-    axes that they have, and hold their whole rank.
+    axes that they have, and hold their whole rank. The runs of an `AdditiveCodebookArray` stay whole.
 
     Args:
         leaf: a plain or compressed array, or its abstract form.
@@ -53,6 +54,8 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
     if isinstance(leaf, CodebookArray):
         data, table = component_shardings(leaf.data, sharding), component_shardings(leaf.table, sharding)
         return dataclasses.replace(leaf, data=data, table=table)
+    if isinstance(leaf, AdditiveCodebookArray):
+        return _cut_runs(leaf, sharding)
     if isinstance(leaf, PackedArray):
         return dataclasses.replace(leaf, data=_cut_whole_blocks(leaf, leaf.axis, codes_per_block(leaf.bits), sharding))
     if isinstance(leaf, NMSparseArray):
@@ -80,6 +83,15 @@ def _cut_factor(factor: Any, sharding: NamedSharding) -> Any:
     *sizes, _ = factor.shape
     kept = [None if size == 1 else entry for size, entry in zip(sizes, _entries(sharding, len(sizes)), strict=True)]
     return component_shardings(factor, NamedSharding(sharding.mesh, PartitionSpec(*kept, None)))
+
+
+def _cut_runs(leaf: AdditiveCodebookArray, sharding: NamedSharding) -> AdditiveCodebookArray:
+    _cut_whole_blocks(leaf, leaf.axis, leaf.length, sharding)
+    entries = _entries(sharding, leaf.ndim)
+    codes, tables = (NamedSharding(sharding.mesh, PartitionSpec(*entries, *[None] * more)) for more in (1, 3))
+    scale = None if leaf.scale is None else _replicate_ones(leaf.scale, sharding)
+    data, table = component_shardings(leaf.data, codes), _replicate_ones(leaf.table, tables)
+    return dataclasses.replace(leaf, data=data, table=table, scale=scale)
 
 
 def _of_leading_axes(part: Any, sharding: NamedSharding) -> NamedSharding:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.arrays._additive import AdditiveCodebookArray
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._codebook import CodebookArray
 from jaxcompress.arrays._input_quantized import InputQuantizedArray
@@ -43,6 +44,8 @@ def validate_array(leaf: Any) -> None:
         _validate_quantized(leaf)
     elif isinstance(leaf, CodebookArray):
         _validate_codebook(leaf)
+    elif isinstance(leaf, AdditiveCodebookArray):
+        _validate_additive(leaf)
     elif isinstance(leaf, LowRankArray):
         _validate_low_rank(leaf)
     elif isinstance(leaf, InputQuantizedArray):
@@ -121,12 +124,32 @@ def _validate_codebook(leaf: CodebookArray) -> None:
         n % s == 0 if s else n == 0 for n, s in zip(leaf.shape, blocks, strict=True)
     )
     _require(divides, f"Tables of shape {leaf.table.shape} do not divide codes of shape {leaf.shape}.")
+    _require(leaf.zero or not isinstance(leaf.data, SparseArray), "Codes that are left out need `zero`.")
+    _validate_codes(leaf, entries + leaf.zero)
+
+
+def _validate_additive(leaf: AdditiveCodebookArray) -> None:
+    _require(-leaf.ndim <= leaf.axis < 0, f"The axis of runs is negative and in range, got {leaf.axis} of {leaf.ndim}.")
+    *blocks, count, values, length = leaf.table.shape
+    runs = leaf.data.shape[leaf.axis - 1]
+    _require(runs == -(-leaf.width // length), f"{leaf.width} weights are not {runs} runs of {length}.")
+    _require(leaf.data.shape[-1] == count, f"Each run has {leaf.data.shape[-1]} codes for {count} tables.")
+    own = list(leaf.shape)
+    own[leaf.axis] = 1
+    for name, sizes in (("Tables", blocks), ("Scales", () if leaf.scale is None else leaf.scale.shape)):
+        fit = len(sizes) == leaf.ndim and all(s in (1, n) for s, n in zip(sizes, own, strict=True))
+        absent = name == "Scales" and leaf.scale is None
+        _require(fit or absent, f"{name} of shape {tuple(sizes)} do not fit an array of shape {leaf.shape}.")
+    _require(leaf.scale is None or jnp.isfinite(leaf.scale).all(), "Scales must be finite.")
+    _validate_codes(leaf, values)
+
+
+def _validate_codes(leaf: CodebookArray | AdditiveCodebookArray, values: int) -> None:
     _require(jnp.issubdtype(leaf.dtype, jnp.floating), f"The logical dtype is a float, got {leaf.dtype}.")
     _require(jnp.isfinite(leaf.table).all(), "The values of a table must be finite.")
     codes = leaf.codes()
     _require(codes.dtype == jnp.uint8, f"Codes are unsigned, got {codes.dtype}.")
-    _require(int(codes.max(initial=0)) < entries + leaf.zero, f"A code exceeds the {entries + leaf.zero} values.")
-    _require(leaf.zero or not isinstance(leaf.data, SparseArray), "Codes that are left out need `zero`.")
+    _require(int(codes.max(initial=0)) < values, f"A code exceeds the {values} values.")
     validate_array(leaf.data)
 
 

@@ -15,6 +15,7 @@ from jaxcompress.calibration._matrices import map_entries as map_entries
 from jaxcompress.calibration._matrices import matrices as matrices
 from jaxcompress.calibration._matrices import with_leaves as with_leaves
 from jaxcompress.calibration._moments import Moments as Moments
+from jaxcompress.calibration._moments import flat_weights as flat_weights
 from jaxcompress.calibration._moments import moments as moments
 from jaxcompress.calibration._moments import relative_error as relative_error
 from jaxcompress.calibration._pause import Pausing as Pausing

@@ -4,27 +4,28 @@ Shape letters: N rows (tokens), D inputs of a kernel, O its outputs.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float64
+from jaxtyping import Array, Float, Float64
 
 from jaxcompress.calibration._pause import Site
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Sums over rows of inputs x, and of targets t that `x @ W + b` should be.
+    """Sums over rows of weight a, of inputs x, and of targets t that `x @ W + b` should be.
 
     Attributes:
-        count: Σ 1, the number of rows.
-        inputs: Σ x.
-        targets: Σ t.
-        gram: Σ x xᵀ.
-        cross: Σ x tᵀ.
-        square: Σ |t|².
+        count: Σ a, the number of rows if each has weight 1.
+        inputs: Σ a x.
+        targets: Σ a t.
+        gram: Σ a x xᵀ.
+        cross: Σ a x tᵀ.
+        square: Σ a |t|².
     """
 
     count: float
@@ -39,7 +40,7 @@ def moments(
     pairs: Iterable[tuple[Site, Site]],
     kernel: Float[Array, "D O"],
     bias: Float[Array, " O"],
-    rows: Iterable[Bool[np.ndarray, " N"] | None],
+    weights: Iterable[Float[np.ndarray, " N"] | None],
 ) -> Moments:
     """Sums of what the pruned model feeds into a kernel, and of what it should write there.
 
@@ -49,15 +50,15 @@ def moments(
         pairs: the kernel in the dense and in the pruned model, for each batch.
         kernel: of the dense model.
         bias: of the dense model.
-        rows: which rows of each batch count; None: all do.
+        weights: a of the rows of each batch, at least 0; None: all are 1.
 
     Raises:
-        ValueError: no row counts, or something that goes into the kernel is NaN or Inf; a mask has another length than
-            there are rows. Names the kernel.
+        ValueError: no row counts, or something that goes into the kernel is NaN or Inf; there are more or fewer weights
+            than rows. Names the kernel.
     """
     total: dict[str, np.ndarray] = {}
     path = ""
-    for (dense, pruned), counted in zip(pairs, rows, strict=True):
+    for (dense, pruned), counted in zip(pairs, weights, strict=True):
         path = dense.path
         if counted is not None and len(counted) != len(pruned.inputs):
             raise ValueError(
@@ -71,6 +72,20 @@ def moments(
         raise ValueError(f"`row_mask` leaves no row of the input of {path!r}.")
     count, square = float(total.pop("count")), float(total.pop("square"))
     return Moments(count=count, square=square, **total)
+
+
+def flat_weights(
+    row_mask: Callable[..., Any] | None, batches: Iterable[tuple[Any, ...]]
+) -> list[Float[np.ndarray, " N"] | None]:
+    """The weights of the rows of each batch, for `moments`.
+
+    Example:
+        >>> flat_weights(lambda ids, mask: mask, [(np.ones((1, 3)), np.array([[1, 1, 0]]))])
+        [array([1., 1., 0.], dtype=float32)]
+    """
+    if row_mask is None:
+        return [None for _ in batches]
+    return [np.maximum(np.asarray(row_mask(*batch), np.float32).reshape(-1), 0.0) for batch in batches]
 
 
 def relative_error(moments: Moments, kernel: np.ndarray, bias: np.ndarray) -> float:
@@ -96,22 +111,23 @@ def _sums(
     pruned: tuple[Float[Array, "N D"], Float[Array, "N O"] | None],
     kernel: Float[Array, "D O"],
     bias: Float[Array, " O"],
-    rows: Bool[Array, " N"] | None,
+    weights: Float[Array, " N"] | None,
 ) -> dict[str, jax.Array]:
     inputs = pruned[0].astype(jnp.float32)
     target = dense[0].astype(jnp.float32) @ kernel.astype(jnp.float32) + bias.astype(jnp.float32)[None, :]
     if dense[1] is not None and pruned[1] is not None:
         target = target + dense[1].astype(jnp.float32) - pruned[1].astype(jnp.float32)
-    count = jnp.asarray(len(inputs), jnp.float32)
-    if rows is not None:
-        # Not a product: what does not count may be NaN.
-        inputs, target = jnp.where(rows[:, None], inputs, 0.0), jnp.where(rows[:, None], target, 0.0)
-        count = rows.sum(dtype=jnp.float32)
+    if weights is None:
+        weights = jnp.ones(len(inputs), jnp.float32)
+    # Not a product alone: what does not count may be NaN.
+    counts = weights[:, None] > 0
+    inputs, target = jnp.where(counts, inputs, 0.0), jnp.where(counts, target, 0.0)
+    weighted = inputs * weights[:, None]
     return {
-        "count": count,
-        "inputs": inputs.sum(axis=0),
-        "targets": target.sum(axis=0),
-        "gram": inputs.T @ inputs,
-        "cross": inputs.T @ target,
-        "square": jnp.square(target).sum(),
+        "count": weights.sum(),
+        "inputs": weighted.sum(axis=0),
+        "targets": weights @ target,
+        "gram": weighted.T @ inputs,
+        "cross": weighted.T @ target,
+        "square": weights @ jnp.square(target).sum(axis=1),
     }

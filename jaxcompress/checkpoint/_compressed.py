@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import (
+    AdditiveCodebookArray,
     BitmaskSparseArray,
     CodebookArray,
     InputQuantizedArray,
@@ -118,6 +119,7 @@ COMPRESSED: dict[str, CompressedType] = {
         CompressedType(PackedArray, {"bits": INT, "signed": BOOL, "axis": INT, "width": INT}),
         CompressedType(QuantizedArray, {"dtype": DTYPE, "levels": _optional(FLOATS)}),
         CompressedType(CodebookArray, {"dtype": DTYPE, "zero": BOOL}),
+        CompressedType(AdditiveCodebookArray, {"dtype": DTYPE, "axis": INT, "width": INT}),
         CompressedType(BitmaskSparseArray, {"row_shape": INTS}),
         CompressedType(InputQuantizedArray, {"inputs": ROUNDING}),
         CompressedType(NMSparseArray, {"pattern": INTS, "axis": INT, "width": INT}),

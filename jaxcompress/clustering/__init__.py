@@ -1,5 +1,8 @@
 """Weights that share a few values, and the shortest bytes for what is stored."""
 
+from jaxcompress.clustering._additive import AdditiveInfo as AdditiveInfo
+from jaxcompress.clustering._additive import additive_quantize as additive_quantize
+from jaxcompress.clustering._additive_spec import AdditiveSpec as AdditiveSpec
 from jaxcompress.clustering._bytes import Reader as Reader
 from jaxcompress.clustering._bytes import Writer as Writer
 from jaxcompress.clustering._cluster import ClusterInfo as ClusterInfo

@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxcompress.arrays import CodebookArray, SparseArray, pack, sparsify_like
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
+from jaxcompress.clustering._leaves import checked_importance, checked_leaf
 from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.trace import LeafLayout, selected_layouts
-from jaxcompress.tree import Unselected, check_finite, is_unselected, map_with_path
-from jaxcompress.types import Params, Selector, is_compressed
+from jaxcompress.tree import Unselected, is_unselected, map_with_path
+from jaxcompress.types import Params, Selector
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def cluster(
     def visit(path: str, leaf: Any, layout: Any, weight: Any) -> Any:
         if is_unselected(layout) or isinstance(leaf, CodebookArray):
             return leaf
-        dense, h = checked_leaf(path, leaf, spec), checked_importance(path, leaf, weight)
+        dense, h = checked_leaf(path, leaf, zero=spec.zero), checked_importance(path, leaf, weight)
         tables = fit_tables(dense, spec, spec.blocks(dense.shape, layout), h)
         codes = nearest_codes(dense, tables, spec, h)
         stored = store_codes(codes, tables, spec, layout, leaf)
@@ -87,46 +88,6 @@ def cluster(
     known = map_with_path(lambda *_: Unselected, params) if importance is None else importance
     chosen = selected_layouts(params, select=select, layouts=layouts)
     return map_with_path(visit, params, chosen, known), info
-
-
-def checked_leaf(path: str, leaf: Any, spec: CodebookSpec) -> jax.Array:
-    """A leaf as plain floats.
-
-    Raises:
-        ValueError: as `cluster`.
-    """
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(
-            f"Leaf {path!r} of dtype {leaf.dtype} and shape {tuple(leaf.shape)} is selected, but only floats can share "
-            "values; exclude it."
-        )
-    if isinstance(leaf, SparseArray) and not spec.zero:
-        raise ValueError(f"Leaf {path!r} is sparse: what it leaves out is 0, so `zero` must be True.")
-    if not len(leaf.shape):
-        raise ValueError(f"Leaf {path!r} is a scalar and has no axis along which to store codes; exclude it.")
-    dense = leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
-    check_finite(path, dense)
-    return dense
-
-
-def checked_importance(path: str, leaf: Any, weight: Any) -> jax.Array | None:
-    """The importance of a leaf, or None.
-
-    Raises:
-        ValueError: it does not broadcast against the leaf.
-    """
-    if weight is None or is_unselected(weight):
-        return None
-    try:
-        fits = np.broadcast_shapes(weight.shape, leaf.shape) == tuple(leaf.shape)
-    except ValueError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"`importance` of leaf {path!r} has shape {tuple(weight.shape)}, which does not broadcast to "
-            f"{tuple(leaf.shape)}."
-        )
-    return weight
 
 
 def store_codes(

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jaxcompress.arrays import look_up, sparsify
-from jaxcompress.clustering._cluster import checked_importance, checked_leaf, store_codes
+from jaxcompress.clustering._cluster import store_codes
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
+from jaxcompress.clustering._leaves import checked_importance, checked_leaf
 from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.trace import selected_layouts
 from jaxcompress.transforms import identity
@@ -101,7 +102,7 @@ def _init(spec: CodebookSpec, importance: Params | None, chosen: Any, params: Pa
     )
 
     def fit(path: str, layout: Any, leaf: Any, own: Any) -> Array:
-        dense = checked_leaf(path, leaf, spec)
+        dense = checked_leaf(path, leaf, zero=spec.zero)
         return fit_tables(dense, spec, spec.blocks(dense.shape, layout), _given(own)).astype(jnp.float32)
 
     tables = map_selected(fit, layouts, params, h)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays import (
+    AdditiveCodebookArray,
     BitmaskSparseArray,
     CodebookArray,
     InputQuantizedArray,
@@ -18,6 +19,8 @@ from jaxcompress.arrays import (
     QuantizedArray,
     SparseArray,
 )
+from jaxcompress.execution._additive import can_unstack_additive, reshape_additive, slice_additive, transpose_additive
+from jaxcompress.execution._blocks import reshape_data, reshaped_blocks
 from jaxcompress.trace import reshape_runs
 from jaxcompress.types import is_compressed
 
@@ -30,6 +33,8 @@ def transpose(leaf: Any, permutation: Sequence[int]) -> Any:
         data = transpose(leaf.data, permutation)
         data = _dense_codes(leaf, lambda codes: codes.transpose(permutation)) if data is None else data
         return _with_parts(leaf, data, lambda part: part.transpose(permutation))
+    if isinstance(leaf, AdditiveCodebookArray):
+        return transpose_additive(leaf, permutation, transpose)
     if isinstance(leaf, PackedArray | NMSparseArray):
         axis = tuple(permutation).index(leaf.axis + leaf.ndim) - leaf.ndim
         names = ("data",) if isinstance(leaf, PackedArray) else ("values", "index")
@@ -53,13 +58,15 @@ def reshape(leaf: Any, shape: Sequence[int]) -> Any:
     """Another shape; scales must stay blocks of it."""
     if isinstance(leaf, _Coded):
         runs = reshape_runs(leaf.shape, shape)
-        sizes = [_reshaped_blocks(leaf.shape, shape, part.shape, runs) for part in parameters(leaf)]
+        sizes = [reshaped_blocks(leaf.shape, shape, part.shape, runs) for part in parameters(leaf)]
         if None in sizes:
             return None
-        data = _reshape_data(leaf.data, shape, runs)
+        data = reshape_data(leaf.data, shape, runs)
         data = _dense_codes(leaf, lambda codes: codes.reshape(shape)) if data is None else data
         targets = iter(sizes)
         return _with_parts(leaf, data, lambda part: part.reshape(next(targets)))
+    if isinstance(leaf, AdditiveCodebookArray):
+        return reshape_additive(leaf, shape)
     if isinstance(leaf, LowRankArray):
         return _reshape_low_rank(leaf, shape)
     if isinstance(leaf, InputQuantizedArray):
@@ -78,6 +85,8 @@ def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
         data = _dense_codes(leaf, lambda codes: slice_axis(codes, axis, start, size)) if data is None else data
         length = leaf.shape[axis]
         return _with_parts(leaf, data, lambda part: _slice_blocks(part, length, axis, start, size))
+    if isinstance(leaf, AdditiveCodebookArray):
+        return slice_additive(leaf, axis, start, size, slice_axis)
     if isinstance(leaf, PackedArray | NMSparseArray):
         if axis == leaf.axis + leaf.ndim:
             return None
@@ -102,7 +111,7 @@ def cast(leaf: Any, dtype: Any) -> Any:
     """Another logical dtype, where the cast loses nothing that the leaf's own dtype would have rounded away."""
     if not jnp.issubdtype(dtype, jnp.floating):
         return None
-    if isinstance(leaf, _Coded):
+    if isinstance(leaf, (*_Coded, AdditiveCodebookArray)):
         # From bfloat16 to float32 the plain route rounds first: only a narrowing cast of float32 is the same.
         same = leaf.dtype == dtype or leaf.dtype == jnp.float32
         return dataclasses.replace(leaf, dtype=jnp.dtype(dtype)) if same else None
@@ -130,6 +139,8 @@ def can_unstack(leaf: Any) -> bool:
     """Whether slicing every part along its first axis slices the leaf along its first axis."""
     if isinstance(leaf, _Coded):
         return can_unstack(leaf.data) and all(part.shape[0] == leaf.shape[0] for part in parameters(leaf))
+    if isinstance(leaf, AdditiveCodebookArray):
+        return can_unstack_additive(leaf)
     if isinstance(leaf, PackedArray | NMSparseArray):
         return leaf.axis != -leaf.ndim
     if isinstance(leaf, BitmaskSparseArray):
@@ -192,62 +203,6 @@ def _dense_codes(leaf: QuantizedArray | CodebookArray, move: Any) -> Any:
     if isinstance(leaf.data, SparseArray) and shifted:
         return None
     return move(leaf.codes())
-
-
-def _reshape_data(data: Any, shape: Sequence[int], runs: list[tuple[list[int], list[int]]]) -> Any:
-    """Reshapes codes whose packed axis only changes its place; None if it is split or merged."""
-    if not is_compressed(data):
-        return data.reshape(shape)
-    if not isinstance(data, PackedArray):
-        return None
-    at = data.axis + data.ndim
-    after = next(new for old, new in runs if at in old)
-    before = next(old for old, _ in runs if at in old)
-    if len(before) != 1 or len(after) != 1:
-        return None
-    stored = list(shape)
-    stored[after[0]] = data.data.shape[at]
-    return dataclasses.replace(data, data=data.data.reshape(stored), axis=after[0] - len(shape))
-
-
-def _reshaped_blocks(
-    old: Sequence[int], new: Sequence[int], blocks: Sequence[int], runs: list[tuple[list[int], list[int]]]
-) -> list[int] | None:
-    """The numbers of blocks per axis after a reshape, or None where blocks would not stay blocks."""
-    result = []
-    for before, after in runs:
-        merged = _merge([(old[axis], blocks[axis]) for axis in before])
-        split = None if merged is None else _split(merged[1], [new[axis] for axis in after])
-        if split is None:
-            return None
-        result += split
-    return result
-
-
-def _merge(axes: list[tuple[int, int]]) -> tuple[int, int] | None:
-    """Size and blocks of several axes seen as one."""
-    size, count = 1, 1
-    for n, s in axes:
-        # One block of the inner axis lies inside one of the outer ones, or the outer axis is cut into single entries.
-        if s != 1 and count != size:
-            return None
-        size, count = size * n, count * s
-    return size, count
-
-
-def _split(count: int, sizes: list[int]) -> list[int] | None:
-    """Blocks per axis when one axis of `count` blocks is split into axes of `sizes`."""
-    blocks = []
-    for i, size in enumerate(sizes):
-        if count % size == 0 and i < len(sizes) - 1:
-            blocks.append(size)
-            count //= size
-        elif size % max(count, 1) == 0:
-            blocks.append(count)
-            count = 1
-        else:
-            return None
-    return blocks if count == 1 else None
 
 
 def _sliceable(blocks: int, length: int, start: Any, size: int) -> bool:

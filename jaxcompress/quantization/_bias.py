@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration import moments, pausing
+from jaxcompress.calibration import flat_weights, moments, pausing
 from jaxcompress.quantization._leaf_matrix import with_new_leaves
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
@@ -30,7 +30,7 @@ def correct_biases(
         params: the dense tree.
         compressed: the same tree with compressed kernels.
         batches: tuples of inputs; all wait at the same kernel.
-        row_mask: `(*inputs) -> mask`, with one entry for each row of the kernels' inputs; by default all count.
+        row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs; by default all count alike.
 
     Returns:
         `(params, shifts)`: `compressed` with other biases, and the root
@@ -59,7 +59,7 @@ def correct_biases(
     if not paths:
         raise ValueError("No leaf with two axes is compressed: there is nothing to correct.")
     plain = map_with_path(lambda _, leaf: leaf.materialize() if is_compressed(leaf) else leaf, compressed)
-    rows = [None if row_mask is None else np.asarray(row_mask(*batch)).reshape(-1) > 0 for batch in kept]
+    rows = flat_weights(row_mask, kept)
     both = [(pausing(apply, paths, params, *batch), pausing(apply, paths, plain, *batch)) for batch in kept]
     dense, current, changed, shifts = dict(leaves_with_paths(params)), dict(leaves_with_paths(plain)), {}, {}
     replies: tuple[Any, Any] = None, None

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
-from jaxcompress.calibration import MatrixLeaf, Moments, Site, entries, matrices, moments, pausing, relative_error
+from jaxcompress.calibration import (
+    MatrixLeaf,
+    Moments,
+    Site,
+    entries,
+    flat_weights,
+    matrices,
+    moments,
+    pausing,
+    relative_error,
+)
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress.quantization._leaf_matrix import check_blocks, stored, with_new_leaves
 from jaxcompress.quantization._range_search import RangeSearch
@@ -74,8 +84,8 @@ def reconstruct(
         ridge: how much T is held to W; the rows must tell more than noise about it.
         damping: as for `gptq`.
         bias: fit the bias too, where one is added to the output; it stays a float.
-        row_mask: `(*inputs) -> mask` with one entry for each row of the kernels' inputs (each token), above 0 where it
-            counts; by default all count.
+        row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs (each token), 0 where it does not
+            count; by default all count alike.
         select: which leaves; by default every kernel with two axes that a matmul contracts.
 
     Returns:
@@ -104,7 +114,7 @@ def reconstruct(
     for path, kernel in kernels.items():
         check_rule(Rule(specs[path], order, groups, ranges, refine), damping)
         check_blocks(kernel, specs[path])
-    rows = [None if row_mask is None else np.asarray(row_mask(*batch)).reshape(-1) > 0 for batch in kept]
+    rows = flat_weights(row_mask, kept)
     both = [tuple(pausing(apply, list(kernels), params, *batch) for _ in "12") for batch in kept]
     replies: tuple[Any, Any] = None, None
     leaves: dict[str, Any] = {}

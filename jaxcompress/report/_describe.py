@@ -3,6 +3,7 @@
 from typing import Any
 
 from jaxcompress.arrays import (
+    AdditiveCodebookArray,
     BitmaskSparseArray,
     CodebookArray,
     InputQuantizedArray,
@@ -21,7 +22,8 @@ def describe_leaf(leaf: Any) -> str:
     quantized too, whether their ranges are dynamic or static. `g32` is a group of 32 weights on one axis, `b16x32` a
     block over several, `per-channel` one scale for all weights along some axes, `per-tensor` one for all of them. For
     low-rank leaves: their factors and the residual, such as `rank 16 float32 + int4 g32`. For codebooks: how many
-    values, and how their codes are stored, such as `16 values uint4 bitmask`.
+    values, and how their codes are stored, such as `16 values uint4 bitmask`; for sums of runs, the tables too, such as
+    `2 tables of 256x8 uint8`.
 
     Args:
         leaf: an array, a compressed array, or the abstract form of either.
@@ -41,6 +43,9 @@ def describe_leaf(leaf: Any) -> str:
         codes = leaf.data.values if isinstance(leaf.data, BitmaskSparseArray | NMSparseArray) else leaf.data
         words = [f"{leaf.table.shape[-1] + leaf.zero} values", _codes(codes), _pattern(leaf.data)]
         return " ".join(word for word in words if word)
+    if isinstance(leaf, AdditiveCodebookArray):
+        *_, count, values, length = leaf.table.shape
+        return f"{count} table{'s' * (count > 1)} of {values}x{length} {_codes(leaf.data)}"
     if isinstance(leaf, InputQuantizedArray):
         return f"{describe_leaf(leaf.weight)}, {'dynamic' if leaf.scale is None else 'static'} inputs"
     if isinstance(leaf, BitmaskSparseArray | NMSparseArray):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration import Site, moments, pausing, relative_error
+from jaxcompress.calibration import Site, flat_weights, moments, pausing, relative_error
 from jaxcompress.structured._least_squares import fit_gates, fit_rows
 from jaxcompress.structured._shrink import check_keep, mask_units
 from jaxcompress.tree import leaves_with_paths, map_with_path
@@ -49,8 +49,8 @@ def reconstruct(
         bias: fit the bias too, where one is added to the output.
         ridge: how much the solution is held to where it was.
         limit: of the absolute value of gates.
-        row_mask: `(*inputs) -> mask` with one entry for each row of the kernels' inputs (each token), above 0 where it
-            counts; by default all count.
+        row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs (each token), 0 where it does not
+            count; by default all count alike.
 
     Returns:
         The parameters, of the same shapes, and for each kernel `error_before` and `error`, after:
@@ -80,7 +80,7 @@ def reconstruct(
         raise ValueError("`batches` is empty: least squares needs inputs.")
     owners = _owners(params, groups, keep)
     masks = unit_masks(params, [group for group in groups if group.name in keep], keep)
-    rows = [None if row_mask is None else np.asarray(row_mask(*batch)).reshape(-1) > 0 for batch in batches]
+    rows = flat_weights(row_mask, batches)
     fitted, info = mask_units(params, groups, keep), {}
     paths = list(owners)
     both = [(pausing(apply, paths, params, *batch), pausing(apply, paths, fitted, *batch)) for batch in batches]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.arrays import CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
+from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
 
 
 def _bits(leaf: Any) -> bytes:
@@ -62,6 +62,14 @@ def _compressed() -> dict[str, Any]:
             table=jnp.linspace(-1, 1, 7)[None, None],
             dtype=jnp.dtype("float32"),
             zero=True,
+        ),
+        "additive codebooks": AdditiveCodebookArray(
+            data=pack(jnp.abs(codes[::4, :, None]).astype(jnp.uint8) % 3, bits=2, axis=1),
+            table=jnp.linspace(-1, 1, 12, dtype=jnp.bfloat16).reshape(1, 1, 1, 3, 4),
+            dtype=jnp.dtype("float32"),
+            scale=scale.astype(jnp.bfloat16),
+            axis=-2,
+            width=16,
         ),
         "bit mask": sparsify(weights.astype(jnp.bfloat16), mask),
         "bit mask in shards": sparsify(weights, mask, shards=4),

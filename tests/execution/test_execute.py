@@ -75,7 +75,7 @@ def test_gradients_equal_those_of_the_plain_model(name):
     """With respect to the inputs, the scales, the kept values and the leaves that stayed plain."""
     model, _ = _model(name)
     chosen = ("int8 per channel", "uint4 groups zero point", "int4 2:4 groups", "bit mask")
-    chosen += ("low rank + int4 groups", "codebook")
+    chosen += ("low rank + int4 groups", "codebook", "additive codebooks scaled")
     params = {kind: _compressed(name, kind) for kind in chosen}
     trainable, rest = tree.partition_trainable(params)
     floats, others = tree.partition(lambda x: jnp.issubdtype(x.dtype, jnp.floating), model.inputs)
@@ -98,7 +98,15 @@ def test_gradients_equal_those_of_the_plain_model(name):
 
 @pytest.mark.parametrize(
     "kind",
-    ["int8 per channel", "int4 groups", "int4 2:4 groups", "2:4", "low rank", "codebook per output"],
+    [
+        "int8 per channel",
+        "int4 groups",
+        "int4 2:4 groups",
+        "2:4",
+        "low rank",
+        "codebook per output",
+        "additive codebooks scaled",
+    ],
 )
 @pytest.mark.parametrize("name", ["dense", "attention", "tied_embed", "scanned", "batched_experts"])
 def test_sharded_over_eight_devices(name, kind):

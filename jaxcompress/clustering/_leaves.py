@@ -1,0 +1,61 @@
+"""Checks of leaves whose weights are to share values, and of how much each weight counts."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress.arrays import SparseArray
+from jaxcompress.tree import check_finite, is_traced, is_unselected
+from jaxcompress.types import is_compressed
+
+
+def checked_leaf(path: str, leaf: Any, *, zero: bool) -> jax.Array:
+    """A leaf as plain floats.
+
+    Args:
+        path: for messages.
+        leaf: plain or compressed.
+        zero: whether the zeros of a sparse leaf will stay.
+
+    Raises:
+        ValueError: it is no float array, is a scalar, is sparse though zeros will not stay, or holds NaN or Inf.
+    """
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(
+            f"Leaf {path!r} of dtype {leaf.dtype} and shape {tuple(leaf.shape)} is selected, but only floats can share "
+            "values; exclude it."
+        )
+    if isinstance(leaf, SparseArray) and not zero:
+        raise ValueError(
+            f"Leaf {path!r} is sparse: what it leaves out is 0 and needs `CodebookSpec(zero=True)`; materialize it if "
+            "its zeros may go."
+        )
+    if not len(leaf.shape):
+        raise ValueError(f"Leaf {path!r} is a scalar and has no axis along which to store codes; exclude it.")
+    dense = leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
+    check_finite(path, dense)
+    return dense
+
+
+def checked_importance(path: str, leaf: Any, weight: Any) -> jax.Array | None:
+    """The importance of a leaf, or None.
+
+    Raises:
+        ValueError: it does not broadcast against the leaf, is negative or not finite.
+    """
+    if weight is None or is_unselected(weight):
+        return None
+    try:
+        fits = np.broadcast_shapes(weight.shape, leaf.shape) == tuple(leaf.shape)
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"`importance` of leaf {path!r} has shape {tuple(weight.shape)}, which does not broadcast to "
+            f"{tuple(leaf.shape)}."
+        )
+    if not is_traced(weight) and not bool((jnp.isfinite(weight) & (jnp.asarray(weight) >= 0)).all()):
+        raise ValueError(f"`importance` of leaf {path!r} must be finite and at least 0.")
+    return weight
