@@ -57,9 +57,7 @@ def save_compressed(
     path = directory / "checkpoint"
     config = config_to_huggingface(module.config)  # pyright: ignore[reportAttributeAccessIssue]
     metadata = {"recipe": recipe.to_dict()}
-    checkpoint.save(
-        path, params, config=config, metadata=metadata, overwrite=overwrite, storage=recipe.save.storage
-    )
+    checkpoint.save(path, params, config=config, metadata=metadata, overwrite=overwrite, storage=recipe.save.storage)
     for name in _TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, directory / name)

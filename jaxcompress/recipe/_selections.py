@@ -40,4 +40,6 @@ def _paths(name: str, step: PruneStep | QuantizeStep | ClusterStep, params: Para
         marks = tree.by_path(step.select)(params)
     except ValueError as err:
         raise ValueError(f"{name}: {err}") from err
-    return [path for (path, _), mark in zip(tree.leaves_with_paths(params), jax.tree.leaves(marks), strict=True) if mark]
+    return [
+        path for (path, _), mark in zip(tree.leaves_with_paths(params), jax.tree.leaves(marks), strict=True) if mark
+    ]
