@@ -1,7 +1,6 @@
 """Running a recipe on a model."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import cast
 
@@ -69,21 +68,22 @@ def compress(
         raise ValueError("This recipe distils: it needs texts (rows to run both models on).")
     layouts = _layouts(module, params)
     student = _with_frozen_steps(recipe, params, layouts)
-    ask = functools.cache(lambda: predict(module, params, tokens, progress=progress, name="Asking the teacher"))
+    asked = None
     for part in _parts(recipe, layouts):
         student = _with_dense(part.dense, student)
-        if part.training is None:
+        if part.training is None or tokens is None:
             student = _at_once(part.transform(0), student)
             continue
+        if not part.training.hidden and asked is None:
+            asked = predict(module, params, tokens, progress=progress, name="Asking the teacher")
         transform = part.transform(steps_of(part.training, tokens))
-        cached = None if part.training.hidden else ask()
         student, state = train(
             module,
             student,
             tokens,
             part.training,
-            teacher=params if cached is None else None,
-            cached=cached,
+            teacher=params if part.training.hidden else None,
+            cached=None if part.training.hidden else asked,
             transform=transform,
             trainable=_not_compressed,
             progress=progress,
