@@ -12,6 +12,12 @@ from jaxcompress.models import BertConfig, make_module, save_pretrained
 WORDS = ["good", "bad", "film", "plot", "the", "a", "is", "was", "very", "not", "dull", "bright"]
 
 
+def small_classifier(**sizes):
+    """The module of a BERT of two layers that tells two classes apart."""
+    common = {"vocab_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 16}
+    return make_module(BertConfig(**common, **sizes, head="sequence_classification"))
+
+
 @pytest.fixture(scope="session")
 def bert_directory(tmp_path_factory):
     """A tiny classifier with a tokenizer, as Hugging Face would write it."""

@@ -6,12 +6,16 @@ import sys
 CODE = """
 import jax.numpy as jnp
 import jaxcompress as jc
+from jaxcompress import recipe
 
 params = {"kernel": jnp.ones((4, 4))}
 calls = {
     "scope": lambda: jc.pruning.masks_from_scores(params, scope="layer"),
     "variant": lambda: jc.pruning.gradient_scores(lambda p, x: p["kernel"].sum(), params, [1.0], variant="squared"),
     "store": lambda: jc.pruning.gradual(schedule=jc.schedules.constant(0.5), store="csr"),
+    "start": lambda: jc.quantization.lsq(jc.quantization.QuantSpec(bits=4), start="zero"),
+    "per": lambda: recipe.ClusterStep(select=".*", values=4, per="row"),
+    "storage": lambda: recipe.Saving(storage="zip"),
     "form": lambda: jc.gates.deterministic_gates(jnp.ones(3), form="mean"),
 }
 for option, call in calls.items():
@@ -24,8 +28,11 @@ for option, call in calls.items():
 
 def test_wrong_names_list_the_right_ones():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
-    scope, variant, store, form = done.stdout.splitlines()
+    scope, variant, store, start, per, storage, form = done.stdout.splitlines()
     assert scope == "`scope` must be 'leaf', 'global' or 'row', got 'layer'."
     assert variant == "`variant` must be 'normalized', 'absolute' or 'taylor', got 'squared'."
     assert store == "`store` must be 'sparse' or 'dense', got 'csr'."
+    assert start == "`start` must be one of ('mean', 'range'), got 'zero'."
+    assert per == "`per` must be 'leaf' or 'output', got 'row'."
+    assert storage == "`storage` must be 'orbax' or 'entropy', got 'zip'."
     assert form == "`form` must be 'louizos' or 'topk', got 'mean'."

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from one_kernel import drawn_layer, output_error, seconds_of
 
 import jaxcompress as jc
 from jaxcompress import quantization
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def _kernel(depth: int, width: int, repeats: int) -> dict[str, Any]:
-    weights, gram, rows = _layer(depth, width)
+    weights, gram, rows = drawn_layer(depth, width)
     params = {"kernel": jnp.asarray(weights)}
     statistics = {"kernel": InputStatistics(count=jnp.float32(rows), gram=jnp.asarray(gram))}
     options: dict[str, Any] = {"order": "natural", "groups": "updated"}
@@ -62,13 +63,13 @@ def _kernel(depth: int, width: int, repeats: int) -> dict[str, Any]:
         return jax.block_until_ready(quantization.gptq(params, statistics, SPEC, **options))
 
     used = time.process_time()
-    compiling = _seconds(call)
+    compiling = seconds_of(call)
     used = time.process_time() - used
     run = functools.partial(_algorithm, params["kernel"], statistics["kernel"].gram * (2.0 / rows))
     jax.block_until_ready(run())
     theirs = _theirs(weights, gram, rows) if importlib.util.find_spec("torch") else None
-    times = np.array([[_seconds(lambda: jax.block_until_ready(run())), _seconds(theirs)] for _ in range(repeats)])
-    again = _seconds(call)
+    times = np.array([[seconds_of(lambda: jax.block_until_ready(run())), seconds_of(theirs)] for _ in range(repeats)])
+    again = seconds_of(call)
     found, info = call()
     return {
         "compile_s": round(compiling - again, 2),
@@ -80,7 +81,7 @@ def _kernel(depth: int, width: int, repeats: int) -> dict[str, Any]:
         "times_faster": round(float(np.median(times[:, 1] / times[:, 0])), 2) if theirs else None,
         "error": round(info["kernel"].error, 4),
         "error_rtn": round(info["kernel"].error_before, 4),
-        "torch_error": round(_error(theirs(), weights, gram), 4) if theirs else None,
+        "torch_error": round(output_error(theirs(), weights, gram), 4) if theirs else None,
         "same_codes_as_torch": _same(found["kernel"].materialize(), theirs()) if theirs else None,
     }
 
@@ -98,14 +99,6 @@ def _algorithm(weights: jax.Array, hessian: jax.Array) -> tuple[jax.Array, Any]:
         return jnp.clip(jnp.round(w / scale), -8, 7) * scale
 
     return solve_groups(weights, factor, quantize_column=column, start_group=start, group_size=32)
-
-
-def _layer(depth: int, width: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """A kernel (in, out), and XᵀX of correlated inputs."""
-    rng = np.random.default_rng(0)
-    rows = 4 * depth
-    x = rng.normal(size=(rows, depth)) @ (rng.normal(size=(depth, depth)) / np.sqrt(depth) + 0.5 * np.eye(depth))
-    return rng.normal(size=(depth, width)).astype(np.float32), (x.T @ x).astype(np.float32), rows
 
 
 def _theirs(weights: np.ndarray, gram: np.ndarray, rows: int) -> Callable[[], np.ndarray]:
@@ -156,22 +149,9 @@ def _minilm() -> dict[str, Any]:
     return {"kernels": len(info), "seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)}
 
 
-def _error(found: np.ndarray, weights: np.ndarray, gram: np.ndarray) -> float:
-    lost = weights - found
-    return float(np.sqrt(np.sum(lost * (gram @ lost)) / np.sum(weights * (gram @ weights))))
-
-
 def _same(ours: Any, theirs: np.ndarray) -> float:
     """The share of equal weights: where a weight lies half-way, the order of additions decides, and what follows."""
     return round(float(np.isclose(np.asarray(ours), theirs, rtol=1e-4, atol=1e-5).mean()), 4)
-
-
-def _seconds(fn: Callable[[], Any] | None) -> float:
-    if fn is None:
-        return float("nan")
-    begun = time.perf_counter()
-    fn()
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from one_kernel import drawn_layer, output_error, seconds_of
 
 from jaxcompress import pruning
 from jaxcompress.calibration import InputStatistics
@@ -32,12 +33,12 @@ def main() -> None:
     arguments = parser.parse_args()
     depth, width = (96, 160) if arguments.quick else (arguments.inputs, arguments.outputs)
     repeats = 3 if arguments.quick else arguments.repeats
-    weights, gram, rows = _layer(depth, width)
+    weights, gram, rows = drawn_layer(depth, width)
     figures: dict[str, Any] = {"inputs": depth, "outputs": width, "repeats": repeats, "cores": os.cpu_count()}
     for name, options in (("unstructured", {"sparsity": 0.5}), ("2:4", {"pattern": pruning.n_of_m(2, 4)})):
         ours, compile_seconds, compile_cpu_seconds = _ours(weights, gram, rows, options)
         theirs = _theirs(weights, gram, rows, name) if importlib.util.find_spec("torch") else None
-        times = np.array([[_seconds(ours), _seconds(theirs)] for _ in range(repeats)])
+        times = np.array([[seconds_of(ours), seconds_of(theirs)] for _ in range(repeats)])
         figures[name] = {
             "compile_s": round(compile_seconds, 2),
             # What it took of the processor: on a busy machine the clock says more about the neighbours.
@@ -45,18 +46,10 @@ def main() -> None:
             "run_s": round(float(np.median(times[:, 0])), 3),
             "torch_s": round(float(np.median(times[:, 1])), 3) if theirs else "torch is not installed",
             "ratio": round(float(np.median(times[:, 0] / times[:, 1])), 3) if theirs else None,
-            "error": round(_error(ours(), weights, gram), 4),
-            "torch_error": round(_error(theirs(), weights, gram), 4) if theirs else None,
+            "error": round(output_error(ours(), weights, gram), 4),
+            "torch_error": round(output_error(theirs(), weights, gram), 4) if theirs else None,
         }
     print(json.dumps(figures))
-
-
-def _layer(depth: int, width: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """A kernel (in, out), and XᵀX of correlated inputs."""
-    rng = np.random.default_rng(0)
-    rows = 4 * depth
-    x = rng.normal(size=(rows, depth)) @ (rng.normal(size=(depth, depth)) / np.sqrt(depth) + 0.5 * np.eye(depth))
-    return rng.normal(size=(depth, width)).astype(np.float32), (x.T @ x).astype(np.float32), rows
 
 
 def _ours(
@@ -70,9 +63,9 @@ def _ours(
         return np.asarray(jax.block_until_ready(pruned["kernel"]))
 
     used = time.process_time()
-    first = _seconds(run)
+    first = seconds_of(run)
     used = time.process_time() - used
-    return run, first - _seconds(run), used
+    return run, first - seconds_of(run), used
 
 
 def _theirs(weights: np.ndarray, gram: np.ndarray, rows: int, name: str) -> Callable[[], np.ndarray]:
@@ -105,19 +98,6 @@ def _sparsegpt_in_torch(torch: Any, kernel: Any, hessian: Any, *, n_of_m: bool, 
         weights[:, start:end] = solved
         weights[:, end:] -= errors @ upper[start:end, end:]
     return weights
-
-
-def _error(found: np.ndarray, weights: np.ndarray, gram: np.ndarray) -> float:
-    lost = weights - found
-    return float(np.sqrt(np.sum(lost * (gram @ lost)) / np.sum(weights * (gram @ weights))))
-
-
-def _seconds(fn: Callable[[], Any] | None) -> float:
-    if fn is None:
-        return float("nan")
-    begun = time.perf_counter()
-    fn()
-    return time.perf_counter() - begun
 
 
 if __name__ == "__main__":

@@ -18,15 +18,14 @@ def run_compress(screen: Screen, model: Path, recipe: str, out: Path, *, data: P
     steps = read_recipe(recipe)
     if (out / "checkpoint").exists() and not overwrite:
         raise FileExistsError(f"{str(out)!r} already holds a compressed model; give --overwrite to replace it.")
-    if steps.distil is not None and data is None:
+    if steps.distils and data is None:
         raise ValueError(f"The recipe {recipe!r} distils: give --data, a CSV file with a column `text`.")
     check_writable(out)
     loaded = load_model(model)
     tokens = None if data is None else tokenize(loaded.tokenizer, read_texts(data))
     compressed = run_recipe(steps, loaded.module, loaded.params, tokens, progress=screen)
-    metadata = {"recipe": steps.to_dict()}
     path = save_compressed(
-        out, loaded.module, compressed, tokenizer=loaded.tokenizer, metadata=metadata, overwrite=overwrite
+        out, loaded.module, compressed, tokenizer=loaded.tokenizer, recipe=steps, overwrite=overwrite
     )
     sizes = report.size_report(compressed, disk_path=path)
     _show_sizes(screen, f"{model} → {out}", sizes)

@@ -66,9 +66,7 @@ def run_demo(
         setting.minilm, setting.train, setting.fine_tune, note=screen.note, progress=screen
     )
     compressed = compress(setting.recipe, module, dense, setting.train, progress=screen)
-    path = save_compressed(
-        out, module, compressed, tokenizer=setting.minilm, metadata={"recipe": setting.recipe.to_dict()}, overwrite=True
-    )
+    path = save_compressed(out, module, compressed, tokenizer=setting.minilm, recipe=setting.recipe, overwrite=True)
     figures = _figures(screen, setting, module, dense, compressed, path)
     figures |= {"checkpoint": str(path.resolve()), "seconds": time.monotonic() - begun}
     _show(screen, figures)

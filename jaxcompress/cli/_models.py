@@ -3,12 +3,12 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 from flax import linen as nn
 
 from jaxcompress import checkpoint
 from jaxcompress.models import config_from_huggingface, config_to_huggingface, from_pretrained, make_module
+from jaxcompress.recipe import Recipe
 from jaxcompress.types import Params
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
@@ -50,13 +50,14 @@ def load_model(directory: Path) -> Loaded:
 
 
 def save_compressed(
-    directory: Path, module: nn.Module, params: Params, *, tokenizer: Path, metadata: dict[str, Any], overwrite: bool
+    directory: Path, module: nn.Module, params: Params, *, tokenizer: Path, recipe: Recipe, overwrite: bool
 ) -> Path:
-    """Writes `checkpoint/` and the tokenizer's files into `directory`; returns the checkpoint's path."""
+    """Writes `checkpoint/`, as the recipe says, and the tokenizer's files into `directory`; the checkpoint's path."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "checkpoint"
     config = config_to_huggingface(module.config)  # pyright: ignore[reportAttributeAccessIssue]
-    checkpoint.save(path, params, config=config, metadata=metadata, overwrite=overwrite)
+    metadata = {"recipe": recipe.to_dict()}
+    checkpoint.save(path, params, config=config, metadata=metadata, overwrite=overwrite, storage=recipe.save.storage)
     for name in _TOKENIZER_FILES:
         if (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, directory / name)

@@ -19,12 +19,14 @@ from jaxcompress.recipe._predict import predictor as predictor
 from jaxcompress.recipe._progress import Progress as Progress
 from jaxcompress.recipe._progress import Silent as Silent
 from jaxcompress.recipe._progress import Task as Task
-from jaxcompress.recipe._recipe import PruneStep as PruneStep
-from jaxcompress.recipe._recipe import QuantizeStep as QuantizeStep
 from jaxcompress.recipe._recipe import Recipe as Recipe
-from jaxcompress.recipe._recipe import Training as Training
+from jaxcompress.recipe._recipe import Saving as Saving
 from jaxcompress.recipe._recipe import packaged_recipes as packaged_recipes
 from jaxcompress.recipe._recipe import read_recipe as read_recipe
+from jaxcompress.recipe._steps import ClusterStep as ClusterStep
+from jaxcompress.recipe._steps import PruneStep as PruneStep
+from jaxcompress.recipe._steps import QuantizeStep as QuantizeStep
+from jaxcompress.recipe._steps import Training as Training
 from jaxcompress.recipe._text import Split as Split
 from jaxcompress.recipe._text import Texts as Texts
 from jaxcompress.recipe._text import Tokens as Tokens

@@ -1,4 +1,4 @@
-"""A declared pipeline: what to prune, what to quantize, how to distil. Read from TOML, checked before anything runs."""
+"""A declared pipeline: what to do, how to distil, how to save. Read from TOML, checked before anything runs."""
 
 import dataclasses
 import tomllib
@@ -6,136 +6,25 @@ import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jaxcompress.pruning import Pattern, Scope, n_of_m, unstructured
-from jaxcompress.quantization import QuantSpec
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneStep:
-    """Gradual magnitude pruning (one-shot without distillation).
-
-    Attributes:
-        select: regular expression over whole paths.
-        sparsity: share of zeros at the end, in [0, 1].
-        pattern: "unstructured" or "N:M", N kept of every M.
-        scope: "leaf", "global" or "row".
-        begin: share of the training steps at which pruning begins.
-        end: share at which the final sparsity is reached.
-        every: steps between two rankings.
-    """
-
-    select: str
-    sparsity: float
-    pattern: str = "unstructured"
-    scope: str = "leaf"
-    begin: float = 0.0
-    end: float = 0.5
-    every: int = 10
-
-    def __post_init__(self) -> None:
-        """Checks the options."""
-        if not 0.0 <= self.sparsity <= 1.0:
-            raise ValueError(f"`sparsity` must be in [0, 1], got {self.sparsity}.")
-        if not 0.0 <= self.begin < self.end <= 1.0:
-            raise ValueError(f"`begin` and `end` must be 0 <= begin < end <= 1, got {self.begin} and {self.end}.")
-        if self.scope not in typing.get_args(Scope):
-            raise ValueError(f"`scope` must be leaf, global or row, got {self.scope!r}.")
-        if self.every < 1:
-            raise ValueError(f"`every` must be at least 1, got {self.every}.")
-        self.parsed_pattern()
-
-    def parsed_pattern(self) -> Pattern:
-        """The pattern that `pattern` names."""
-        if self.pattern == "unstructured":
-            return unstructured()
-        kept, separator, run = self.pattern.partition(":")
-        if separator and kept.isdigit() and run.isdigit():
-            return n_of_m(int(kept), int(run))
-        raise ValueError(f"`pattern` must be unstructured or N:M (such as 2:4), got {self.pattern!r}.")
+from jaxcompress.recipe._steps import ClusterStep, PruneStep, QuantizeStep, Training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizeStep:
-    """Fake quantization while distilling, then real; or, `frozen`, quantized before and not trained.
+class Saving:
+    """How the command line writes the result.
 
     Attributes:
-        select: regular expression over whole paths.
-        frozen: quantize before the distillation, and leave those leaves as they are.
-        bits: see `QuantSpec`, as the following ones.
-        group_size: see `QuantSpec`.
-        symmetric: see `QuantSpec`.
-        scale_dtype: see `QuantSpec`.
-        convention: see `QuantSpec`.
+        storage: see `checkpoint.save`; "entropy" for the fewest bytes.
     """
 
-    select: str
-    bits: int
-    frozen: bool = False
-    group_size: int | None = None
-    symmetric: bool = True
-    scale_dtype: str = "bfloat16"
-    convention: str = "narrow"
+    storage: Literal["orbax", "entropy"] = "orbax"
 
     def __post_init__(self) -> None:
         """Checks the options."""
-        self.spec()
-
-    def spec(self) -> QuantSpec:
-        """The specification of the numbers."""
-        names = ("bits", "group_size", "symmetric", "scale_dtype", "convention")
-        return QuantSpec(**{name: getattr(self, name) for name in names})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """One training: fine-tuning or distillation, by AdamW with linear warm-up and cosine decay.
-
-    Attributes:
-        epochs: passes over the rows.
-        learning_rate: the highest.
-        batch_size: rows in a batch.
-        widths: rows are padded to the narrowest of these that holds them; each is one compilation.
-        warmup: share of the steps in which the learning rate rises.
-        weight_decay: of AdamW.
-        dropout: whether the model's dropout is on.
-        temperature: T of the soft targets.
-        soft_targets: weight of T² KL(teacher || student).
-        pooled: weight of the mean squared error of the pooled vectors.
-        hidden: weight of the mean squared error of the hidden states of all layers.
-        hard_labels: weight of the cross-entropy with the labels.
-        seed: of order and dropout.
-    """
-
-    epochs: int
-    learning_rate: float
-    batch_size: int = 32
-    widths: tuple[int, ...] = (24, 32, 48, 64)
-    warmup: float = 0.1
-    weight_decay: float = 0.0
-    dropout: bool = False
-    temperature: float = 1.0
-    soft_targets: float = 0.0
-    pooled: float = 0.0
-    hidden: float = 0.0
-    hard_labels: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Checks the options."""
-        for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        if not self.learning_rate > 0:
-            raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}.")
-        if not 0.0 <= self.warmup < 1.0:
-            raise ValueError(f"`warmup` is a share of the steps and must be in [0, 1), got {self.warmup}.")
-        if not self.widths or list(self.widths) != sorted(set(self.widths)) or self.widths[0] < 1:
-            raise ValueError(f"`widths` must be positive and ascending, got {list(self.widths)}.")
-        weights = {name: getattr(self, name) for name in ("soft_targets", "pooled", "hidden", "hard_labels")}
-        if min(weights.values()) < 0 or not any(weights.values()):
-            raise ValueError(f"At least one loss needs a positive weight, and none a negative one, got {weights}.")
+        if self.storage not in ("orbax", "entropy"):
+            raise ValueError(f"`storage` must be 'orbax' or 'entropy', got {self.storage!r}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,19 +34,32 @@ class Recipe:
     Attributes:
         prune: pruning steps, applied in order.
         quantize: quantization steps, after pruning.
+        cluster: steps that let weights share values, after pruning.
         distil: how the compressed model is trained to follow the original; None: one-shot.
+        distil_shared: the same for the second part of the training, in which values are shared; by default `distil`.
         fine_tune: how the demo trains the original model first; not used otherwise.
+        save: how the result is written.
     """
 
     prune: tuple[PruneStep, ...] = ()
     quantize: tuple[QuantizeStep, ...] = ()
+    cluster: tuple[ClusterStep, ...] = ()
     distil: Training | None = None
+    distil_shared: Training | None = None
     fine_tune: Training | None = None
+    save: Saving = Saving()
 
     def __post_init__(self) -> None:
-        """Checks that there is something to do."""
-        if not self.prune and not self.quantize:
-            raise ValueError("A recipe needs at least one [[prune]] or [[quantize]] step.")
+        """Checks that there is something to do, and nothing that would never be done."""
+        if not self.prune and not self.quantize and not self.cluster:
+            raise ValueError("A recipe needs at least one [[prune]], [[quantize]] or [[cluster]] step.")
+        if self.distil_shared is not None and all(step.frozen for step in self.cluster):
+            raise ValueError("[distil_shared] trains shared values: it needs a [[cluster]] step that is not frozen.")
+
+    @property
+    def distils(self) -> bool:
+        """Whether texts are needed."""
+        return self.distil is not None or self.distil_shared is not None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -200,8 +102,8 @@ def read_recipe(source: str | Path) -> Recipe:
 
 
 def _parse(tables: Mapping[str, Any]) -> Recipe:
-    lists = {"prune": PruneStep, "quantize": QuantizeStep}
-    singles = {"distil": Training, "fine_tune": Training}
+    lists = {"prune": PruneStep, "quantize": QuantizeStep, "cluster": ClusterStep}
+    singles = {"distil": Training, "distil_shared": Training, "fine_tune": Training, "save": Saving}
     unknown = sorted(set(tables) - {*lists, *singles})
     if unknown:
         raise ValueError(f"unknown table {unknown[0]!r}; known are {', '.join([*lists, *singles])}.")
@@ -237,6 +139,10 @@ def _value(name: str, hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) is tuple and isinstance(value, list):
         return tuple(_value(name, int, item) for item in value)
     kinds = typing.get_args(hint) or (hint,)
+    if typing.get_origin(hint) is Literal:
+        if value not in kinds:
+            raise ValueError(f"`{name}` must be {' or '.join(map(repr, kinds))}, found {value!r}.")
+        return value
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, bool) != (bool in kinds) or not isinstance(value, kinds):

@@ -1,5 +1,6 @@
 """Training loops over tokenized texts: fine-tuning, and distillation with a transform inside."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from flax import linen as nn
 
 from jaxcompress.distillation import LossFn, hard_labels, hidden_states, make_train_step, soft_targets
 from jaxcompress.recipe._progress import Progress, Silent
-from jaxcompress.recipe._recipe import Training
+from jaxcompress.recipe._steps import Training
 from jaxcompress.recipe._text import Tokens, training_batches
 from jaxcompress.transforms import identity
 from jaxcompress.types import Params, Selector, Transform
@@ -75,7 +76,7 @@ def train(
         teacher_module: of the teacher; by default the student's.
         cached: the teacher's outputs for every row, instead.
         transform: compression inside the loss; none by default.
-        transform_optimizer: for what the transform learns, such as gates.
+        transform_optimizer: for what the transform learns, such as gates; by default the weights' without weight decay.
         trainable: leaves to train; by default all.
         progress: where to show loss and time left.
         name: of the task shown.
@@ -95,7 +96,7 @@ def train(
         _optimizer(training, total),
         losses=_losses(training, module),
         transform=identity() if transform is None else transform,
-        transform_optimizer=transform_optimizer,
+        transform_optimizer=transform_optimizer or _optimizer(dataclasses.replace(training, weight_decay=0.0), total),
         trainable=trainable,
     )
     state = init_state(params, key=jax.random.key(training.seed))

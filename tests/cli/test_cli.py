@@ -3,6 +3,8 @@
 import json
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from jaxcompress import checkpoint
@@ -30,6 +32,19 @@ learning_rate = 1e-3
 soft_targets = 1.0
 hidden = 1.0
 widths = [16]
+"""
+
+DEEP = """
+[[prune]]
+select = 'bert/encoder/.*/kernel'
+sparsity = 0.6
+[[cluster]]
+select = 'bert/encoder/.*/kernel'
+values = 8
+[[cluster]]
+select = 'bert/embeddings/.*/embedding'
+values = 8
+zero = false
 """
 
 
@@ -94,6 +109,24 @@ def test_one_shot_needs_no_data_and_overwriting_is_asked_for(run, bert_directory
     assert (code, stderr.count("\n")) == (2, 1)
     assert "--overwrite" in stderr
     assert run(*arguments, "--overwrite")[0] == 0
+
+
+def test_a_recipe_may_ask_for_an_entropy_coded_file(run, bert_directory, tmp_path):
+    """The same leaves in fewer bytes, restored from the path alone, and run."""
+    written, restored = {}, {}
+    for name, table in {"plain": "", "coded": '[save]\nstorage = "entropy"\n'}.items():
+        (tmp_path / f"{name}.toml").write_text(DEEP + table)
+        out = ("--out", tmp_path / name, "--json")
+        code, stdout, stderr = run("compress", bert_directory, "--recipe", tmp_path / f"{name}.toml", *out)
+        assert code == 0, stderr
+        written[name] = json.loads(stdout)
+        restored[name], _ = checkpoint.restore(written[name]["checkpoint"])
+    assert written["coded"]["bytes_disk"] < 0.7 * written["plain"]["bytes_disk"]
+    assert jax.tree.structure(restored["coded"]) == jax.tree.structure(restored["plain"])
+    for x, y in zip(*map(jax.tree.leaves, restored.values()), strict=True):
+        np.testing.assert_array_equal(x, y)
+    code, stdout, _ = run("inspect", tmp_path / "coded", "--json")
+    assert (code, json.loads(stdout)["metadata"]["recipe"]["save"]) == (0, {"storage": "entropy"})
 
 
 def test_help_shows_examples(run):

@@ -9,7 +9,7 @@ import jaxcompress as jc
 from jaxcompress import trace
 from jaxcompress.arrays import CodebookArray, look_up, sparsify, validate_array
 from jaxcompress.calibration import input_statistics
-from jaxcompress.clustering import CodebookSpec, cluster, input_importance, trained_codebooks
+from jaxcompress.clustering import CodebookSpec, _fit, cluster, input_importance, trained_codebooks
 from jaxcompress.trace import LeafLayout
 
 
@@ -188,3 +188,21 @@ def test_transform_options():
             trained_codebooks(spec, **wrong)
     with pytest.raises(ValueError, match="'w' holds 1 NaN"):
         trained_codebooks(spec).init({"w": jnp.full((1, 1), jnp.nan)}, key=jax.random.key(0))
+
+
+def test_a_rate_on_a_long_leaf_is_fitted_on_runs_of_neighbours(monkeypatch):
+    """Tables and bits are those of all weights, to the width of a run; zeros and importance are minded."""
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(64, 80)).astype(np.float32)
+    params = {"kernel": jnp.asarray(np.where(np.abs(weights) < 0.4, 0, weights))}
+    spec = CodebookSpec(values=6, rate=0.01)
+    for importance in (None, {"kernel": jnp.asarray(rng.uniform(0.5, 2.0, (64, 1)), jnp.float32)}):
+        found = []
+        for limit in (1 << 16, 500):
+            monkeypatch.setattr(_fit, "_ENOUGH", limit)
+            found.append(cluster(params, spec, importance=importance))
+        (exact, of_exact), (short, of_short) = ((tree["kernel"], info["kernel"]) for tree, info in found)
+        np.testing.assert_allclose(short.table, exact.table, atol=0.03)
+        assert of_short.error < 1.01 * of_exact.error
+        assert abs(of_short.entropy_bits - of_exact.entropy_bits) < 0.02
+        assert not short.materialize()[params["kernel"] == 0].any()

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_bert import small_classifier
 
 import jaxcompress as jc
 from jaxcompress.distillation import make_train_step, soft_targets
-from jaxcompress.models import BertConfig, make_module
 from jaxcompress.quantization import QuantSpec, input_ranges, lsq, lsq_inputs, quantized_inputs
 from jaxcompress.tree import leaves_with_paths
 
@@ -30,17 +30,8 @@ WAYS = {
 @pytest.mark.parametrize("name", WAYS)
 def test_what_is_trained_is_what_is_served(name):
     weights, inputs = WAYS[name][0], WAYS[name][1]()
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=16,
-        head="sequence_classification",
-    )
-    module, rng = make_module(config), np.random.default_rng(0)
-    ids = jnp.asarray(rng.integers(0, 40, (4, 6)))
+    module = small_classifier(hidden_size=32, num_attention_heads=2, intermediate_size=48)
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (4, 6)))
     params = module.init(jax.random.key(0), ids)["params"]
     params = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim == 2 else leaf, params)
 

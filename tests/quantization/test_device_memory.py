@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import zoo
+from small_bert import small_classifier
 
 import jaxcompress as jc
 from jaxcompress.arrays import QuantizedArray
-from jaxcompress.models import BertConfig, make_module
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import is_compressed
@@ -21,16 +21,10 @@ SPEC = QuantSpec(bits=4, group_size=32, scale_dtype="bfloat16")
 @pytest.fixture(scope="module")
 def bert():
     """A small classifier: (apply, params, inputs)."""
-    config = BertConfig(
-        vocab_size=40,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=96,
-        max_position_embeddings=16,
-        head="sequence_classification",
+    module, ids = (
+        small_classifier(hidden_size=64, num_attention_heads=4, intermediate_size=96),
+        jnp.ones((2, 6), jnp.int32),
     )
-    module, ids = make_module(config), jnp.ones((2, 6), jnp.int32)
     params = module.init(jax.random.key(0), ids)["params"]
     return lambda p, ids: module.apply({"params": p}, ids)["logits"], params, (ids,)
 

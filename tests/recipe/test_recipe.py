@@ -3,6 +3,7 @@
 import pytest
 
 from jaxcompress import recipe
+from jaxcompress.clustering import CodebookSpec
 from jaxcompress.pruning import n_of_m, unstructured
 
 
@@ -13,9 +14,13 @@ def _read(tmp_path, text):
 
 
 def test_the_recipes_of_the_library_can_be_read():
-    assert {"demo", "demo-full", "int4"} <= set(recipe.packaged_recipes())
+    assert {"deep-compression", "demo", "demo-full", "int4"} <= set(recipe.packaged_recipes())
     for name in recipe.packaged_recipes():
-        assert recipe.read_recipe(name).quantize
+        read = recipe.read_recipe(name)
+        assert (read.save.storage, bool(read.cluster)) == (
+            ("entropy", True) if name == "deep-compression" else ("orbax", False)
+        )
+        assert read.quantize or read.cluster
 
 
 def test_options_reach_their_steps(tmp_path):
@@ -46,15 +51,43 @@ def test_options_reach_their_steps(tmp_path):
     assert recipe.without_distillation(read).distil is None
 
 
+def test_options_of_shared_values_reach_their_step(tmp_path):
+    read = _read(
+        tmp_path,
+        """
+        [[cluster]]
+        select = '.*kernel'
+        values = 8
+        per = "output"
+        rate = 0.01
+        dtype = "float32"
+        zero = false
+        until = 0.5
+        [distil_shared]
+        epochs = 1
+        learning_rate = 0.01
+        soft_targets = 1
+        [save]
+        storage = "entropy"
+        """,
+    )
+    assert read.cluster[0].spec() == CodebookSpec(values=8, per="output", rate=0.01, dtype="float32", zero=False)
+    assert (read.cluster[0].until, read.cluster[0].frozen, read.save.storage) == (0.5, False, "entropy")
+    assert read.distils
+    bare = recipe.without_distillation(read)
+    assert (bare.distils, bare.cluster, bare.save) == (False, read.cluster, read.save)
+
+
+CLUSTER = "[[cluster]]\nselect = '.*'\nvalues = 4\n"
 QUANTIZE = "[[quantize]]\nselect = '.*'\nbits = 4\n"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"needs at least one \[\[prune\]\] or \[\[quantize\]\]"),
+        ("", r"needs at least one \[\[prune\]\], \[\[quantize\]\] or \[\[cluster\]\]"),
         ("[[prune]", "recipe.toml"),
-        ("[[prun]]\nselect = '.*'", "unknown table 'prun'; known are prune, quantize, distil"),
+        ("[[prun]]\nselect = '.*'", "unknown table 'prun'; known are prune, quantize, cluster, distil"),
         ("[prune]\nselect = '.*'", r"`prune` is a list of tables: write \[\[prune\]\]"),
         (
             "[[prune]]\nselect = '.*'\nsparsty = 0.5",
@@ -72,6 +105,21 @@ QUANTIZE = "[[quantize]]\nselect = '.*'\nbits = 4\n"
         ("[[quantize]]\nselect = '.*'\nbits = 9", r"\[\[quantize\]\] 1: `bits` must be an integer in \[1, 8\], got 9"),
         ("[[quantize]]\nselect = '.*'\nbits = 4.5", "`bits` must be of type int, found 4.5"),
         ("quantize = [1]", r"\[\[quantize\]\] 1 must be a table of options, found 1"),
+        ("[[cluster]]\nselect = '.*'", r"\[\[cluster\]\] 1: the option 'values' is needed"),
+        ("[[cluster]]\nselect = '.*'\nvalues = 1", r"\[\[cluster\]\] 1: `values` must be in \[2, 256\], got 1"),
+        (f"{CLUSTER}rate = -1", "`rate` must be at least 0 and finite"),
+        (f"{CLUSTER}per = 'row'", "`per` must be 'leaf' or 'output', found 'row'"),
+        (f"{CLUSTER}per = 1", "`per` must be 'leaf' or 'output', found 1"),
+        (f"{CLUSTER}dtype = 'int8'", "`dtype` must be 'float32' or 'bfloat16', found 'int8'"),
+        (f"{CLUSTER}until = 2", r"`until` is a share of the training and must be in \[0, 1\], got 2"),
+        (f"{CLUSTER}every = 0", "`every` must be at least 1"),
+        (f"{CLUSTER}zero = false\nstore = 'sparse'", "`store` must be 'dense', or 'sparse' if"),
+        (f"{CLUSTER}frozen = true\nstore = 'sparse'", "`store` must be 'dense', or 'sparse' if"),
+        (
+            f"{CLUSTER}frozen = true\n[distil_shared]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1",
+            r"\[distil_shared\] trains shared values: it needs a \[\[cluster\]\] step",
+        ),
+        (f"{QUANTIZE}[save]\nstorage = 'zip'", r"\[save\]: `storage` must be 'orbax' or 'entropy', found 'zip'"),
         (f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 0.1", "At least one loss needs a positive weight"),
         (f"{QUANTIZE}[distil]\nepochs = 0\nlearning_rate = 0.1\nsoft_targets = 1", "`epochs` must be at least 1"),
         (f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = -1\nsoft_targets = 1", "`learning_rate` must be positive"),
@@ -92,5 +140,5 @@ def test_mistakes_are_named(tmp_path, text, message):
 
 
 def test_a_recipe_that_does_not_exist_lists_those_that_do():
-    with pytest.raises(FileNotFoundError, match="recipes of the library: demo, demo-full, int4"):
+    with pytest.raises(FileNotFoundError, match="recipes of the library: deep-compression, demo, demo-full, int4"):
         recipe.read_recipe("int5")

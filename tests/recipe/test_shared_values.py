@@ -1,0 +1,113 @@
+"""Recipes that let weights share values, on a tiny BERT: what is kept, what is trained, what the file holds."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxcompress import checkpoint, recipe, report, tree
+from jaxcompress.arrays import CodebookArray, QuantizedArray, SparseArray
+from jaxcompress.models import from_pretrained
+from jaxcompress.recipe import ClusterStep, PruneStep, QuantizeStep, Recipe, Training
+
+ENCODER, EMBEDDINGS = "bert/encoder/.*/kernel", "bert/embeddings/.*/embedding"
+FEED_FORWARD, ATTENTION = "bert/encoder/.*(intermediate|output)/dense/kernel", "bert/encoder/.*self/.*/kernel"
+PRUNE = PruneStep(select=ENCODER, sparsity=0.5, every=1)
+SHARE = ClusterStep(select=FEED_FORWARD, values=4)
+FROZEN = ClusterStep(select=EMBEDDINGS, values=8, rate=0.01, frozen=True)
+INT4 = QuantizeStep(select=ATTENTION, bits=4)
+DISTIL = Training(epochs=1, learning_rate=3e-3, soft_targets=1.0, widths=(16,))
+SLOWLY = Training(epochs=1, learning_rate=1e-3, soft_targets=1.0, widths=(16,), weight_decay=0.1)
+CLOSER = Training(epochs=10, learning_rate=1e-3, pooled=1.0, widths=(16,))
+WHOLE = Recipe(
+    prune=(PRUNE,), quantize=(INT4,), cluster=(SHARE, FROZEN), distil=DISTIL, distil_shared=SLOWLY,
+    save=recipe.Saving(storage="entropy"),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(bert_directory):
+    return from_pretrained(bert_directory)
+
+
+@pytest.fixture(scope="module")
+def tokens(bert_directory, data_file):
+    return recipe.tokenize(bert_directory, recipe.read_texts(data_file))
+
+
+@pytest.fixture(scope="module")
+def compressed(model, tokens):
+    return recipe.compress(WHOLE, *model, tokens)
+
+
+def _leaves(params, pattern):
+    marks = jax.tree.leaves(tree.by_path(pattern)(params))
+    return [leaf for (_, leaf), mark in zip(tree.leaves_with_paths(params), marks, strict=True) if mark]
+
+
+def _zeros(leaf):
+    return float((np.asarray(leaf.materialize()) == 0).mean())
+
+
+def test_every_step_acts_on_its_leaves(compressed):
+    shared, frozen, rounded = (_leaves(compressed, select) for select in (FEED_FORWARD, EMBEDDINGS, ATTENTION))
+    assert (len(shared), len(frozen), len(rounded)) == (6, 3, 6)
+    assert all(isinstance(leaf, CodebookArray) and leaf.table.shape[-1] == 3 for leaf in shared)
+    assert all(isinstance(leaf, CodebookArray) and leaf.table.shape[-1] == 7 for leaf in frozen)
+    assert all(isinstance(leaf, QuantizedArray) for leaf in rounded)
+    assert all(0.5 <= _zeros(leaf) < 0.6 for leaf in [*shared, *rounded])
+    assert all(str(leaf.table.dtype) == "bfloat16" for leaf in shared)
+
+
+def test_the_second_part_trains_values_and_leaves_finished_leaves_alone(model, tokens, compressed):
+    """Frozen leaves are those of the start; what the first part rounded has its bits in the second."""
+    module, params = model
+    once = recipe.compress(recipe.without_distillation(WHOLE), module, params)
+    for kept, wanted in zip(_leaves(compressed, EMBEDDINGS), _leaves(once, EMBEDDINGS), strict=True):
+        np.testing.assert_array_equal(kept.materialize(), wanted.materialize())
+    first = recipe.compress(Recipe(prune=(PRUNE,), quantize=(INT4,), cluster=(FROZEN,), distil=DISTIL), *model, tokens)
+    for kept, wanted in zip(_leaves(compressed, ATTENTION), _leaves(first, ATTENTION), strict=True):
+        np.testing.assert_array_equal(kept.materialize(), wanted.materialize())
+    for kept, pruned in zip(_leaves(compressed, FEED_FORWARD), _leaves(first, FEED_FORWARD), strict=True):
+        assert isinstance(pruned, SparseArray)
+        np.testing.assert_array_equal(kept.codes() == 0, pruned.materialize() == 0)
+    biases = [_leaves(params, ".*/bias") for params in (compressed, first)]
+    assert all(np.abs(x - y).max() > 0 for x, y in zip(*biases, strict=True))
+
+
+def test_without_pruning_or_quantization_there_is_one_part_and_it_brings_the_outputs_closer(model, tokens):
+    module, params = model
+    moving = ClusterStep(select=ENCODER, values=4, until=0.5, every=1, store="sparse", rate=0.05)
+    found = recipe.compress(Recipe(cluster=(moving,), distil=CLOSER), module, params, tokens)
+    still = recipe.compress(Recipe(cluster=(moving,)), module, params)
+    pairs = list(zip(_leaves(found, ENCODER), _leaves(still, ENCODER), strict=True))
+    assert all(isinstance(leaf.data, SparseArray) for leaf, _ in pairs)
+    assert any((leaf.codes() != start.codes()).any() for leaf, start in pairs)
+    wanted, far, near = (recipe.predict(module, p, tokens)["pooler_output"] for p in (params, still, found))
+    assert np.abs(near - wanted).mean() < 0.7 * np.abs(far - wanted).mean()
+
+
+def test_the_file_is_smaller_and_comes_back_bit_for_bit(compressed, tmp_path):
+    for storage in ("orbax", WHOLE.save.storage):
+        checkpoint.save(tmp_path / storage, compressed, storage=storage)
+    assert report.disk_bytes(tmp_path / "entropy") < 0.9 * report.disk_bytes(tmp_path / "orbax")
+    restored, _ = checkpoint.restore(tmp_path / "entropy")
+    assert jax.tree.structure(restored) == jax.tree.structure(compressed)
+    for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(compressed), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"quantize": (INT4,), "cluster": (ClusterStep(select=ENCODER, values=4),)}, r"\[\[quantize\]\] 1 and in"),
+        ({"cluster": (SHARE, SHARE)}, r"output/dense/kernel' is in \[\[cluster\]\] 1 and in \[\[cluster\]\] 2"),
+        ({"prune": (PRUNE,), "cluster": (ClusterStep(select=ENCODER, values=4, frozen=True),)}, "frozen by"),
+        ({"prune": (PRUNE,), "cluster": (ClusterStep(select=ENCODER, values=4, zero=False),)}, "`zero` must be true"),
+        ({"cluster": (SHARE, ClusterStep(select="none", values=4))}, r"\[\[cluster\]\] 2: .* matches no leaf"),
+        ({"cluster": (SHARE,), "distil_shared": DISTIL}, "it needs texts"),
+    ],
+)
+def test_contradictions_are_found_before_anything_runs(model, steps, message):
+    with pytest.raises(ValueError, match=message):
+        recipe.compress(Recipe(**steps), *model)
