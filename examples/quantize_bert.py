@@ -10,7 +10,8 @@ weight is trained. Options were chosen on the validation rows.
 
 FILE of `--model` is a safetensors file with Hugging Face names (torch orientation) of the encoder and `classifier`;
 without it, the model of `jaxcompress demo --full` is used, and fine-tuned now if it is not in the cache. The method
-"allocated" gives each kernel its own bits, 3.5 on average. The last line is JSON.
+"allocated" gives each kernel its own bits, 3.5 on average; "reconstruct-spliced" also sees ten times as many sentences,
+made of beginnings and ends of the 128; "W8A8" rounds inputs too. The last line is JSON.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,7 @@ from minilm import load_task, note
 
 import jaxcompress as jc
 from jaxcompress import quantization
+from jaxcompress.arrays import InputQuantizedArray
 from jaxcompress.quantization import QuantSpec
 from jaxcompress.recipe import Tokens, evaluation_batches, predictor
 from jaxcompress.tree import leaves_with_paths
@@ -56,8 +58,9 @@ class Model:
         return self.module.apply({"params": params}, ids, mask)["last_hidden_state"]
 
     def outputs(self, params: Any, tokens: Tokens) -> dict[str, np.ndarray]:
-        """Logits and vectors of all rows; on plain arrays, so that one compilation serves all methods."""
-        plain, found = jc.materialize(params), {}
+        """Logits and vectors of all rows; on plain arrays where inputs stay floats: one compilation serves them all."""
+        compressed = any(isinstance(leaf, InputQuantizedArray) for _, leaf in leaves_with_paths(params))
+        plain, found = params if compressed else jc.materialize(params), {}
         for batch in evaluation_batches(tokens, batch_size=50, widths=WIDTHS):
             kept = batch["row"] >= 0
             for name, values in self._run(plain, batch["input_ids"], batch["attention_mask"]).items():
@@ -66,8 +69,27 @@ class Model:
         return found
 
 
-Method = Callable[[Model, Batches, Any], Any]
-"""`(model, calibration batches, bits) -> params`."""
+class Samples(NamedTuple):
+    """Training sentences to calibrate on, in batches; `spliced`: with ten times as many that are made from them."""
+
+    sentences: Batches
+    spliced: Batches
+
+
+Method = Callable[[Model, Samples, Any], Any]
+"""`(model, samples, bits) -> params`."""
+
+
+def attended(ids: Any, mask: Any) -> Any:
+    """Which tokens are no padding."""
+    del ids
+    return mask
+
+
+def share_of_sentence(ids: Any, mask: Any) -> Any:
+    """What a token counts in the mean that makes the sentence vector."""
+    del ids
+    return mask / np.maximum(np.asarray(mask).sum(axis=1, keepdims=True), 1)
 
 
 def main() -> None:
@@ -80,13 +102,13 @@ def main() -> None:
     dense = model.outputs(model.params, rows)
     found = []
     for seed in arguments.seeds:
-        batches = calibration(task.train, seed, rows=32 if arguments.quick else 128)
+        samples = calibration(task.train, seed, rows=32 if arguments.quick else 128)
         for name in arguments.methods:
             if seed != arguments.seeds[0] and name in WITHOUT_DATA:
                 continue
-            for bits in arguments.bits if name != "allocated" else [3.5]:
+            for bits in OWN_BITS.get(name, arguments.bits):
                 start = time.monotonic()
-                params = METHODS[name](model, batches, bits)
+                params = METHODS[name](model, samples, bits)
                 seconds = time.monotonic() - start
                 found.append({"method": name, "bits": bits, "seed": seed} | figures(model, params, rows, dense))
                 found[-1]["seconds"] = round(seconds, 1)
@@ -101,12 +123,18 @@ def main() -> None:
     print(json.dumps(summary | {"seconds": round(time.monotonic() - begun)}))
 
 
-def calibration(train: Tokens, seed: int, *, rows: int) -> Batches:
+def calibration(train: Tokens, seed: int, *, rows: int) -> Samples:
     """Tuples (ids, mask); rows that fill up a batch are masked out altogether."""
     chosen = np.random.default_rng(seed).choice(len(train), rows, replace=False)
-    tokens = Tokens(ids=tuple(train.ids[i] for i in chosen), labels=train.labels[chosen], pad_id=train.pad_id)
-    found = evaluation_batches(tokens, batch_size=32, widths=WIDTHS)
-    return [(b["input_ids"], b["attention_mask"] * (b["row"] >= 0)[:, None]) for b in found]
+    own = tuple(train.ids[i] for i in chosen)
+    more = tuple(jc.calibration.spliced(own, 10, seed=seed))
+
+    def batches(ids: tuple[tuple[int, ...], ...]) -> Batches:
+        tokens = Tokens(ids=ids, labels=np.zeros(len(ids), np.int32), pad_id=train.pad_id)
+        found = evaluation_batches(tokens, batch_size=32, widths=WIDTHS)
+        return [(b["input_ids"], b["attention_mask"] * (b["row"] >= 0)[:, None]) for b in found]
+
+    return Samples(batches(own), batches(own + more))
 
 
 def figures(model: Model, params: Any, rows: Tokens, dense: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -128,92 +156,116 @@ def spec_of(bits: int, *, symmetric: bool = True) -> QuantSpec:
     return QuantSpec(bits=bits, group_size=32, symmetric=symmetric, convention="full", scale_dtype="bfloat16")
 
 
-def _rtn(model: Model, batches: Batches, bits: int) -> Any:
-    del batches
+def _rtn(model: Model, samples: Samples, bits: int) -> Any:
+    del samples
     return quantization.quantize(model.params, spec_of(bits), select=KERNELS, layouts=model.layouts)
 
 
-def _hqq(model: Model, batches: Batches, bits: int) -> Any:
-    del batches
+def _hqq(model: Model, samples: Samples, bits: int) -> Any:
+    del samples
     spec = spec_of(bits, symmetric=False)
-    return quantization.hqq(model.params, spec, select=KERNELS, layouts=model.layouts)[0]
+    return quantization.hqq(model.params, spec, iterate="legacy", select=KERNELS, layouts=model.layouts)[0]
 
 
-def _in_sequence(symmetric: bool, **options: Any) -> Method:
-    def method(model: Model, batches: Batches, bits: int) -> Any:
-        spec = spec_of(bits, symmetric=symmetric)
-        return quantization.reconstruct(
-            model.apply, model.params, batches, spec, row_mask=lambda ids, mask: mask, select=KERNELS, **options
-        )[0]
+def _in_sequence(*, symmetric: bool = False, **options: Any) -> Method:
+    def method(model: Model, samples: Samples, bits: int) -> Any:
+        return _reconstructed(model, samples.sentences, spec_of(bits, symmetric=symmetric), **options)
 
     return method
 
 
-def _learned(model: Model, batches: Batches, bits: int) -> Any:
+def _spliced(model: Model, samples: Samples, bits: int) -> Any:
+    return _reconstructed(model, samples.spliced, spec_of(bits, symmetric=False))
+
+
+def _reconstructed(model: Model, batches: Batches, spec: Any, **options: Any) -> Any:
+    options = {"row_mask": share_of_sentence, "select": KERNELS} | options
+    return quantization.reconstruct(model.apply, model.params, batches, spec, **options)[0]
+
+
+def _learned(model: Model, samples: Samples, bits: int) -> Any:
     """Rounding up or down learned layer by layer, from where `reconstruct` ends."""
-    start = METHODS["reconstruct"](model, batches, bits)
     return quantization.learned_rounding(
         model.hidden,
         model.params,
-        start,
-        batches,
+        _spliced(model, samples, bits),
+        samples.spliced,
         together=lambda path: re.findall(r"layer/(\d+)/", path)[0],
-        row_mask=lambda ids, mask: mask,
+        row_mask=attended,
     )[0]
 
 
-def _awq(model: Model, batches: Batches, bits: int) -> Any:
-    ids, mask = batches[0]
-    statistics = jc.calibration.input_statistics(
-        model.apply,
-        model.params,
-        batches,
-        select=KERNELS,
-        statistics=("gram", "absolute_sum"),
-        row_mask=lambda ids, mask: mask,
+def _awq(model: Model, samples: Samples, bits: int) -> Any:
+    statistics = _statistics(model, samples, "gram", "absolute_sum")
+    spec, folds = spec_of(bits, symmetric=False), _folds(model, samples)
+    return quantization.awq(model.params, statistics, spec, folds=folds, select=KERNELS, layouts=model.layouts)[0]
+
+
+def _int8(*, smooth: bool = False, **inputs: Any) -> Method:
+    """Weights of 8 bits, one scale for each output; inputs of 8 bits, one for each token, found as they come."""
+
+    def method(model: Model, samples: Samples, bits: int) -> Any:
+        params = model.params
+        if smooth:
+            params, _ = quantization.smooth(params, _statistics(model, samples, "absolute_max"), _folds(model, samples))
+        where = {"select": KERNELS, "layouts": model.layouts}
+        params = quantization.quantize(params, QuantSpec(bits=bits), **where)
+        return quantization.quantize_inputs(params, QuantSpec(bits=bits, **inputs), **where)
+
+    return method
+
+
+def _statistics(model: Model, samples: Samples, *names: Any) -> Any:
+    return jc.calibration.input_statistics(
+        model.apply, model.params, samples.sentences, select=KERNELS, statistics=names, row_mask=attended
     )
-    found = jc.trace.folds(model.apply, model.params, ids, mask)
-    spec = spec_of(bits, symmetric=False)
-    return quantization.awq(model.params, statistics, spec, folds=found, select=KERNELS, layouts=model.layouts)[0]
 
 
-def _allocated(model: Model, batches: Batches, bits: float) -> Any:
-    """`reconstruct` with 2 to 6 bits for each kernel, `bits` on average, by one pass of gradients."""
+def _folds(model: Model, samples: Samples) -> Any:
+    return jc.trace.folds(model.apply, model.params, *samples.sentences[0])
 
-    def projected(params: Any, batch: Any) -> jax.Array:
-        # E[(dL/dw)²] over random signs is the diagonal of JᵀJ, J the derivative of the sentence vector.
-        ids, mask, signs = batch
-        return jnp.sum(signs * model.vector(params, ids, mask))
 
-    rng = np.random.default_rng(0)
-    width = model.module.config.hidden_size
-    chosen = [batch for batch in batches if batch[0].shape[1] == WIDTHS[1]][:2] or batches[:1]
-    signed = [(*batch, rng.choice([-1.0, 1.0], size=(len(batch[0]), width)).astype(np.float32)) for batch in chosen]
-    fisher = jc.calibration.fisher(projected, model.params, signed)
-    specs = [spec_of(b, symmetric=False) for b in (2, 3, 4, 5, 6)]
+def _allocated(model: Model, samples: Samples, bits: float) -> Any:
+    """`reconstruct` with 3 or 4 bits for each kernel, `bits` on average, by one pass of gradients."""
+
+    kernels, rest = jc.tree.partition_trainable(model.params, select=KERNELS)
+
+    def scaled_margin(kernels: Any, batch: Any) -> jax.Array:
+        # Squared gradients of sqrt(p (1 - p)) z are the Fisher information of two classes whose logits differ by z: the
+        # mean over labels as the model itself would draw them.
+        logits = model.apply(jc.tree.combine(kernels, rest), *batch)
+        margin = logits[:, 1] - logits[:, 0]
+        chances = jax.nn.sigmoid(jax.lax.stop_gradient(margin))
+        return jnp.sum(jnp.sqrt(chances * (1 - chances)) * margin)
+
+    fisher = jc.calibration.fisher(scaled_margin, kernels, samples.sentences)
+    specs = [spec_of(b, symmetric=False) for b in (3, 4)]
     table = quantization.fisher_sensitivity(model.params, fisher, specs, select=KERNELS, layouts=model.layouts)
     each = dict(leaves_with_paths(quantization.allocate_bits(table, mean_bits=bits, counted="codes")))
-    return quantization.reconstruct(
-        model.apply, model.params, batches, each.__getitem__, row_mask=lambda ids, mask: mask, select=KERNELS
-    )[0]
+    return _reconstructed(model, samples.spliced, each.__getitem__)
 
 
 def _published(**options: Any) -> dict[str, Any]:
-    return {"targets": "weights", "bias": False, "ranges": None, "refine": 0, **options}
+    return {"targets": "weights", "bias": False, "ranges": None, "refine": 0, "row_mask": attended, **options}
 
 
 METHODS: dict[str, Method] = {
     "RTN": _rtn,
     "HQQ": _hqq,
-    "GPTQ": _in_sequence(True, **_published(order="natural", groups="updated")),
-    "GPTQ-order": _in_sequence(True, **_published()),
-    "GPTQ-order-asym": _in_sequence(False, **_published()),
-    "reconstruct": _in_sequence(False),
+    "AWQ": _awq,
+    "GPTQ": _in_sequence(symmetric=True, **_published(order="natural")),
+    "GPTQ-order": _in_sequence(symmetric=True, **_published()),
+    "GPTQ-order-asym": _in_sequence(**_published()),
+    "reconstruct": _in_sequence(),
+    "reconstruct-spliced": _spliced,
     "allocated": _allocated,
     "learned": _learned,
-    "AWQ": _awq,
+    "W8A8": _int8(),
+    "W8A8-asym": _int8(symmetric=False),
+    "W8A8-smooth": _int8(smooth=True),
 }
-WITHOUT_DATA = ("RTN", "HQQ")
+OWN_BITS = {"allocated": [3.5], "W8A8": [8], "W8A8-asym": [8], "W8A8-smooth": [8]}
+WITHOUT_DATA = ("RTN", "HQQ", "W8A8", "W8A8-asym")
 
 
 def _first(tokens: Tokens, count: int) -> Tokens:

@@ -24,6 +24,7 @@ from jaxcompress.calibration._pause import pausing as pausing
 from jaxcompress.calibration._segments import Segment as Segment
 from jaxcompress.calibration._segments import segments as segments
 from jaxcompress.calibration._sequential import sequential as sequential
+from jaxcompress.calibration._splice import spliced as spliced
 from jaxcompress.calibration._statistics import InputStatistics as InputStatistics
 from jaxcompress.calibration._statistics import LookupCounts as LookupCounts
 from jaxcompress.calibration._statistics import Statistic as Statistic

@@ -1,0 +1,54 @@
+"""More sequences from few: beginnings of some, continued by ends of others."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+def spliced(
+    sequences: Sequence[Sequence[int]], copies: int, *, head: int = 1, tail: int = 1, seed: int = 0
+) -> list[tuple[int, ...]]:
+    """Sequences of tokens for methods that fit layers to a few calibration rows, and would learn those by heart.
+
+    Each sequence begins `copies` new ones: a_1 ... a_i b_j ... b_n, where b is any of the sequences and the cuts i, j
+    are uniform. Around the cut tokens get neighbours that they did not have, so each layer sees inputs that are new
+    but of its usual kind; only fits to the dense model's outputs have use for them, as there are no labels.
+
+    Args:
+        sequences: of token ids, not padded.
+        copies: new sequences from each.
+        head: tokens at the beginning that stay (such as [CLS]).
+        tail: tokens at the end that stay (such as [SEP]); 0 for none.
+        seed: of the choices.
+
+    Returns:
+        The new sequences alone, `copies * len(sequences)`, none longer than the longest of the given ones.
+
+    Raises:
+        ValueError: no sequences, one shorter than `head + tail` (names its place), or negative numbers.
+
+    Example:
+        >>> spliced([(101, 7, 8, 9, 102), (101, 5, 6, 102)], 1, seed=2)
+    """
+    if copies < 0 or head < 0 or tail < 0:
+        raise ValueError(f"`copies`, `head` and `tail` must not be negative, got {copies}, {head} and {tail}.")
+    if not sequences:
+        raise ValueError("`sequences` is empty: there is nothing to splice.")
+    short = [i for i, sequence in enumerate(sequences) if len(sequence) < head + tail]
+    if short:
+        found = len(sequences[short[0]])
+        raise ValueError(f"Sequence {short[0]} has {found} tokens, fewer than head + tail = {head + tail}.")
+    rng, longest = np.random.default_rng(seed), max(map(len, sequences))
+
+    def cut(sequence: Sequence[int]) -> int:
+        return int(rng.integers(head, len(sequence) - tail + 1))
+
+    found: list[tuple[Any, ...]] = []
+    for _ in range(copies):
+        for first in sequences:
+            second = sequences[int(rng.integers(len(sequences)))]
+            end = cut(first)
+            begin = max(cut(second), len(second) - (longest - end))
+            found.append((*first[:end], *second[begin:]))
+    return found
