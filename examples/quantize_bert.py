@@ -227,7 +227,6 @@ def _folds(model: Model, samples: Samples) -> Any:
 
 def _allocated(model: Model, samples: Samples, bits: float) -> Any:
     """`reconstruct` with 3 or 4 bits for each kernel, `bits` on average, by one pass of gradients."""
-
     kernels, rest = jc.tree.partition_trainable(model.params, select=KERNELS)
 
     def scaled_margin(kernels: Any, batch: Any) -> jax.Array:
