@@ -191,7 +191,7 @@ def _learned(model: Model, samples: Samples, bits: int) -> Any:
         _spliced(model, samples, bits),
         samples.spliced,
         together=lambda path: re.findall(r"layer/(\d+)/", path)[0],
-        row_mask=attended,
+        row_mask=share_of_sentence,
     )[0]
 
 

@@ -69,7 +69,8 @@ def learned_rounding(
         together: path of a rounded leaf -> its block, such as the number of the layer. Blocks are cut where the next
             one's first leaf is used (see `calibration.segments`); the layers of a scan are one block.
         schedule: steps, rates, penalty.
-        row_mask: `(*inputs) -> (B, L)`, say: above 0 where a row counts, for values with these leading axes.
+        row_mask: `(*inputs) -> weights` of shape (B, L), say: what each row counts, 0 for padding, in values with these
+            leading axes; by default all count alike.
 
     Returns:
         `(params, info)`: as `rounded`, with other codes and scales, and a `RoundingInfo` by path with the relative
@@ -97,7 +98,7 @@ def learned_rounding(
     kept = [tuple(jax.tree.map(jnp.asarray, batch)) for batch in batches]
     paths = [path for path, leaf in leaves_with_paths(rounded) if isinstance(leaf, QuantizedArray)]
     _check(kept, paths, dict(leaves_with_paths(rounded)), schedule)
-    masks = [None if row_mask is None else jnp.asarray(row_mask(*batch)) > 0 for batch in kept]
+    rows = [None if row_mask is None else jnp.maximum(jnp.asarray(row_mask(*b), jnp.float32), 0.0) for b in kept]
     dense, current = (map_with_path(lambda _, leaf: _plain(leaf), tree) for tree in (params, rounded))
     # Batches of different shapes have programs of their own, cut at the same leaves.
     cut = functools.partial(segments, apply, dense, paths=paths, together=together)
@@ -108,7 +109,7 @@ def learned_rounding(
         parts = [program[k] for program in programs]
         own = {path: leaves[path] for path in parts[0].paths}
         targets = [_run(part)(dense, old) for part, (old, _) in zip(parts, values, strict=True)]
-        block = _Block(parts, current, [new for _, new in values], targets, masks)
+        block = _Block(parts, current, [new for _, new in values], targets, rows)
         learned, before, after = _learn(block, own, dict(leaves_with_paths(dense)), schedule)
         leaves |= learned
         current = with_new_leaves(current, {path: _plain(leaf) for path, leaf in learned.items()})
@@ -125,7 +126,7 @@ class _Block(NamedTuple):
     params: Params
     inputs: list[Any]
     targets: list[Any]
-    masks: list[Any]
+    rows: list[Any]
 
 
 def _check(kept: list[Any], paths: list[str], leaves: Mapping[str, Any], schedule: RoundingSchedule) -> None:
@@ -163,7 +164,7 @@ def _learn(
     for i in range(schedule.steps if own else 0):
         at = i % len(block.parts)
         share = np.float32(i / schedule.steps)
-        data = block.inputs[at], block.targets[at], block.masks[at]
+        data = block.inputs[at], block.targets[at], block.rows[at]
         gradient = losses[id(block.parts[at])](state, choices, block.params, data, share)
         updates, moments = _update(optimizer, gradient, moments)
         state = optax.apply_updates(state, updates)
@@ -174,9 +175,9 @@ def _learn(
 
 def _loss(part: Segment, schedule: RoundingSchedule) -> Callable[..., Any]:
     def loss(state: Any, choices: Any, params: Params, data: Any, share: Any) -> Any:
-        inputs, targets, mask = data
+        inputs, targets, rows = data
         soft = {path: soft_leaf(choices[path], state[path], schedule.scale_rate) for path in state}
-        lost, total = _energies(part, with_new_leaves(params, soft), inputs, targets, mask)
+        lost, total = _energies(part, with_new_leaves(params, soft), inputs, targets, rows)
         ready = (share - schedule.warm_up) / max(1 - schedule.warm_up, 1e-6)
         first, last = schedule.sharpness
         power = last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(ready, 0.0, 1.0)))
@@ -197,7 +198,7 @@ def _update(optimizer: Any, gradient: Any, moments: Any) -> Any:
     return optimizer.update(gradient, moments)
 
 
-def _energies(part: Segment, params: Params, inputs: Any, targets: Any, mask: Any) -> tuple[Any, Any]:
+def _energies(part: Segment, params: Params, inputs: Any, targets: Any, rows: Any) -> tuple[Any, Any]:
     """Squared errors of what the block passes on, each over the variance of the target, and their number."""
     lost, count = jnp.float32(0), 0
     for found, wanted, counts in zip(part(params, inputs), targets, part.floats, strict=True):
@@ -205,10 +206,10 @@ def _energies(part: Segment, params: Params, inputs: Any, targets: Any, mask: An
             continue
         wanted = wanted.astype(jnp.float32)
         weight = jnp.ones((), jnp.float32)
-        if mask is not None and wanted.shape[: mask.ndim] == mask.shape:
-            weight = mask.astype(jnp.float32).reshape(*mask.shape, *(1,) * (wanted.ndim - mask.ndim))
+        if rows is not None and wanted.shape[: rows.ndim] == rows.shape:
+            weight = rows.reshape(*rows.shape, *(1,) * (wanted.ndim - rows.ndim))
         weight = jnp.broadcast_to(weight, wanted.shape)
-        total = jnp.maximum(weight.sum(), 1.0)
+        total = jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)
         mean = jnp.sum(weight * wanted) / total
         variance = jnp.maximum(jnp.sum(weight * jnp.square(wanted - mean)), jnp.finfo(jnp.float32).tiny)
         lost, count = lost + jnp.sum(weight * jnp.square(found.astype(jnp.float32) - wanted)) / variance, count + 1
@@ -219,14 +220,14 @@ def _error(block: _Block, leaves: Mapping[str, QuantizedArray]) -> float:
     params = with_new_leaves(block.params, {path: _plain(leaf) for path, leaf in leaves.items()})
     found = [
         _measure(part)(params, *data)
-        for part, *data in zip(block.parts, block.inputs, block.targets, block.masks, strict=True)
+        for part, *data in zip(block.parts, block.inputs, block.targets, block.rows, strict=True)
     ]
     return float(np.sqrt(np.mean([float(lost) / total for lost, total in found])))
 
 
 @functools.lru_cache(maxsize=64)
 def _measure(part: Segment) -> Callable[..., Any]:
-    return jax.jit(lambda params, inputs, targets, mask: _energies(part, params, inputs, targets, mask))
+    return jax.jit(lambda params, inputs, targets, rows: _energies(part, params, inputs, targets, rows))
 
 
 @functools.lru_cache(maxsize=64)

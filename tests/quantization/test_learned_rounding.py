@@ -80,6 +80,23 @@ def test_blocks_come_closer_to_the_dense_ones():
         assert found[name]["up"].data.axis == start[name]["up"].data.axis
 
 
+def test_rows_count_what_they_weigh():
+    params, (x, mask) = _params(), _batch()
+    start = quantize(params, SPEC, layouts=jc.trace.layouts(_model, params, x, mask))
+    options = {"together": lambda path: path.split("/")[0], "schedule": RoundingSchedule(steps=0)}
+    # A row that weighs two is a row that stands there twice.
+    weights = jnp.asarray([[2.0], [1.0], [1.0], [1.0], [1.0], [0.0]]) * mask
+    twice = jnp.concatenate([x[:5], x[:1]]), jnp.concatenate([mask[:5], mask[:1]])
+    _, heavy = learned_rounding(_model, params, start, [(x, mask)], row_mask=lambda *_: weights, **options)
+    _, often = learned_rounding(_model, params, start, [twice], row_mask=lambda x, mask: mask, **options)
+    _, halves = learned_rounding(_model, params, start, [(x, mask)], row_mask=lambda *_: weights / 64, **options)
+    _, plain = learned_rounding(_model, params, start, [(x, mask)], row_mask=lambda x, mask: mask, **options)
+    for path in PATHS:
+        np.testing.assert_allclose(heavy[path].error, often[path].error, rtol=1e-5)
+        np.testing.assert_allclose(heavy[path].error, halves[path].error, rtol=1e-5)
+        assert abs(heavy[path].error / plain[path].error - 1) > 1e-3
+
+
 def test_what_cannot_be_learned_is_named():
     params, batch = _params(), _batch()
     with pytest.raises(ValueError, match="No leaf of `rounded`"):
