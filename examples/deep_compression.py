@@ -1,8 +1,9 @@
 """Deep Compression of a LeNet: prune, share values, entropy-code, and count the bytes of the file.
 
 A dense network is trained; its weights are pruned by global rank while it learns from its dense self; what is left gets
-a few values by k-means, whose table is trained on; and codes, tables and manifest are written entropy-coded. The file
-is read again, and its error is that of the model that came back. Beside it, a dense control with the same extra epochs.
+a few values by k-means, which are trained on; and codes, tables and manifest are written entropy-coded. The file is
+read again, and its error is that of the model that came back. Beside it, a dense control: the dense network after as
+many extra epochs on labels. Where a plan shifts images, those of the control are shifted too, and it teaches as well.
 
 Settings were chosen with `--validate`, which holds out training rows; without it the test rows are reported.
 
@@ -18,7 +19,7 @@ import json
 import lzma
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,18 @@ class Plan:
     Attributes:
         sparsity: of all kernels together.
         prune_epochs: of gradual pruning; the last two fifths at the final masks.
-        cluster_epochs: of training tables.
+        cluster_epochs: of training shared values.
         rate: largest learning rate while pruning.
         decay: weight decay while pruning.
         cost: `CodebookSpec.rate`, what a bit costs.
         values: of a kernel, 0 included.
+        last_values: of the last kernel, whose few weights matter most.
         temperature: of distillation.
+        cluster_rate: largest learning rate of weights while they share values: they are assigned anew until seven
+            tenths of the epochs have passed. 0: only tables are trained.
+        table_rate: learning rate of tables at the start.
+        shift: after the dense training, shift every image by up to a pixel whenever it is seen, and learn from the mean
+            of the dense network and the control, which see the image as shifted.
     """
 
     sparsity: float
@@ -64,11 +71,24 @@ class Plan:
     decay: float = 0.1
     cost: float = 0.001
     values: int = 8
+    last_values: int = 8
     temperature: float = 2.0
+    cluster_rate: float = 0.0
+    table_rate: float = 2e-4
+    shift: bool = False
 
 
 PLANS = {
-    ("lenet-300-100", "fashion-mnist"): Plan(sparsity=0.95, prune_epochs=45, cluster_epochs=4, decay=0.2, cost=0.003),
+    ("lenet-300-100", "fashion-mnist"): Plan(
+        sparsity=0.946,
+        prune_epochs=60,
+        cluster_epochs=10,
+        decay=0.07,
+        last_values=16,
+        cluster_rate=2e-4,
+        table_rate=1e-3,
+        shift=True,
+    ),
     ("lenet-300-100", "mnist-5k"): Plan(sparsity=0.98, prune_epochs=100, cluster_epochs=40, decay=0.5, cost=0.002),
     ("lenet-5", "fashion-mnist"): Plan(sparsity=0.96, prune_epochs=12, cluster_epochs=2),
     ("lenet-5", "mnist-5k"): Plan(sparsity=0.985, prune_epochs=40, cluster_epochs=10, decay=0.5),
@@ -118,11 +138,14 @@ def run(network: Network, rows: Any, plan: Plan, *, seed: int, quick: bool) -> d
     keys = jax.random.split(jax.random.key(seed), 5)
     train = functools.partial(train_epochs, network, rows["train"])
     dense = train(network.init(keys[0]), epochs, key=keys[1], rate=2e-3, decay=0.05).params
-    teacher = outputs(network, dense, rows["train"])
-    extra = plan.prune_epochs + plan.cluster_epochs
-    control = train(dense, extra, key=keys[2], rate=2e-3, decay=0.05).params
-    pruned = prune(train, dense, plan, len(rows["train"]["labels"]) // BATCH, teacher=teacher, key=keys[3])
-    shared = share_values(train, pruned, plan, len(rows["train"]["labels"]) // BATCH, teacher=teacher, key=keys[4])
+    train = functools.partial(train, shift=plan.shift)
+    control = train(dense, plan.prune_epochs + plan.cluster_epochs, key=keys[2], rate=2e-3, decay=0.05).params
+    train = functools.partial(
+        train, teachers=(dense, control) if plan.shift else (dense,), temperature=plan.temperature
+    )
+    per_epoch = len(rows["train"]["labels"]) // BATCH
+    pruned = prune(train, dense, plan, per_epoch, key=keys[3])
+    shared = share_values(train, pruned, plan, per_epoch, key=keys[4])
     restored, size = through_the_file(shared)
     stages = {
         "dense": (dense, dense_bytes(dense)),
@@ -141,8 +164,8 @@ def run(network: Network, rows: Any, plan: Plan, *, seed: int, quick: bool) -> d
     }
 
 
-def prune(train: Any, params: Params, plan: Plan, per_epoch: int, **options: Any) -> Params:
-    """Gradual pruning by global rank, distilled from the dense network."""
+def prune(train: Any, params: Params, plan: Plan, per_epoch: int, *, key: jax.Array) -> Params:
+    """Gradual pruning by global rank, distilled."""
     steps = plan.prune_epochs * per_epoch
     transform = pruning.gradual(
         schedule=cubic(0.3, plan.sparsity, begin=0, end=int(0.6 * steps)),
@@ -150,23 +173,33 @@ def prune(train: Any, params: Params, plan: Plan, per_epoch: int, **options: Any
         scope="global",
         store="dense",
     )
-    options |= {"rate": plan.rate, "decay": plan.decay, "temperature": plan.temperature}
-    state = train(params, plan.prune_epochs, transform=transform, **options)
+    state = train(params, plan.prune_epochs, transform=transform, rate=plan.rate, decay=plan.decay, key=key)
     return transform.finalize(state.params, state.transform_state)
 
 
-def share_values(train: Any, params: Params, plan: Plan, per_epoch: int, **options: Any) -> Params:
-    """k-means of what is left, then training of the tables alone."""
+def share_values(train: Any, params: Params, plan: Plan, per_epoch: int, *, key: jax.Array) -> Params:
+    """k-means of what is left, then training of the tables, and of the weights where the plan has a rate for them."""
+    steps = plan.cluster_epochs * per_epoch
     kernels = CodebookSpec(values=plan.values, rate=plan.cost, dtype="bfloat16")
+    last = dataclasses.replace(kernels, values=plan.last_values)
     biases = CodebookSpec(values=16, zero=False, dtype="bfloat16")
+    until = int(0.7 * steps) if plan.cluster_rate else 0
+    train_codebooks = functools.partial(trained_codebooks, every=max(per_epoch // 8, 1), until=until)
     transform = jc.chain(
-        trained_codebooks(kernels, select=by_path(".*/kernel")),
+        train_codebooks(kernels, select=by_path("(?!last/).*/kernel")),
+        train_codebooks(last, select=by_path("last/kernel")),
         trained_codebooks(biases, select=by_path(".*/bias")),
     )
-    # The gradient of a value sums those of thousands of weights: rates that weights bear would shake it.
-    rate = optax.cosine_decay_schedule(2e-4, plan.cluster_epochs * per_epoch)
-    options |= {"transform_optimizer": optax.adam(rate), "rate": 0.0, "temperature": plan.temperature}
-    state = train(params, plan.cluster_epochs, transform=transform, **options)
+    state = train(
+        params,
+        plan.cluster_epochs,
+        transform=transform,
+        # The gradient of a value sums those of thousands of weights: rates that weights bear would shake it.
+        transform_optimizer=optax.adam(optax.cosine_decay_schedule(plan.table_rate, steps)),
+        rate=plan.cluster_rate,
+        masks=jax.tree.map(lambda leaf: leaf != 0, params),
+        key=key,
+    )
     return transform.finalize(state.params, state.transform_state)
 
 
@@ -212,46 +245,65 @@ def train_epochs(
     key: jax.Array,
     rate: float,
     decay: float = 0.0,
-    teacher: jax.Array | None = None,
+    teachers: Sequence[Params] = (),
     temperature: float = 2.0,
+    shift: bool = False,
+    masks: Params | None = None,
     transform: Any = None,
     transform_optimizer: Any = None,
 ) -> Any:
-    """The train state after so many epochs; an epoch is one call of a compiled scan over its batches."""
+    """The train state after so many epochs. With teachers, their mean logits count nine times as much as labels."""
     per_epoch = len(rows["labels"]) // BATCH
     schedule = optax.schedules.warmup_cosine_decay_schedule(0.0, rate, per_epoch // 2, epochs * per_epoch)
     weights = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
-    losses: dict[str, Any] = {"labels": (1.0 if teacher is None else 0.1, hard_labels())}
-    if teacher is not None:
-        losses["soft"] = (0.9, soft_targets(temperature=temperature))
+    optimizer = optax.adamw(schedule, weight_decay=decay, mask=weights)
+    losses: dict[str, Any] = {"labels": hard_labels()}
+    if teachers:
+        losses = {"labels": (0.1, hard_labels()), "soft": (0.9, soft_targets(temperature=temperature))}
     init_state, step = make_train_step(
         lambda tree, batch, *, key, train: {"logits": network.apply(tree, batch["x"])},
-        None,
-        optax.adamw(schedule, weight_decay=decay, mask=weights),
+        lambda trees, batch, *, key, train: {"logits": mean_logits(network, trees, batch["x"])} if trees else {},
+        optimizer if masks is None else optax.chain(optimizer, pruning.sparse_updates(masks)),
         losses=losses,
         transform=jc.identity() if transform is None else transform,
         transform_optimizer=transform_optimizer,
     )
-    columns = dict(rows) | ({} if teacher is None else {"teacher": {"logits": teacher}})
-
-    @functools.partial(jax.jit, donate_argnums=0)
-    def epoch(state: Any, key: jax.Array, columns: Any) -> tuple[Any, jax.Array]:
-        order = jax.random.permutation(key, len(rows["labels"]))[: per_epoch * BATCH].reshape(per_epoch, BATCH)
-
-        def visit(state: Any, places: jax.Array) -> tuple[Any, jax.Array]:
-            state, figures = step(state, None, jax.tree.map(lambda column: column[places], columns))
-            return state, figures["loss"][0]
-
-        return jax.lax.scan(visit, state, order)
-
+    epoch = jax.jit(functools.partial(one_epoch, step, shift=shift), donate_argnums=0)
     key, own = jax.random.split(key)
     state = init_state(params, key=own)
     for number in range(epochs):
         begun = time.perf_counter()
-        state, found = epoch(state, jax.random.fold_in(key, number), columns)
-        seconds = time.perf_counter() - begun
-        print(f"  epoch {number + 1}/{epochs}: loss {float(found.mean()):.4f}, {seconds:.1f} s", flush=True)
+        state, found = epoch(state, tuple(teachers), dict(rows), jax.random.fold_in(key, number))
+        loss = float(found.mean())
+        print(f"  epoch {number + 1}/{epochs}: loss {loss:.4f}, {time.perf_counter() - begun:.1f} s", flush=True)
     return state
+
+
+def one_epoch(step: Any, state: Any, teachers: Any, rows: Any, key: jax.Array, *, shift: bool) -> tuple[Any, jax.Array]:
+    """The train state after each row was seen once, in random order, and the losses: a scan over batches."""
+    count = len(rows["labels"]) // BATCH
+    order = jax.random.permutation(key, len(rows["labels"]))[: count * BATCH].reshape(count, BATCH)
+
+    def visit(state: Any, at: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        places, own = at
+        batch = jax.tree.map(lambda column: column[places], rows)
+        if shift:
+            batch["x"] = shifted(batch["x"], own)
+        state, figures = step(state, teachers, batch)
+        return state, figures["loss"][0]
+
+    return jax.lax.scan(visit, state, (order, jax.random.split(jax.random.fold_in(key, 0), count)))
+
+
+def shifted(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Each image shifted by -1, 0 or 1 pixel along either axis; what comes in is 0."""
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1)))
+    corners = jax.random.randint(key, (len(images), 2), 0, 3)
+    return jax.vmap(lambda image, corner: jax.lax.dynamic_slice(image, corner, images.shape[1:]))(padded, corners)
+
+
+def mean_logits(network: Network, trees: Sequence[Params], images: jax.Array) -> jax.Array:
+    return jnp.stack([network.apply(tree, images) for tree in trees]).mean(axis=0)
 
 
 def outputs(network: Network, params: Params, rows: Mapping[str, jax.Array]) -> jax.Array:
