@@ -71,6 +71,8 @@ def pausing(apply: Callable[..., Any], paths: Sequence[str], params: Params, *in
         yield from run.plain(value)
     if missing := sorted(run.paths - run.seen):
         raise ValueError(f"Leaf {missing[0]!r} is in no matmul of the model: there is nothing to fit it to.")
+    if unread := sorted(run.paths - set(run.replies)):
+        raise ValueError(f"What leaf {unread[0]!r} writes is never read by the model: there is nothing to fit it to.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,12 +88,13 @@ class _Weight:
 class _Output:
     """What a kernel will have written, once it is known what is added to it: the product, or product and bias.
 
-    `written` holds it from then on: a value that is read twice (by a GELU) stops the model once.
+    `written` holds it from then on: a value that is read twice (by a GELU) is computed once.
     """
 
     site: Site
     shape: tuple[int, ...]
     dtype: Any
+    bias: Any = None
     written: list[Any] = dataclasses.field(default_factory=list)
 
 
@@ -104,6 +107,7 @@ class _Run:
     def __init__(self, paths: frozenset[str]) -> None:
         self.paths = paths
         self.seen: set[str] = set()
+        self.replies: dict[str, tuple[Site, Any, Any]] = {}
 
     def body(self, body: Body, values: Sequence[Any]) -> _Steps:
         jaxpr = body.jaxpr
@@ -169,7 +173,7 @@ class _Run:
         bias = isinstance(other, _Weight) and other.axes == (*[-1] * (len(other.axes) - 1), 0)
         if bias and output.site.bias is None:
             site = dataclasses.replace(output.site, bias=other.path)
-            return dataclasses.replace(output, site=site, written=[])
+            return dataclasses.replace(output, site=site, bias=_value(other).reshape(-1), written=[])
         if isinstance(other, _Output) or jnp.shape(_value(other)) != output.shape:
             plain = [(yield from self.plain(left)), (yield from self.plain(right))]
             return _bind(eqn, plain)[0]
@@ -183,7 +187,7 @@ class _Run:
             return _value(value)
         if value.written:
             return value.written[0]
-        kernel, bias = yield value.site
+        kernel, bias = yield from self.reply(value)
         written = value.site.inputs @ jnp.asarray(kernel, value.site.inputs.dtype)
         if value.site.bias is not None:
             written = written + jnp.asarray(bias, written.dtype)[None, :]
@@ -191,6 +195,14 @@ class _Run:
             written = written + value.site.residual
         value.written.append(written.astype(value.dtype).reshape(value.shape))
         return value.written[0]
+
+    def reply(self, value: _Output) -> Generator[Site, "tuple[Any, Any]", tuple[Any, Any]]:
+        """The kernel and bias to go on with; what is read in several ways stops the model at the first of them."""
+        path = value.site.path
+        if path not in self.replies:
+            self.replies[path] = (value.site, *(yield value.site))
+        stopped, kernel, bias = self.replies[path]
+        return kernel, bias if stopped.bias == value.site.bias else value.bias
 
     def check_outside(self, name: str, values: list[Any]) -> None:
         for value in values:

@@ -1,13 +1,12 @@
 """More sequences from few: beginnings of some, continued by ends of others."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 
 def spliced(
-    sequences: Sequence[Sequence[int]], copies: int, *, head: int = 1, tail: int = 1, seed: int = 0
+    sequences: Iterable[Iterable[int]], copies: int, *, head: int = 1, tail: int = 1, seed: int = 0
 ) -> list[tuple[int, ...]]:
     """Sequences of tokens for methods that fit layers to a few calibration rows, and would learn those by heart.
 
@@ -30,25 +29,27 @@ def spliced(
 
     Example:
         >>> spliced([(101, 7, 8, 9, 102), (101, 5, 6, 102)], 1, seed=2)
+        [(101, 7, 5, 6, 102), (101, 5, 102)]
     """
     if copies < 0 or head < 0 or tail < 0:
         raise ValueError(f"`copies`, `head` and `tail` must not be negative, got {copies}, {head} and {tail}.")
-    if not sequences:
+    rows = [tuple(map(int, sequence)) for sequence in sequences]
+    if not rows:
         raise ValueError("`sequences` is empty: there is nothing to splice.")
-    short = [i for i, sequence in enumerate(sequences) if len(sequence) < head + tail]
+    short = [i for i, row in enumerate(rows) if len(row) < head + tail]
     if short:
-        found = len(sequences[short[0]])
-        raise ValueError(f"Sequence {short[0]} has {found} tokens, fewer than head + tail = {head + tail}.")
-    rng, longest = np.random.default_rng(seed), max(map(len, sequences))
+        count = len(rows[short[0]])
+        raise ValueError(f"Sequence {short[0]} has {count} tokens, fewer than head + tail = {head + tail}.")
+    rng, longest = np.random.default_rng(seed), max(map(len, rows))
 
-    def cut(sequence: Sequence[int]) -> int:
-        return int(rng.integers(head, len(sequence) - tail + 1))
+    def cut(row: Sequence[int]) -> int:
+        return int(rng.integers(head, len(row) - tail + 1))
 
-    found: list[tuple[Any, ...]] = []
+    found: list[tuple[int, ...]] = []
     for _ in range(copies):
-        for first in sequences:
-            second = sequences[int(rng.integers(len(sequences)))]
+        for first in rows:
+            second = rows[int(rng.integers(len(rows)))]
             end = cut(first)
             begin = max(cut(second), len(second) - (longest - end))
-            found.append((*first[:end], *second[begin:]))
+            found.append(first[:end] + second[begin:])
     return found

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration import flat_weights, moments, pausing
-from jaxcompress.quantization._leaf_matrix import with_new_leaves
+from jaxcompress.quantization._leaf_matrix import plain_kernels, with_new_leaves
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
 
@@ -26,15 +26,16 @@ def correct_biases(
     t = y W + b + s - r as in `reconstruct`. One pass; only biases change.
 
     Args:
-        apply: `(params, *inputs) -> outputs`; its compressed kernels must each be in one plain matmul outside of loops.
+        apply: `(params, *inputs) -> outputs`; its compressed kernels with two axes must each be in one plain matmul
+            outside of loops. Tables that are looked up, stacked kernels and those with more axes are passed over.
         params: the dense tree.
         compressed: the same tree with compressed kernels.
         batches: tuples of inputs; all wait at the same kernel.
         row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs; by default all count alike.
 
     Returns:
-        `(params, shifts)`: `compressed` with other biases, and the root
-        mean square of what was added to each, by the path of its kernel.
+        `(params, shifts)`: `compressed` with other biases, and the root mean square of what was added to each, by the
+        path of its kernel.
 
     Raises:
         ValueError: no batches; no compressed kernel; as `calibration.pausing`.
@@ -54,10 +55,10 @@ def correct_biases(
     kept = list(batches)
     if not kept:
         raise ValueError("`batches` is empty: biases need inputs.")
-    small = dict(leaves_with_paths(compressed))
-    paths = [path for path, leaf in small.items() if is_compressed(leaf) and len(leaf.shape) == 2]
+    chosen = plain_kernels(apply, params, kept[0])
+    paths = [path for path, leaf in leaves_with_paths(compressed) if is_compressed(leaf) and path in chosen]
     if not paths:
-        raise ValueError("No leaf with two axes is compressed: there is nothing to correct.")
+        raise ValueError("No leaf with two axes that a matmul sums over is compressed: there is nothing to correct.")
     plain = map_with_path(lambda _, leaf: leaf.materialize() if is_compressed(leaf) else leaf, compressed)
     rows = flat_weights(row_mask, kept)
     both = [(pausing(apply, paths, params, *batch), pausing(apply, paths, plain, *batch)) for batch in kept]

@@ -3,7 +3,7 @@
 Shape letters: S stack entries, D inputs, R outputs, G groups of inputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from jaxcompress.quantization._blocks import packing_axis, scale_shape
 from jaxcompress.quantization._round_to_nearest import store_codes
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._spec import QuantSpec
-from jaxcompress.trace import LeafLayout
-from jaxcompress.tree import map_with_path
+from jaxcompress.trace import LeafLayout, layouts
+from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params
 
 MATRIX = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
@@ -24,6 +24,13 @@ MATRIX = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
 
 STACK = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
 """Of a stack of them, (S, D, R)."""
+
+
+def plain_kernels(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> frozenset[str]:
+    """The paths of all leaves with two axes, of which a matmul sums over one."""
+    found = leaves_with_paths(layouts(apply, params, *inputs))
+    leaves = dict(leaves_with_paths(params))
+    return frozenset(path for path, layout in found if layout.kind == "matmul" and len(leaves[path].shape) == 2)
 
 
 def rounded(

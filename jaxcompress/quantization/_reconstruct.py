@@ -24,13 +24,13 @@ from jaxcompress.calibration import (
     relative_error,
 )
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
-from jaxcompress.quantization._leaf_matrix import check_blocks, stored, with_new_leaves
+from jaxcompress.quantization._leaf_matrix import check_blocks, plain_kernels, stored, with_new_leaves
 from jaxcompress.quantization._range_search import RangeSearch
 from jaxcompress.quantization._round_to_nearest import quantize_array
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import layouts as traced_layouts
-from jaxcompress.tree import leaves_with_paths
+from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, Selector
 
 Targets = Literal["dense", "weights"]
@@ -150,11 +150,17 @@ def _kernels(
     apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...], select: Selector | None
 ) -> dict[str, MatrixLeaf]:
     """The kernels to round, by path."""
-    found = traced_layouts(apply, params, *inputs)
+    chosen = plain_kernels(apply, params, inputs)
+    if select is None and not chosen:
+        raise ValueError(
+            "No leaf with two axes is in a matmul: for stacked kernels and those with more axes use `gptq`, with "
+            "statistics from `calibration.sequential`."
+        )
 
     def plain(params: Params) -> Params:
-        return jax.tree.map(lambda leaf, layout: layout.kind == "matmul" and leaf.ndim == 2, params, found)
+        return map_with_path(lambda path, _: path in chosen, params)
 
+    found = traced_layouts(apply, params, *inputs)
     return {entry.path: entry for entry in entries(matrices(params, select=select or plain, layouts=found))}
 
 

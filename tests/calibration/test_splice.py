@@ -1,5 +1,6 @@
 """Spliced sequences: where their tokens come from, and what never changes."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +40,7 @@ def test_all_cuts_occur_and_copies_differ():
 
 def test_head_and_tail_of_any_length():
     assert all(s[:2] == (1, 2) for s in spliced([(1, 2, 3, 4), (1, 2, 5, 6)], 5, head=2, tail=0))
+    assert spliced(np.array([[1, 5, 2]]), 1, seed=3) in ([(1, 5, 2)], [(1, 2)])
     assert spliced([(1, 2)], 3) == [(1, 2)] * 3
     assert spliced([(4,), ()], 1, head=0, tail=0)[1] in [(), (4,)]
 

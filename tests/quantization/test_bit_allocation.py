@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jaxcompress.quantization import (
     measured_sensitivity,
     quantize,
     quantize_each,
+    reconstruct,
 )
 
 RNG = np.random.default_rng(0)
@@ -94,5 +96,48 @@ def test_corrected_biases_give_the_dense_means():
     np.testing.assert_allclose(run(corrected, rows).mean(axis=0), wanted, atol=1e-4)
     assert list(shifts) == ["b"]
     assert corrected["a"] is small["a"]
-    with pytest.raises(ValueError, match="No leaf with two axes is compressed"):
+    with pytest.raises(ValueError, match="No leaf with two axes that a matmul sums over is compressed"):
         correct_biases(_apply, params, params, [(rows,)])
+
+
+def _twice_read(params, x):
+    hidden = x @ params["up"] + params["first"][None]
+    return ((hidden + x) + jax.nn.relu(hidden)) @ params["down"] + params["second"][None]
+
+
+def test_a_kernel_whose_output_is_read_twice_is_fitted_once():
+    make = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)  # noqa: E731
+    params = {"up": make(8, 8), "first": make(8), "down": make(8, 5), "second": jnp.zeros(5)}
+    small = quantize(params, QuantSpec(bits=3))
+    corrected, shifts = correct_biases(_twice_read, params, small, [(X,)])
+    assert list(shifts) == ["up", "down"]
+    gap = jc.execute(_twice_read)(corrected, X).mean(axis=0) - _twice_read(params, X).mean(axis=0)
+    np.testing.assert_allclose(gap, 0, atol=1e-4)
+    found, info = reconstruct(_twice_read, params, [(X,)], QuantSpec(bits=3))
+    assert list(info) == ["up", "down"]
+    gap = jc.execute(_twice_read)(found, X).mean(axis=0) - _twice_read(params, X).mean(axis=0)
+    np.testing.assert_allclose(gap, 0, atol=1e-4)
+
+
+def test_what_no_plain_matmul_reads_is_passed_over():
+    params = {"table": PARAMS["c"], "a": PARAMS["a"], "b": PARAMS["b"], "bias": PARAMS["bias"]}
+
+    def apply(params, ids, x):
+        return _apply(params, x) + params["table"][ids].sum()
+
+    ids = jnp.array([1, 2])
+    small = quantize(params, QuantSpec(bits=2))
+    _, shifts = correct_biases(apply, params, small, [(ids, X)])
+    assert list(shifts) == ["b"]
+    cube = {"k": PARAMS["a"].reshape(8, 3, 4)}
+    with pytest.raises(ValueError, match=r"No leaf with two axes is in a matmul.*sequential"):
+        reconstruct(lambda p, x: jnp.einsum("bi,ijk->bjk", x, p["k"]), cube, [(X,)], QuantSpec(bits=2))
+    unread = {"a": PARAMS["a"], "spare": PARAMS["a"]}
+    with pytest.raises(ValueError, match="What leaf 'spare' writes is never read"):
+        reconstruct(
+            lambda p, x: (x @ p["a"], x @ p["spare"])[0],
+            unread,
+            [(X,)],
+            QuantSpec(bits=2),
+            select=lambda params: {"a": True, "spare": True},
+        )
