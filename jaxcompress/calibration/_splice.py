@@ -1,12 +1,13 @@
 """More sequences from few: beginnings of some, continued by ends of others."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 
 def spliced(
-    sequences: Iterable[Iterable[int]], copies: int, *, head: int = 1, tail: int = 1, seed: int = 0
+    sequences: Iterable[Any], copies: int, *, head: int = 1, tail: int = 1, seed: int = 0
 ) -> list[tuple[int, ...]]:
     """Sequences of tokens for methods that fit layers to a few calibration rows, and would learn those by heart.
 
