@@ -9,6 +9,7 @@ from jaxcompress.calibration._input_statistics import statistics_nbytes as stati
 from jaxcompress.calibration._matrices import Calibrated as Calibrated
 from jaxcompress.calibration._matrices import MatrixLeaf as MatrixLeaf
 from jaxcompress.calibration._matrices import calibrated as calibrated
+from jaxcompress.calibration._matrices import checked_fisher as checked_fisher
 from jaxcompress.calibration._matrices import checked_weight as checked_weight
 from jaxcompress.calibration._matrices import entries as entries
 from jaxcompress.calibration._matrices import map_entries as map_entries

@@ -5,7 +5,7 @@ Shape letters: S stack entries, D inputs, R outputs.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -167,6 +167,30 @@ def checked_weight(path: str, leaf: Any) -> jax.Array:
         raise ValueError(f"Leaf {path!r} holds {plain.dtype}: only floats can be compressed; exclude it.")
     check_finite(path, plain)
     return plain
+
+
+def checked_fisher(fisher: Params, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
+    """The Fisher information of some leaves, by path; errors name the leaf.
+
+    Args:
+        fisher: from `fisher`.
+        shapes: path -> shape of the leaf.
+
+    Raises:
+        ValueError: a leaf without information, or with one of another shape, or that is negative, NaN or Inf somewhere.
+    """
+    given = dict(leaves_with_paths(fisher, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf)))
+    found = {}
+    for path, shape in shapes.items():
+        own = given.get(path)
+        if own is None or is_unselected(own) or is_compressed(own) or tuple(own.shape) != tuple(shape):
+            raise ValueError(f"Leaf {path!r} needs an entry in `fisher` of its shape, {tuple(shape)}.")
+        if not bool(jnp.isfinite(own).all()):
+            raise ValueError(f"The `fisher` of leaf {path!r} holds NaN or Inf.")
+        if bool((own < 0).any()):
+            raise ValueError(f"`fisher` of leaf {path!r} is negative somewhere.")
+        found[path] = own
+    return found
 
 
 def _check_width(entry: Calibrated, needs: str) -> None:

@@ -114,7 +114,7 @@ def _sums(
     weights: Float[Array, " N"] | None,
 ) -> dict[str, jax.Array]:
     inputs = pruned[0].astype(jnp.float32)
-    target = dense[0].astype(jnp.float32) @ kernel.astype(jnp.float32) + bias.astype(jnp.float32)[None, :]
+    target = _product(dense[0].astype(jnp.float32), kernel.astype(jnp.float32)) + bias.astype(jnp.float32)[None, :]
     if dense[1] is not None and pruned[1] is not None:
         target = target + dense[1].astype(jnp.float32) - pruned[1].astype(jnp.float32)
     if weights is None:
@@ -126,8 +126,12 @@ def _sums(
     return {
         "count": weights.sum(),
         "inputs": weighted.sum(axis=0),
-        "targets": weights @ target,
-        "gram": weighted.T @ inputs,
-        "cross": weighted.T @ target,
-        "square": weights @ jnp.square(target).sum(axis=1),
+        "targets": _product(weights, target),
+        "gram": _product(weighted.T, inputs),
+        "cross": _product(weighted.T, target),
+        "square": _product(weights, jnp.square(target).sum(axis=1)),
     }
+
+
+def _product(left: Any, right: Any) -> jax.Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float32
 
-from jaxcompress.calibration import InputStatistics, LookupCounts, MatrixLeaf, entries, matrices
+from jaxcompress.calibration import InputStatistics, LookupCounts, MatrixLeaf, checked_fisher, entries, matrices
 from jaxcompress.lowrank._factorize import Whitening, root_of_gram
 from jaxcompress.lowrank._leaves import Target, shape_of
 from jaxcompress.solvers import dense_targets
-from jaxcompress.tree import is_unselected, leaves_with_paths, map_with_path
-from jaxcompress.types import Params, Selector, is_compressed
+from jaxcompress.tree import leaves_with_paths, map_with_path
+from jaxcompress.types import Params, Selector
 
 Side = Literal["inputs", "outputs", "both"]
 Targets = tuple[Params, list[Target]]
@@ -87,8 +87,11 @@ def _activation_target(
             f"Leaf {leaf.path!r} has {stack} stack entries and {depth} inputs, its statistics have {found.count.size} "
             f"and {found.gram.shape[-1]}; give `layouts` from `trace.layouts`."
         )
+    if not bool((found.count > 0).all()):
+        raise ValueError(f"The statistics of leaf {leaf.path!r} are of no rows.")
     gram = found.gram.reshape(stack, depth, depth)
-    _check_values(leaf.path, "statistics", gram)
+    if not bool(jnp.isfinite(gram).all()):
+        raise ValueError(f"The statistics of leaf {leaf.path!r} hold NaN or Inf.")
     weights = _weights(leaf)
     if found.cross is not None:
         weights = _dense_targets(weights, gram, found.cross.reshape(gram.shape), damping or 1e-6)
@@ -149,19 +152,5 @@ def _by_path(fisher: Params | None, chosen: Params) -> dict[str, jax.Array]:
     """The Fisher information of every chosen leaf, checked."""
     if fisher is None:
         return {}
-    given = dict(leaves_with_paths(fisher, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf)))
-    found = {}
-    for leaf in entries(chosen):
-        own = given.get(leaf.path)
-        if own is None or is_unselected(own) or is_compressed(own) or own.shape != leaf.weight.shape:
-            raise ValueError(f"Leaf {leaf.path!r} needs an entry in `fisher` of its shape, {leaf.weight.shape}.")
-        _check_values(leaf.path, "`fisher`", own)
-        if bool((own < 0).any()):
-            raise ValueError(f"`fisher` of leaf {leaf.path!r} is negative somewhere.")
-        found[leaf.path] = own.astype(jnp.float32)
-    return found
-
-
-def _check_values(path: str, what: str, values: jax.Array) -> None:
-    if not bool(jnp.isfinite(values).all()):
-        raise ValueError(f"The {what} of leaf {path!r} hold NaN or Inf.")
+    found = checked_fisher(fisher, {leaf.path: leaf.weight.shape for leaf in entries(chosen)})
+    return {path: information.astype(jnp.float32) for path, information in found.items()}

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import QuantizedArray
-from jaxcompress.calibration import checked_weight
+from jaxcompress.calibration import checked_fisher, checked_weight
 from jaxcompress.quantization._round_to_nearest import quantize_array
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.solvers import cheapest_choice
@@ -60,7 +60,8 @@ def fisher_sensitivity(
         The table; see `allocate_bits`.
 
     Raises:
-        ValueError: no formats; a leaf that holds NaN or Inf, or whose axes a group size does not divide: names it.
+        ValueError: no formats; a leaf that holds NaN or Inf, or whose axes a group size does not divide, or without
+            Fisher information of its shape, finite and not negative: names it.
 
     Example:
         >>> params = {"a": jnp.array([[1.0], [0.3]]), "b": jnp.array([[1.0], [0.3]])}
@@ -69,10 +70,10 @@ def fisher_sensitivity(
         >>> found.losses["a"].round(3).tolist(), found.losses["b"].round(3).tolist()
         ([0.045, 0.0], [0.405, 0.0])
     """
-    values = dict(leaves_with_paths(fisher))
 
     def loss(path: str, weight: jax.Array, leaf: QuantizedArray) -> float:
-        return float(_second_order(weight, leaf.materialize(), values[path]))
+        information = checked_fisher(fisher, {path: weight.shape})[path]
+        return float(_second_order(weight, leaf.materialize(), information))
 
     return _table(params, specs, loss, select=select, layouts=layouts)
 
@@ -171,6 +172,11 @@ def allocate_bits(
     if mean_bits is not None and counted == "codes":
         costs = [np.array([count * spec.bits for spec in sensitivity.specs]) for count in sizes]
     budget = 8 * size if size is not None else math.floor((mean_bits or 0.0) * sum(sizes))
+    least = int(sum(min(cost) for cost in costs))
+    if least > budget:
+        found = f"`size` is {size} bytes" if size is not None else f"`mean_bits` is {mean_bits}"
+        need = f"{-(-least // 8)} bytes" if size is not None else f"{least / sum(sizes):.4g} bits per weight"
+        raise ValueError(f"{found}, but the smallest formats of the table need {need} ({counted!r}).")
     options = dict(zip(paths, cheapest_choice(costs, losses, budget).options, strict=True))
     return map_selected(lambda path, _: sensitivity.specs[options[path]], sensitivity.sizes)
 
@@ -183,6 +189,9 @@ def quantize_each(params: Params, specs: Params, *, layouts: Params | None = Non
         specs: a partial tree of `QuantSpec`.
         layouts: from `trace.layouts`.
 
+    Raises:
+        ValueError: a spec for a leaf that `params` does not have; what `quantize` finds wrong with one. Names it.
+
     Example:
         >>> from jaxcompress.tree import Unselected
         >>> specs = {"bias": Unselected, "kernel": QuantSpec(bits=3)}
@@ -190,6 +199,8 @@ def quantize_each(params: Params, specs: Params, *, layouts: Params | None = Non
         3
     """
     by_path = {path: spec for path, spec in leaves_with_paths(specs) if isinstance(spec, QuantSpec)}
+    if unknown := sorted(set(by_path) - {path for path, _ in leaves_with_paths(params)}):
+        raise ValueError(f"`specs` names leaf {unknown[0]!r}, which `params` does not have.")
     chosen = selected_layouts(params, select=_among(by_path), layouts=layouts)
 
     def visit(path: str, layout: LeafLayout, leaf: Any) -> QuantizedArray:

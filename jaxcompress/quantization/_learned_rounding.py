@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from jaxcompress.arrays import PackedArray, QuantizedArray
-from jaxcompress.calibration import Segment, segments
+from jaxcompress.calibration import Segment, checked_weight, segments
 from jaxcompress.quantization._leaf_matrix import with_new_leaves
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._soft_rounding import choice_of, decision, first_state, hard_leaf, soft_leaf
@@ -77,7 +77,8 @@ def learned_rounding(
         errors of the leaf's block.
 
     Raises:
-        ValueError: no batches, no rounded leaf, one with a table of levels or sparse codes; options out of range.
+        ValueError: no batches, or with NaN; no rounded leaf, one with a table of levels or sparse codes, or that is not
+            the same in `params`; options out of range. Names the leaf.
 
     Example:
         >>> from jaxcompress.quantization import QuantSpec, quantize
@@ -98,6 +99,7 @@ def learned_rounding(
     kept = [tuple(jax.tree.map(jnp.asarray, batch)) for batch in batches]
     paths = [path for path, leaf in leaves_with_paths(rounded) if isinstance(leaf, QuantizedArray)]
     _check(kept, paths, dict(leaves_with_paths(rounded)), schedule)
+    _check_dense(paths, dict(leaves_with_paths(rounded)), dict(leaves_with_paths(params)))
     rows = [None if row_mask is None else jnp.maximum(jnp.asarray(row_mask(*b), jnp.float32), 0.0) for b in kept]
     dense, current = (map_with_path(lambda _, leaf: _plain(leaf), tree) for tree in (params, rounded))
     # Batches of different shapes have programs of their own, cut at the same leaves.
@@ -141,6 +143,14 @@ def _check(kept: list[Any], paths: list[str], leaves: Mapping[str, Any], schedul
         raise ValueError(f"`schedule` needs a positive rate, and steps and strengths of at least 0, got {schedule}.")
 
 
+def _check_dense(paths: list[str], leaves: Mapping[str, Any], dense: Mapping[str, Any]) -> None:
+    for path in paths:
+        if path not in dense or tuple(dense[path].shape) != tuple(leaves[path].shape):
+            found = f"has shape {tuple(dense[path].shape)}" if path in dense else "is missing"
+            raise ValueError(f"Leaf {path!r} is {tuple(leaves[path].shape)} in `rounded`, but {found} in `params`.")
+        checked_weight(path, dense[path])
+
+
 def _by_shape(kept: list[Any], cut: Callable[[Any], list[Segment]]) -> list[list[Segment]]:
     known: dict[Any, list[Segment]] = {}
     found = []
@@ -168,8 +178,11 @@ def _learn(
         gradient = losses[id(block.parts[at])](state, choices, block.params, data, share)
         updates, moments = _update(optimizer, gradient, moments)
         state = optax.apply_updates(state, updates)
+    before = _error(block, own)
+    if not np.isfinite(before):
+        raise ValueError(f"What the block of leaf {next(iter(own), '')!r} passes on holds NaN or Inf.")
     learned = {path: hard_leaf(choice, state[path], schedule.scale_rate) for path, choice in choices.items()}
-    before, after = _error(block, own), _error(block, learned)
+    after = _error(block, learned)
     return (learned, before, after) if after < before else (own, before, before)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress.calibration import Calibrated, InputStatistics, calibrated, entries
+from jaxcompress.calibration import Calibrated, InputStatistics, calibrated, checked_weight, entries
 from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_new_leaves
 from jaxcompress.quantization._range_search import RangeSearch, searched_scales
 from jaxcompress.quantization._rounding import round_to_codes
@@ -47,7 +47,8 @@ def smooth(
         `(params, factors)`: s by the paths of the consumers.
 
     Raises:
-        ValueError: `strength` out of range; no folds; a fold without statistics: names its leaf.
+        ValueError: `strength` out of range; no folds; a fold without statistics, or with those of another width or with
+            NaN; a leaf with NaN: names it.
 
     Example:
         >>> from jaxcompress.calibration import input_statistics
@@ -69,8 +70,9 @@ def smooth(
         raise ValueError("`folds` is empty: no factor can be moved in this model.")
     leaves, factors = dict(leaves_with_paths(params)), {}
     for fold in folds:
-        largest = _statistic(fold, statistics, "absolute_max")
-        weights = [jnp.abs(_features_first(leaves[path], axes)).max(axis=1) for path, axes in fold.consumers]
+        plain = [_features_first(checked_weight(path, leaves[path]), axes) for path, axes in fold.consumers]
+        largest = _statistic(fold, statistics, "absolute_max", len(plain[0]))
+        weights = [jnp.abs(features).max(axis=1) for features in plain]
         of_weights = functools.reduce(jnp.maximum, [w.astype(jnp.float32) for w in weights])
         factor = jnp.maximum(largest, 1e-5) ** strength / jnp.maximum(of_weights, 1e-5) ** (1 - strength)
         leaves |= _moved(fold, leaves, factor)
@@ -135,7 +137,8 @@ def awq(
         own = [by_path[path] for path, _ in fold.consumers if path in by_path]
         if len(own) != len(fold.consumers) or any(entry.stack != 1 for entry in own):
             continue
-        factor = _best_factor(own, _statistic(fold, statistics, "absolute_mean"), spec, steps)
+        width = math.prod(leaves[own[0].path].shape[axis] for axis in fold.consumers[0][1])
+        factor = _best_factor(own, _statistic(fold, statistics, "absolute_mean", width), spec, steps)
         leaves |= _moved(fold, leaves, factor)
         factors |= dict.fromkeys((entry.path for entry in own), factor)
     info = {}
@@ -191,14 +194,22 @@ def _nearest(weights: Float32[Array, "S D R"], gram: Float[Array, "S D D"], spec
     return codes, scale, zero_point, output_error(gram, weights, found)
 
 
-def _statistic(fold: Fold, statistics: Params, name: str) -> Float32[Array, " D"]:
+def _statistic(fold: Fold, statistics: Params, name: str, width: int) -> Float32[Array, " D"]:
     """A statistic of the features, from any of the consumers (all have the same inputs)."""
     found = dict(leaves_with_paths(statistics, is_leaf=lambda leaf: isinstance(leaf, InputStatistics)))
     for path, _ in fold.consumers:
         entry = found.get(path)
         if isinstance(entry, InputStatistics) and getattr(entry, name) is not None:
-            return getattr(entry, name)
+            return _checked(path, getattr(entry, name), width)
     raise ValueError(f"Leaf {fold.consumers[0][0]!r} has no statistic {name!r}; gather it with `input_statistics`.")
+
+
+def _checked(path: str, statistic: Any, width: int) -> Any:
+    if statistic.shape != (width,):
+        raise ValueError(f"Leaf {path!r} has {width} inputs, its statistics have shape {statistic.shape}.")
+    if not bool(jnp.isfinite(statistic).all()):
+        raise ValueError(f"The statistics of leaf {path!r} hold NaN or Inf.")
+    return statistic
 
 
 def _moved(fold: Fold, leaves: Mapping[str, Any], factor: Float[Array, " D"]) -> dict[str, jax.Array]:

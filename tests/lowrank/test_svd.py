@@ -283,7 +283,7 @@ GOOD = {"w": statistics_of(np.eye(4))}
         (lambda p: activation_svd(p, {"w": statistics_of(np.full((2, 4), np.inf))}, rank=1), "statistics of leaf 'w'"),
         (lambda p: activation_svd(p, GOOD, rank=1, fisher={"w": -jnp.ones((4, 3))}), "'w' is negative"),
         (lambda p: fisher_svd(p, {"w": jnp.ones((3, 4))}, rank=1), r"'w' needs an entry in `fisher` of its shape"),
-        (lambda p: fisher_svd(p, {"w": jnp.full((4, 3), jnp.nan)}, rank=1), "`fisher` of leaf 'w' hold NaN"),
+        (lambda p: fisher_svd(p, {"w": jnp.full((4, 3), jnp.nan)}, rank=1), "`fisher` of leaf 'w' holds NaN"),
         (lambda p: svd(p, rank={"v": 1}), "no entry for leaf 'w'"),
     ],
 )

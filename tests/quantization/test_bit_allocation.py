@@ -75,7 +75,7 @@ def test_second_order_losses_in_numpy():
 
 def test_budgets_that_cannot_be_met_are_named():
     table = measured_sensitivity(_loss, PARAMS, [X], SPECS)
-    with pytest.raises(ValueError, match="more than the budget"):
+    with pytest.raises(ValueError, match="but the smallest formats of the table need 10 bits"):
         allocate_bits(table, mean_bits=1.0)
     with pytest.raises(ValueError, match="Give one of `mean_bits` and `size`"):
         allocate_bits(table)
@@ -141,3 +141,22 @@ def test_what_no_plain_matmul_reads_is_passed_over():
             QuantSpec(bits=2),
             select=lambda params: {"a": True, "spare": True},
         )
+
+
+def test_foreign_evidence_and_budgets_are_named():
+    params = {"a": PARAMS["a"], "bias": PARAMS["bias"]}
+    for given, message in (
+        ({"a": jnp.ones((8, 1)), "bias": jnp.ones(5)}, r"Leaf 'a' needs an entry in `fisher` of its shape, \(8, 12\)"),
+        ({"bias": jnp.ones(5)}, r"Leaf 'a' needs an entry"),
+        ({"a": -jnp.ones((8, 12)), "bias": jnp.ones(5)}, "`fisher` of leaf 'a' is negative"),
+        ({"a": jnp.full((8, 12), jnp.nan), "bias": jnp.ones(5)}, "`fisher` of leaf 'a' holds NaN"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fisher_sensitivity(params, given, SPECS)
+    table = fisher_sensitivity(params, {"a": jnp.ones((8, 12)), "bias": jnp.ones(5)}, [QuantSpec(bits=4)])
+    with pytest.raises(ValueError, match=r"`mean_bits` is 2.0, but the smallest formats of the table need 4 bits"):
+        allocate_bits(table, mean_bits=2.0, counted="codes")
+    with pytest.raises(ValueError, match=r"`size` is 8 bytes, but the smallest formats of the table need \d+ bytes"):
+        allocate_bits(table, size=8)
+    with pytest.raises(ValueError, match="`specs` names leaf 'zzz', which `params` does not have"):
+        quantize_each(params, {"zzz": QuantSpec(bits=4)})

@@ -110,3 +110,14 @@ def test_what_cannot_be_learned_is_named():
     small = quantize(stored, QuantSpec(bits=4))
     with pytest.raises(ValueError, match="'one/up' has a table of levels, or sparse codes"):
         learned_rounding(_model, params, {**params, "one": {**params["one"], **small["one"]}}, [batch], together=str)
+    small = quantize(params, SPEC, layouts=layouts)
+    spoilt = jax.tree.map(lambda leaf: leaf, params)
+    spoilt["two"]["up"] = spoilt["two"]["up"].at[0, 0].set(jnp.nan)
+    with pytest.raises(ValueError, match="Leaf 'two/up' holds 1 NaN"):
+        learned_rounding(_model, spoilt, small, [batch], together=str)
+    with pytest.raises(ValueError, match=r"Leaf 'one/up' is \(12, 8\) in `rounded`, but has shape \(6, 8\)"):
+        learned_rounding(
+            _model, {**params, "one": {**params["one"], "up": params["one"]["up"][:6]}}, small, [batch], together=str
+        )
+    with pytest.raises(ValueError, match="the block of leaf 'one/up' passes on holds NaN"):
+        learned_rounding(_model, params, small, [(batch[0].at[0, 0].set(jnp.nan), batch[1])], together=str)

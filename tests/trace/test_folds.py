@@ -1,5 +1,7 @@
 """Factors that move between leaves: what is found, and that the function stays the same."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -93,3 +95,19 @@ def test_awq_is_better_than_rounding_to_nearest():
 
 def _plain(layer):
     return {name: leaf.materialize() if hasattr(leaf, "nbits") else leaf for name, leaf in layer.items()}
+
+
+def test_smoothing_names_what_is_spoilt():
+    def apply(p, x):
+        return (x * p["scale"][None]) @ p["kernel"]
+
+    params, x = {"scale": jnp.array([8.0, 1.0]), "kernel": jnp.ones((2, 2))}, jnp.ones((1, 2))
+    found, statistics = folds(apply, params, x), input_statistics(apply, params, [(x,)])
+    narrow = dataclasses.replace(statistics["kernel"], absolute_max=jnp.ones(1))
+    with pytest.raises(ValueError, match=r"Leaf 'kernel' has 2 inputs, its statistics have shape \(1,\)"):
+        smooth(params, {**statistics, "kernel": narrow}, found)
+    spoilt = dataclasses.replace(statistics["kernel"], absolute_max=jnp.full(2, jnp.nan))
+    with pytest.raises(ValueError, match="The statistics of leaf 'kernel' hold NaN"):
+        smooth(params, {**statistics, "kernel": spoilt}, found)
+    with pytest.raises(ValueError, match="Leaf 'kernel' holds 1 NaN"):
+        smooth({**params, "kernel": params["kernel"].at[0, 0].set(jnp.nan)}, statistics, found)
