@@ -46,7 +46,7 @@ def trained_codebooks(
 
     Up to `until`, weights are trained too (straight-through), and every few updates go to the value that is nearest or,
     with `spec.rate`, cheapest; from then on codes stand still, and only tables are trained. Stands behind a pruning
-    transform: what is 0 stays 0.
+    transform: with `spec.zero`, what is 0 stays 0, as no gradient passes here to weights that are exactly 0.
 
     Args:
         spec: how many values, which weights share a table, and what a code costs.
@@ -118,7 +118,7 @@ def _apply(spec: CodebookSpec, until: int, params: Params, state: TransformState
             return leaf
         weights = _plain(leaf)
         value = look_up(_with_zeros(codes, weights, spec), _rounded(table, spec), zero=spec.zero, dtype=weights.dtype)
-        return _straight_through(value, weights) if until else value
+        return _straight_through(value, _movable(weights, spec)) if until else value
 
     return map_with_path(visit, state.trainable, state.fixed.codes, params, is_leaf=is_unselected)
 
@@ -173,6 +173,11 @@ def _assign(spec: CodebookSpec, tables: Params, params: Params, importance: Para
 def _with_zeros(codes: UInt8[Array, "..."], weights: Float[Array, "..."], spec: CodebookSpec) -> UInt8[Array, "..."]:
     """An earlier stage may have pruned a weight since it got its code."""
     return jnp.where(weights == 0, jnp.uint8(0), codes) if spec.zero else codes
+
+
+def _movable(weights: Float[Array, "..."], spec: CodebookSpec) -> Float[Array, "..."]:
+    """The weights, with no gradient where they are 0: pruned ones would move, and get another code."""
+    return jnp.where(weights == 0, jnp.zeros((), weights.dtype), weights) if spec.zero else weights
 
 
 def _rounded(table: Float[Array, "..."], spec: CodebookSpec) -> Float[Array, "..."]:

@@ -97,7 +97,8 @@ class ClusterStep:
         rate: see `CodebookSpec`.
         dtype: see `CodebookSpec`.
         frozen: share values before the distillation, and leave those leaves as they are.
-        until: share of the training up to which weights move too, and go to other values; then only values do.
+        until: share of the training up to which weights move too and go to other values (with `zero`, what is
+            0 stays 0); then only values do.
         every: steps between two such assignments.
         store: "dense" (fewest bytes in an entropy-coded file), or "sparse": codes of 0 are left out under a bit mask.
     """

@@ -181,6 +181,30 @@ def test_a_stored_table_trains_by_itself_and_zeros_stay():
     np.testing.assert_allclose(now[now != 0], leaf.materialize()[now != 0] + 1, rtol=1e-6)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.05])
+def test_pruned_weights_stay_0_while_weights_move(rate):
+    """No gradient reaches them: with one, the next assignment would give them a value."""
+    x, goal = jnp.asarray(weights(12, 7, zeros=0.5)), jnp.asarray(weights(12, 7, seed=1))
+    transform = trained_codebooks(CodebookSpec(values=4, rate=rate), until=10)
+    params = {"w": x}
+    state = transform.init(params, key=jax.random.key(0))
+    for _ in range(2):
+        grads = jax.grad(lambda p, s: jnp.square(transform.apply(p, s)["w"] - goal).sum())(params, state)
+        params = jax.tree.map(lambda weight, slope: weight - 0.1 * slope, params, grads)
+        state, _ = transform.update(grads, state, params, key=jax.random.key(1), loss=0.0)
+    assert (params["w"] != x)[x != 0].all()
+    assert not transform.apply(params, state)["w"][x == 0].any()
+    assert not transform.finalize(params, state)["w"].materialize()[x == 0].any()
+
+
+def test_without_a_zero_every_weight_moves():
+    params = {"w": jnp.asarray(weights(12, 7, zeros=0.5))}
+    transform = trained_codebooks(CodebookSpec(values=4, zero=False), until=10)
+    state = transform.init(params, key=jax.random.key(0))
+    grads = jax.grad(lambda p: transform.apply(p, state)["w"].sum())(params)
+    np.testing.assert_array_equal(grads["w"], np.ones((12, 7)))
+
+
 def test_transform_options():
     spec = CodebookSpec(values=4)
     for wrong in ({"every": 0}, {"until": -1}):
