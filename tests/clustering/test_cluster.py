@@ -97,6 +97,14 @@ def test_a_rate_buys_shorter_codes():
     assert entropies[-1] < 0.6 * entropies[0]
 
 
+@pytest.mark.parametrize("zero", [True, False])
+def test_tables_ascend_with_a_rate_as_well(zero):
+    spec = CodebookSpec(values=16, rate=0.3, zero=zero)
+    for seed in range(8):
+        leaf = cluster({"w": jnp.asarray(weights(12, 4, seed=seed))}, spec)[0]["w"]
+        assert (np.diff(leaf.table.ravel()) >= 0).all()
+
+
 def test_sparse_and_half_precision_leaves():
     x = weights(20, 9, zeros=0.7)
     sparse = sparsify(jnp.asarray(x), jnp.asarray(x != 0))
