@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from jaxcompress.arrays import look_up, sparsify
 from jaxcompress.clustering._cluster import store_codes
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
-from jaxcompress.clustering._leaves import checked_importance, checked_leaf
+from jaxcompress.clustering._leaves import checked_importance, checked_leaf, checked_table
 from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.trace import selected_layouts
 from jaxcompress.transforms import identity
@@ -62,7 +62,8 @@ def trained_codebooks(
         The transform. Its trainable state is the partial tree of tables (float32), its fixed state a `CodebookState`.
 
     Raises:
-        ValueError: `every` below 1, `until` negative, unknown `store`; from `init`: as `cluster`.
+        ValueError: `every` below 1, `until` negative, unknown `store`; from `init`: as `cluster`; from `finalize`: a
+            table that holds NaN or Inf. Names the leaf.
 
     Example:
         >>> import jax
@@ -147,16 +148,17 @@ def _update(
 def _finalize(spec: CodebookSpec, store: str, chosen: Any, params: Params, state: TransformState) -> Params:
     layouts = chosen(params)
 
-    def visit(_: str, table: Any, codes: Any, layout: Any, leaf: Any) -> Any:
+    def visit(path: str, table: Any, codes: Any, layout: Any, leaf: Any) -> Any:
         if is_unselected(table):
             return leaf
+        values = checked_table(path, _rounded(table, spec))
         weights = _plain(leaf)
         codes = _with_zeros(codes, weights, spec)
         like = leaf
         if store == "sparse":
             stack = [axis for at, axis in enumerate(layout.stack_axes) if at == axis]
             like = sparsify(weights, codes != 0, stack_ndim=len(stack))
-        return store_codes(codes, _rounded(table, spec), spec, layout, like)
+        return store_codes(codes, values, spec, layout, like)
 
     return map_with_path(visit, state.trainable, state.fixed.codes, layouts, params, is_leaf=is_unselected)
 

@@ -213,6 +213,15 @@ def test_without_a_zero_every_weight_moves():
     np.testing.assert_array_equal(grads["w"], np.ones((12, 7)))
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_table_that_diverged_is_not_stored(wrong):
+    params, transform = {"a": {"w": jnp.asarray(weights(12, 7))}}, trained_codebooks(CodebookSpec(values=4))
+    state = transform.init(params, key=jax.random.key(0))
+    tables = jax.tree.map(lambda table: table.at[..., 1].set(wrong), state.trainable)
+    with pytest.raises(ValueError, match="table of leaf 'a/w' holds 1 NaN or Inf among 3 values"):
+        transform.finalize(params, state._replace(trainable=tables))
+
+
 def test_transform_options():
     spec = CodebookSpec(values=4)
     for wrong in ({"every": 0}, {"until": -1}):
