@@ -57,7 +57,8 @@ def fit_tables(
         table[:] = kmeans_line(values[kept], spec.entries, weights=counts[kept])
     fitted = jnp.asarray(tables, jnp.float32)
     if spec.rate and rows.size:
-        fitted = _refit(*_condensed(x, h), fitted, spec.rate, spec.zero)
+        # A value that is dear may lose all its weights to others, stay where it was, and be overtaken.
+        fitted = jnp.sort(_refit(*_condensed(x, h), fitted, spec.rate, spec.zero), axis=1)
     return fitted.astype(spec.dtype).reshape(*blocks, spec.entries)
 
 

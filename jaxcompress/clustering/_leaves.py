@@ -59,3 +59,25 @@ def checked_importance(path: str, leaf: Any, weight: Any) -> jax.Array | None:
     if not is_traced(weight) and not bool((jnp.isfinite(weight) & (jnp.asarray(weight) >= 0)).all()):
         raise ValueError(f"`importance` of leaf {path!r} must be finite and at least 0.")
     return weight
+
+
+def checked_table(path: str, table: jax.Array) -> jax.Array:
+    """The trained table of a leaf; traced ones are not checked.
+
+    Args:
+        path: for messages.
+        table: as it will be stored.
+
+    Raises:
+        ValueError: it holds NaN or Inf.
+    """
+    if not is_traced(table):
+        # Inside `jit` a concrete table may still be at hand: it is checked there and then.
+        with jax.ensure_compile_time_eval():
+            bad = int((~jnp.isfinite(table)).sum())
+        if bad:
+            raise ValueError(
+                f"The trained table of leaf {path!r} holds {bad} NaN or Inf among {table.size} values: training "
+                "diverged; lower its learning rate."
+            )
+    return table

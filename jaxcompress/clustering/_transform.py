@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from jaxcompress.arrays import look_up, sparsify
 from jaxcompress.clustering._cluster import store_codes
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
-from jaxcompress.clustering._leaves import checked_importance, checked_leaf
+from jaxcompress.clustering._leaves import checked_importance, checked_leaf, checked_table
 from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.trace import selected_layouts
 from jaxcompress.transforms import identity
@@ -46,7 +46,7 @@ def trained_codebooks(
 
     Up to `until`, weights are trained too (straight-through), and every few updates go to the value that is nearest or,
     with `spec.rate`, cheapest; from then on codes stand still, and only tables are trained. Stands behind a pruning
-    transform: what is 0 stays 0.
+    transform: with `spec.zero`, what is 0 stays 0, as no gradient passes here to weights that are exactly 0.
 
     Args:
         spec: how many values, which weights share a table, and what a code costs.
@@ -62,7 +62,8 @@ def trained_codebooks(
         The transform. Its trainable state is the partial tree of tables (float32), its fixed state a `CodebookState`.
 
     Raises:
-        ValueError: `every` below 1, `until` negative, unknown `store`; from `init`: as `cluster`.
+        ValueError: `every` below 1, `until` negative, unknown `store`; from `init`: as `cluster`; from `finalize`: a
+            table that holds NaN or Inf. Names the leaf.
 
     Example:
         >>> import jax
@@ -118,7 +119,7 @@ def _apply(spec: CodebookSpec, until: int, params: Params, state: TransformState
             return leaf
         weights = _plain(leaf)
         value = look_up(_with_zeros(codes, weights, spec), _rounded(table, spec), zero=spec.zero, dtype=weights.dtype)
-        return _straight_through(value, weights) if until else value
+        return _straight_through(value, _movable(weights, spec)) if until else value
 
     return map_with_path(visit, state.trainable, state.fixed.codes, params, is_leaf=is_unselected)
 
@@ -147,16 +148,17 @@ def _update(
 def _finalize(spec: CodebookSpec, store: str, chosen: Any, params: Params, state: TransformState) -> Params:
     layouts = chosen(params)
 
-    def visit(_: str, table: Any, codes: Any, layout: Any, leaf: Any) -> Any:
+    def visit(path: str, table: Any, codes: Any, layout: Any, leaf: Any) -> Any:
         if is_unselected(table):
             return leaf
+        values = checked_table(path, _rounded(table, spec))
         weights = _plain(leaf)
         codes = _with_zeros(codes, weights, spec)
         like = leaf
         if store == "sparse":
             stack = [axis for at, axis in enumerate(layout.stack_axes) if at == axis]
             like = sparsify(weights, codes != 0, stack_ndim=len(stack))
-        return store_codes(codes, _rounded(table, spec), spec, layout, like)
+        return store_codes(codes, values, spec, layout, like)
 
     return map_with_path(visit, state.trainable, state.fixed.codes, layouts, params, is_leaf=is_unselected)
 
@@ -173,6 +175,11 @@ def _assign(spec: CodebookSpec, tables: Params, params: Params, importance: Para
 def _with_zeros(codes: UInt8[Array, "..."], weights: Float[Array, "..."], spec: CodebookSpec) -> UInt8[Array, "..."]:
     """An earlier stage may have pruned a weight since it got its code."""
     return jnp.where(weights == 0, jnp.uint8(0), codes) if spec.zero else codes
+
+
+def _movable(weights: Float[Array, "..."], spec: CodebookSpec) -> Float[Array, "..."]:
+    """The weights, with no gradient where they are 0: pruned ones would move, and get another code."""
+    return jnp.where(weights == 0, jnp.zeros((), weights.dtype), weights) if spec.zero else weights
 
 
 def _rounded(table: Float[Array, "..."], spec: CodebookSpec) -> Float[Array, "..."]:

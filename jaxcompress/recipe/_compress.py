@@ -6,6 +6,7 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from jaxcompress import trace, tree
@@ -68,14 +69,16 @@ def compress(
         raise ValueError("This recipe distils: it needs texts (rows to run both models on).")
     layouts = _layouts(module, params)
     student = _with_frozen_steps(recipe, params, layouts)
-    asked = None
+    asked: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
     for part in _parts(recipe, layouts):
         student = _with_dense(part.dense, student)
         if part.training is None or tokens is None:
             student = _at_once(part.transform(0), student)
             continue
-        if not part.training.hidden and asked is None:
-            asked = predict(module, params, tokens, progress=progress, name="Asking the teacher")
+        widths = part.training.widths
+        if not part.training.hidden and widths not in asked:
+            # The teacher reads rows that are cut where the student's are.
+            asked[widths] = predict(module, params, tokens, widths=widths, progress=progress, name="Asking the teacher")
         transform = part.transform(steps_of(part.training, tokens))
         student, state = train(
             module,
@@ -83,7 +86,7 @@ def compress(
             tokens,
             part.training,
             teacher=params if part.training.hidden else None,
-            cached=None if part.training.hidden else asked,
+            cached=None if part.training.hidden else asked[widths],
             transform=transform,
             trainable=_not_compressed,
             progress=progress,

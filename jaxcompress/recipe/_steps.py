@@ -41,7 +41,11 @@ class PruneStep:
             raise ValueError(f"`scope` must be leaf, global or row, got {self.scope!r}.")
         if self.every < 1:
             raise ValueError(f"`every` must be at least 1, got {self.every}.")
-        self.parsed_pattern()
+        allowed = self.parsed_pattern().allowed
+        if self.sparsity > allowed + 1e-6:
+            raise ValueError(
+                f"`pattern` {self.pattern} allows a `sparsity` of at most {allowed:g}, got {self.sparsity:g}."
+            )
 
     def parsed_pattern(self) -> Pattern:
         """The pattern that `pattern` names."""
@@ -97,7 +101,8 @@ class ClusterStep:
         rate: see `CodebookSpec`.
         dtype: see `CodebookSpec`.
         frozen: share values before the distillation, and leave those leaves as they are.
-        until: share of the training up to which weights move too, and go to other values; then only values do.
+        until: share of the training up to which weights move too and go to other values (with `zero`, what is
+            0 stays 0); then only values do.
         every: steps between two such assignments.
         store: "dense" (fewest bytes in an entropy-coded file), or "sparse": codes of 0 are left out under a bit mask.
     """
@@ -118,6 +123,10 @@ class ClusterStep:
         self.spec()
         if not 0.0 <= self.until <= 1.0:
             raise ValueError(f"`until` is a share of the training and must be in [0, 1], got {self.until}.")
+        if self.frozen and self.until:
+            raise ValueError(
+                f"`until` must be 0 if `frozen` is true, got {self.until}: frozen leaves do not train; leave one out."
+            )
         if self.every < 1:
             raise ValueError(f"`every` must be at least 1, got {self.every}.")
         if self.store not in ("dense", "sparse") or (self.store == "sparse" and not (self.zero and not self.frozen)):
@@ -171,6 +180,10 @@ class Training:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
         if not self.learning_rate > 0:
             raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}.")
+        if not self.temperature > 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"`weight_decay` must not be negative, got {self.weight_decay}.")
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"`warmup` is a share of the steps and must be in [0, 1), got {self.warmup}.")
         if not self.widths or list(self.widths) != sorted(set(self.widths)) or self.widths[0] < 1:

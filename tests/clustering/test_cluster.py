@@ -97,6 +97,14 @@ def test_a_rate_buys_shorter_codes():
     assert entropies[-1] < 0.6 * entropies[0]
 
 
+@pytest.mark.parametrize("zero", [True, False])
+def test_tables_ascend_with_a_rate_as_well(zero):
+    spec = CodebookSpec(values=16, rate=0.3, zero=zero)
+    for seed in range(8):
+        leaf = cluster({"w": jnp.asarray(weights(12, 4, seed=seed))}, spec)[0]["w"]
+        assert (np.diff(leaf.table.ravel()) >= 0).all()
+
+
 def test_sparse_and_half_precision_leaves():
     x = weights(20, 9, zeros=0.7)
     sparse = sparsify(jnp.asarray(x), jnp.asarray(x != 0))
@@ -179,6 +187,39 @@ def test_a_stored_table_trains_by_itself_and_zeros_stay():
     now = jc.tree.combine(moved, rest)["w"].materialize()
     np.testing.assert_array_equal(now == 0, leaf.materialize() == 0)
     np.testing.assert_allclose(now[now != 0], leaf.materialize()[now != 0] + 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.05])
+def test_pruned_weights_stay_0_while_weights_move(rate):
+    """No gradient reaches them: with one, the next assignment would give them a value."""
+    x, goal = jnp.asarray(weights(12, 7, zeros=0.5)), jnp.asarray(weights(12, 7, seed=1))
+    transform = trained_codebooks(CodebookSpec(values=4, rate=rate), until=10)
+    params = {"w": x}
+    state = transform.init(params, key=jax.random.key(0))
+    for _ in range(2):
+        grads = jax.grad(lambda p, s: jnp.square(transform.apply(p, s)["w"] - goal).sum())(params, state)
+        params = jax.tree.map(lambda weight, slope: weight - 0.1 * slope, params, grads)
+        state, _ = transform.update(grads, state, params, key=jax.random.key(1), loss=0.0)
+    assert (params["w"] != x)[x != 0].all()
+    assert not transform.apply(params, state)["w"][x == 0].any()
+    assert not transform.finalize(params, state)["w"].materialize()[x == 0].any()
+
+
+def test_without_a_zero_every_weight_moves():
+    params = {"w": jnp.asarray(weights(12, 7, zeros=0.5))}
+    transform = trained_codebooks(CodebookSpec(values=4, zero=False), until=10)
+    state = transform.init(params, key=jax.random.key(0))
+    grads = jax.grad(lambda p: transform.apply(p, state)["w"].sum())(params)
+    np.testing.assert_array_equal(grads["w"], np.ones((12, 7)))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_a_table_that_diverged_is_not_stored(wrong):
+    params, transform = {"a": {"w": jnp.asarray(weights(12, 7))}}, trained_codebooks(CodebookSpec(values=4))
+    state = transform.init(params, key=jax.random.key(0))
+    tables = jax.tree.map(lambda table: table.at[..., 1].set(wrong), state.trainable)
+    with pytest.raises(ValueError, match="table of leaf 'a/w' holds 1 NaN or Inf among 3 values"):
+        transform.finalize(params, state._replace(trainable=tables))
 
 
 def test_transform_options():

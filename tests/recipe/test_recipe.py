@@ -99,6 +99,10 @@ QUANTIZE = "[[quantize]]\nselect = '.*'\nbits = 4\n"
         ("[[prune]]\nselect = '.*'\nsparsity = true", "`sparsity` must be of type float, found True"),
         ("[[prune]]\nselect = '.*'\nsparsity = 0.5\npattern = '2-4'", "`pattern` must be unstructured or N:M"),
         ("[[prune]]\nselect = '.*'\nsparsity = 0.5\npattern = '5:4'", "n=5, m=4"),
+        (
+            "[[prune]]\nselect = '.*'\nsparsity = 0.9\npattern = '2:4'",
+            r"\[\[prune\]\] 1: `pattern` 2:4 allows a `sparsity` of at most 0.5, got 0.9",
+        ),
         ("[[prune]]\nselect = '.*'\nsparsity = 0.5\nbegin = 0.5\nend = 0.5", "0 <= begin < end <= 1"),
         ("[[prune]]\nselect = '.*'\nsparsity = 0.5\nscope = 'all'", "`scope` must be leaf, global or row"),
         ("[[prune]]\nselect = '.*'\nsparsity = 0.5\nevery = 0", "`every` must be at least 1"),
@@ -112,6 +116,7 @@ QUANTIZE = "[[quantize]]\nselect = '.*'\nbits = 4\n"
         (f"{CLUSTER}per = 1", "`per` must be 'leaf' or 'output', found 1"),
         (f"{CLUSTER}dtype = 'int8'", "`dtype` must be 'float32' or 'bfloat16', found 'int8'"),
         (f"{CLUSTER}until = 2", r"`until` is a share of the training and must be in \[0, 1\], got 2"),
+        (f"{CLUSTER}frozen = true\nuntil = 0.5", "`until` must be 0 if `frozen` is true, got 0.5"),
         (f"{CLUSTER}every = 0", "`every` must be at least 1"),
         (f"{CLUSTER}zero = false\nstore = 'sparse'", "`store` must be 'dense', or 'sparse' if"),
         (f"{CLUSTER}frozen = true\nstore = 'sparse'", "`store` must be 'dense', or 'sparse' if"),
@@ -123,6 +128,14 @@ QUANTIZE = "[[quantize]]\nselect = '.*'\nbits = 4\n"
         (f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 0.1", "At least one loss needs a positive weight"),
         (f"{QUANTIZE}[distil]\nepochs = 0\nlearning_rate = 0.1\nsoft_targets = 1", "`epochs` must be at least 1"),
         (f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = -1\nsoft_targets = 1", "`learning_rate` must be positive"),
+        (
+            f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1\ntemperature = 0",
+            r"\[distil\]: `temperature` must be positive, got 0",
+        ),
+        (
+            f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1\nweight_decay = -1",
+            r"\[distil\]: `weight_decay` must not be negative, got -1",
+        ),
         (
             f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1\nwidths = [32, 16]",
             "`widths` must be positive and ascending",

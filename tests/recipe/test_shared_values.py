@@ -1,13 +1,16 @@
 """Recipes that let weights share values, on a tiny BERT: what is kept, what is trained, what the file holds."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
+from small_bert import small_classifier
 
 from jaxcompress import checkpoint, recipe, report, tree
 from jaxcompress.arrays import CodebookArray, QuantizedArray, SparseArray
 from jaxcompress.models import from_pretrained
-from jaxcompress.recipe import ClusterStep, PruneStep, QuantizeStep, Recipe, Training
+from jaxcompress.recipe import ClusterStep, PruneStep, QuantizeStep, Recipe, Training, _compress
 
 ENCODER, EMBEDDINGS = "bert/encoder/.*/kernel", "bert/embeddings/.*/embedding"
 FEED_FORWARD, ATTENTION = "bert/encoder/.*(intermediate|output)/dense/kernel", "bert/encoder/.*self/.*/kernel"
@@ -84,6 +87,35 @@ def test_without_pruning_or_quantization_there_is_one_part_and_it_brings_the_out
     assert any((leaf.codes() != start.codes()).any() for leaf, start in pairs)
     wanted, far, near = (recipe.predict(module, p, tokens)["pooler_output"] for p in (params, still, found))
     assert np.abs(near - wanted).mean() < 0.7 * np.abs(far - wanted).mean()
+
+
+def test_pruning_survives_weights_that_move_between_values(model, tokens):
+    prune = PruneStep(select=ENCODER, sparsity=0.9, every=1)
+    moving = ClusterStep(select=ENCODER, values=4, until=0.5, every=1)
+    pruned = recipe.compress(Recipe(prune=(prune,), distil=DISTIL), *model, tokens)
+    found = recipe.compress(Recipe(prune=(prune,), cluster=(moving,), distil=DISTIL), *model, tokens)
+    for leaf, before in zip(_leaves(found, ENCODER), _leaves(pruned, ENCODER), strict=True):
+        assert _zeros(before) > 0.89
+        np.testing.assert_array_equal(leaf.materialize() == 0, before.materialize() == 0)
+
+
+def test_the_teacher_reads_rows_as_each_part_cuts_them(tokens, monkeypatch):
+    """The model has 16 positions, and would stop at rows that are padded to 24; parts that cut alike ask once."""
+    small = small_classifier(hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    params = small.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    narrow, wide = (dataclasses.replace(DISTIL, widths=widths) for widths in ((8,), (8, 12)))
+    asked = []
+
+    def spy(*arguments, widths=None, **options):
+        asked.append(widths)
+        return recipe.predict(*arguments, widths=widths, **options)
+
+    monkeypatch.setattr(_compress, "predict", spy)
+    for first, second, expected in ((narrow, None, [(8,)]), (narrow, wide, [(8,), (8, 12)])):
+        asked.clear()
+        parts = Recipe(prune=(PRUNE,), cluster=(SHARE,), distil=first, distil_shared=second)
+        recipe.compress(parts, small, params, tokens)
+        assert asked == expected
 
 
 def test_the_file_is_smaller_and_comes_back_bit_for_bit(compressed, tmp_path):
