@@ -1,5 +1,6 @@
 """Matmuls whose inputs are quantized: in whole numbers where both sides are, otherwise on rounded floats."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, SparseArray,
 from jaxcompress.execution._matmul import dot_general
 from jaxcompress.types import is_compressed
 
-_MOST_TERMS = (2**31 - 1) // (2**7) ** 2
-"""Products of int8 that a sum in int32 holds."""
+_LARGEST_SUM = 2**31 - 1
+"""What int32 holds. Sums on the way there may wrap around, because later ones take that back."""
 
 
 def dot_of_quantized_inputs(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Array:
@@ -32,7 +33,8 @@ def dot_of_quantized_inputs(left: Any, right: Any, parameters: Mapping[str, Any]
         return jax.lax.dot_general_p.bind(*operands, **parameters)
     result = dot_general(*operands, parameters)
     codes = leaf.inputs.codes(*arguments)
-    if not (_is_whole(weight, contracted[side]) and _is_whole(codes, contracted[1 - side])):
+    sides = (weight, contracted[side]), (codes, contracted[1 - side])
+    if not (all(_is_whole(*part) for part in sides) and _fits(weight, codes, contracted[side])):
         return result
     # Without differentiation the float matmul has no use, and the compiler drops it.
     return straight_through(_whole_dot(weight, codes, side, parameters).astype(result.dtype), result)
@@ -46,11 +48,19 @@ def _is_whole(array: Any, axes: Sequence[int]) -> bool:
         return False
     if array.zero_point is not None and jnp.issubdtype(array.zero_point.dtype, jnp.floating):
         return False
-    terms = 1
-    for axis in axes:
-        terms *= array.shape[axis]
     scales = all(count in (1, size) for count, size in zip(array.scale.shape, array.shape, strict=True))
-    return scales and all(array.scale.shape[axis] == 1 for axis in axes) and terms <= _MOST_TERMS
+    return scales and all(array.scale.shape[axis] == 1 for axis in axes)
+
+
+def _fits(weight: QuantizedArray, codes: QuantizedArray, axes: Sequence[int]) -> bool:
+    """Whether int32 holds the sum of the largest products, along these axes of the weight."""
+    terms = math.prod(weight.shape[axis] for axis in axes)
+    return terms * _largest(weight) * _largest(codes) <= _LARGEST_SUM
+
+
+def _largest(array: QuantizedArray) -> int:
+    """The largest magnitude of a code less its zero point."""
+    return 2 ** (array.bits - 1) if array.zero_point is None else 255
 
 
 def _whole_dot(weight: QuantizedArray, codes: QuantizedArray, side: int, parameters: Mapping[str, Any]) -> jax.Array:
@@ -71,9 +81,7 @@ def _whole_dot(weight: QuantizedArray, codes: QuantizedArray, side: int, paramet
     if y is not None:
         total = total - placed(y, 1) * summed(a, 0)
     if z is not None and y is not None:
-        terms = 1
-        for axis in numbers[0][0]:
-            terms *= a.shape[axis]
+        terms = math.prod(a.shape[axis] for axis in numbers[0][0])
         total = total + terms * placed(z, 0) * placed(y, 1)
     scales = [placed(array.scale.astype(jnp.float32), at) for at, array in enumerate((first, second))]
     return total.astype(jnp.float32) * scales[0] * scales[1]

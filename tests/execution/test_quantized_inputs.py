@@ -133,6 +133,21 @@ def test_whole_numbers_are_exact(weights, inputs):
     assert "tensor<3x4x7xi32>" in apply.lower(stored, x).as_text()
 
 
+@pytest.mark.parametrize(
+    ("weights", "inputs", "most"),
+    [(UINT8, UINT8, 33025), (INT8, UINT8, 65793), (INT8, INT8, 131071), (QuantSpec(bits=4), UINT8, 1052688)],
+)
+@pytest.mark.parametrize("terms", ["most", "more"])
+def test_sums_that_int32_does_not_hold_run_on_rounded_floats(weights, inputs, most, terms):
+    depth = most if terms == "most" else most + 1
+    # Ones have the outermost codes of both sides.
+    params = {"kernel": jnp.ones((depth, 1))}
+    apply = jax.jit(jc.execute(lambda p, x: x @ p["kernel"]))
+    stored, x = quantize_inputs(quantize(params, weights), inputs), jnp.ones((2, depth))
+    np.testing.assert_allclose(apply(stored, x), depth, rtol=1e-5)
+    assert ("tensor<2x1xi32>" in apply.lower(stored, x).as_text()) == (terms == "most")
+
+
 @pytest.mark.parametrize("side", [0, 1])
 def test_whole_numbers_on_either_side_and_in_batches(side):
     rng = np.random.default_rng(1)
