@@ -33,7 +33,7 @@ def fake_quantize_array(
         An array of the shape and dtype of `w`.
 
     Raises:
-        ValueError: the blocks do not divide the shape.
+        ValueError: blocks do not divide the shape; `bits` out of range, or with a format that has no choice of them.
 
     Example:
         >>> from jaxcompress.trace import LeafLayout
@@ -42,6 +42,10 @@ def fake_quantize_array(
         Array([[ 7. ,  0.5],
                [-3. , -3.5]], dtype=float32)
     """
+    if bits is not None and (spec.format != "int" or spec.bits < 2):
+        raise ValueError(f"`bits` is for integers of 2 bits or more, got {spec}.")
+    if isinstance(bits, int) and not 2 <= bits <= 8:
+        raise ValueError(f"`bits` must be in [2, 8], got {bits}.")
     return straight_through(_rounded(jax.lax.stop_gradient(w), bits, spec, axes_of(layout)), w)
 
 

@@ -48,7 +48,7 @@ def hqq(
         kappa: κ.
         iterate: "best": for each block, of least mean |w - (q - z) s|. "legacy": as the public solver's default: it
             stops at the first step that does not lower the mean over the whole matrix, and takes the zero points after
-            that step.
+            that step; as there, ranges below 1e-4 are taken for none, so weights must not be very small.
         select: which leaves; see `trace.selected_layouts`.
         layouts: from `trace.layouts`.
 
@@ -57,8 +57,8 @@ def hqq(
         of the weights, ||W - W'|| / ||W||, before with the zero points of the ranges.
 
     Raises:
-        ValueError: options out of range; a symmetric spec; nothing is selected; a leaf that holds NaN or Inf, or whose
-            axes the group size does not divide. Names the leaf.
+        ValueError: options out of range; a spec that is symmetric, or has scales e8m0 or another range rule; nothing is
+            selected; a leaf that holds NaN or Inf, or whose axes the group size does not divide. Names the leaf.
 
     Example:
         >>> kernel = jnp.linspace(-1.0, 1.0, 64).reshape(32, 2).at[0, 0].set(9.0)
@@ -86,6 +86,11 @@ def _check_options(spec: QuantSpec, iterations: int, norm: float, beta: float, k
             "HQQ chooses zero points of integers for each output or group: give a spec with `symmetric=False`, 2 to 8 "
             f"bits, neither `per_tensor` nor tiles, got {spec}."
         )
+    if spec.scale_dtype == "e8m0" or spec.range_rule != "min-max":
+        raise ValueError(
+            "HQQ starts from the extreme values and stores zero points as `scale_dtype`: give float32 or bfloat16 and "
+            f"the range rule 'min-max', got {spec.scale_dtype!r} and {spec.range_rule!r}."
+        )
     if iterations < 0 or not 0 < norm < 1 or not beta > 0 or not kappa >= 1:
         raise ValueError(
             "`iterations` must be at least 0, `norm` in (0, 1), `beta` positive and `kappa` at least 1, got "
@@ -108,8 +113,10 @@ def _solve(weights: Float32[Array, "S D R"], spec: QuantSpec, options: tuple[Any
     top = 2.0**spec.bits - 1
     low = blocks.min(axis=2, keepdims=True, initial=jnp.inf)
     high = blocks.max(axis=2, keepdims=True, initial=-jnp.inf)
-    # As the public code: a block that hardly varies keeps scale 1.
-    inverse = jnp.where(jnp.abs(high - low) <= 1e-4, 1.0, jnp.minimum(top / (high - low), 2e4))
+    # A block that hardly varies keeps scale 1; the public code says so by the range itself, however small weights are.
+    legacy = options[-1] == "legacy"
+    least = 1e-4 if legacy else 1e-4 * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    inverse = jnp.where(high - low <= least, 1.0, jnp.minimum(top / (high - low), 2e4 if legacy else jnp.inf))
     scale = (1.0 / inverse).astype(spec.scale_dtype)
     if spec.scale_dtype != "float32":
         inverse = 1.0 / scale.astype(jnp.float32)

@@ -93,7 +93,7 @@ def quantize_inputs(
 
     Raises:
         ValueError: nothing is selected; a leaf without a range; static ranges with a spec that is not `per_tensor`;
-            stacked axes that do not lead.
+            stacked axes that do not lead; groups that do not divide the inputs of a leaf (names it), or of outputs.
 
     Example:
         >>> import jaxcompress as jc
@@ -114,6 +114,7 @@ def quantize_inputs(
         if is_unselected(layout):
             return leaf
         if ranges is None:
+            _check_groups(path, leaf, layout, spec)
             return with_input_rounding(leaf, rounding)
         if not isinstance(entry, InputRange):
             raise ValueError(f"Leaf {path!r} is selected, but `ranges` has none for it; got {entry!r}.")
@@ -139,6 +140,8 @@ def multiplied_layouts(params: Params, *, select: Selector | None, layouts: Para
 
 def check_input_spec(spec: QuantSpec, *, static: bool) -> None:
     """Raises for specs that inputs cannot have."""
+    if spec.group_outputs > 1:
+        raise ValueError(f"Inputs have no outputs to group: leave `group_outputs` at 1, got {spec.group_outputs}.")
     if static and not spec.per_tensor:
         raise ValueError("Static ranges are one for all inputs of a leaf: set `per_tensor=True` in the spec.")
     if not static and spec.range_rule == "entropy":
@@ -156,6 +159,12 @@ def check_stack(path: str, leaf: Any, layout: LeafLayout, entry: InputRange) -> 
             f"Leaf {path!r} has the stacked axes {layout.stack_axes} of sizes {stack}: they must come first, and its "
             f"range must have that shape, got {jnp.shape(entry.scale)}."
         )
+
+
+def _check_groups(path: str, leaf: Any, layout: LeafLayout, spec: QuantSpec) -> None:
+    sizes = [leaf.shape[axis] for axis in layout.input_axes]
+    if spec.group_size is not None and sizes and sizes[-1] % spec.group_size:
+        raise ValueError(f"`group_size` {spec.group_size} does not divide the inputs {sizes} of leaf {path!r}.")
 
 
 def _whole(zero_point: Any, spec: QuantSpec) -> Any:

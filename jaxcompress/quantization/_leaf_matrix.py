@@ -16,7 +16,7 @@ from jaxcompress.quantization._round_to_nearest import store_codes
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout, layouts
-from jaxcompress.tree import leaves_with_paths, map_with_path
+from jaxcompress.tree import is_traced, leaves_with_paths, map_with_path
 from jaxcompress.types import Params
 
 MATRIX = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
@@ -78,7 +78,11 @@ def stored(
 
 
 def check_blocks(entry: MatrixLeaf, spec: QuantSpec) -> None:
-    """Raises, naming the leaf, when the blocks do not divide it."""
+    """Raises, naming the leaf, when the blocks do not divide it, or when it has zeros that its format does not."""
+    if spec.bits == 1 and not is_traced(entry.weight) and bool((entry.weight == 0).any()):
+        raise ValueError(
+            f"Leaf {entry.path!r} holds zeros, which one bit does not have; `quantize` stores them as a mask."
+        )
     try:
         scale_shape(entry.weight.shape, spec, entry.layout)
     except ValueError as err:

@@ -97,7 +97,7 @@ def lsq(
 
     def finalize(params: Params, state: TransformState) -> Params:
         return map_with_path(
-            lambda _, leaf, *steps: _stored(leaf, *steps, spec=spec), params, chosen(params), *state.trainable
+            lambda path, leaf, *steps: _stored(path, leaf, *steps, spec=spec), params, chosen(params), *state.trainable
         )
 
     return identity()._replace(init=init, apply=apply, project=project, finalize=finalize)
@@ -149,14 +149,19 @@ def _rounded(leaf: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> Any:
     return on_weight(leaf, lambda weight: learned_quantize_array(dense_array(weight), scale, zero_point, spec))
 
 
-def _stored(leaf: Any, layout: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> Any:
+def _stored(path: str, leaf: Any, layout: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> Any:
     if is_unselected(scale) or is_unselected(layout):
         return leaf
     whole = whole_zero_point(_learned_zero(scale, zero_point, spec), spec)
     if spec.bits == 1:
         kept = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(scale.shape)]
         whole = jnp.full(kept, 0.5, dtype_of_scale(spec))
-    return on_weight(leaf, lambda weight: quantize_array_at(weight, cast_scale(scale, spec), whole, spec, layout))
+
+    def store(weight: Any) -> Any:
+        check_finite(path, dense_array(weight))
+        return quantize_array_at(weight, cast_scale(scale, spec), whole, spec, layout)
+
+    return on_weight(leaf, store)
 
 
 def _learned_zero(scale: Any, zero_point: Any, spec: QuantSpec) -> Any:
