@@ -70,6 +70,7 @@ def additive_quantize(
     Raises:
         ValueError: nothing is selected; a selected leaf is no float array, is a scalar, is sparse, holds NaN or Inf, or
             has stacked axes only; importance that is negative, not finite or of another shape. Names the leaf.
+        TypeError: inside `jit`, `grad` or `vmap`: it runs on the host only. Names the leaf.
 
     Example:
         >>> kernel = jnp.array([[1.0, 0.0, 1.0], [2.0, 0.0, 2.0], [1.0, 3.0, 1.0], [2.0, 3.0, 2.0]])

@@ -60,6 +60,7 @@ def cluster(
     Raises:
         ValueError: nothing is selected; a selected leaf is no float array, is sparse though `spec.zero` is False, or
             holds NaN or Inf; importance that is negative, not finite or of another shape. Names the leaf.
+        TypeError: inside `jit`, `grad` or `vmap`: it runs on the host only. Names the leaf.
 
     Example:
         >>> small, info = cluster({"kernel": jnp.array([[0.0, 1.0], [1.2, -2.0]])}, CodebookSpec(values=3))

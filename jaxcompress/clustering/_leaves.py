@@ -21,6 +21,7 @@ def checked_leaf(path: str, leaf: Any, *, zero: bool) -> jax.Array:
 
     Raises:
         ValueError: it is no float array, is a scalar, is sparse though zeros will not stay, or holds NaN or Inf.
+        TypeError: it is traced.
     """
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(
@@ -35,6 +36,7 @@ def checked_leaf(path: str, leaf: Any, *, zero: bool) -> jax.Array:
     if not len(leaf.shape):
         raise ValueError(f"Leaf {path!r} is a scalar and has no axis along which to store codes; exclude it.")
     dense = leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
+    _check_on_host(f"Leaf {path!r}", dense)
     check_finite(path, dense)
     return dense
 
@@ -44,6 +46,7 @@ def checked_importance(path: str, leaf: Any, weight: Any) -> jax.Array | None:
 
     Raises:
         ValueError: it does not broadcast against the leaf, is negative or not finite.
+        TypeError: it is traced.
     """
     if weight is None or is_unselected(weight):
         return None
@@ -56,7 +59,8 @@ def checked_importance(path: str, leaf: Any, weight: Any) -> jax.Array | None:
             f"`importance` of leaf {path!r} has shape {tuple(weight.shape)}, which does not broadcast to "
             f"{tuple(leaf.shape)}."
         )
-    if not is_traced(weight) and not bool((jnp.isfinite(weight) & (jnp.asarray(weight) >= 0)).all()):
+    _check_on_host(f"`importance` of leaf {path!r}", weight)
+    if not bool((jnp.isfinite(weight) & (jnp.asarray(weight) >= 0)).all()):
         raise ValueError(f"`importance` of leaf {path!r} must be finite and at least 0.")
     return weight
 
@@ -81,3 +85,12 @@ def checked_table(path: str, table: jax.Array) -> jax.Array:
                 "diverged; lower its learning rate."
             )
     return table
+
+
+def _check_on_host(what: str, value: Any) -> None:
+    # Inside `jit` whatever is computed is traced, from values that are at hand as well.
+    if is_traced(value) or is_traced(jnp.zeros(())):
+        raise TypeError(
+            f"{what} is met inside a traced function, but values to share are found on the host only; call this "
+            "outside `jit`, `grad` and `vmap`."
+        )

@@ -64,6 +64,7 @@ def trained_codebooks(
     Raises:
         ValueError: `every` below 1, `until` negative, unknown `store`; from `init`: as `cluster`; from `finalize`: a
             table that holds NaN or Inf. Names the leaf.
+        TypeError: from `init`: inside `jit`, as `cluster`.
 
     Example:
         >>> import jax

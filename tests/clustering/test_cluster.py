@@ -9,7 +9,15 @@ import jaxcompress as jc
 from jaxcompress import trace
 from jaxcompress.arrays import CodebookArray, look_up, sparsify, validate_array
 from jaxcompress.calibration import input_statistics
-from jaxcompress.clustering import CodebookSpec, _fit, cluster, input_importance, trained_codebooks
+from jaxcompress.clustering import (
+    AdditiveSpec,
+    CodebookSpec,
+    _fit,
+    additive_quantize,
+    cluster,
+    input_importance,
+    trained_codebooks,
+)
 from jaxcompress.trace import LeafLayout
 
 
@@ -142,6 +150,23 @@ def test_what_cannot_be_clustered():
     for wrong in ({"values": 1}, {"values": 257}, {"values": 4, "rate": -1.0}):
         with pytest.raises(ValueError, match=r"must be"):
             CodebookSpec(**wrong)
+
+
+@pytest.mark.parametrize(
+    "share",
+    [
+        lambda params, h=None: cluster(params, CodebookSpec(values=4), importance=h)[0],
+        lambda params, h=None: additive_quantize(params, AdditiveSpec(length=2, tables=1, values=3), importance=h)[0],
+        lambda params, h=None: trained_codebooks(CodebookSpec(values=4), importance=h).init(params, key=None),
+    ],
+)
+def test_values_are_found_on_the_host_only(share):
+    params = {"a": {"w": jnp.asarray(weights(4, 6))}}
+    for traced in (share, lambda _: share(params)):
+        with pytest.raises(TypeError, match=r"Leaf 'a/w' is met inside a traced function, .* on the host only"):
+            jax.jit(traced)(params)
+    with pytest.raises(TypeError, match="`importance` of leaf 'a/w' is met inside"):
+        jax.jvp(lambda h: share(params, h), (params,), (params,))
 
 
 @pytest.mark.parametrize("blocks", [(1, 1), (6, 1), (3, 2), (1, 4)])
