@@ -8,15 +8,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress.arrays import PackedArray, QuantizedArray, pack, per_block, split_blocks
+from jaxcompress.arrays import PackedArray, QuantizedArray, pack, per_block, split_blocks, straight_through
 
 
 class Choice(NamedTuple):
-    """What is fixed of a leaf: its codes, how far the other code of each weight is, and the leaf itself."""
+    """What is fixed of a leaf: its codes, how far the other code of each weight is, and the leaf itself.
+
+    `free` is 0 where all scales are powers of two: fixed-point and MX leaves, whose scales must stay; else 1.
+    """
 
     codes: Float32[Array, "..."]
     step: Float32[Array, "..."]
     leaf: QuantizedArray
+    free: Float32[Array, ""]
 
 
 def choice_of(leaf: QuantizedArray, dense: Any) -> Choice:
@@ -24,7 +28,8 @@ def choice_of(leaf: QuantizedArray, dense: Any) -> Choice:
     codes = leaf.codes().astype(jnp.float32)
     low, high = _range(leaf)
     other = jnp.clip(codes + jnp.sign(_gap(leaf, dense)), low, high)
-    return Choice(codes, other - codes, leaf)
+    mantissa, _ = jnp.frexp(leaf.scale.astype(jnp.float32))
+    return Choice(codes, other - codes, leaf, jnp.any(mantissa != 0.5).astype(jnp.float32))
 
 
 def first_state(choice: Choice, dense: Any) -> dict[str, Any]:
@@ -43,7 +48,7 @@ def decision(v: Any) -> Any:
 
 def soft_leaf(choice: Choice, state: Mapping[str, Any], scale_rate: float) -> Float[Array, "..."]:
     """The weights while codes are in between."""
-    leaf, scale = choice.leaf, _scale(choice.leaf, state["u"], scale_rate)
+    leaf, scale = choice.leaf, _scale(choice, state["u"], scale_rate)
     codes = choice.codes + choice.step * decision(state["v"])
     values = split_blocks(codes, scale.shape)
     if leaf.zero_point is not None:
@@ -58,7 +63,7 @@ def hard_leaf(choice: Choice, state: Mapping[str, Any], scale_rate: float) -> Qu
     codes = codes.astype(leaf.codes().dtype)
     data = leaf.data
     data = pack(codes, bits=data.bits, axis=data.axis) if isinstance(data, PackedArray) else codes
-    scale = _scale(leaf, state["u"], scale_rate).astype(leaf.scale.dtype)
+    scale = _scale(choice, state["u"], scale_rate).astype(leaf.scale.dtype)
     return dataclasses.replace(leaf, data=data, scale=scale)
 
 
@@ -77,5 +82,7 @@ def _range(leaf: QuantizedArray) -> tuple[float, float]:
     return float(lowest), 2.0 ** (leaf.bits - 1) - 1
 
 
-def _scale(leaf: QuantizedArray, u: Any, scale_rate: float) -> Any:
-    return leaf.scale.astype(jnp.float32) * jnp.exp(scale_rate * u)
+def _scale(choice: Choice, u: Any, scale_rate: float) -> Any:
+    """As it will be stored, in float32; its gradient is that of the scale before it is rounded."""
+    scale = choice.leaf.scale.astype(jnp.float32) * jnp.exp(scale_rate * choice.free * u)
+    return straight_through(scale.astype(choice.leaf.scale.dtype).astype(jnp.float32), scale)

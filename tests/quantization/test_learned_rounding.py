@@ -7,7 +7,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress.calibration import segments
-from jaxcompress.quantization import QuantSpec, RoundingSchedule, learned_rounding, quantize
+from jaxcompress.quantization import QuantSpec, RoundingSchedule, fixed_point, learned_rounding, quantize
 
 SPEC = QuantSpec(bits=2, group_size=4, symmetric=False)
 
@@ -78,6 +78,16 @@ def test_blocks_come_closer_to_the_dense_ones():
         assert after.min() >= 0
         assert after.max() <= 3
         assert found[name]["up"].data.axis == start[name]["up"].data.axis
+
+
+def test_scales_that_are_powers_of_two_stay():
+    params = {"w": jnp.array([[0.29], [0.23], [0.31]])}
+    x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.1], [4.0, 4.1, 0.0]])
+    schedule = RoundingSchedule(rate=0.05, steps=200)
+    for start, moves in ((fixed_point(params, 3), False), (quantize(params, QuantSpec(bits=4)), True)):
+        found, _ = learned_rounding(lambda p, x: x @ p["w"], params, start, [(x,)], together=str, schedule=schedule)
+        assert bool((found["w"].scale != start["w"].scale).any()) == moves
+        assert bool((found["w"].codes() != start["w"].codes()).any()) or moves
 
 
 def test_rows_count_what_they_weigh():
