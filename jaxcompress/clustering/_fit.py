@@ -96,18 +96,18 @@ def nearest_codes(
 
 
 def to_blocks(array: Shaped[Array, "..."], blocks: Sequence[int]) -> Shaped[Array, "B N"]:
-    """One row for each table; the sizes of `blocks` are 1 or those of the array."""
-    own = [axis for axis, count in enumerate(blocks) if count != 1]
-    rest = [axis for axis in range(array.ndim) if axis not in own]
-    size = math.prod(array.shape[axis] for axis in own)
-    return array.transpose(*own, *rest).reshape(size, math.prod(array.shape[axis] for axis in rest))
+    """One row for each table; the sizes of `blocks` divide those of the array."""
+    sizes = [size // max(count, 1) for size, count in zip(array.shape, blocks, strict=True)]
+    split = array.reshape([part for pair in zip(blocks, sizes, strict=True) for part in pair])
+    order = [*range(0, split.ndim, 2), *range(1, split.ndim, 2)]
+    return split.transpose(order).reshape(math.prod(blocks), math.prod(sizes))
 
 
 def from_blocks(rows: Shaped[Array, "B N"], shape: Sequence[int], blocks: Sequence[int]) -> Shaped[Array, "..."]:
     """The inverse of `to_blocks`."""
-    own = [axis for axis, count in enumerate(blocks) if count != 1]
-    order = [*own, *(axis for axis in range(len(shape)) if axis not in own)]
-    return rows.reshape([shape[axis] for axis in order]).transpose(np.argsort(order).tolist())
+    sizes = [size // max(count, 1) for size, count in zip(shape, blocks, strict=True)]
+    order = [place for axis in range(len(shape)) for place in (axis, len(shape) + axis)]
+    return rows.reshape([*blocks, *sizes]).transpose(order).reshape(shape)
 
 
 def _broadcast(importance: Shaped[Array, "..."], weights: Shaped[Array, "..."]) -> Float32[Array, "..."]:

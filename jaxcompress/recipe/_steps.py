@@ -98,6 +98,7 @@ class ClusterStep:
         values: see `CodebookSpec`, as the following ones.
         zero: see `CodebookSpec`.
         per: see `CodebookSpec`.
+        group_size: see `CodebookSpec`.
         rate: see `CodebookSpec`.
         dtype: see `CodebookSpec`.
         frozen: share values before the distillation, and leave those leaves as they are.
@@ -111,6 +112,7 @@ class ClusterStep:
     values: int
     zero: bool = True
     per: Literal["leaf", "output"] = "leaf"
+    group_size: int | None = None
     rate: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     frozen: bool = False
@@ -136,7 +138,8 @@ class ClusterStep:
 
     def spec(self) -> CodebookSpec:
         """The specification of the values."""
-        return CodebookSpec(values=self.values, zero=self.zero, per=self.per, rate=self.rate, dtype=self.dtype)
+        names = ("values", "zero", "per", "group_size", "rate", "dtype")
+        return CodebookSpec(**{name: getattr(self, name) for name in names})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -66,6 +66,39 @@ def test_a_stacked_leaf_is_clustered_copy_by_copy_and_outputs_one_by_one():
             np.testing.assert_array_equal(leaf.materialize()[at], alone.materialize())
 
 
+@pytest.mark.parametrize("per", ["leaf", "output"])
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+def test_groups_of_inputs_have_tables_of_their_own(tmp_path, per, rate):
+    x = weights(12, 5, zeros=0.2) * np.repeat([1.0, 10.0, 100.0], 4).astype(np.float32)[:, None]
+    spec = CodebookSpec(values=4, per=per, group_size=4, rate=rate)
+    leaf = cluster({"w": jnp.asarray(x)}, spec)[0]["w"]
+    validate_array(leaf)
+    assert leaf.table.shape == (3, 1 if per == "leaf" else 5, 3)
+    for group in range(3):
+        rows = slice(4 * group, 4 * group + 4)
+        alone = cluster({"w": jnp.asarray(x[rows])}, CodebookSpec(values=4, per=per, rate=rate))[0]["w"]
+        np.testing.assert_array_equal(leaf.materialize()[rows], alone.materialize())
+    jc.checkpoint.save(tmp_path / "c", {"w": leaf}, storage="entropy")
+    restored = jc.checkpoint.restore(tmp_path / "c")[0]["w"]
+    np.testing.assert_array_equal(restored.materialize(), leaf.materialize())
+    inputs = jnp.asarray(weights(7, 12, seed=1))
+    run = jc.execute(lambda params, x: x @ params["w"])
+    np.testing.assert_allclose(run({"w": leaf}, inputs), inputs @ leaf.materialize(), rtol=1e-5, atol=1e-4)
+    transform = trained_codebooks(spec)
+    state = transform.init({"w": jnp.asarray(x)}, key=jax.random.key(0))
+    np.testing.assert_array_equal(
+        transform.finalize({"w": jnp.asarray(x)}, state)["w"].materialize(), leaf.materialize()
+    )
+
+
+def test_groups_that_do_not_divide_the_inputs_are_named():
+    with pytest.raises(ValueError, match=r"`group_size` 5 does not divide the input axes of sizes \[12\]") as caught:
+        cluster({"w": jnp.asarray(weights(12, 5))}, CodebookSpec(values=4, group_size=5))
+    assert "at leaf 'w'" in caught.value.__notes__
+    with pytest.raises(ValueError, match="`group_size` must be at least 1"):
+        CodebookSpec(values=4, group_size=0)
+
+
 def test_importance_moves_the_values_to_what_counts():
     x = weights(24, 10, seed=3)
     h = np.random.default_rng(4).gamma(0.3, size=(24, 10)).astype(np.float32)
