@@ -20,11 +20,13 @@ from jaxcompress.calibration._moments import flat_weights as flat_weights
 from jaxcompress.calibration._moments import moments as moments
 from jaxcompress.calibration._moments import relative_error as relative_error
 from jaxcompress.calibration._pause import Pausing as Pausing
-from jaxcompress.calibration._pause import Site as Site
 from jaxcompress.calibration._pause import pausing as pausing
+from jaxcompress.calibration._pause import stops as stops
 from jaxcompress.calibration._segments import Segment as Segment
 from jaxcompress.calibration._segments import segments as segments
 from jaxcompress.calibration._sequential import sequential as sequential
+from jaxcompress.calibration._site import LeafPart as LeafPart
+from jaxcompress.calibration._site import Site as Site
 from jaxcompress.calibration._splice import spliced as spliced
 from jaxcompress.calibration._statistics import InputStatistics as InputStatistics
 from jaxcompress.calibration._statistics import LookupCounts as LookupCounts

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float64
 
-from jaxcompress.calibration._pause import Site
+from jaxcompress.calibration._site import Site
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ def moments(
     total: dict[str, np.ndarray] = {}
     path = ""
     for (dense, pruned), own in zip(pairs, weights, strict=True):
-        path = dense.path
+        path = dense.kernel.name
         if own is not None and len(own) != len(pruned.inputs):
             raise ValueError(
                 f"`row_mask` gives {len(own)} entries; the input of {path!r} has {len(pruned.inputs)} rows."

@@ -1,40 +1,18 @@
-"""A model that stops at its kernels: what goes into each, what its output is added to, and another kernel on the way.
-
-Shape letters: N rows (tokens), D inputs of a kernel, O its outputs.
-"""
+"""A model that stops at its kernels, and goes on with others."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core
-from jaxtyping import Array, Float
 
+from jaxcompress.calibration._site import LeafPart, Site
 from jaxcompress.trace import Body, as_body, called_body
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
-    """One kernel at work: it writes `inputs @ W + bias + residual`.
-
-    Attributes:
-        path: of the kernel.
-        inputs: rows of its input.
-        residual: what the output is added to, in rows; None if it is added to nothing.
-        bias: path of the bias that is added to the output; None without one.
-        input_axis: the kernel's axis that is summed over; the other one is its outputs.
-    """
-
-    path: str
-    inputs: Float[Array, "N D"]
-    residual: Float[Array, "N O"] | None
-    bias: str | None
-    input_axis: int
-
 
 Pausing = Generator[Site, "tuple[Any, Any]", None]
 """Yields a site and is sent `(W, b)` to go on with: W (D, O); b (O,), of no matter where there is no bias."""
@@ -44,44 +22,107 @@ def pausing(apply: Callable[..., Any], paths: Sequence[str], params: Params, *in
     """Runs a model up to its next kernel, again and again, in the order of the model.
 
     The model runs by its own jaxpr, operation by operation: no hooks, nothing model-specific, and one forward pass for
-    all kernels together, although what one of them becomes decides what the next one sees.
+    all kernels together, although what one of them becomes decides what the next one sees. A scan over stacked layers
+    runs layer by layer, and stops at each entry of a stack by itself.
 
     Args:
         apply: `(params, *inputs) -> outputs`.
-        paths: of kernels with two axes, each used in exactly one matmul.
+        paths: of kernels, each (or each stack entry) used in exactly one matmul, which may sum over several axes.
         params: plain arrays.
         *inputs: of the model.
 
     Raises:
-        ValueError: a kernel is in no matmul, or in several, or inside a loop (stacked layers), or has not two axes, or
-            its matmul has batch axes; names it.
+        ValueError: a kernel is in no matmul, or in several, or inside a `while` or `cond`, or is not the second operand
+            of its matmul, or its matmul has batch axes (experts); names it.
 
     Example:
         >>> params = {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)}
         >>> run = pausing(lambda p, x: x @ p["kernel"] + x[:, :1], ["kernel"], params, jnp.ones((3, 2)))
         >>> site = next(run)
-        >>> site.inputs.shape, site.residual.shape, site.bias, site.input_axis
-        ((3, 2), (3, 1), None, 0)
+        >>> site.kernel.name, site.inputs.shape, site.residual.shape, site.bias
+        ('kernel', (3, 2), (3, 1), None)
         >>> run.close()
     """
+    return _pausing(_Run(frozenset(paths), strict=True), apply, params, inputs)
+
+
+def stops(
+    apply: Callable[..., Any], params: Params, *inputs: Any, paths: Sequence[str] | None = None
+) -> list[LeafPart]:
+    """The kernels at which `pausing` stops, in its order; found without running the model.
+
+    Args:
+        apply: `(params, *inputs) -> outputs`.
+        params: arrays, or `jax.ShapeDtypeStruct`.
+        *inputs: of the model, likewise.
+        paths: as for `pausing`; None: every leaf that is a kernel in the way that it asks for, others are passed over.
+
+    Raises:
+        ValueError: as `pausing`, for the `paths` given.
+
+    Example:
+        >>> params = {"layers": jnp.ones((2, 3, 3)), "head": jnp.ones((3, 4, 5))}
+        >>> def apply(p, x):
+        ...     x, _ = jax.lax.scan(lambda x, kernel: (x + x @ kernel, None), x, p["layers"])
+        ...     return jnp.einsum("ni,ijk->njk", x, p["head"])
+        >>> [part.name for part in stops(apply, params, jnp.ones((1, 3)))]
+        ['layers[0]', 'layers[1]', 'head']
+    """
+    found: list[LeafPart] = []
+    every = [path for path, _ in leaves_with_paths(params)] if paths is None else paths
+    run = _Run(frozenset(every), strict=paths is not None)
+
+    def dry(params: Params, inputs: Any) -> None:
+        leaves, steps, reply = dict(leaves_with_paths(params)), _pausing(run, apply, params, inputs), None
+        while (site := _next(steps, reply)) is not None:
+            found.append(site.kernel)
+            kernel = site.kernel.matrix(leaves[site.kernel.path])
+            reply = kernel, jnp.zeros(kernel.shape[1], kernel.dtype)
+
+    jax.eval_shape(dry, params, inputs)
+    return [part for part in found if part.path not in run.passed]
+
+
+def _next(steps: Pausing, reply: Any) -> Site | None:
+    try:
+        return steps.send(reply)
+    except StopIteration:
+        return None
+
+
+def _pausing(run: "_Run", apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...]) -> Pausing:
     closed = jax.make_jaxpr(apply)(params, *inputs)
     weights = [_Weight(leaf, path, tuple(range(jnp.ndim(leaf)))) for path, leaf in leaves_with_paths(params)]
-    run = _Run(frozenset(paths))
     for value in (yield from run.body(as_body(closed), [*weights, *jax.tree.leaves(inputs)])):
         yield from run.plain(value)
-    if missing := sorted(run.paths - run.seen):
+    if not run.strict:
+        return
+    if missing := sorted(run.paths - {path for path, _ in run.seen}):
         raise ValueError(f"Leaf {missing[0]!r} is in no matmul of the model: there is nothing to fit it to.")
-    if unread := sorted(run.paths - set(run.replies)):
-        raise ValueError(f"What leaf {unread[0]!r} writes is never read by the model: there is nothing to fit it to.")
+    if unread := sorted(run.seen - set(run.replies)):
+        raise ValueError(
+            f"What leaf {unread[0][0]!r} writes is never read by the model: there is nothing to fit it to."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A parameter, or a re-arrangement of one: `axes` says which of its axes are left, in order; -1 for new ones."""
+    """A parameter, or a re-arrangement of one.
+
+    `axes` says which of the leaf's axes are left, in order, -1 for new ones; `entry` where others were cut by a scan.
+    """
 
     value: Any
     path: str
     axes: tuple[int, ...]
+    entry: tuple[tuple[int, int], ...] = ()
+
+    def at(self, index: int) -> Any:
+        """What a scan reads in one iteration."""
+        if self.axes[0] < 0:
+            return self.value[index]
+        entry = tuple(sorted((*self.entry, (self.axes[0], index))))
+        return _Weight(self.value[index], self.path, self.axes[1:], entry)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,17 +138,25 @@ class _Output:
     bias: Any = None
     written: list[Any] = dataclasses.field(default_factory=list)
 
+    @property
+    def outputs(self) -> int:
+        """O."""
+        return math.prod(self.shape[len(self.shape) - len(self.site.kernel.output_axes) :])
+
 
 _Steps = Generator[Site, "tuple[Any, Any]", list[Any]]
+_Key = tuple[str, tuple[tuple[int, int], ...]]
 
 
 class _Run:
     """The interpreter. It is a generator all the way down, so that it can stop inside of nested functions."""
 
-    def __init__(self, paths: frozenset[str]) -> None:
+    def __init__(self, paths: frozenset[str], *, strict: bool) -> None:
         self.paths = paths
-        self.seen: set[str] = set()
-        self.replies: dict[str, tuple[Site, Any, Any]] = {}
+        self.strict = strict
+        self.passed: set[str] = set()
+        self.seen: set[_Key] = set()
+        self.replies: dict[_Key, tuple[Site, Any, Any]] = {}
 
     def body(self, body: Body, values: Sequence[Any]) -> _Steps:
         jaxpr = body.jaxpr
@@ -128,12 +177,14 @@ class _Run:
 
     def equation(self, eqn: Any, values: list[Any]) -> _Steps:
         name = eqn.primitive.name
-        if name == "dot_general" and (output := self.output(eqn, values)) is not None:
+        if name == "dot_general" and (output := (yield from self.output(eqn, values))) is not None:
             return [output]
         if name in ("add", "add_any") and any(isinstance(value, _Output) for value in values):
             return [(yield from self.add(eqn, *values))]
         if name == "convert_element_type" and isinstance(values[0], _Output):
             return [dataclasses.replace(values[0], dtype=eqn.params["new_dtype"], written=[])]
+        if name == "scan" and eqn.params["length"] and any(self.is_kernel(value) for value in values):
+            return (yield from self.scan(eqn, values))
         if name in _LOOPS:
             self.check_outside(name, values)
         elif (body := called_body(eqn)) is not None:
@@ -143,43 +194,72 @@ class _Run:
             plain.append((yield from self.plain(value)))
         results = _bind(eqn, plain)
         if isinstance(values[0] if values else None, _Weight) and (axes := _moved(eqn, values[0].axes)) is not None:
-            return [_Weight(results[0], values[0].path, axes)]
+            return [dataclasses.replace(values[0], value=results[0], axes=axes)]
         return results
 
-    def output(self, eqn: Any, values: list[Any]) -> _Output | None:
-        found = [i for i, value in enumerate(values) if isinstance(value, _Weight) and value.path in self.paths]
+    def scan(self, eqn: Any, values: list[Any]) -> _Steps:
+        """Iteration after iteration: the entries of its stacks are kernels of their own."""
+        length, consts, carried = (eqn.params[name] for name in ("length", "num_consts", "num_carry"))
+        self.check_outside("scan", values[: consts + carried])
+        given, carry = ([_value(value) for value in part] for part in (values[:consts], values[consts:][:carried]))
+        stacks = values[consts + carried :]
+        written: dict[int, list[Any]] = {}
+        for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
+            entries = [stack.at(i) if isinstance(stack, _Weight) else _value(stack)[i] for stack in stacks]
+            results = yield from self.body(as_body(eqn.params["jaxpr"]), [*given, *carry, *entries])
+            carry, written[i] = results[:carried], []
+            for value in results[carried:]:
+                written[i].append((yield from self.plain(value)))
+        return [*carry, *(jnp.stack(column) for column in zip(*(written[i] for i in range(length)), strict=True))]
+
+    def output(self, eqn: Any, values: list[Any]) -> Generator[Site, "tuple[Any, Any]", _Output | None]:
+        found = [i for i, value in enumerate(values) if self.is_kernel(value)]
         if not found:
             return None
         place, weight = found[0], values[found[0]]
-        if weight.path in self.seen:
-            raise ValueError(f"Leaf {weight.path!r} is in more than one matmul: its units cannot be fitted.")
-        self.seen.add(weight.path)
         contracted, batch = eqn.params["dimension_numbers"]
+        inputs = tuple(weight.axes[axis] for axis in contracted[place])
+        outputs = tuple(axis for i, axis in enumerate(weight.axes) if i not in contracted[place])
         # With the weight on the left, the output's first axis is the kernel's: rows would be columns.
-        if batch[place] or len(contracted[place]) != 1 or sorted(weight.axes) != [0, 1] or place == 0:
-            raise ValueError(
-                f"Leaf {weight.path!r} must have two axes and be the second operand of a plain matmul; found a shape "
-                f"of {tuple(jnp.shape(weight.value))}, contracted over {tuple(contracted[place])}, batched over "
-                f"{tuple(batch[place])}, as operand {place}."
+        if batch[place] or place == 0 or not inputs or -1 in weight.axes or list(outputs) != sorted(outputs):
+            return self.refuse(
+                weight.path,
+                f"Leaf {weight.path!r} must be the second operand of a plain matmul; found a shape of "
+                f"{tuple(jnp.shape(weight.value))}, contracted over {tuple(contracted[place])}, batched over "
+                f"{tuple(batch[place])}, as operand {place}.",
             )
-        rows = jnp.moveaxis(_value(values[1 - place]), contracted[1 - place][0], -1)
-        axis = weight.axes[contracted[place][0]]
-        inputs = rows.reshape(-1, rows.shape[-1])
-        site = Site(path=weight.path, inputs=inputs, residual=None, bias=None, input_axis=axis)
+        if (weight.path, weight.entry) in self.seen:
+            return self.refuse(
+                weight.path, f"Leaf {weight.path!r} is in more than one matmul: it cannot be fitted to all of them."
+            )
+        self.seen.add((weight.path, weight.entry))
+        order = sorted(range(len(inputs)), key=lambda i: inputs[i])
+        summed = [contracted[1 - place][i] for i in order]
+        rows = jnp.moveaxis((yield from self.plain(values[1 - place])), summed, range(-len(summed), 0))
+        kernel = LeafPart(path=weight.path, entry=weight.entry, input_axes=tuple(sorted(inputs)), output_axes=outputs)
+        depth = math.prod(rows.shape[len(rows.shape) - len(summed) :])
+        site = Site(kernel=kernel, inputs=rows.reshape(-1, depth), residual=None, bias=None)
         return _Output(site, eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)
 
     def add(self, eqn: Any, left: Any, right: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
-        output, other = (left, right) if isinstance(left, _Output) else (right, left)
-        bias = isinstance(other, _Weight) and other.axes == (*[-1] * (len(other.axes) - 1), 0)
-        if bias and output.site.bias is None:
-            site = dataclasses.replace(output.site, bias=other.path)
-            return dataclasses.replace(output, site=site, bias=_value(other).reshape(-1), written=[])
-        if isinstance(other, _Output) or jnp.shape(_value(other)) != output.shape:
-            plain = [(yield from self.plain(left)), (yield from self.plain(right))]
-            return _bind(eqn, plain)[0]
-        residual = _value(other).reshape(-1, output.shape[-1])
-        site = dataclasses.replace(output.site, residual=residual)
-        return (yield from self.plain(dataclasses.replace(output, site=site, written=[])))
+        """A bias and a residual may come in either order, once; of two outputs the first is the other's residual."""
+        if _is_open(left) and _is_open(right):
+            left = yield from self.plain(left)
+        output, other = (left, right) if _is_open(left) else (right, left)
+        if not _is_open(output):
+            return _bind(eqn, [(yield from self.plain(left)), (yield from self.plain(right))])[0]
+        if output.site.bias is None and isinstance(other, _Weight) and _is_bias(other, output):
+            axes = tuple(axis for axis in other.axes if axis >= 0)
+            bias = LeafPart(path=other.path, entry=other.entry, output_axes=axes)
+            value = _value(other).reshape(-1, output.outputs)[0]
+            site = dataclasses.replace(output.site, bias=bias)
+            return dataclasses.replace(output, site=site, bias=value, written=[])
+        added = yield from self.plain(other)
+        if output.site.residual is None and jnp.shape(added) == output.shape:
+            site = dataclasses.replace(output.site, residual=added.reshape(-1, output.outputs))
+            return dataclasses.replace(output, site=site, written=[])
+        written = yield from self.plain(output)
+        return _bind(eqn, [written, added] if output is left else [added, written])[0]
 
     def plain(self, value: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
         """The value itself; stops if a kernel is to write it."""
@@ -198,21 +278,43 @@ class _Run:
 
     def reply(self, value: _Output) -> Generator[Site, "tuple[Any, Any]", tuple[Any, Any]]:
         """The kernel and bias to go on with; what is read in several ways stops the model at the first of them."""
-        path = value.site.path
-        if path not in self.replies:
-            self.replies[path] = (value.site, *(yield value.site))
-        stopped, kernel, bias = self.replies[path]
+        key = value.site.kernel.path, value.site.kernel.entry
+        if key not in self.replies:
+            self.replies[key] = (value.site, *(yield value.site))
+        stopped, kernel, bias = self.replies[key]
         return kernel, bias if stopped.bias == value.site.bias else value.bias
+
+    def is_kernel(self, value: Any) -> bool:
+        return isinstance(value, _Weight) and value.path in self.paths
+
+    def refuse(self, path: str, message: str) -> None:
+        if self.strict:
+            raise ValueError(message)
+        self.passed.add(path)
 
     def check_outside(self, name: str, values: list[Any]) -> None:
         for value in values:
-            if isinstance(value, _Weight) and value.path in self.paths:
-                raise ValueError(
-                    f"Leaf {value.path!r} is used inside a `{name}`: unstack the layers before fitting it."
+            if self.is_kernel(value):
+                self.refuse(
+                    value.path, f"Leaf {value.path!r} is used as a whole inside a `{name}`, where it cannot be fitted."
                 )
 
 
 _LOOPS = frozenset({"scan", "while", "cond"})
+
+
+def _is_open(value: Any) -> bool:
+    """Whether a kernel is still to write it."""
+    return isinstance(value, _Output) and not value.written
+
+
+def _is_bias(other: _Weight, output: _Output) -> bool:
+    """Whether it is a whole leaf, or the same entry of a stack, and adds one number to each output."""
+    own = len(output.site.kernel.output_axes)
+    added, axes = other.axes[: len(other.axes) - own], other.axes[len(other.axes) - own :]
+    same_entry = [index for _, index in other.entry] == [index for _, index in output.site.kernel.entry]
+    same_sizes = jnp.shape(other.value)[len(added) :] == output.shape[len(output.shape) - own :]
+    return same_entry and same_sizes and set(added) <= {-1} and -1 not in axes and list(axes) == sorted(axes)
 
 
 def _moved(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -225,10 +327,11 @@ def _moved(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     if name == "broadcast_in_dim":
         places: Mapping[int, int] = dict(zip(eqn.params["broadcast_dimensions"], axes, strict=True))
         return tuple(places.get(axis, -1) for axis in range(len(eqn.params["shape"])))
-    if name == "reshape" and len(axes) == 1:
+    if name == "reshape":
         # A bias gets leading axes of size 1.
-        sizes = eqn.params["new_sizes"]
-        return (*[-1] * (len(sizes) - 1), *axes) if sizes[-1] == eqn.invars[0].aval.shape[0] else None
+        sizes, before = eqn.params["new_sizes"], eqn.invars[0].aval.shape
+        added = len(sizes) - len(before)
+        return (*[-1] * added, *axes) if added >= 0 and tuple(sizes[added:]) == tuple(before) else None
     return None
 
 

@@ -13,7 +13,6 @@ from jaxcompress.calibration._input_statistics import check_memory, check_totals
 from jaxcompress.calibration._program import Group, Program, RowMask, build
 from jaxcompress.calibration._statistics import STATISTICS, Statistic
 from jaxcompress.calibration._values import ALL, NONE
-from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths
 from jaxcompress.types import Params, Selector, is_compressed
 
@@ -46,8 +45,8 @@ def sequential(
         batches: kept in memory, used once for each group.
         fn: called as `fn(params, statistics, layouts)` with partial trees that hold one group, such as
             `lambda p, s, layouts: pruning.sparsegpt(p, s, layouts=layouts, sparsity=0.5)`. It returns a tree of the
-            structure of its `params`, and what happened by path. Stack entries come without their stack axes (and
-            return plain arrays).
+            structure of its `params`, and what happened by path. Stack entries come without their stack axes, and
+            may go back compressed if the stack axis is the first one.
         select: as for `input_statistics`.
         statistics: likewise.
         row_mask: likewise.
@@ -61,8 +60,8 @@ def sequential(
         `(params, info)`: `info` has the entries of every call, those of stack entries under `path[entry]`.
 
     Raises:
-        ValueError: as for `input_statistics`; `fn` returned another structure, shape or dtype, or a compressed stack
-            entry.
+        ValueError: as for `input_statistics`; `fn` returned another structure, shape or dtype, or compressed stack
+            entries that cannot be stacked.
 
     Example:
         >>> import jax.numpy as jnp
@@ -149,6 +148,7 @@ class _Progress:
         # What the model runs on, as plain arrays, and what will be returned.
         self._plain = [leaf for _, leaf in program.leaves]
         self._kept = list(self._plain)
+        self._entries: dict[int, dict[int, Any]] = {}
         for number in program.taps:
             if is_compressed(self._plain[number]):
                 raise ValueError(f"Leaf {program.leaves[number][0]!r} is compressed already; exclude it.")
@@ -157,6 +157,8 @@ class _Progress:
         return self.program.treedef.unflatten(self._plain)
 
     def result(self) -> Params:
+        for number, entries in self._entries.items():
+            self._kept[number] = _stacked(self.program.leaves[number][0], entries, len(self._plain[number]))
         return self.program.treedef.unflatten(self._kept)
 
     def compress(self, turn: _Turn, statistics: Any, fn: GroupFn) -> None:
@@ -166,7 +168,7 @@ class _Progress:
         if turn.entry is not None:
             statistics = jax.tree.map(lambda part: part[turn.entry], statistics)
             params = {n: jnp.take(leaf, turn.entry, axis=layouts[n].stack_axes[0]) for n, leaf in params.items()}
-            layouts = {number: _unstacked(layout) for number, layout in layouts.items()}
+            layouts = {number: layout.entry for number, layout in layouts.items()}
         group = program.tree(params, Unselected)
         sums = program.tree(dict.fromkeys(leaves, statistics), Unselected)
         found, info = fn(group, sums, program.tree(layouts, Unselected))
@@ -182,15 +184,30 @@ class _Progress:
             self._kept[number] = leaf
             self._plain[number] = leaf.materialize() if is_compressed(leaf) else leaf
             return
-        path = self.program.leaves[number][0]
-        if is_compressed(leaf):
-            raise ValueError(
-                f"Entry {entry} of the stack {path!r} came back as {type(leaf).__name__}: stack entries must be plain "
-                "arrays; store the whole stack afterwards."
-            )
         axis = self.program.layouts[number].stack_axes[0]
+        if is_compressed(leaf):
+            if axis:
+                raise ValueError(
+                    f"Entry {entry} of the stack {self.program.leaves[number][0]!r} came back as "
+                    f"{type(leaf).__name__}, but its entries lie along axis {axis}: only along axis 0 can they be "
+                    "stacked; return plain arrays."
+                )
+            self._entries.setdefault(number, {})[entry] = leaf
+            leaf = leaf.materialize()
         where = (slice(None),) * axis + (entry,)
         self._plain[number] = self._kept[number] = jnp.asarray(self._plain[number]).at[where].set(leaf)
+
+
+def _stacked(path: str, entries: Mapping[int, Any], length: int) -> Any:
+    """Compressed entries as one leaf; their metadata counts axes from the last, and holds for the stack too."""
+    parts = [entries[i] for i in sorted(entries)]
+    forms = {(jax.tree.structure(part), tuple(x.shape for x in jax.tree.leaves(part))) for part in parts}
+    if len(parts) != length or len(forms) > 1:
+        raise ValueError(
+            f"{len(parts)} of the {length} entries of the stack {path!r} came back compressed, in {len(forms)} "
+            "different forms: all must have the same one (type, bits, shapes) to be stacked."
+        )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
 def _checked(path: str, found_path: str | None, leaf: Any, like: Any) -> Any:
@@ -201,14 +218,3 @@ def _checked(path: str, found_path: str | None, leaf: Any, like: Any) -> Any:
             f"`fn` returned leaf {path!r} as {leaf.dtype}{tuple(leaf.shape)}, expected {like.dtype}{tuple(like.shape)}."
         )
     return leaf
-
-
-def _unstacked(layout: LeafLayout) -> LeafLayout:
-    stack = layout.stack_axes[0]
-
-    def without(axes: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(axis - (axis > stack) for axis in axes)
-
-    return dataclasses.replace(
-        layout, stack_axes=(), input_axes=without(layout.input_axes), output_axes=without(layout.output_axes)
-    )

@@ -26,8 +26,8 @@ def correct_biases(
     t = y W + b + s - r as in `reconstruct`. One pass; only biases change.
 
     Args:
-        apply: `(params, *inputs) -> outputs`; its compressed kernels with two axes must each be in one plain matmul
-            outside of loops. Tables that are looked up, stacked kernels and those with more axes are passed over.
+        apply: `(params, *inputs) -> outputs`. Compressed kernels of plain matmuls get new biases, stack entry by stack
+            entry; tables that are looked up, tied ones, experts and convolutions are passed over.
         params: the dense tree.
         compressed: the same tree with compressed kernels.
         batches: tuples of inputs; all wait at the same kernel.
@@ -35,7 +35,7 @@ def correct_biases(
 
     Returns:
         `(params, shifts)`: `compressed` with other biases, and the root mean square of what was added to each, by the
-        path of its kernel.
+        path of its kernel (`path[entry]` of a stack).
 
     Raises:
         ValueError: no batches; no compressed kernel; as `calibration.pausing`.
@@ -55,27 +55,29 @@ def correct_biases(
     kept = list(batches)
     if not kept:
         raise ValueError("`batches` is empty: biases need inputs.")
-    chosen = plain_kernels(apply, params, kept[0])
-    paths = [path for path, leaf in leaves_with_paths(compressed) if is_compressed(leaf) and path in chosen]
-    if not paths:
-        raise ValueError("No leaf with two axes that a matmul sums over is compressed: there is nothing to correct.")
+    small = {path for path, leaf in leaves_with_paths(compressed) if is_compressed(leaf)}
+    parts = [part for part in plain_kernels(apply, params, kept[0]) if part.path in small]
+    if not parts:
+        raise ValueError("No kernel of a plain matmul is compressed: there is nothing to correct.")
+    paths = sorted({part.path for part in parts})
     plain = map_with_path(lambda _, leaf: leaf.materialize() if is_compressed(leaf) else leaf, compressed)
     rows = flat_weights(row_mask, kept)
     both = [(pausing(apply, paths, params, *batch), pausing(apply, paths, plain, *batch)) for batch in kept]
     dense, current, changed, shifts = dict(leaves_with_paths(params)), dict(leaves_with_paths(plain)), {}, {}
     replies: tuple[Any, Any] = None, None
-    for _ in paths:
+    for _ in parts:
         pairs = [(whole.send(replies[0]), rounded.send(replies[1])) for whole, rounded in both]
         site = pairs[0][0]
-        kernels = [tree[site.path].T if site.input_axis else tree[site.path] for tree in (dense, current)]
+        kernels = [site.kernel.matrix(tree[site.kernel.path]) for tree in (dense, current)]
         if site.bias is None:
             nothing = jnp.zeros(kernels[0].shape[1], kernels[0].dtype)
             replies = (kernels[0], nothing), (kernels[1], nothing)
             continue
-        bias = dense[site.bias]
+        place, bias = site.bias.path, site.bias.matrix(dense[site.bias.path])[0]
         sums = moments(pairs, kernels[0], bias, rows)
         after = (sums.targets - sums.inputs @ np.asarray(kernels[1], np.float64)) / sums.count
-        changed[site.bias] = jnp.asarray(after, bias.dtype)
-        shifts[site.path] = float(np.sqrt(np.mean((after - np.asarray(current[site.bias], np.float64)) ** 2)))
-        replies = (kernels[0], bias), (kernels[1], changed[site.bias])
-    return with_new_leaves(compressed, changed), shifts
+        before = np.asarray(site.bias.matrix(current[place])[0], np.float64)
+        shifts[site.kernel.name] = float(np.sqrt(np.mean((after - before) ** 2)))
+        changed[place] = site.bias.put(changed.get(place, current[place]), after)
+        replies = (kernels[0], bias), (kernels[1], jnp.asarray(site.bias.matrix(changed[place])[0]))
+    return with_new_leaves(compressed, {path: jnp.asarray(leaf) for path, leaf in changed.items()}), shifts

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from jaxcompress.arrays import QuantizedArray, dequantize
-from jaxcompress.calibration import MatrixLeaf
+from jaxcompress.calibration import LeafPart, MatrixLeaf, stops
 from jaxcompress.quantization._blocks import packing_axis, scale_shape
 from jaxcompress.quantization._round_to_nearest import store_codes
 from jaxcompress.quantization._rounding import round_to_codes
@@ -26,11 +26,10 @@ STACK = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=
 """Of a stack of them, (S, D, R)."""
 
 
-def plain_kernels(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> frozenset[str]:
-    """The paths of all leaves with two axes, of which a matmul sums over one."""
-    found = leaves_with_paths(layouts(apply, params, *inputs))
-    leaves = dict(leaves_with_paths(params))
-    return frozenset(path for path, layout in found if layout.kind == "matmul" and len(leaves[path].shape) == 2)
+def plain_kernels(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> list[LeafPart]:
+    """Every kernel (or stack entry) that only one plain matmul reads, in the order of the model."""
+    kinds = {path: layout.kind for path, layout in leaves_with_paths(layouts(apply, params, *inputs))}
+    return [part for part in stops(apply, params, *inputs) if kinds[part.path] == "matmul"]
 
 
 def rounded(

@@ -4,7 +4,7 @@ Shape letters: D inputs of a kernel, R outputs.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float64
 
+from jaxcompress.arrays import QuantizedArray
 from jaxcompress.calibration import (
+    LeafPart,
     MatrixLeaf,
     Moments,
     Site,
@@ -22,6 +24,7 @@ from jaxcompress.calibration import (
     moments,
     pausing,
     relative_error,
+    stops,
 )
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress.quantization._leaf_matrix import check_blocks, plain_kernels, stored, with_new_leaves
@@ -69,8 +72,8 @@ def reconstruct(
     errors in the residual stream that it adds to. Both models run side by side, once.
 
     Args:
-        apply: `(params, *inputs) -> outputs`; its kernels must each be in one plain matmul outside of loops. For
-            stacked layers use `gptq` with `calibration.sequential`.
+        apply: `(params, *inputs) -> outputs`; each kernel must be in one plain matmul, as its second operand. The
+            layers of a scan are rounded one after another.
         params: the dense tree, plain arrays.
         batches: tuples of inputs; no labels are needed. All wait at the same kernel: memory for what one layer holds
             for all of them, twice.
@@ -86,15 +89,17 @@ def reconstruct(
         bias: fit the bias too, where one is added to the output; it stays a float.
         row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs (each token), 0 where it does not
             count; by default all count alike.
-        select: which leaves; by default every kernel with two axes that a matmul contracts.
+        select: which leaves; by default every kernel of a plain matmul; tables that are looked up, tied ones, experts
+            and convolutions stay.
 
     Returns:
-        `(params, info)`: a `QuantizedArray` for every kernel, new biases, and a `RoundingInfo` by path. Its errors are
+        `(params, info)`: a `QuantizedArray` for every kernel, new biases, and a `RoundingInfo` by path (`path[entry]`
+        for each entry of a stack). Its errors are
         sqrt(Σ |x W' + b' + r - t|² / Σ |t - r - mean(t - r)|²), before with the weights rounded to nearest.
 
     Raises:
-        ValueError: options out of range; no batches, or no row that counts; a kernel in no matmul, in several, or in a
-            loop, or with axes that the group size does not divide; inputs with NaN or Inf. Names the leaf.
+        ValueError: options out of range; no batches, or no row that counts; a kernel that `calibration.pausing` cannot
+            stop at, or with axes that the group size does not divide; inputs with NaN or Inf. Names the leaf.
 
     Example:
         >>> params = {"w": jnp.array([[0.6], [0.6], [7.0]]), "b": jnp.zeros(1)}
@@ -114,27 +119,26 @@ def reconstruct(
     for path, kernel in kernels.items():
         check_rule(Rule(specs[path], order, groups, ranges, refine), damping)
         check_blocks(kernel, specs[path])
-    rows = flat_weights(row_mask, kept)
+    rows, biases = flat_weights(row_mask, kept), dict(leaves_with_paths(params))
     both = [tuple(pausing(apply, list(kernels), params, *batch) for _ in "12") for batch in kept]
     replies: tuple[Any, Any] = None, None
-    leaves: dict[str, Any] = {}
-    info: dict[str, RoundingInfo] = {}
-    for _ in kernels:
+    visited: list[tuple[LeafPart, _Rounded]] = []
+    for _ in range(sum(kernel.stack for kernel in kernels.values())):
         pairs = [(dense.send(replies[0]), current.send(replies[1])) for dense, current in both]
         site = pairs[0][0]
-        kernel, before = kernels[site.path], _bias(params, site)
+        path, kernel, before = site.kernel.path, _entry(kernels, site.kernel), _bias(params, site)
         weights = np.asarray(kernel.matrix(kernel.weight)[0], np.float64)
         sums = moments(pairs, jnp.asarray(weights, jnp.float32), jnp.asarray(before, jnp.float32), rows)
-        rule = Rule(specs[site.path], order, groups, ranges, refine)
+        rule = Rule(specs[path], order, groups, ranges, refine)
         fit = _Fit(weights, before, ridge if targets == "dense" else None, damping, bias and site.bias is not None)
-        leaf, after, info[site.path] = _rounded_kernel(kernel, sums, fit, rule)
-        leaves[site.path] = leaf
+        found = _rounded_kernel(kernel, sums, fit, rule)
+        visited.append((site.kernel, found))
         if site.bias is not None:
-            leaves[site.bias] = jnp.asarray(after, dict(leaves_with_paths(params))[site.bias].dtype)
+            biases[site.bias.path] = site.bias.put(biases[site.bias.path], found.bias)
         dense_reply = jnp.asarray(weights, kernel.weight.dtype), jnp.asarray(before, kernel.weight.dtype)
-        replies = dense_reply, (kernel.matrix(leaf.materialize())[0], jnp.asarray(after, kernel.weight.dtype))
-    assert set(info) == set(kernels), "every kernel stops the model once"
-    return with_new_leaves(params, leaves), info
+        replies = dense_reply, (found.weights, jnp.asarray(found.bias, kernel.weight.dtype))
+    leaves, info = _assembled(kernels, specs, visited)
+    return with_new_leaves(params, {path: jnp.asarray(leaf) for path, leaf in biases.items()} | leaves), info
 
 
 def _check(kept: list[Any], targets: Targets, ridge: float) -> None:
@@ -150,24 +154,31 @@ def _kernels(
     apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...], select: Selector | None
 ) -> dict[str, MatrixLeaf]:
     """The kernels to round, by path."""
-    chosen = plain_kernels(apply, params, inputs)
+    chosen = {part.path for part in plain_kernels(apply, params, inputs)}
     if select is None and not chosen:
-        raise ValueError(
-            "No leaf with two axes is in a matmul: for stacked kernels and those with more axes use `gptq`, with "
-            "statistics from `calibration.sequential`."
-        )
+        raise ValueError("No leaf is in a plain matmul: for experts and convolutions use `gptq`.")
 
     def plain(params: Params) -> Params:
         return map_with_path(lambda path, _: path in chosen, params)
 
     found = traced_layouts(apply, params, *inputs)
-    return {entry.path: entry for entry in entries(matrices(params, select=select or plain, layouts=found))}
+    kernels = {entry.path: entry for entry in entries(matrices(params, select=select or plain, layouts=found))}
+    # Raises, naming it, where the model does not stop at one of them.
+    stops(apply, params, *inputs, paths=list(kernels))
+    return kernels
+
+
+def _entry(kernels: Mapping[str, MatrixLeaf], part: LeafPart) -> MatrixLeaf:
+    """The kernel, or one entry of the stack, as a leaf of its own."""
+    whole = kernels[part.path]
+    return MatrixLeaf(path=part.name, weight=part.entry_of(whole.weight), layout=whole.layout.entry)
 
 
 def _bias(params: Params, site: Site) -> Float64[np.ndarray, " R"]:
     leaves = dict(leaves_with_paths(params))
-    outputs = leaves[site.path].shape[1 - site.input_axis]
-    return np.zeros(outputs) if site.bias is None else np.asarray(leaves[site.bias], np.float64)
+    if site.bias is None:
+        return np.zeros(site.kernel.matrix(leaves[site.kernel.path]).shape[1])
+    return np.asarray(site.bias.matrix(leaves[site.bias.path])[0], np.float64)
 
 
 class _Fit(NamedTuple):
@@ -180,29 +191,48 @@ class _Fit(NamedTuple):
     free_bias: bool
 
 
-def _rounded_kernel(
-    kernel: MatrixLeaf, sums: Moments, fit: _Fit, rule: Rule
-) -> tuple[Any, Float64[np.ndarray, " R"], RoundingInfo]:
-    """The compressed leaf, the bias that goes with it, and what happened."""
+class _Rounded(NamedTuple):
+    """What a kernel became: its codes, what they stand for in the dtype of the leaf, its bias, and the errors."""
+
+    codes: Solved
+    weights: jax.Array
+    bias: Float64[np.ndarray, " R"]
+    figures: dict[str, Any]
+
+
+def _rounded_kernel(kernel: MatrixLeaf, sums: Moments, fit: _Fit, rule: Rule) -> _Rounded:
     targets, hessian, dead = _problem(sums, fit)
     solved = _solve(targets.astype(np.float32), hessian.astype(np.float32), np.float32(fit.damping), rule)
-    zero_point = None if solved.zero_point is None else solved.zero_point[None]
-    leaf = stored(kernel, solved.codes[None], solved.scale[None], zero_point, rule.spec)
-    found = np.asarray(kernel.matrix(leaf.materialize())[0], np.float64)
+    weights = kernel.matrix(_stored(kernel, [solved], rule.spec).materialize())[0]
+    found = np.asarray(weights, np.float64)
     nearest = quantize_array(kernel.weight, rule.spec, kernel.layout).materialize()
     after = (sums.targets - sums.inputs @ found) / sums.count if fit.free_bias else fit.bias
-    return (
-        leaf,
-        after,
-        RoundingInfo.of(
-            leaf,
-            error_before=float(np.sqrt(relative_error(sums, np.asarray(kernel.matrix(nearest)[0]), fit.bias))),
-            error=float(np.sqrt(relative_error(sums, found, after))),
-            damping=float(solved.damping),
-            retries=int(solved.retries),
-            dead_inputs=int(dead.sum()),
-        ),
-    )
+    figures = {
+        "error_before": float(np.sqrt(relative_error(sums, np.asarray(kernel.matrix(nearest)[0]), fit.bias))),
+        "error": float(np.sqrt(relative_error(sums, found, after))),
+        "damping": float(solved.damping),
+        "retries": int(solved.retries),
+        "dead_inputs": int(dead.sum()),
+    }
+    return _Rounded(solved, weights, after, figures)
+
+
+def _assembled(
+    kernels: Mapping[str, MatrixLeaf], specs: Mapping[str, QuantSpec], visited: Sequence[tuple[LeafPart, _Rounded]]
+) -> tuple[dict[str, QuantizedArray], dict[str, RoundingInfo]]:
+    """The compressed leaves, by path, and what happened, by path and entry, in the order of the model."""
+    leaves = {}
+    for path, kernel in kernels.items():
+        own = {part.entry: found.codes for part, found in visited if part.path == path}
+        leaves[path] = _stored(kernel, [own[entry] for entry in sorted(own)], specs[path])
+    return leaves, {part.name: RoundingInfo.of(leaves[part.path], **found.figures) for part, found in visited}
+
+
+def _stored(kernel: MatrixLeaf, solved: Sequence[Solved], spec: QuantSpec) -> QuantizedArray:
+    """The leaf of the codes of all of its stack entries."""
+    codes, scale = (jnp.stack([getattr(one, name) for one in solved]) for name in ("codes", "scale"))
+    zeros = [one.zero_point for one in solved if one.zero_point is not None]
+    return stored(kernel, codes, scale, jnp.stack(zeros) if zeros else None, spec)
 
 
 def _problem(sums: Moments, fit: _Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

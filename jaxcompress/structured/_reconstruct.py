@@ -88,21 +88,22 @@ def reconstruct(
     for _ in paths:
         pairs = [(dense.send(replies[0]), pruned.send(replies[1])) for dense, pruned in both]
         site = pairs[0][0]
-        _check_axis(site, *owners[site.path])
+        owner, mask = owners[site.kernel.path], masks[site.kernel.path]
+        _check_axis(site, *owner)
         sums = moments(pairs, *_stored(_Kernel.of(params, site), params, site), rows)
         # A bias that went with its sublayer must stay 0: `shrink` makes it so.
-        free = bias and site.bias is not None and bool(np.all(masks.get(site.bias, True)))
+        free = bias and site.bias is not None and bool(np.all(masks.get(site.bias.path, True)))
         whole, before = _Kernel.of(params, site), _Kernel.of(fitted, site)
-        kept = np.flatnonzero(_kept_inputs(masks[site.path], whole.weight.shape, site))
+        kept = np.flatnonzero(_kept_inputs(mask, params, site))
         options = {"ridge": ridge, "free_bias": free}
         if form == "rows":
             after = _Kernel(*fit_rows(sums, whole.weight, before.bias, kept, **options))
         else:
-            units = _unit_of_row(*owners[site.path], len(whole.weight))
+            units = _unit_of_row(*owner, len(whole.weight))
             after = _Kernel(*fit_gates(sums, whole.weight, before.bias, kept, units, limit=limit, **options))
         fitted = after.put(fitted, site)
         replies = _stored(whole, params, site), _stored(after, params, site)
-        info[site.path] = {"error_before": relative_error(sums, *before), "error": relative_error(sums, *after)}
+        info[site.kernel.name] = {"error_before": relative_error(sums, *before), "error": relative_error(sums, *after)}
     return fitted, info
 
 
@@ -115,35 +116,45 @@ class _Kernel(NamedTuple):
     @classmethod
     def of(cls, params: Params, site: Site) -> "_Kernel":
         leaves = dict(leaves_with_paths(params))
-        weight = np.asarray(leaves[site.path], np.float64)
-        weight = weight.T if site.input_axis else weight
-        bias = np.zeros(weight.shape[1]) if site.bias is None else np.asarray(leaves[site.bias], np.float64)
-        return cls(weight, bias)
+        weight = np.asarray(site.kernel.matrix(leaves[site.kernel.path]), np.float64)
+        if site.bias is None:
+            return cls(weight, np.zeros(weight.shape[1]))
+        return cls(weight, np.asarray(site.bias.matrix(leaves[site.bias.path])[0], np.float64))
 
     def put(self, params: Params, site: Site) -> Params:
-        changed = {site.path: self.weight.T if site.input_axis else self.weight, site.bias: self.bias}
-        return map_with_path(lambda at, leaf: jnp.asarray(changed[at], leaf.dtype) if at in changed else leaf, params)
+        parts = {site.kernel.path: (site.kernel, self.weight)}
+        if site.bias is not None:
+            parts[site.bias.path] = site.bias, self.bias
+
+        def visit(path: str, leaf: Any) -> Any:
+            if path not in parts:
+                return leaf
+            part, values = parts[path]
+            return jnp.asarray(part.put(leaf, values))
+
+        return map_with_path(visit, params)
 
 
 def _stored(kernel: _Kernel, params: Params, site: Site) -> tuple[jax.Array, jax.Array]:
     """As the tree will hold it: rounded to the dtypes of its leaves."""
     leaves = dict(leaves_with_paths(params))
-    dtype = leaves[site.path].dtype
-    bias_dtype = dtype if site.bias is None else leaves[site.bias].dtype
+    dtype = leaves[site.kernel.path].dtype
+    bias_dtype = dtype if site.bias is None else leaves[site.bias.path].dtype
     return jnp.asarray(kernel.weight, dtype), jnp.asarray(kernel.bias, bias_dtype)
 
 
-def _kept_inputs(mask: Any, shape: tuple[int, ...], site: Site) -> np.ndarray:
+def _kept_inputs(mask: Any, params: Params, site: Site) -> np.ndarray:
     """For each input, whether anything of it stays; another group may have cut the outputs."""
-    mask = np.asarray(mask)
-    return np.asarray(np.broadcast_to(mask.T if site.input_axis else mask, shape).any(axis=1))
+    leaf = dict(leaves_with_paths(params))[site.kernel.path]
+    return np.asarray(site.kernel.matrix(np.broadcast_to(np.asarray(mask), leaf.shape)).any(axis=1))
 
 
 def _check_axis(site: Site, group: UnitGroup, part: UnitSlices) -> None:
-    if part.axis != site.input_axis:
+    if (part.axis,) != site.kernel.input_axes:
+        summed = ", ".join(str(axis) for axis in site.kernel.input_axes)
         raise ValueError(
-            f"Group {group.name!r} has gated slices on axis {part.axis} of {site.path!r}, but the model sums over axis "
-            f"{site.input_axis}: only what a kernel reads can be fitted."
+            f"Group {group.name!r} has gated slices on axis {part.axis} of {site.kernel.path!r}, but the model sums "
+            f"over axis {summed}: only what a kernel reads can be fitted."
         )
 
 

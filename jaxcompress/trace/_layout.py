@@ -39,6 +39,17 @@ class LeafLayout:
         """Whether the leaf is contracted or looked up."""
         return self.kind in ("matmul", "conv", "lookup", "tied")
 
+    @property
+    def entry(self) -> "LeafLayout":
+        """The layout of one entry of the stack."""
+
+        def left(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(axis - sum(stack < axis for stack in self.stack_axes) for axis in axes)
+
+        return dataclasses.replace(
+            self, stack_axes=(), input_axes=left(self.input_axes), output_axes=left(self.output_axes)
+        )
+
 
 def default_layout(path: str, leaf: Any) -> LeafLayout:
     """The convention of Flax: kernels are (in..., out), tables called `embedding` are (rows, features...).

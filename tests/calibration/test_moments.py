@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.calibration import Site, flat_weights, moments
+from jaxcompress.calibration import LeafPart, Site, flat_weights, moments
 
 RNG = np.random.default_rng(0)
 KERNEL, BIAS = RNG.normal(size=(3, 2)).astype(np.float32), RNG.normal(size=2).astype(np.float32)
@@ -12,7 +12,7 @@ NAMES = ("count", "inputs", "targets", "gram", "cross", "square")
 
 
 def _site(inputs, residual):
-    return Site(path="w", inputs=jnp.asarray(inputs), residual=jnp.asarray(residual), bias=None, input_axis=0)
+    return Site(kernel=LeafPart(path="w"), inputs=jnp.asarray(inputs), residual=jnp.asarray(residual), bias=None)
 
 
 def _pair(dense, pruned, residuals):

@@ -1,5 +1,8 @@
 """The sequential driver: order, what each group sees, stacks, and what comes back."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,11 +137,56 @@ def test_what_fn_returns_is_checked():
         run(lambda p, s, layouts: (dict.fromkeys(p, tree.Unselected), {}))
     with pytest.raises(ValueError, match="`batches` is empty"):
         calibration.sequential(_apply, PARAMS, [], _double([]))
-    stack = {"w": jnp.ones((2, 4, 4))}
-    with pytest.raises(ValueError, match="Entry 0 of the stack 'w' came back as QuantizedArray"):
-        calibration.sequential(
-            lambda p, x: jax.lax.scan(lambda y, w: (y @ w, None), x, p["w"])[0],
-            stack,
-            [(X,)],
-            lambda p, s, layouts: (jc.quantization.quantize(p, jc.quantization.QuantSpec(bits=8), layouts=layouts), {}),
-        )
+
+
+SMALL = jc.quantization.QuantSpec(bits=4, group_size=2)
+
+
+def _rounding(bits_of_call=lambda call: 4):
+    calls = []
+
+    def fn(params, statistics, layouts):
+        calls.append(None)
+        spec = dataclasses.replace(SMALL, bits=bits_of_call(len(calls)))
+        return jc.quantization.gptq(params, statistics, spec, layouts=layouts)
+
+    return fn
+
+
+def _scanned(axis):
+    def apply(params, x):
+        stack = jnp.moveaxis(params["w"], axis, 0)
+        return jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), x, stack)[0]
+
+    return apply
+
+
+def test_compressed_entries_of_a_stack_are_stacked():
+    """Against the layers written out; and the model runs on the stacked codes, slice by slice."""
+    layers = [jnp.asarray(RNG.normal(size=(4, 4)), jnp.float32) for _ in range(3)]
+    flat = lambda params, x: functools.reduce(lambda y, i: jnp.tanh(y @ params[f"w{i}"]), range(3), x)  # noqa: E731
+    wanted, _ = calibration.sequential(flat, {f"w{i}": w for i, w in enumerate(layers)}, [(X,)], _rounding())
+    found, info = calibration.sequential(_scanned(0), {"w": jnp.stack(layers)}, [(X,)], _rounding())
+    assert list(info) == ["w[0]", "w[1]", "w[2]"]
+    assert (found["w"].shape, found["w"].bits) == ((3, 4, 4), 4)
+    np.testing.assert_array_equal(found["w"].codes(), np.stack([wanted[f"w{i}"].codes() for i in range(3)]))
+    plain = jc.materialize(found)
+    np.testing.assert_array_equal(plain["w"], np.stack([wanted[f"w{i}"].materialize() for i in range(3)]))
+    np.testing.assert_allclose(jc.execute(_scanned(0))(found, X), _scanned(0)(plain, X), atol=1e-6)
+
+
+def test_compressed_entries_that_cannot_be_stacked_are_named():
+    params = {"w": jnp.asarray(RNG.normal(size=(4, 3, 4)), jnp.float32)}
+    with pytest.raises(ValueError, match=r"Entry 0 of the stack 'w' came back as QuantizedArray, .* along axis 1"):
+        calibration.sequential(_scanned(1), params, [(X,)], _rounding())
+    params = {"w": jnp.moveaxis(params["w"], 1, 0)}
+    with pytest.raises(ValueError, match=r"3 of the 3 entries of the stack 'w' .* in 2 different forms"):
+        calibration.sequential(_scanned(0), params, [(X,)], _rounding(lambda call: 2 + 2 * (call > 1)))
+    calls = []
+
+    def only_the_first(params, statistics, layouts):
+        calls.append(None)
+        return _rounding()(params, statistics, layouts) if len(calls) == 1 else (params, {})
+
+    with pytest.raises(ValueError, match="1 of the 3 entries of the stack 'w'"):
+        calibration.sequential(_scanned(0), params, [(X,)], only_the_first)

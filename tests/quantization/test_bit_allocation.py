@@ -96,7 +96,7 @@ def test_corrected_biases_give_the_dense_means():
     np.testing.assert_allclose(run(corrected, rows).mean(axis=0), wanted, atol=1e-4)
     assert list(shifts) == ["b"]
     assert corrected["a"] is small["a"]
-    with pytest.raises(ValueError, match="No leaf with two axes that a matmul sums over is compressed"):
+    with pytest.raises(ValueError, match="No kernel of a plain matmul is compressed"):
         correct_biases(_apply, params, params, [(rows,)])
 
 
@@ -129,9 +129,11 @@ def test_what_no_plain_matmul_reads_is_passed_over():
     small = quantize(params, QuantSpec(bits=2))
     _, shifts = correct_biases(apply, params, small, [(ids, X)])
     assert list(shifts) == ["b"]
-    cube = {"k": PARAMS["a"].reshape(8, 3, 4)}
-    with pytest.raises(ValueError, match=r"No leaf with two axes is in a matmul.*sequential"):
-        reconstruct(lambda p, x: jnp.einsum("bi,ijk->bjk", x, p["k"]), cube, [(X,)], QuantSpec(bits=2))
+    experts = {"k": jnp.stack([PARAMS["a"]] * 2)}
+    with pytest.raises(ValueError, match=r"No leaf is in a plain matmul: for experts"):
+        reconstruct(
+            lambda p, x: jnp.einsum("ebi,eij->ebj", x, p["k"]), experts, [(jnp.stack([X, X]),)], QuantSpec(bits=2)
+        )
     unread = {"a": PARAMS["a"], "spare": PARAMS["a"]}
     with pytest.raises(ValueError, match="What leaf 'spare' writes is never read"):
         reconstruct(

@@ -236,7 +236,7 @@ def _looped(params, x):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"apply": _looped}, "'0/down' is used inside a `scan`: unstack the layers"),
+        ({"apply": _looped}, "'0/down' is used as a whole inside a `scan`"),
         ({"apply": lambda p, x: x}, "'0/down' is in no matmul of the model"),
         ({"apply": lambda p, x: (x @ p["0"]["up"] @ p["0"]["down"]) @ p["0"]["down"].T}, "more than one matmul"),
         ({"apply": lambda p, x: p["0"]["down"].T @ x.reshape(-1, 6).T}, "second operand of a plain matmul"),
@@ -279,7 +279,7 @@ def test_the_model_stops_at_its_kernels_and_goes_on_with_others(params, batches)
         up = np.float64(params[str(i)]["up"])
         np.testing.assert_allclose(site.inputs, np.tanh(h @ up), rtol=0, atol=1e-5)
         np.testing.assert_allclose(site.residual, h, rtol=0, atol=1e-4)
-        assert (site.path, site.bias, site.input_axis) == (f"{i}/down", f"{i}/bias", 0)
+        assert (site.kernel.path, site.bias.path, site.kernel.input_axes) == (f"{i}/down", f"{i}/bias", (0,))
         reply = np.full((INNER[i], WIDTH), 0.1), np.full(WIDTH, 0.2)
         h = h + np.tanh(h @ up) @ reply[0] + reply[1]
     with pytest.raises(StopIteration):
@@ -290,7 +290,7 @@ def test_an_output_that_is_added_to_nothing():
     params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
     run = pausing(lambda p, x: jnp.sin(x @ p["a"]) @ p["b"], ["a", "b"], params, jnp.ones((3, 2)))
     first = next(run)
-    assert (first.path, first.residual, first.bias) == ("a", None, None)
+    assert (first.kernel.name, first.residual, first.bias) == ("a", None, None)
     second = run.send((np.zeros((2, 2)), np.zeros(2)))
     np.testing.assert_array_equal(second.inputs, np.zeros((3, 2)))
 
