@@ -38,6 +38,7 @@ from jaxcompress.quantization._reconstruct import reconstruct as reconstruct
 from jaxcompress.quantization._round_to_nearest import quantize_array as quantize_array
 from jaxcompress.quantization._round_to_nearest import store_codes as store_codes
 from jaxcompress.quantization._rounding import round_to_codes as round_to_codes
+from jaxcompress.quantization._rounding_errors import rounding_errors as rounding_errors
 from jaxcompress.quantization._rounding_info import RoundingInfo as RoundingInfo
 from jaxcompress.quantization._scales import block_scales as block_scales
 from jaxcompress.quantization._smooth import awq as awq
