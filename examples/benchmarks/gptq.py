@@ -91,7 +91,7 @@ def _algorithm(weights: jax.Array, hessian: jax.Array) -> tuple[jax.Array, Any]:
     """What the PyTorch function does: factor and columns, scales of the updated groups."""
     factor = inverse_factor(hessian, 0.01).factor
 
-    def start(w: jax.Array) -> jax.Array:
+    def start(w: jax.Array, _: Any) -> jax.Array:
         largest = jnp.abs(w).max(axis=0) / 7.5
         return jnp.where(largest > 0, largest, 1.0)
 

@@ -87,7 +87,7 @@ def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], 
     order = jnp.argsort(-importance, stable=True) if by_energy else jnp.arange(len(importance))
     factor = inverse_factor(hessian[order][:, order], damping)
     if rule.groups == "updated" and spec.group_size is not None:
-        weights, (scale, zero_point) = _with_updated_groups(targets, factor.factor, rule)
+        weights, (scale, zero_point) = _with_updated_groups(targets, factor.factor, importance, rule)
     else:
         scale, zero_point = searched_scales(targets, spec, MATRIX, rule.ranges, importance[:, None])
         column = _round_input(scale, zero_point, targets.shape[0], spec)
@@ -165,14 +165,15 @@ def _round_input(scale: Array, zero_point: Array | None, depth: int, spec: Quant
 
 
 def _with_updated_groups(
-    targets: Float32[Array, "D R"], factor: Float32[Array, "D D"], rule: Rule
+    targets: Float32[Array, "D R"], factor: Float32[Array, "D D"], importance: Float32[Array, " D"], rule: Rule
 ) -> tuple[Array, tuple[Array, Array | None]]:
     size = rule.spec.group_size
     assert size is not None  # the caller looked
     spec = dataclasses.replace(rule.spec, group_size=None)
 
-    def start(w: Any) -> Any:
-        scale, zero_point = searched_scales(w, spec, MATRIX, rule.ranges)
+    def start(w: Any, first: Any) -> Any:
+        own = jax.lax.dynamic_slice_in_dim(importance, first, size)[:, None]
+        scale, zero_point = searched_scales(w, spec, MATRIX, rule.ranges, own)
         return scale[0], None if zero_point is None else jnp.broadcast_to(zero_point, scale.shape)[0]
 
     def column(w: Any, parameters: Any, _: Any) -> Any:

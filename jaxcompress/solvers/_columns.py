@@ -21,8 +21,8 @@ KeepRun = Callable[[Any, Any], Any]
 QuantizeColumn = Callable[[Any, Any, Any], Any]
 """`(weights (R,), parameters, number of the input) -> (R,)`: the nearest weights that can be stored."""
 
-StartGroup = Callable[[Any], Any]
-"""`(weights (g, R)) -> parameters` of the quantizer for the next g inputs, from the weights as updated so far."""
+StartGroup = Callable[[Any, Any], Any]
+"""`(weights (g, R), number of its first input) -> parameters` of the quantizer, from the weights as updated so far."""
 
 
 class _Rules(NamedTuple):
@@ -117,7 +117,7 @@ def solve_groups(
         The weights, and the parameters of all groups, stacked.
 
     Example:
-        >>> def start(w):
+        >>> def start(w, first):
         ...     return jnp.abs(w).max(axis=0)
         >>> def to_ends(w, top, i):
         ...     return jnp.sign(w) * top
@@ -272,7 +272,7 @@ def _run_kept(kept: Array, *, weights: Array, diagonal: Array, i: Array, rules: 
 
 
 def _first_parameters(weights: Array, rules: _Rules) -> Any:
-    return None if rules.start_group is None else rules.start_group(weights[: rules.group])
+    return None if rules.start_group is None else rules.start_group(weights[: rules.group], jnp.int32(0))
 
 
 def _renewed(rules: _Rules, parameters: Any, weights: Array, begin: Array, index: Array) -> Any:
@@ -282,7 +282,7 @@ def _renewed(rules: _Rules, parameters: Any, weights: Array, begin: Array, index
     padded = jnp.pad(weights, ((0, rules.group), (0, 0))) if rules.group > rules.block else weights
 
     def renew(_: Any) -> Any:
-        return start_group(jax.lax.dynamic_slice_in_dim(padded, begin, rules.group))
+        return start_group(jax.lax.dynamic_slice_in_dim(padded, begin, rules.group), index)
 
     return jax.lax.cond(index % rules.group == 0, renew, _same, parameters)
 

@@ -82,6 +82,25 @@ def test_refining_and_better_ranges_lower_the_error():
     assert errors[0] > errors[2]
 
 
+def test_updated_groups_weigh_their_ranges_by_their_own_inputs():
+    """Inputs that are uncorrelated make up for nothing: updated groups must find what static ones do."""
+    rows = np.diag(np.r_[1, 30, 2, 5, 0.1, 3, 40, 1, 9, 1, 1, 0.2])
+    statistics = {"kernel": _statistics(rows)}
+    search = RangeSearch(steps=20, shrink=0.8, norm=2.0, weighted=True)
+    params = {"kernel": PARAMS["kernel"]}
+    for spec in (SPEC, dataclasses.replace(SPEC, symmetric=True)):
+        options = {"order": "natural", "ranges": search}
+        updated, static = (
+            gptq(params, statistics, spec, groups=g, **options)[0]["kernel"] for g in ("updated", "static")
+        )
+        plain, _ = gptq(
+            params, statistics, spec, groups="updated", order="natural", ranges=RangeSearch(norm=2.0, steps=20)
+        )
+        np.testing.assert_array_equal(updated.codes(), static.codes())
+        np.testing.assert_array_equal(updated.scale, static.scale)
+        assert (updated.scale != plain["kernel"].scale).any()
+
+
 def test_any_layout_gives_the_same_codes():
     expected, _ = gptq({"kernel": PARAMS["kernel"]}, {"kernel": STATISTICS["kernel"]}, SPEC)
     out_in = LeafLayout(kind="matmul", input_axes=(1,), output_axes=(0,))

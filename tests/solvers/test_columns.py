@@ -69,7 +69,7 @@ def test_groups_get_their_parameters_from_updated_weights(group, block):
         jnp.asarray(factor, jnp.float32),
         block_size=block,
         quantize_column=lambda w, scale, i: jnp.round(w / scale) * scale,
-        start_group=lambda w: jnp.abs(w).max(axis=0) / 4,
+        start_group=lambda w, first: jnp.abs(w).max(axis=0) / 4,
         group_size=group,
     )
     scales, size = {}, group or 22
@@ -167,6 +167,6 @@ def test_groups_that_cut_runs_are_refused():
             keep_run=lambda w, d: w > 0,
             run_size=4,
             quantize_column=lambda w, scale, i: w,
-            start_group=lambda w: w.max(axis=0),
+            start_group=lambda w, first: w.max(axis=0),
             group_size=6,
         )
