@@ -80,10 +80,10 @@ class Plan:
 
 PLANS = {
     ("lenet-300-100", "fashion-mnist"): Plan(
-        sparsity=0.946,
-        prune_epochs=60,
-        cluster_epochs=10,
-        decay=0.07,
+        sparsity=0.948,
+        prune_epochs=100,
+        cluster_epochs=30,
+        decay=0.05,
         last_values=16,
         cluster_rate=2e-4,
         table_rate=1e-3,
