@@ -1,11 +1,10 @@
 """Moving factors from the inputs of kernels into their weights, where the model allows it: SmoothQuant and AWQ.
 
-Shape letters: D features that a fold shares, R outputs of one consumer.
+Shape letters: S stack entries (1 of a leaf without a stack), D features that a fold shares, R outputs of one consumer.
 """
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,14 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress.calibration import Calibrated, InputStatistics, calibrated, checked_weight, entries
+from jaxcompress.calibration import Calibrated, calibrated, checked_weight, entries
+from jaxcompress.quantization._folded import as_matrix_inputs, by_stack, features, fold_statistic, moved, sizes
 from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_new_leaves
 from jaxcompress.quantization._range_search import RangeSearch, searched_scales
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.solvers import output_error
-from jaxcompress.trace import Fold
+from jaxcompress.trace import Fold, FoldedLeaf
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params, Selector
 
@@ -35,7 +35,7 @@ def smooth(
 
     s_j = max|x_j|^α / max|w_j|^(1 - α), the maximum of the weights over all consumers, both at least 1e-5. Outliers of
     the inputs, which suffer when activations are rounded, become outliers of weights, which suffer less. The function
-    of the model stays the same.
+    of the model stays the same. Stacked layers (`nn.scan`) get factors of their own, entry by entry.
 
     Args:
         params: the tree; plain leaves.
@@ -44,11 +44,11 @@ def smooth(
         strength: α, in [0, 1].
 
     Returns:
-        `(params, factors)`: s by the paths of the consumers.
+        `(params, factors)`: s by the paths of the consumers, (D,), or (*stack, D) with the outermost scan first.
 
     Raises:
-        ValueError: `strength` out of range; no folds; a fold without statistics, or with those of another width or with
-            NaN; a leaf with NaN: names it.
+        ValueError: `strength` out of range; no folds; a fold without statistics, or with those of another width or
+            stack or with NaN; a leaf with NaN: names it.
 
     Example:
         >>> from jaxcompress.calibration import input_statistics
@@ -70,13 +70,13 @@ def smooth(
         raise ValueError("`folds` is empty: no factor can be moved in this model.")
     leaves, factors = dict(leaves_with_paths(params)), {}
     for fold in folds:
-        plain = [_features_first(checked_weight(path, leaves[path]), axes) for path, axes in fold.consumers]
-        largest = _statistic(fold, statistics, "absolute_max", len(plain[0]))
-        weights = [jnp.abs(features).max(axis=1) for features in plain]
-        of_weights = functools.reduce(jnp.maximum, [w.astype(jnp.float32) for w in weights])
+        plain = [features(checked_weight(place.path, leaves[place.path]), place) for place in fold.consumers]
+        largest = fold_statistic(fold, statistics, "absolute_max", leaves)
+        weights = [jnp.abs(matrix).max(axis=2).astype(jnp.float32) for matrix in plain]
+        of_weights = functools.reduce(jnp.maximum, weights)
         factor = jnp.maximum(largest, 1e-5) ** strength / jnp.maximum(of_weights, 1e-5) ** (1 - strength)
-        leaves |= _moved(fold, leaves, factor)
-        factors |= dict.fromkeys((path for path, _ in fold.consumers), factor)
+        factors |= {place.path: by_stack(factor, leaves[place.path], place) for place in fold.consumers}
+        leaves |= moved(fold, leaves, factor)
     return with_new_leaves(params, leaves), factors
 
 
@@ -95,7 +95,8 @@ def awq(
 
     For each fold, s_j = mean|x_j|^r / sqrt(max · min), r = 0, 1/steps, ...: the r of the least output error of all
     consumers together, ||X W - X q(s W) / s||², measured by XᵀX. Then the ranges are searched for, weighted by the
-    inputs, and the weights rounded to nearest. Leaves without a fold get the search for ranges alone.
+    inputs, and the weights rounded to nearest. Leaves without a fold get the search for ranges alone. Each entry of
+    stacked layers (`nn.scan`) has an r of its own.
 
     Args:
         params: the tree; plain leaves.
@@ -134,39 +135,53 @@ def awq(
         check_blocks(entry, spec)
     leaves, factors = dict(leaves_with_paths(params)), {}
     for fold in folds:
-        own = [by_path[path] for path, _ in fold.consumers if path in by_path]
-        if len(own) != len(fold.consumers) or any(entry.stack != 1 for entry in own):
+        own = [(by_path[place.path], place) for place in fold.consumers if place.path in by_path]
+        stacks = [entry.stack == sizes(entry.weight, place)[0] for entry, place in own]
+        if len(own) != len(fold.consumers) or not all(stacks):
             continue
-        width = math.prod(leaves[own[0].path].shape[axis] for axis in fold.consumers[0][1])
-        factor = _best_factor(own, _statistic(fold, statistics, "absolute_mean", width), spec, steps)
-        leaves |= _moved(fold, leaves, factor)
-        factors |= dict.fromkeys((entry.path for entry in own), factor)
+        factor = _best_factor(own, fold_statistic(fold, statistics, "absolute_mean", leaves), spec, steps)
+        leaves |= moved(fold, leaves, factor)
+        factors |= {entry.path: as_matrix_inputs(factor, entry.weight, place) for entry, place in own}
     info = {}
     for path, entry in by_path.items():
         leaves[path], info[path] = _rounded_leaf(entry, leaves[path], factors.get(path), spec, ranges)
     return with_new_leaves(params, leaves), info
 
 
-def _best_factor(own: list[Calibrated], mean: Float[Array, " D"], spec: QuantSpec, steps: int) -> Float32[Array, " D"]:
+def _best_factor(
+    own: Sequence[tuple[Calibrated, FoldedLeaf]], mean: Float[Array, "S D"], spec: QuantSpec, steps: int
+) -> Float32[Array, "S D"]:
     candidates, losses = [], []
     for r in np.arange(steps, dtype=np.float32) / steps:
         factor = jnp.maximum(mean, 1e-4) ** r
-        factor = factor / jnp.sqrt(factor.max() * factor.min())
+        factor = factor / jnp.sqrt(factor.max(axis=1, keepdims=True) * factor.min(axis=1, keepdims=True))
         lost = [
-            _lost(entry.matrix(entry.weight)[0].astype(jnp.float32), entry.statistics.gram, factor, spec)
-            for entry in own
+            _lost(
+                entry.matrix(entry.weight).astype(jnp.float32),
+                entry.flat(entry.statistics.gram, ndim=2),
+                as_matrix_inputs(factor, entry.weight, place),
+                spec,
+            )
+            for entry, place in own
         ]
         candidates.append(factor)
-        losses.append(sum(float(loss) for loss in lost))
-    return candidates[int(np.argmin(losses))]
+        losses.append(sum(np.asarray(loss, np.float64) for loss in lost))
+    best = np.argmin(losses, axis=0)
+    return jnp.stack(candidates)[best, np.arange(len(best))]
 
 
 @functools.partial(jax.jit, static_argnames="spec")
-def _lost(w: Float32[Array, "D R"], gram: Float[Array, "D D"], factor: Float[Array, " D"], spec: QuantSpec) -> Array:
-    scaled = w * factor[:, None]
-    scale, zero_point = searched_scales(scaled, spec, MATRIX, None)
-    gap = rounded(scaled, scale, zero_point, spec) / factor[:, None] - w
-    return jnp.sum(gap * jnp.matmul(gram, gap, precision=jax.lax.Precision.HIGHEST))
+def _lost(
+    weights: Float32[Array, "S D R"], gram: Float[Array, "S D D"], factor: Float[Array, "S D"], spec: QuantSpec
+) -> Float32[Array, " S"]:
+    def one(parts: Any) -> Any:
+        w, own, s = parts
+        scaled = w * s[:, None]
+        scale, zero_point = searched_scales(scaled, spec, MATRIX, None)
+        gap = rounded(scaled, scale, zero_point, spec) / s[:, None] - w
+        return jnp.sum(gap * jnp.matmul(own, gap, precision=jax.lax.Precision.HIGHEST))
+
+    return jax.lax.map(one, (weights, gram, factor))
 
 
 def _rounded_leaf(
@@ -174,8 +189,8 @@ def _rounded_leaf(
 ) -> tuple[Any, RoundingInfo]:
     gram = entry.flat(entry.statistics.gram, ndim=2)
     # What reaches the leaf now has been divided.
-    inverse = jnp.ones(gram.shape[1:2]) if factor is None else 1.0 / factor
-    own = gram * inverse[None, :, None] * inverse[None, None]
+    inverse = jnp.ones(gram.shape[:2]) if factor is None else 1.0 / factor
+    own = gram * inverse[:, :, None] * inverse[:, None]
     weights = entry.matrix(leaf).astype(jnp.float32)
     codes, scale, zero_point, found = _nearest(weights, own, spec, ranges)
     before = _nearest(entry.matrix(entry.weight).astype(jnp.float32), gram, spec, None)[-1]
@@ -192,39 +207,3 @@ def _nearest(weights: Float32[Array, "S D R"], gram: Float[Array, "S D D"], spec
 
     codes, scale, zero_point, found = jax.lax.map(one, (weights, gram))
     return codes, scale, zero_point, output_error(gram, weights, found)
-
-
-def _statistic(fold: Fold, statistics: Params, name: str, width: int) -> Float32[Array, " D"]:
-    """A statistic of the features, from any of the consumers (all have the same inputs)."""
-    found = dict(leaves_with_paths(statistics, is_leaf=lambda leaf: isinstance(leaf, InputStatistics)))
-    for path, _ in fold.consumers:
-        entry = found.get(path)
-        if isinstance(entry, InputStatistics) and getattr(entry, name) is not None:
-            return _checked(path, getattr(entry, name), width)
-    raise ValueError(f"Leaf {fold.consumers[0][0]!r} has no statistic {name!r}; gather it with `input_statistics`.")
-
-
-def _checked(path: str, statistic: Any, width: int) -> Any:
-    if statistic.shape != (width,):
-        raise ValueError(f"Leaf {path!r} has {width} inputs, its statistics have shape {statistic.shape}.")
-    if not bool(jnp.isfinite(statistic).all()):
-        raise ValueError(f"The statistics of leaf {path!r} hold NaN or Inf.")
-    return statistic
-
-
-def _moved(fold: Fold, leaves: Mapping[str, Any], factor: Float[Array, " D"]) -> dict[str, jax.Array]:
-    changed = {path: _scaled(leaves[path], axes, factor) for path, axes in fold.consumers}
-    return changed | {path: _scaled(leaves[path], axes, 1.0 / factor) for path, axes in fold.producers}
-
-
-def _scaled(leaf: Any, axes: tuple[int, ...], factor: Float[Array, " D"]) -> jax.Array:
-    """A leaf times one factor for each feature; several axes, flattened in the order given, are the features."""
-    order = np.argsort(axes)
-    spread = factor.reshape([leaf.shape[axis] for axis in axes]).transpose(order.tolist())
-    shape = [leaf.shape[axis] if axis in axes else 1 for axis in range(leaf.ndim)]
-    return (leaf.astype(jnp.float32) * spread.reshape(shape)).astype(leaf.dtype)
-
-
-def _features_first(leaf: Any, axes: tuple[int, ...]) -> jax.Array:
-    size = math.prod(leaf.shape[axis] for axis in axes)
-    return jnp.moveaxis(leaf, axes, tuple(range(len(axes)))).reshape(size, -1)

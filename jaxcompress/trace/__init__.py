@@ -1,6 +1,7 @@
 """What a model does with each leaf, read from its jaxpr."""
 
 from jaxcompress.trace._folds import Fold as Fold
+from jaxcompress.trace._folds import FoldedLeaf as FoldedLeaf
 from jaxcompress.trace._folds import folds as folds
 from jaxcompress.trace._layout import LeafLayout as LeafLayout
 from jaxcompress.trace._layout import default_layout as default_layout

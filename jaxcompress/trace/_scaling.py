@@ -1,44 +1,13 @@
 """The way back from a value to the leaves that can scale its features."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend import core
 
-from jaxcompress.trace._origin import Origin, rearrange, reshape_runs
-
-
-class Graph:
-    """A flat program: who makes each value, who reads it, and which values are leaves, re-arranged."""
-
-    def __init__(self, jaxpr: Any, paths: Sequence[str]) -> None:
-        self.jaxpr, self.paths = jaxpr, paths
-        self.maker: dict[Any, Any] = {}
-        self.readers: dict[Any, list[Any]] = {}
-        self.origins = {
-            var: Origin(n, tuple((axis,) for axis in range(len(var.aval.shape))))
-            for n, var in enumerate(jaxpr.invars[: len(paths)])
-        }
-        for eqn in jaxpr.eqns:
-            for var in {v for v in eqn.invars if not isinstance(v, core.Literal)}:
-                self.readers.setdefault(var, []).append(eqn)
-            self.maker |= dict.fromkeys(eqn.outvars, eqn)
-            first = eqn.invars[0] if eqn.invars else None
-            if not isinstance(first, core.Literal) and first in self.origins:
-                moved = rearrange(eqn, self.origins[first])
-                if moved is not None:
-                    self.origins[eqn.outvars[0]] = moved
-        self.outputs = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-
-    def uses(self, leaf: int) -> int:
-        """How often a leaf is read as anything but a re-arrangement of itself."""
-        own = [var for var, origin in self.origins.items() if origin.leaf == leaf]
-        readers = [eqn for var in own for eqn in self.readers.get(var, [])]
-        return sum(not any(out in self.origins for out in eqn.outvars) for eqn in readers)
-
-    def is_alone(self, leaf: int) -> bool:
-        """Whether a leaf is read once, and is no output."""
-        return self.uses(leaf) == 1 and not any(v in self.outputs for v, o in self.origins.items() if o.leaf == leaf)
+from jaxcompress.trace._graph import Graph
+from jaxcompress.trace._origin import Origin, reshape_runs
 
 
 class Scaling:
@@ -58,6 +27,9 @@ class Scaling:
         if var in self.scaled:
             return self.scaled[var] == axes
         eqn = self.graph.maker.get(var)
+        # A cast to integers rounds.
+        if not jnp.issubdtype(var.aval.dtype, jnp.floating):
+            return False
         handler = None if eqn is None else _HANDLERS.get(eqn.primitive.name)
         if handler is None:
             return False
@@ -73,14 +45,22 @@ class Scaling:
         readers = [eqn for var in scaled for eqn in self.graph.readers.get(var, [])]
         return all(eqn is last or any(out in self.scaled for out in eqn.outvars) for eqn in readers)
 
+    def once(self, eqn: Any) -> bool:
+        """Whether a factor passes an equation whose outputs are scaled: products take it from one operand only."""
+        if eqn.primitive.name not in ("mul", "div", "dot_general"):
+            return True
+        return sum(self._is_scaled(var) for var in eqn.invars) == 1
+
+    def _is_scaled(self, var: Any) -> bool:
+        origin = self.graph.origin(var)
+        return origin.leaf in self.producers if origin else not isinstance(var, core.Literal) and var in self.scaled
+
     def _leaf(self, origin: Origin, axes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-        own = [origin.axes[axis] for axis in axes]
-        if any(len(each) != 1 for each in own) or origin.leaf in self.producers:
+        own = self.graph.whole(origin, axes, shape)
+        exact = jnp.issubdtype(self.graph.views[origin.leaf].aval.dtype, jnp.floating)
+        if own is None or not exact or origin.leaf in self.producers:
             return False
-        leaf = self.graph.jaxpr.invars[origin.leaf].aval.shape
-        if any(leaf[each[0]] != shape[axis] for each, axis in zip(own, axes, strict=True)):
-            return False
-        self.producers[origin.leaf] = tuple(each[0] for each in own)
+        self.producers[origin.leaf] = own
         return True
 
 

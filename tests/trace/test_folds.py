@@ -43,7 +43,7 @@ APPLY, PARAMS = _model()
 def test_what_feeds_what_is_found_by_tracing():
     with jax.numpy_rank_promotion("allow"):
         found = {
-            frozenset(path for path, _ in fold.consumers): {path for path, _ in fold.producers}
+            frozenset(leaf.path for leaf in fold.consumers): {leaf.path for leaf in fold.producers}
             for fold in folds(APPLY, PARAMS, X)
         }
     expected = {
@@ -78,7 +78,7 @@ def test_awq_is_better_than_rounding_to_nearest():
     spec = QuantSpec(bits=3, group_size=4, symmetric=False)
     kernel = "down"
     with jax.numpy_rank_promotion("allow"):
-        found = [fold for fold in folds(APPLY, PARAMS, X) if fold.consumers[0][0] == "down/kernel"]
+        found = [fold for fold in folds(APPLY, PARAMS, X) if fold.consumers[0].path == "down/kernel"]
         select = by_path(f"{kernel}/kernel")
         axes = layouts(APPLY, PARAMS, X)
         statistics = input_statistics(APPLY, PARAMS, [(X,)], select=select)

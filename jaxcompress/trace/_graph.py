@@ -1,0 +1,142 @@
+"""The program of a model without calls: who makes each value, who reads it, and which values are leaves."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+from jaxcompress.trace._origin import Origin, rearrange
+from jaxcompress.trace._walk import as_body, called_body, walk
+from jaxcompress.tree import leaves_with_paths
+from jaxcompress.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafView:
+    """A leaf as one part of the program sees it: the whole, or what one iteration of the scans around gets.
+
+    Attributes:
+        path: of the leaf.
+        aval: shape and dtype of the whole leaf.
+        loops: for each scan around, outermost first, the axis of the leaf that it runs over; None where every iteration
+            gets the same.
+    """
+
+    path: str
+    aval: Any
+    loops: tuple[int | None, ...] = ()
+
+    @property
+    def stack_axes(self) -> tuple[int, ...]:
+        """The axes that scans run over, outermost first."""
+        return tuple(axis for axis in self.loops if axis is not None)
+
+    @property
+    def stacked_by(self) -> tuple[bool, ...]:
+        """Which of the scans around run over the leaf."""
+        return tuple(axis is not None for axis in self.loops)
+
+    def inside(self, axis: int | None) -> "LeafView":
+        """The same leaf inside one more scan."""
+        return dataclasses.replace(self, loops=(*self.loops, axis))
+
+
+class Graph:
+    """A flat program; the bodies of its scans are graphs of their own, by the place of the equation.
+
+    `origins` holds the values that are leaves, re-arranged; their `leaf` counts `views`.
+    """
+
+    def __init__(self, jaxpr: Any, entering: Mapping[Any, tuple[Origin, LeafView]]) -> None:
+        self.jaxpr = jaxpr
+        self.views = [view for _, view in entering.values()]
+        self.origins = {
+            var: dataclasses.replace(origin, leaf=n) for n, (var, (origin, _)) in enumerate(entering.items())
+        }
+        self.maker: dict[Any, Any] = {}
+        self.readers: dict[Any, list[Any]] = {}
+        self.bodies: dict[int, Graph] = {}
+        for place, eqn in enumerate(jaxpr.eqns):
+            for var in {v for v in eqn.invars if not isinstance(v, core.Literal)}:
+                self.readers.setdefault(var, []).append(eqn)
+            self.maker |= dict.fromkeys(eqn.outvars, eqn)
+            moved = rearrange(eqn, origin) if eqn.invars and (origin := self.origin(eqn.invars[0])) else None
+            if moved is not None:
+                self.origins[eqn.outvars[0]] = moved
+            if eqn.primitive.name == "scan":
+                body = _inlined(eqn.params["jaxpr"]).jaxpr
+                self.bodies[place] = Graph(body, {body.invars[k]: each for k, each in self._entering(eqn).items()})
+        self.outputs = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+
+    def origin(self, var: Any) -> Origin | None:
+        """What re-arranged leaf a value is, if any."""
+        return None if isinstance(var, core.Literal) else self.origins.get(var)
+
+    def whole(self, origin: Origin, axes: Sequence[int], shape: Sequence[int]) -> tuple[int, ...] | None:
+        """The leaf's axes behind some axes of a value, one behind each and in full length; None if they are not."""
+        own = [origin.axes[axis] for axis in axes]
+        whole = self.views[origin.leaf].aval.shape
+        if any(len(each) != 1 or whole[each[0]] != shape[axis] for each, axis in zip(own, axes, strict=True)):
+            return None
+        return tuple(each[0] for each in own)
+
+    def uses(self) -> Counter[str]:
+        """How often each leaf is read, in scans too, as anything but a re-arrangement of itself."""
+        read = list(self.jaxpr.outvars)
+        for place, eqn in enumerate(self.jaxpr.eqns):
+            moved = (0,) if any(out in self.origins for out in eqn.outvars) else ()
+            followed = self._entering(eqn) if place in self.bodies else moved
+            read += [var for k, var in enumerate(eqn.invars) if k not in followed]
+        own = Counter(self.views[origin.leaf].path for var in read if (origin := self.origin(var)))
+        return sum((body.uses() for body in self.bodies.values()), own)
+
+    def _entering(self, eqn: Any) -> dict[int, tuple[Origin, LeafView]]:
+        """The operands of a scan that are leaves inside, too: constants, and stacks that it runs over in full."""
+        consts, found = eqn.params["num_consts"], {}
+        for k, var in enumerate(eqn.invars):
+            origin = self.origin(var)
+            if origin is None or consts <= k < consts + eqn.params["num_carry"]:
+                continue
+            view = self.views[origin.leaf]
+            if k < consts:
+                found[k] = origin, view.inside(None)
+            elif not origin.axes[0]:
+                found[k] = origin.without(0), view.inside(None)
+            elif (stack := self.whole(origin, (0,), var.aval.shape)) is not None:
+                found[k] = origin.without(0), view.inside(stack[0])
+        return found
+
+
+def graph_of(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> Graph:
+    """The graph of a model."""
+    jaxpr = _inlined(jax.make_jaxpr(apply)(params, *inputs)).jaxpr
+    paths = [path for path, _ in leaves_with_paths(params)]
+    return Graph(
+        jaxpr,
+        {
+            var: (Origin(n, tuple((axis,) for axis in range(len(var.aval.shape)))), LeafView(path, var.aval))
+            for n, (var, path) in enumerate(zip(jaxpr.invars, paths, strict=False))
+        },
+    )
+
+
+def _inlined(closed: Any) -> Any:
+    """The same program without calls, and without derivatives of their own: only values matter here."""
+
+    def visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
+        body = called_body(eqn) if eqn.primitive.name in _CALLS else None
+        if body is not None:
+            return walk(body, values, visit)
+        with eqn.ctx.manager:
+            results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        return list(results) if eqn.primitive.multiple_results else [results]
+
+    return jax.make_jaxpr(lambda *values: walk(as_body(closed), list(values), visit))(*closed.in_avals)
+
+
+_CALLS = frozenset(
+    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
+)
