@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--symmetric", action="store_true", help="no zero points")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the rows, and of dropout")
     parser.add_argument("--out", type=Path, help="directory for the stored model")
     parser.add_argument("--load", type=Path, help="a directory that `--out` wrote")
     parser.add_argument("--validation", action="store_true", help="report on the validation rows")
@@ -63,7 +64,7 @@ def main() -> None:
         models["learned steps"] = jc.checkpoint.restore(arguments.load)[0]
     else:
         models["learned steps"] = trained(
-            task, spec, rows, epochs=arguments.epochs, learning_rate=arguments.learning_rate
+            task, spec, rows, epochs=arguments.epochs, learning_rate=arguments.learning_rate, seed=arguments.seed
         )
     if arguments.out:
         jc.checkpoint.save(arguments.out, models["learned steps"])
@@ -71,14 +72,21 @@ def main() -> None:
     print(table(figures))
     settings: dict[str, Any] = {"rows": len(held_out), "split": "validation" if arguments.validation else "test"}
     settings |= {"bits": spec.bits, "group": spec.group_size, "symmetric": spec.symmetric, "epochs": arguments.epochs}
-    settings |= {"learning_rate": arguments.learning_rate, "seconds": round(time.monotonic() - begun)}
+    settings |= {"learning_rate": arguments.learning_rate, "seed": arguments.seed}
+    settings |= {"seconds": round(time.monotonic() - begun)}
     print(json.dumps(settings | {"models": figures}))
 
 
-def trained(task: Task, spec: QuantSpec, rows: Tokens, *, epochs: int, learning_rate: float) -> Any:
+def trained(task: Task, spec: QuantSpec, rows: Tokens, *, epochs: int, learning_rate: float, seed: int) -> Any:
     """Distilled from the float model with rounded weights; the stored tree."""
     training = Training(
-        epochs=epochs, learning_rate=learning_rate, temperature=2.0, soft_targets=1.0, pooled=1.0, hidden=1.0
+        epochs=epochs,
+        learning_rate=learning_rate,
+        seed=seed,
+        temperature=2.0,
+        soft_targets=1.0,
+        pooled=1.0,
+        hidden=1.0,
     )
     transform = lsq(spec, select=KERNELS)
     steps = max(epochs * (len(rows) // training.batch_size), 2)
