@@ -33,8 +33,8 @@ def pausing(apply: Callable[..., Any], paths: Sequence[str], params: Params, *in
         *inputs: of the model.
 
     Raises:
-        ValueError: a kernel is in no matmul, or in several, or inside a `while` or `cond`, or is not the second operand
-            of its matmul, or its matmul has batch axes (experts); names it.
+        ValueError: a kernel is in no matmul, or in several, or inside a `while`, `cond` or `shard_map`, or is not the
+            second operand of its matmul, or its matmul has batch axes (experts); names it.
 
     Example:
         >>> params = {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)}
@@ -191,7 +191,7 @@ class _Run:
             return [dataclasses.replace(first, dtype=eqn.params["new_dtype"], written=[])]
         if name == "scan" and eqn.params["length"] and any(self.is_kernel(value) for value in values):
             return (yield from self.scan(eqn, values))
-        if name in _LOOPS:
+        if name in _WHOLE:
             self.check_outside(name, values)
         elif (body := called_body(eqn)) is not None:
             return (yield from self.body(body, values))
@@ -316,7 +316,7 @@ class _Run:
                 )
 
 
-_LOOPS = frozenset({"scan", "while", "cond"})
+_WHOLE = frozenset({"scan", "while", "cond", "shard_map"})
 
 
 def _multiply(inputs: Any, dtype: Any, precision: Any, written: Any, kernel: Any) -> jax.Array:

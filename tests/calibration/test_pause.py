@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.calibration import pausing
+from jaxcompress.calibration import pausing, stops
 from jaxcompress.quantization import QuantSpec, correct_biases, reconstruct
 
 RNG = np.random.default_rng(5)
@@ -131,6 +131,23 @@ def test_a_reduction_of_its_own_kind_is_no_call():
 
     inputs = _sites(apply, ["w", "v"], {"w": KERNEL, "v": OTHER}, X)[1].inputs
     np.testing.assert_allclose(inputs, _product(X, KERNEL).sum(axis=0, keepdims=True), atol=1e-5)
+
+
+def test_a_shard_map_runs_as_a_whole():
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def apply(p, x):
+        split = {"mesh": mesh, "in_specs": (spec("rows"), spec()), "out_specs": spec()}
+        summed = jax.shard_map(lambda x, v: jax.lax.psum((x @ v).sum(axis=0, keepdims=True), "rows"), **split)
+        return summed(x @ p["w"], p["v"]) @ p["u"]
+
+    params = {"w": KERNEL, "v": OTHER, "u": KERNEL}
+    assert [part.path for part in stops(apply, params, X)] == ["w", "u"]
+    wanted = _product(_product(X, KERNEL), OTHER).sum(axis=0, keepdims=True)
+    np.testing.assert_allclose(_sites(apply, ["w", "u"], params, X)[1].inputs, wanted, atol=1e-4)
+    with pytest.raises(ValueError, match="'v' is used as a whole inside a `shard_map`"):
+        stops(apply, params, X, paths=["v"])
 
 
 def _kept_in_float32(p, x):
