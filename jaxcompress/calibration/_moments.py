@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Float, Float64, Num
 
 from jaxcompress.calibration._site import Site
 
@@ -107,8 +107,8 @@ def relative_error(moments: Moments, kernel: np.ndarray, bias: np.ndarray) -> fl
 
 @jax.jit
 def _sums(
-    dense: tuple[Float[Array, "N D"], Float[Array, "N O"] | None],
-    pruned: tuple[Float[Array, "N D"], Float[Array, "N O"] | None],
+    dense: tuple[Num[Array, "N D"], Float[Array, "N O"] | None],
+    pruned: tuple[Num[Array, "N D"], Float[Array, "N O"] | None],
     kernel: Float[Array, "D O"],
     bias: Float[Array, " O"],
     weights: Float[Array, " N"] | None,

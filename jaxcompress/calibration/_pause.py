@@ -1,6 +1,7 @@
 """A model that stops at its kernels, and goes on with others."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxcompress.calibration._site import LeafPart, Site
-from jaxcompress.trace import Body, as_body, called_body
+from jaxcompress.trace import Body, as_body, called_body, leaf_uses
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
 
@@ -32,8 +33,8 @@ def pausing(apply: Callable[..., Any], paths: Sequence[str], params: Params, *in
         *inputs: of the model.
 
     Raises:
-        ValueError: a kernel is in no matmul, or in several, or inside a `while` or `cond`, or is not the second operand
-            of its matmul, or its matmul has batch axes (experts); names it.
+        ValueError: a kernel is in no matmul, or in several, or inside a `while`, `cond` or `shard_map`, or is not the
+            second operand of its matmul, or its matmul has batch axes (experts); names it.
 
     Example:
         >>> params = {"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)}
@@ -92,6 +93,7 @@ def _next(steps: Pausing, reply: Any) -> Site | None:
 
 def _pausing(run: "_Run", apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...]) -> Pausing:
     closed = jax.make_jaxpr(apply)(params, *inputs)
+    run.read_once = frozenset(path for path, uses in leaf_uses(closed, params).items() if uses == 1)
     weights = [_Weight(leaf, path, tuple(range(jnp.ndim(leaf)))) for path, leaf in leaves_with_paths(params)]
     for value in (yield from run.body(as_body(closed), [*weights, *jax.tree.leaves(inputs)])):
         yield from run.plain(value)
@@ -129,10 +131,12 @@ class _Weight:
 class _Output:
     """What a kernel will have written, once it is known what is added to it: the product, or product and bias.
 
-    `written` holds it from then on: a value that is read twice (by a GELU) is computed once.
+    `multiply` is the matmul, as a function of the kernel (D, O). `written` holds the value once it is known: one that
+    is read twice (by a GELU) is computed once.
     """
 
     site: Site
+    multiply: Callable[[Any], jax.Array]
     shape: tuple[int, ...]
     dtype: Any
     bias: Any = None
@@ -154,9 +158,11 @@ class _Run:
     def __init__(self, paths: frozenset[str], *, strict: bool) -> None:
         self.paths = paths
         self.strict = strict
+        # A leaf that something else reads, too, is no bias: another value would change that as well.
+        self.read_once: frozenset[str] = frozenset()
         self.passed: set[str] = set()
         self.seen: set[_Key] = set()
-        self.replies: dict[_Key, tuple[Site, Any, Any]] = {}
+        self.replies: dict[_Key, tuple[LeafPart | None, Any, Any]] = {}
 
     def body(self, body: Body, values: Sequence[Any]) -> _Steps:
         jaxpr = body.jaxpr
@@ -176,16 +182,16 @@ class _Run:
         return [read(var) for var in jaxpr.outvars]
 
     def equation(self, eqn: Any, values: list[Any]) -> _Steps:
-        name = eqn.primitive.name
+        name, first = eqn.primitive.name, values[0] if values else None
         if name == "dot_general" and (output := (yield from self.output(eqn, values))) is not None:
             return [output]
         if name in ("add", "add_any") and any(isinstance(value, _Output) for value in values):
             return [(yield from self.add(eqn, *values))]
-        if name == "convert_element_type" and isinstance(values[0], _Output):
-            return [dataclasses.replace(values[0], dtype=eqn.params["new_dtype"], written=[])]
+        if name == "convert_element_type" and isinstance(first, _Output) and _is_float(eqn.params["new_dtype"]):
+            return [dataclasses.replace(first, dtype=eqn.params["new_dtype"], written=[])]
         if name == "scan" and eqn.params["length"] and any(self.is_kernel(value) for value in values):
             return (yield from self.scan(eqn, values))
-        if name in _LOOPS:
+        if name in _WHOLE:
             self.check_outside(name, values)
         elif (body := called_body(eqn)) is not None:
             return (yield from self.body(body, values))
@@ -193,8 +199,8 @@ class _Run:
         for value in values:
             plain.append((yield from self.plain(value)))
         results = _bind(eqn, plain)
-        if isinstance(values[0] if values else None, _Weight) and (axes := _moved(eqn, values[0].axes)) is not None:
-            return [dataclasses.replace(values[0], value=results[0], axes=axes)]
+        if isinstance(first, _Weight) and (axes := _moved(eqn, first.axes)) is not None:
+            return [dataclasses.replace(first, value=results[0], axes=axes)]
         return results
 
     def scan(self, eqn: Any, values: list[Any]) -> _Steps:
@@ -202,10 +208,12 @@ class _Run:
         length, consts, carried = (eqn.params[name] for name in ("length", "num_consts", "num_carry"))
         self.check_outside("scan", values[: consts + carried])
         given, carry = ([_value(value) for value in part] for part in (values[:consts], values[consts:][:carried]))
-        stacks = values[consts + carried :]
+        stacks = []
+        for value in values[consts + carried :]:
+            stacks.append(value if isinstance(value, _Weight) else (yield from self.plain(value)))
         written: dict[int, list[Any]] = {}
         for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
-            entries = [stack.at(i) if isinstance(stack, _Weight) else _value(stack)[i] for stack in stacks]
+            entries = [stack.at(i) if isinstance(stack, _Weight) else stack[i] for stack in stacks]
             results = yield from self.body(as_body(eqn.params["jaxpr"]), [*given, *carry, *entries])
             carry, written[i] = results[:carried], []
             for value in results[carried:]:
@@ -239,7 +247,9 @@ class _Run:
         kernel = LeafPart(path=weight.path, entry=weight.entry, input_axes=tuple(sorted(inputs)), output_axes=outputs)
         depth = math.prod(rows.shape[len(rows.shape) - len(summed) :])
         site = Site(kernel=kernel, inputs=rows.reshape(-1, depth), residual=None, bias=None)
-        return _Output(site, eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)
+        written = eqn.outvars[0].aval
+        multiply = functools.partial(_multiply, site.inputs, weight.value.dtype, eqn.params["precision"], written.dtype)
+        return _Output(site, multiply, written.shape, written.dtype)
 
     def add(self, eqn: Any, left: Any, right: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
         """A bias and a residual may come in either order, once; of two outputs the first is the other's residual."""
@@ -248,7 +258,7 @@ class _Run:
         output, other = (left, right) if _is_open(left) else (right, left)
         if not _is_open(output):
             return _bind(eqn, [(yield from self.plain(left)), (yield from self.plain(right))])[0]
-        if output.site.bias is None and isinstance(other, _Weight) and _is_bias(other, output):
+        if output.site.bias is None and isinstance(other, _Weight) and self.is_bias(other, output):
             axes = tuple(axis for axis in other.axes if axis >= 0)
             bias = LeafPart(path=other.path, entry=other.entry, output_axes=axes)
             value = _value(other).reshape(-1, output.outputs)[0]
@@ -268,7 +278,9 @@ class _Run:
         if value.written:
             return value.written[0]
         kernel, bias = yield from self.reply(value)
-        written = value.site.inputs @ jnp.asarray(kernel, value.site.inputs.dtype)
+        written = value.multiply(kernel)
+        # A float32 bias is added to a bfloat16 product after a cast.
+        written = written.astype(jnp.promote_types(written.dtype, value.dtype))
         if value.site.bias is not None:
             written = written + jnp.asarray(bias, written.dtype)[None, :]
         if value.site.residual is not None:
@@ -280,12 +292,16 @@ class _Run:
         """The kernel and bias to go on with; what is read in several ways stops the model at the first of them."""
         key = value.site.kernel.path, value.site.kernel.entry
         if key not in self.replies:
-            self.replies[key] = (value.site, *(yield value.site))
-        stopped, kernel, bias = self.replies[key]
-        return kernel, bias if stopped.bias == value.site.bias else value.bias
+            # Not the site: it would hold the inputs of every kernel to the end.
+            self.replies[key] = (value.site.bias, *(yield value.site))
+        fitted, kernel, bias = self.replies[key]
+        return kernel, bias if fitted == value.site.bias else value.bias
 
     def is_kernel(self, value: Any) -> bool:
         return isinstance(value, _Weight) and value.path in self.paths
+
+    def is_bias(self, other: _Weight, output: _Output) -> bool:
+        return other.path in self.read_once and _is_bias(other, output)
 
     def refuse(self, path: str, message: str) -> None:
         if self.strict:
@@ -300,7 +316,15 @@ class _Run:
                 )
 
 
-_LOOPS = frozenset({"scan", "while", "cond"})
+_WHOLE = frozenset({"scan", "while", "cond", "shard_map"})
+
+
+def _multiply(inputs: Any, dtype: Any, precision: Any, written: Any, kernel: Any) -> jax.Array:
+    return jnp.matmul(inputs, jnp.asarray(kernel, dtype), precision=precision, preferred_element_type=written)
+
+
+def _is_float(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def _is_open(value: Any) -> bool:
@@ -325,7 +349,11 @@ def _moved(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     if name == "transpose":
         return tuple(axes[axis] for axis in eqn.params["permutation"])
     if name == "broadcast_in_dim":
-        places: Mapping[int, int] = dict(zip(eqn.params["broadcast_dimensions"], axes, strict=True))
+        before, places_of = eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"]
+        if any(eqn.params["shape"][place] != size for place, size in zip(places_of, before, strict=True)):
+            # One number for several outputs.
+            return None
+        places: Mapping[int, int] = dict(zip(places_of, axes, strict=True))
         return tuple(places.get(axis, -1) for axis in range(len(eqn.params["shape"])))
     if name == "reshape":
         # A bias gets leading axes of size 1.

@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Num, Shaped
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +64,10 @@ class Site:
         kernel: where W is.
         inputs: rows of its input.
         residual: what the output is added to, in rows; None if it is added to nothing.
-        bias: where the bias is that is added to the output; None without one.
+        bias: where the bias is that is added to the output, and that nothing else reads; None without one.
     """
 
     kernel: LeafPart
-    inputs: Float[Array, "N D"]
+    inputs: Num[Array, "N D"]
     residual: Float[Array, "N O"] | None
     bias: LeafPart | None

@@ -27,15 +27,16 @@ def correct_biases(
 
     Args:
         apply: `(params, *inputs) -> outputs`. Compressed kernels of plain matmuls get new biases, stack entry by stack
-            entry; tables that are looked up, tied ones, experts and convolutions are passed over.
+            entry; tables that are looked up, tied ones, experts and convolutions are passed over, and so are biases
+            that something else reads, too.
         params: the dense tree.
         compressed: the same tree with compressed kernels.
         batches: tuples of inputs; all wait at the same kernel.
         row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs; by default all count alike.
 
     Returns:
-        `(params, shifts)`: `compressed` with other biases, and the root mean square of what was added to each, by the
-        path of its kernel (`path[entry]` of a stack).
+        `(params, shifts)`: `compressed` with other biases, as plain arrays, and the root mean square of what was added
+        to each, by the path of its kernel (`path[entry]` of a stack).
 
     Raises:
         ValueError: no batches; no compressed kernel; as `calibration.pausing`.

@@ -86,7 +86,7 @@ def reconstruct(
             `ranges` and `bias`, exactly so.
         ridge: how much T is held to W; the rows must tell more than noise about it.
         damping: as for `gptq`.
-        bias: fit the bias too, where one is added to the output; it stays a float.
+        bias: fit the bias too, where one is added to the output and nothing else reads it; it stays a float.
         row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs (each token), 0 where it does not
             count; by default all count alike.
         select: which leaves; by default every kernel of a plain matmul; tables that are looked up, tied ones, experts
@@ -119,7 +119,7 @@ def reconstruct(
     for path, kernel in kernels.items():
         check_rule(Rule(specs[path], order, groups, ranges, refine), damping)
         check_blocks(kernel, specs[path])
-    rows, biases = flat_weights(row_mask, kept), dict(leaves_with_paths(params))
+    rows, dense_leaves, biases = flat_weights(row_mask, kept), dict(leaves_with_paths(params)), {}
     both = [tuple(pausing(apply, list(kernels), params, *batch) for _ in "12") for batch in kept]
     replies: tuple[Any, Any] = None, None
     visited: list[tuple[LeafPart, _Rounded]] = []
@@ -133,10 +133,13 @@ def reconstruct(
         fit = _Fit(weights, before, ridge if targets == "dense" else None, damping, bias and site.bias is not None)
         found = _rounded_kernel(kernel, sums, fit, rule)
         visited.append((site.kernel, found))
+        dtype = kernel.weight.dtype
         if site.bias is not None:
-            biases[site.bias.path] = site.bias.put(biases[site.bias.path], found.bias)
-        dense_reply = jnp.asarray(weights, kernel.weight.dtype), jnp.asarray(before, kernel.weight.dtype)
-        replies = dense_reply, (found.weights, jnp.asarray(found.bias, kernel.weight.dtype))
+            place = site.bias.path
+            biases[place] = site.bias.put(biases.get(place, dense_leaves[place]), found.bias)
+            dtype = biases[place].dtype
+        dense_reply = jnp.asarray(weights, kernel.weight.dtype), jnp.asarray(before, dtype)
+        replies = dense_reply, (found.weights, jnp.asarray(found.bias, dtype))
     leaves, info = _assembled(kernels, specs, visited)
     return with_new_leaves(params, {path: jnp.asarray(leaf) for path, leaf in biases.items()} | leaves), info
 

@@ -46,7 +46,7 @@ def reconstruct(
         batches: tuples of inputs; no labels are needed. All go through both models side by side, kernel by kernel:
             one forward pass each, and memory for what one layer holds for all of them, twice.
         form: "rows": the whole rows of the kept units are free. "gates": one number for each unit multiplies its rows.
-        bias: fit the bias too, where one is added to the output.
+        bias: fit the bias too, where one is added to the output and nothing else reads it.
         ridge: how much the solution is held to where it was.
         limit: of the absolute value of gates.
         row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs (each token), 0 where it does not

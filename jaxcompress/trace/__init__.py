@@ -3,6 +3,7 @@
 from jaxcompress.trace._folds import Fold as Fold
 from jaxcompress.trace._folds import FoldedLeaf as FoldedLeaf
 from jaxcompress.trace._folds import folds as folds
+from jaxcompress.trace._graph import leaf_uses as leaf_uses
 from jaxcompress.trace._layout import LeafLayout as LeafLayout
 from jaxcompress.trace._layout import default_layout as default_layout
 from jaxcompress.trace._layout import selected_layouts as selected_layouts

@@ -112,7 +112,23 @@ class Graph:
 
 def graph_of(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> Graph:
     """The graph of a model."""
-    jaxpr = _inlined(jax.make_jaxpr(apply)(params, *inputs)).jaxpr
+    return _graph(jax.make_jaxpr(apply)(params, *inputs), params)
+
+
+def leaf_uses(closed: Any, params: Params) -> Counter[str]:
+    """How often a program, whose first inputs are the leaves, reads each of them as anything but a re-arrangement.
+
+    Example:
+        >>> params = {"w": jax.numpy.ones((2, 2)), "b": jax.numpy.ones(2)}
+        >>> closed = jax.make_jaxpr(lambda p, x: jax.numpy.tanh(x @ p["w"] + p["b"]) * p["b"])(params, params["b"])
+        >>> sorted(leaf_uses(closed, params).items())
+        [('b', 2), ('w', 1)]
+    """
+    return _graph(closed, params).uses()
+
+
+def _graph(closed: Any, params: Params) -> Graph:
+    jaxpr = _inlined(closed).jaxpr
     paths = [path for path, _ in leaves_with_paths(params)]
     return Graph(
         jaxpr,

@@ -49,7 +49,9 @@ def called_body(eqn: Any) -> Body | None:
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         if name in eqn.params:
             body = as_body(eqn.params[name])
-            return body if len(body.jaxpr.invars) == len(eqn.invars) else None
+            ranks = [[len(var.aval.shape) for var in invars] for invars in (body.jaxpr.invars, eqn.invars)]
+            # The body of a `reduce` takes as many inputs as it, but single numbers of them.
+            return body if ranks[0] == ranks[1] else None
     return None
 
 

@@ -1,0 +1,205 @@
+"""`pausing` with the dense kernels as replies, against float64 products; and which biases may be changed."""
+
+import weakref
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress.calibration import pausing, stops
+from jaxcompress.quantization import QuantSpec, correct_biases, reconstruct
+
+RNG = np.random.default_rng(5)
+X = jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32)
+KERNEL, OTHER = (jnp.asarray(RNG.normal(size=(4, 4)), jnp.float32) for _ in "12")
+BIAS = jnp.asarray(RNG.normal(size=4), jnp.float32)
+
+
+def _sites(apply, paths, params, *inputs):
+    leaves = dict(jc.tree.leaves_with_paths(params))
+    run: Any = pausing(apply, paths, params, *inputs)
+    reply, found = None, []
+    while True:
+        try:
+            site = run.send(reply)
+        except StopIteration:
+            return found
+        found.append(site)
+        bias = jnp.zeros(4) if site.bias is None else site.bias.matrix(leaves[site.bias.path])[0]
+        reply = site.kernel.matrix(leaves[site.kernel.path]), bias
+
+
+def _product(x, w):
+    return np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+
+
+def _shared(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"][None]) @ p["v"] + p["b"][None]
+
+
+def _read_before(p, x):
+    return jnp.tanh((x * p["b"][None]) @ p["w"] + p["b"][None]) @ p["v"]
+
+
+def _read_after(p, x):
+    return (jnp.tanh(x @ p["w"] + p["b"][None]) * p["b"][None]) @ p["v"]
+
+
+def _added_twice(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"][None] + p["b"][None]) @ p["v"]
+
+
+def _returned(p, x):
+    return x @ p["w"] + p["b"][None], x @ p["v"], p["b"]
+
+
+def _once_in_a_loop(p, x):
+    loop = jax.lax.fori_loop(0, 2, lambda _, h: jnp.tanh(h + p["b"][None]), x @ p["w"] + p["b"][None])
+    return loop @ p["v"]
+
+
+def _by_a_call(p, x):
+    layer = jax.jit(lambda w, x: jnp.tanh(x @ w + p["b"][None]))
+    return layer(p["v"], layer(p["w"], x))
+
+
+@pytest.mark.parametrize(
+    "apply", [_shared, _read_before, _read_after, _added_twice, _returned, _once_in_a_loop, _by_a_call]
+)
+def test_a_bias_that_something_else_reads_stays(apply):
+    params = {"w": KERNEL, "v": OTHER, "b": BIAS}
+    assert [(site.kernel.path, site.bias) for site in _sites(apply, ["w", "v"], params, X)] == [
+        ("w", None),
+        ("v", None),
+    ]
+    found, _ = reconstruct(apply, params, [(X,)], QuantSpec(bits=4))
+    np.testing.assert_array_equal(found["b"], BIAS)
+    corrected, shifts = correct_biases(apply, params, found, [(X,)])
+    assert shifts == {}
+    np.testing.assert_array_equal(corrected["b"], BIAS)
+
+
+def test_a_stack_of_biases_that_two_scans_read_stays():
+    params = {name: jnp.stack([KERNEL, OTHER]) for name in "wv"} | {"b": jnp.stack([BIAS, -BIAS])}
+
+    def apply(p, x):
+        for name in "wv":
+            x, _ = jax.lax.scan(lambda h, q: (jnp.tanh(h @ q[0] + q[1][None]), None), x, (p[name], p["b"]))
+        return x
+
+    sites = _sites(apply, ["w", "v"], params, X)
+    assert [(site.kernel.name, site.bias) for site in sites] == [
+        (f"{name}[{i}]", None) for name in "wv" for i in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4,)])
+def test_one_number_for_all_outputs_is_no_bias(shape):
+    params = {"w": KERNEL, "b": jnp.ones(1)}
+
+    def apply(p, x):
+        added = jnp.broadcast_to(p["b"], shape)
+        return x @ p["w"] + (added if len(shape) == 2 else added[None])
+
+    assert [site.bias for site in _sites(apply, ["w"], params, X)] == [None]
+    found, _ = reconstruct(apply, params, [(X,)], QuantSpec(bits=8))
+    np.testing.assert_array_equal(found["b"], params["b"])
+
+
+def test_a_scan_over_layers_and_over_what_a_kernel_writes():
+    params = {"w": KERNEL, "b": BIAS, "layers": jnp.stack([OTHER] * 6)}
+
+    def apply(p, x):
+        rows = x @ p["w"] + p["b"][None]
+        return jax.lax.scan(lambda h, q: (h + q[0][None] @ q[1], None), jnp.zeros((1, 4)), (rows, p["layers"]))[0]
+
+    sites = _sites(apply, ["w", "layers"], params, X)
+    assert [site.kernel.name for site in sites] == ["w", *(f"layers[{i}]" for i in range(6))]
+    rows = _product(X, KERNEL) + np.asarray(BIAS, np.float64)
+    np.testing.assert_allclose(np.concatenate([site.inputs for site in sites[1:]]), rows, atol=1e-5)
+    sums = np.cumsum(_product(rows, OTHER), axis=0) - _product(rows, OTHER)
+    np.testing.assert_allclose(np.concatenate([site.residual for site in sites[1:]]), sums, atol=1e-5)
+
+
+def test_a_reduction_of_its_own_kind_is_no_call():
+    def apply(p, x):
+        total = jax.lax.reduce(x @ p["w"], np.float32(0), lambda a, b: a + b * 1, (0,))
+        return total[None] @ p["v"]
+
+    inputs = _sites(apply, ["w", "v"], {"w": KERNEL, "v": OTHER}, X)[1].inputs
+    np.testing.assert_allclose(inputs, _product(X, KERNEL).sum(axis=0, keepdims=True), atol=1e-5)
+
+
+def test_a_shard_map_runs_as_a_whole():
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def apply(p, x):
+        split = {"mesh": mesh, "in_specs": (spec("rows"), spec()), "out_specs": spec()}
+        summed = jax.shard_map(lambda x, v: jax.lax.psum((x @ v).sum(axis=0, keepdims=True), "rows"), **split)
+        return summed(x @ p["w"], p["v"]) @ p["u"]
+
+    params = {"w": KERNEL, "v": OTHER, "u": KERNEL}
+    assert [part.path for part in stops(apply, params, X)] == ["w", "u"]
+    wanted = _product(_product(X, KERNEL), OTHER).sum(axis=0, keepdims=True)
+    np.testing.assert_allclose(_sites(apply, ["w", "u"], params, X)[1].inputs, wanted, atol=1e-4)
+    with pytest.raises(ValueError, match="'v' is used as a whole inside a `shard_map`"):
+        stops(apply, params, X, paths=["v"])
+
+
+def _kept_in_float32(p, x):
+    return jnp.matmul(x.astype(jnp.bfloat16), p["w"].astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+def _cast_before_the_bias(p, x):
+    return (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32) + p["b"][None]
+
+
+def _of_whole_numbers(p, x):
+    x = jnp.round(3 * x).astype(jnp.int8)
+    return jax.lax.dot(x, p["w"], preferred_element_type=jnp.float32) + p["b"][None]
+
+
+def _to_whole_numbers(p, x):
+    h = (3 * x @ p["w"]).astype(jnp.int32)
+    return (h + jnp.arange(-12, 12).reshape(6, 4)).astype(jnp.float32)
+
+
+@pytest.mark.parametrize("layer", [_kept_in_float32, _cast_before_the_bias, _of_whole_numbers, _to_whole_numbers])
+def test_products_keep_the_dtypes_of_the_model(layer):
+    params = {"w": KERNEL, "b": 100 + BIAS, "v": OTHER}
+    sites = _sites(lambda p, x: layer(p, x) @ p["v"], ["w", "v"], params, X)
+    np.testing.assert_allclose(sites[1].inputs, layer(params, X), rtol=1e-5, atol=1e-5)
+
+
+def test_a_wide_bias_beside_a_narrow_kernel():
+    """The models go on with the bias that is stored: rounded to bfloat16 it would be off by up to 0.25."""
+    params = {"w": KERNEL.astype(jnp.bfloat16), "b": 100.2 + BIAS, "v": OTHER, "same": np.arange(3.0)}
+
+    def apply(p, x):
+        return jnp.sin((x.astype(jnp.bfloat16) @ p["w"]).astype(jnp.float32) + p["b"][None]) @ p["v"]
+
+    found, info = reconstruct(apply, params, [(X,)], QuantSpec(bits=3))
+    assert found["same"] is params["same"]
+    assert found["b"].dtype == jnp.float32
+    wanted, given = (np.float64(apply(tree, X)) for tree in (params, jc.materialize(found)))
+    # What the last kernel reports is the error of the whole model.
+    error = np.linalg.norm(given - wanted) / np.linalg.norm(wanted - wanted.mean(axis=0))
+    assert info["v"].error == pytest.approx(error, rel=1e-2)
+
+
+def test_inputs_are_let_go_once_the_model_is_past_them():
+    params = {"layers": jnp.stack([KERNEL, OTHER] * 2)}
+    apply = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0]  # noqa: E731
+    run: Any = pausing(apply, ["layers"], params, X)
+    reply, seen = None, []
+    for i in range(4):
+        site = run.send(reply)
+        seen.append(weakref.ref(site.inputs))
+        reply = params["layers"][i], None
+        del site
+    # The first one's are the given inputs.
+    assert [ref() is None for ref in seen[1:]] == [True, True, False]
