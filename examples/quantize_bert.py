@@ -11,7 +11,8 @@ weight is trained. Options were chosen on the validation rows.
 FILE of `--model` is a safetensors file with Hugging Face names (torch orientation) of the encoder and `classifier`;
 without it, the model of `jaxcompress demo --full` is used, and fine-tuned now if it is not in the cache. The method
 "allocated" gives each kernel its own bits, 3.5 on average; "reconstruct-spliced" also sees ten times as many sentences,
-made of beginnings and ends of the 128; "W8A8" rounds inputs too. The last line is JSON.
+made of beginnings and ends of the 128; "searched" ranges are those of least error, in natural order from the weights as
+they are by then; "W8A8" rounds inputs too. The last line is JSON.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from minilm import load_task, note
 import jaxcompress as jc
 from jaxcompress import quantization
 from jaxcompress.arrays import InputQuantizedArray
-from jaxcompress.quantization import QuantSpec
+from jaxcompress.quantization import QuantSpec, RangeSearch
 from jaxcompress.recipe import Tokens, evaluation_batches, predictor
 from jaxcompress.tree import leaves_with_paths
 
@@ -253,7 +254,11 @@ METHODS: dict[str, Method] = {
     "HQQ": _hqq,
     "AWQ": _awq,
     "GPTQ": _in_sequence(symmetric=True, **_published(order="natural")),
+    "GPTQ-searched": _in_sequence(
+        symmetric=True, **_published(order="natural", groups="updated", ranges=RangeSearch())
+    ),
     "GPTQ-order": _in_sequence(symmetric=True, **_published()),
+    "GPTQ-order-searched": _in_sequence(symmetric=True, **_published(ranges=RangeSearch())),
     "GPTQ-order-asym": _in_sequence(**_published()),
     "reconstruct": _in_sequence(),
     "reconstruct-spliced": _spliced,
