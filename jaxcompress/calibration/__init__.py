@@ -21,6 +21,7 @@ from jaxcompress.calibration._moments import moments as moments
 from jaxcompress.calibration._moments import relative_error as relative_error
 from jaxcompress.calibration._pause import Pausing as Pausing
 from jaxcompress.calibration._pause import pausing as pausing
+from jaxcompress.calibration._pause import side_by_side as side_by_side
 from jaxcompress.calibration._pause import stops as stops
 from jaxcompress.calibration._segments import Segment as Segment
 from jaxcompress.calibration._segments import segments as segments

@@ -1,17 +1,15 @@
 """A model that stops at its kernels, and goes on with others."""
 
-import dataclasses
-import functools
-import math
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core
 
+from jaxcompress.calibration._pausing_run import PausingRun
+from jaxcompress.calibration._pending import Weight
 from jaxcompress.calibration._site import LeafPart, Site
-from jaxcompress.trace import Body, as_body, called_body, leaf_uses
+from jaxcompress.trace import Body, as_body, leaf_uses
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
 
@@ -44,7 +42,45 @@ def pausing(apply: Callable[..., Any], paths: Sequence[str], params: Params, *in
         ('kernel', (3, 2), (3, 1), None)
         >>> run.close()
     """
-    return _pausing(_Run(frozenset(paths), strict=True), apply, params, inputs)
+    return _pausing(_traced(apply, params, inputs), paths, params, inputs)
+
+
+def side_by_side(
+    apply: Callable[..., Any], paths: Sequence[str], trees: tuple[Params, Params], batches: Iterable[tuple[Any, ...]]
+) -> Generator[list[tuple[Site, Site]], tuple[Any, Any], None]:
+    """`pausing` of two models of one form on all batches, which wait for one another at every kernel.
+
+    Args:
+        apply: as there.
+        paths: likewise.
+        trees: the parameters of both models, of the same shapes and dtypes.
+        batches: tuples of inputs; the model is traced once for all of the same shapes.
+
+    Yields:
+        The kernel in the first and in the second model, for each batch. It is sent the `(W, b)` to go on with in the
+        first model, and those in the second.
+
+    Example:
+        >>> params = {"w": jnp.ones((2, 1))}
+        >>> run = side_by_side(lambda p, x: x @ p["w"], ["w"], (params, params), [(jnp.ones((3, 2)),)])
+        >>> [(dense.kernel.name, other.kernel.name) for dense, other in next(run)]
+        [('w', 'w')]
+        >>> run.close()
+    """
+    programs: dict[str, _Program] = {}
+    runs = []
+    for batch in batches:
+        shapes = str(jax.tree.map(jax.typeof, batch))
+        if shapes not in programs:
+            programs[shapes] = _traced(apply, trees[0], batch)
+        runs.append([_pausing(programs[shapes], paths, tree, batch) for tree in trees])
+    replies: tuple[Any, Any] = None, None
+    while True:
+        pairs = [(_next(first, replies[0]), _next(second, replies[1])) for first, second in runs]
+        sites = [(first, second) for first, second in pairs if first is not None and second is not None]
+        if not sites:
+            return
+        replies = yield sites
 
 
 def stops(
@@ -70,18 +106,21 @@ def stops(
         ['layers[0]', 'layers[1]', 'head']
     """
     found: list[LeafPart] = []
+    passed: set[str] | None = set() if paths is None else None
     every = [path for path, _ in leaves_with_paths(params)] if paths is None else paths
-    run = _Run(frozenset(every), strict=paths is not None)
 
     def dry(params: Params, inputs: Any) -> None:
-        leaves, steps, reply = dict(leaves_with_paths(params)), _pausing(run, apply, params, inputs), None
+        leaves, reply = dict(leaves_with_paths(params)), None
+        steps = _pausing(
+            _traced(apply, params, inputs), every, params, inputs, passed=None if paths is not None else passed
+        )
         while (site := _next(steps, reply)) is not None:
             found.append(site.kernel)
             kernel = site.kernel.matrix(leaves[site.kernel.path])
             reply = kernel, jnp.zeros(kernel.shape[1], kernel.dtype)
 
     jax.eval_shape(dry, params, inputs)
-    return [part for part in found if part.path not in run.passed]
+    return [part for part in found if not passed or part.path not in passed]
 
 
 def _next(steps: Pausing, reply: Any) -> Site | None:
@@ -91,13 +130,28 @@ def _next(steps: Pausing, reply: Any) -> Site | None:
         return None
 
 
-def _pausing(run: "_Run", apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...]) -> Pausing:
+class _Program(NamedTuple):
+    """A traced model, and the leaves that it reads once."""
+
+    body: Body
+    read_once: frozenset[str]
+
+
+def _traced(apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...]) -> _Program:
     closed = jax.make_jaxpr(apply)(params, *inputs)
-    run.read_once = frozenset(path for path, uses in leaf_uses(closed, params).items() if uses == 1)
-    weights = [_Weight(leaf, path, tuple(range(jnp.ndim(leaf)))) for path, leaf in leaves_with_paths(params)]
-    for value in (yield from run.body(as_body(closed), [*weights, *jax.tree.leaves(inputs)])):
+    uses = leaf_uses(closed, params)
+    return _Program(as_body(closed), frozenset(path for path, count in uses.items() if count == 1))
+
+
+def _pausing(
+    program: _Program, paths: Sequence[str], params: Params, inputs: tuple[Any, ...], passed: set[str] | None = None
+) -> Pausing:
+    """With `passed`, kernels at which it cannot stop are noted there; without it they raise."""
+    run = PausingRun(frozenset(paths), program.read_once, passed)
+    weights = [Weight(leaf, path, tuple(range(jnp.ndim(leaf)))) for path, leaf in leaves_with_paths(params)]
+    for value in (yield from run.body(program.body, [*weights, *jax.tree.leaves(inputs)])):
         yield from run.plain(value)
-    if not run.strict:
+    if passed is not None:
         return
     if missing := sorted(run.paths - {path for path, _ in run.seen}):
         raise ValueError(f"Leaf {missing[0]!r} is in no matmul of the model: there is nothing to fit it to.")
@@ -105,269 +159,3 @@ def _pausing(run: "_Run", apply: Callable[..., Any], params: Params, inputs: tup
         raise ValueError(
             f"What leaf {unread[0][0]!r} writes is never read by the model: there is nothing to fit it to."
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """A parameter, or a re-arrangement of one.
-
-    `axes` says which of the leaf's axes are left, in order, -1 for new ones; `entry` where others were cut by a scan.
-    """
-
-    value: Any
-    path: str
-    axes: tuple[int, ...]
-    entry: tuple[tuple[int, int], ...] = ()
-
-    def at(self, index: int) -> Any:
-        """What a scan reads in one iteration."""
-        if self.axes[0] < 0:
-            return self.value[index]
-        entry = tuple(sorted((*self.entry, (self.axes[0], index))))
-        return _Weight(self.value[index], self.path, self.axes[1:], entry)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Output:
-    """What a kernel will have written, once it is known what is added to it: the product, or product and bias.
-
-    `multiply` is the matmul, as a function of the kernel (D, O). `written` holds the value once it is known: one that
-    is read twice (by a GELU) is computed once.
-    """
-
-    site: Site
-    multiply: Callable[[Any], jax.Array]
-    shape: tuple[int, ...]
-    dtype: Any
-    bias: Any = None
-    written: list[Any] = dataclasses.field(default_factory=list)
-
-    @property
-    def outputs(self) -> int:
-        """O."""
-        return math.prod(self.shape[len(self.shape) - len(self.site.kernel.output_axes) :])
-
-
-_Steps = Generator[Site, "tuple[Any, Any]", list[Any]]
-_Key = tuple[str, tuple[tuple[int, int], ...]]
-
-
-class _Run:
-    """The interpreter. It is a generator all the way down, so that it can stop inside of nested functions."""
-
-    def __init__(self, paths: frozenset[str], *, strict: bool) -> None:
-        self.paths = paths
-        self.strict = strict
-        # A leaf that something else reads, too, is no bias: another value would change that as well.
-        self.read_once: frozenset[str] = frozenset()
-        self.passed: set[str] = set()
-        self.seen: set[_Key] = set()
-        self.replies: dict[_Key, tuple[LeafPart | None, Any, Any]] = {}
-
-    def body(self, body: Body, values: Sequence[Any]) -> _Steps:
-        jaxpr = body.jaxpr
-        env = dict(zip(jaxpr.constvars, body.consts, strict=True)) | dict(zip(jaxpr.invars, values, strict=True))
-        last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, core.Literal)}
-        last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-
-        def read(var: Any) -> Any:
-            return var.val if isinstance(var, core.Literal) else env[var]
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            results = yield from self.equation(eqn, [read(var) for var in eqn.invars])
-            env.update(zip(eqn.outvars, results, strict=True))
-            # Many batches wait at the same kernel: each must hold no more than what it still needs.
-            for var in {v for v in eqn.invars if not isinstance(v, core.Literal) and last_use[v] == i}:
-                del env[var]
-        return [read(var) for var in jaxpr.outvars]
-
-    def equation(self, eqn: Any, values: list[Any]) -> _Steps:
-        name, first = eqn.primitive.name, values[0] if values else None
-        if name == "dot_general" and (output := (yield from self.output(eqn, values))) is not None:
-            return [output]
-        if name in ("add", "add_any") and any(isinstance(value, _Output) for value in values):
-            return [(yield from self.add(eqn, *values))]
-        if name == "convert_element_type" and isinstance(first, _Output) and _is_float(eqn.params["new_dtype"]):
-            return [dataclasses.replace(first, dtype=eqn.params["new_dtype"], written=[])]
-        if name == "scan" and eqn.params["length"] and any(self.is_kernel(value) for value in values):
-            return (yield from self.scan(eqn, values))
-        if name in _WHOLE:
-            self.check_outside(name, values)
-        elif (body := called_body(eqn)) is not None:
-            return (yield from self.body(body, values))
-        plain = []
-        for value in values:
-            plain.append((yield from self.plain(value)))
-        results = _bind(eqn, plain)
-        if isinstance(first, _Weight) and (axes := _moved(eqn, first.axes)) is not None:
-            return [dataclasses.replace(first, value=results[0], axes=axes)]
-        return results
-
-    def scan(self, eqn: Any, values: list[Any]) -> _Steps:
-        """Iteration after iteration: the entries of its stacks are kernels of their own."""
-        length, consts, carried = (eqn.params[name] for name in ("length", "num_consts", "num_carry"))
-        self.check_outside("scan", values[: consts + carried])
-        given, carry = ([_value(value) for value in part] for part in (values[:consts], values[consts:][:carried]))
-        stacks = []
-        for value in values[consts + carried :]:
-            stacks.append(value if isinstance(value, _Weight) else (yield from self.plain(value)))
-        written: dict[int, list[Any]] = {}
-        for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
-            entries = [stack.at(i) if isinstance(stack, _Weight) else stack[i] for stack in stacks]
-            results = yield from self.body(as_body(eqn.params["jaxpr"]), [*given, *carry, *entries])
-            carry, written[i] = results[:carried], []
-            for value in results[carried:]:
-                written[i].append((yield from self.plain(value)))
-        return [*carry, *(jnp.stack(column) for column in zip(*(written[i] for i in range(length)), strict=True))]
-
-    def output(self, eqn: Any, values: list[Any]) -> Generator[Site, "tuple[Any, Any]", _Output | None]:
-        found = [i for i, value in enumerate(values) if self.is_kernel(value)]
-        if not found:
-            return None
-        place, weight = found[0], values[found[0]]
-        contracted, batch = eqn.params["dimension_numbers"]
-        inputs = tuple(weight.axes[axis] for axis in contracted[place])
-        outputs = tuple(axis for i, axis in enumerate(weight.axes) if i not in contracted[place])
-        # With the weight on the left, the output's first axis is the kernel's: rows would be columns.
-        if batch[place] or place == 0 or not inputs or -1 in weight.axes or list(outputs) != sorted(outputs):
-            return self.refuse(
-                weight.path,
-                f"Leaf {weight.path!r} must be the second operand of a plain matmul; found a shape of "
-                f"{tuple(jnp.shape(weight.value))}, contracted over {tuple(contracted[place])}, batched over "
-                f"{tuple(batch[place])}, as operand {place}.",
-            )
-        if (weight.path, weight.entry) in self.seen:
-            return self.refuse(
-                weight.path, f"Leaf {weight.path!r} is in more than one matmul: it cannot be fitted to all of them."
-            )
-        self.seen.add((weight.path, weight.entry))
-        order = sorted(range(len(inputs)), key=lambda i: inputs[i])
-        summed = [contracted[1 - place][i] for i in order]
-        rows = jnp.moveaxis((yield from self.plain(values[1 - place])), summed, range(-len(summed), 0))
-        kernel = LeafPart(path=weight.path, entry=weight.entry, input_axes=tuple(sorted(inputs)), output_axes=outputs)
-        depth = math.prod(rows.shape[len(rows.shape) - len(summed) :])
-        site = Site(kernel=kernel, inputs=rows.reshape(-1, depth), residual=None, bias=None)
-        written = eqn.outvars[0].aval
-        multiply = functools.partial(_multiply, site.inputs, weight.value.dtype, eqn.params["precision"], written.dtype)
-        return _Output(site, multiply, written.shape, written.dtype)
-
-    def add(self, eqn: Any, left: Any, right: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
-        """A bias and a residual may come in either order, once; of two outputs the first is the other's residual."""
-        if _is_open(left) and _is_open(right):
-            left = yield from self.plain(left)
-        output, other = (left, right) if _is_open(left) else (right, left)
-        if not _is_open(output):
-            return _bind(eqn, [(yield from self.plain(left)), (yield from self.plain(right))])[0]
-        if output.site.bias is None and isinstance(other, _Weight) and self.is_bias(other, output):
-            axes = tuple(axis for axis in other.axes if axis >= 0)
-            bias = LeafPart(path=other.path, entry=other.entry, output_axes=axes)
-            value = _value(other).reshape(-1, output.outputs)[0]
-            site = dataclasses.replace(output.site, bias=bias)
-            return dataclasses.replace(output, site=site, bias=value, written=[])
-        added = yield from self.plain(other)
-        if output.site.residual is None and jnp.shape(added) == output.shape:
-            site = dataclasses.replace(output.site, residual=added.reshape(-1, output.outputs))
-            return dataclasses.replace(output, site=site, written=[])
-        written = yield from self.plain(output)
-        return _bind(eqn, [written, added] if output is left else [added, written])[0]
-
-    def plain(self, value: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
-        """The value itself; stops if a kernel is to write it."""
-        if not isinstance(value, _Output):
-            return _value(value)
-        if value.written:
-            return value.written[0]
-        kernel, bias = yield from self.reply(value)
-        written = value.multiply(kernel)
-        # A float32 bias is added to a bfloat16 product after a cast.
-        written = written.astype(jnp.promote_types(written.dtype, value.dtype))
-        if value.site.bias is not None:
-            written = written + jnp.asarray(bias, written.dtype)[None, :]
-        if value.site.residual is not None:
-            written = written + value.site.residual
-        value.written.append(written.astype(value.dtype).reshape(value.shape))
-        return value.written[0]
-
-    def reply(self, value: _Output) -> Generator[Site, "tuple[Any, Any]", tuple[Any, Any]]:
-        """The kernel and bias to go on with; what is read in several ways stops the model at the first of them."""
-        key = value.site.kernel.path, value.site.kernel.entry
-        if key not in self.replies:
-            # Not the site: it would hold the inputs of every kernel to the end.
-            self.replies[key] = (value.site.bias, *(yield value.site))
-        fitted, kernel, bias = self.replies[key]
-        return kernel, bias if fitted == value.site.bias else value.bias
-
-    def is_kernel(self, value: Any) -> bool:
-        return isinstance(value, _Weight) and value.path in self.paths
-
-    def is_bias(self, other: _Weight, output: _Output) -> bool:
-        return other.path in self.read_once and _is_bias(other, output)
-
-    def refuse(self, path: str, message: str) -> None:
-        if self.strict:
-            raise ValueError(message)
-        self.passed.add(path)
-
-    def check_outside(self, name: str, values: list[Any]) -> None:
-        for value in values:
-            if self.is_kernel(value):
-                self.refuse(
-                    value.path, f"Leaf {value.path!r} is used as a whole inside a `{name}`, where it cannot be fitted."
-                )
-
-
-_WHOLE = frozenset({"scan", "while", "cond", "shard_map"})
-
-
-def _multiply(inputs: Any, dtype: Any, precision: Any, written: Any, kernel: Any) -> jax.Array:
-    return jnp.matmul(inputs, jnp.asarray(kernel, dtype), precision=precision, preferred_element_type=written)
-
-
-def _is_float(dtype: Any) -> bool:
-    return bool(jnp.issubdtype(dtype, jnp.floating))
-
-
-def _is_open(value: Any) -> bool:
-    """Whether a kernel is still to write it."""
-    return isinstance(value, _Output) and not value.written
-
-
-def _is_bias(other: _Weight, output: _Output) -> bool:
-    """Whether it is a whole leaf, or the same entry of a stack, and adds one number to each output."""
-    own = len(output.site.kernel.output_axes)
-    added, axes = other.axes[: len(other.axes) - own], other.axes[len(other.axes) - own :]
-    same_entry = [index for _, index in other.entry] == [index for _, index in output.site.kernel.entry]
-    same_sizes = jnp.shape(other.value)[len(added) :] == output.shape[len(output.shape) - own :]
-    return same_entry and same_sizes and set(added) <= {-1} and -1 not in axes and list(axes) == sorted(axes)
-
-
-def _moved(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The axes after an equation that only moves them; None after any other."""
-    name = eqn.primitive.name
-    if name in ("convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint"):
-        return axes
-    if name == "transpose":
-        return tuple(axes[axis] for axis in eqn.params["permutation"])
-    if name == "broadcast_in_dim":
-        before, places_of = eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"]
-        if any(eqn.params["shape"][place] != size for place, size in zip(places_of, before, strict=True)):
-            # One number for several outputs.
-            return None
-        places: Mapping[int, int] = dict(zip(places_of, axes, strict=True))
-        return tuple(places.get(axis, -1) for axis in range(len(eqn.params["shape"])))
-    if name == "reshape":
-        # A bias gets leading axes of size 1.
-        sizes, before = eqn.params["new_sizes"], eqn.invars[0].aval.shape
-        added = len(sizes) - len(before)
-        return (*[-1] * added, *axes) if added >= 0 and tuple(sizes[added:]) == tuple(before) else None
-    return None
-
-
-def _value(value: Any) -> Any:
-    return value.value if isinstance(value, _Weight) else value
-
-
-def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration import flat_weights, moments, pausing
+from jaxcompress.calibration import flat_weights, moments, side_by_side
 from jaxcompress.quantization._leaf_matrix import plain_kernels, with_new_leaves
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
@@ -63,11 +63,11 @@ def correct_biases(
     paths = sorted({part.path for part in parts})
     plain = map_with_path(lambda _, leaf: leaf.materialize() if is_compressed(leaf) else leaf, compressed)
     rows = flat_weights(row_mask, kept)
-    both = [(pausing(apply, paths, params, *batch), pausing(apply, paths, plain, *batch)) for batch in kept]
+    run = side_by_side(apply, paths, (params, plain), kept)
     dense, current, changed, shifts = dict(leaves_with_paths(params)), dict(leaves_with_paths(plain)), {}, {}
-    replies: tuple[Any, Any] = None, None
+    replies: Any = None
     for _ in parts:
-        pairs = [(whole.send(replies[0]), rounded.send(replies[1])) for whole, rounded in both]
+        pairs = run.send(replies)
         site = pairs[0][0]
         kernels = [site.kernel.matrix(tree[site.kernel.path]) for tree in (dense, current)]
         if site.bias is None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Array, Float, Float64
 
 from jaxcompress.arrays import QuantizedArray
 from jaxcompress.calibration import (
@@ -22,8 +22,8 @@ from jaxcompress.calibration import (
     flat_weights,
     matrices,
     moments,
-    pausing,
     relative_error,
+    side_by_side,
     stops,
 )
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
@@ -115,33 +115,27 @@ def reconstruct(
     kept = list(batches)
     _check(kept, targets, ridge)
     kernels = _kernels(apply, params, kept[0], select)
-    specs = {path: spec(path) if callable(spec) else spec for path in kernels}
+    rules = {path: Rule(spec(path) if callable(spec) else spec, order, groups, ranges, refine) for path in kernels}
     for path, kernel in kernels.items():
-        check_rule(Rule(specs[path], order, groups, ranges, refine), damping)
-        check_blocks(kernel, specs[path])
-    rows, dense_leaves, biases = flat_weights(row_mask, kept), dict(leaves_with_paths(params)), {}
-    both = [tuple(pausing(apply, list(kernels), params, *batch) for _ in "12") for batch in kept]
-    replies: tuple[Any, Any] = None, None
-    visited: list[tuple[LeafPart, _Rounded]] = []
+        check_rule(rules[path], damping)
+        check_blocks(kernel, rules[path].spec)
+    rows, held = flat_weights(row_mask, kept), ridge if targets == "dense" else None
+    run = side_by_side(apply, list(kernels), (params, params), kept)
+    replies: Any = None
+    visited: list[_Rounded] = []
     for _ in range(sum(kernel.stack for kernel in kernels.values())):
-        pairs = [(dense.send(replies[0]), current.send(replies[1])) for dense, current in both]
+        pairs = run.send(replies)
         site = pairs[0][0]
-        path, kernel, before = site.kernel.path, _entry(kernels, site.kernel), _bias(params, site)
+        kernel, before = _entry(kernels, site.kernel), _bias(params, site)
         weights = np.asarray(kernel.matrix(kernel.weight)[0], np.float64)
-        sums = moments(pairs, jnp.asarray(weights, jnp.float32), jnp.asarray(before, jnp.float32), rows)
-        rule = Rule(specs[path], order, groups, ranges, refine)
-        fit = _Fit(weights, before, ridge if targets == "dense" else None, damping, bias and site.bias is not None)
-        found = _rounded_kernel(kernel, sums, fit, rule)
-        visited.append((site.kernel, found))
-        dtype = kernel.weight.dtype
-        if site.bias is not None:
-            place = site.bias.path
-            biases[place] = site.bias.put(biases.get(place, dense_leaves[place]), found.bias)
-            dtype = biases[place].dtype
-        dense_reply = jnp.asarray(weights, kernel.weight.dtype), jnp.asarray(before, dtype)
-        replies = dense_reply, (found.weights, jnp.asarray(found.bias, dtype))
-    leaves, info = _assembled(kernels, specs, visited)
-    return with_new_leaves(params, {path: jnp.asarray(leaf) for path, leaf in biases.items()} | leaves), info
+        sums = moments(pairs, jnp.asarray(weights, jnp.float32), before.astype(jnp.float32), rows)
+        fit = _Fit(weights, np.asarray(before, np.float64), held, damping, bias and site.bias is not None)
+        found, new = _rounded_kernel(kernel, site, sums, fit, rules[site.kernel.path])
+        visited.append(found)
+        dense_reply = kernel.matrix(kernel.weight)[0], before
+        replies = dense_reply, (new, jnp.asarray(found.values, before.dtype))
+    leaves, info = _assembled(kernels, rules, visited)
+    return with_new_leaves(params, _fitted_biases(params, visited) | leaves), info
 
 
 def _check(kept: list[Any], targets: Targets, ridge: float) -> None:
@@ -156,19 +150,20 @@ def _check(kept: list[Any], targets: Targets, ridge: float) -> None:
 def _kernels(
     apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...], select: Selector | None
 ) -> dict[str, MatrixLeaf]:
-    """The kernels to round, by path."""
+    """The kernels to round, by path; raises, naming it, where the model does not stop at one that is selected."""
+    found = traced_layouts(apply, params, *inputs)
+    if select is not None:
+        kernels = {entry.path: entry for entry in entries(matrices(params, select=select, layouts=found))}
+        stops(apply, params, *inputs, paths=list(kernels))
+        return kernels
     chosen = {part.path for part in plain_kernels(apply, params, inputs)}
-    if select is None and not chosen:
+    if not chosen:
         raise ValueError("No leaf is in a plain matmul: for experts and convolutions use `gptq`.")
 
     def plain(params: Params) -> Params:
         return map_with_path(lambda path, _: path in chosen, params)
 
-    found = traced_layouts(apply, params, *inputs)
-    kernels = {entry.path: entry for entry in entries(matrices(params, select=select or plain, layouts=found))}
-    # Raises, naming it, where the model does not stop at one of them.
-    stops(apply, params, *inputs, paths=list(kernels))
-    return kernels
+    return {entry.path: entry for entry in entries(matrices(params, select=plain, layouts=found))}
 
 
 def _entry(kernels: Mapping[str, MatrixLeaf], part: LeafPart) -> MatrixLeaf:
@@ -177,11 +172,13 @@ def _entry(kernels: Mapping[str, MatrixLeaf], part: LeafPart) -> MatrixLeaf:
     return MatrixLeaf(path=part.name, weight=part.entry_of(whole.weight), layout=whole.layout.entry)
 
 
-def _bias(params: Params, site: Site) -> Float64[np.ndarray, " R"]:
+def _bias(params: Params, site: Site) -> Float[Array, " R"]:
+    """The dense bias, in its dtype; zeros, in that of the kernel, without one."""
     leaves = dict(leaves_with_paths(params))
     if site.bias is None:
-        return np.zeros(site.kernel.matrix(leaves[site.kernel.path]).shape[1])
-    return np.asarray(site.bias.matrix(leaves[site.bias.path])[0], np.float64)
+        kernel = jnp.asarray(leaves[site.kernel.path])
+        return jnp.zeros(site.kernel.matrix(kernel).shape[1], kernel.dtype)
+    return site.bias.matrix(jnp.asarray(leaves[site.bias.path]))[0]
 
 
 class _Fit(NamedTuple):
@@ -195,15 +192,21 @@ class _Fit(NamedTuple):
 
 
 class _Rounded(NamedTuple):
-    """What a kernel became: its codes, what they stand for in the dtype of the leaf, its bias, and the errors."""
+    """What a kernel became: codes and scales, its bias, and the errors. No floats of its weights, which are kept."""
 
-    codes: Solved
-    weights: jax.Array
-    bias: Float64[np.ndarray, " R"]
+    kernel: LeafPart
+    codes: Any
+    scale: Any
+    zero_point: Any
+    bias: LeafPart | None
+    values: Float64[np.ndarray, " R"]
     figures: dict[str, Any]
 
 
-def _rounded_kernel(kernel: MatrixLeaf, sums: Moments, fit: _Fit, rule: Rule) -> _Rounded:
+def _rounded_kernel(
+    kernel: MatrixLeaf, site: Site, sums: Moments, fit: _Fit, rule: Rule
+) -> tuple[_Rounded, Float[Array, "D R"]]:
+    """What is stored, and the weights that it stands for, in the dtype of the leaf."""
     targets, hessian, dead = _problem(sums, fit)
     solved = _solve(targets.astype(np.float32), hessian.astype(np.float32), np.float32(fit.damping), rule)
     weights = kernel.matrix(_stored(kernel, [solved], rule.spec).materialize())[0]
@@ -217,24 +220,36 @@ def _rounded_kernel(kernel: MatrixLeaf, sums: Moments, fit: _Fit, rule: Rule) ->
         "retries": int(solved.retries),
         "dead_inputs": int(dead.sum()),
     }
-    return _Rounded(solved, weights, after, figures)
+    stored_parts = solved.codes, solved.scale, solved.zero_point
+    return _Rounded(site.kernel, *stored_parts, site.bias, after, figures), weights
+
+
+def _fitted_biases(params: Params, visited: Sequence[_Rounded]) -> dict[str, jax.Array]:
+    """The biases by path, with their stack entries put together."""
+    leaves, changed = dict(leaves_with_paths(params)), {}
+    for found in visited:
+        if found.bias is not None:
+            path = found.bias.path
+            changed[path] = found.bias.put(changed.get(path, leaves[path]), found.values)
+    return {path: jnp.asarray(leaf) for path, leaf in changed.items()}
 
 
 def _assembled(
-    kernels: Mapping[str, MatrixLeaf], specs: Mapping[str, QuantSpec], visited: Sequence[tuple[LeafPart, _Rounded]]
+    kernels: Mapping[str, MatrixLeaf], rules: Mapping[str, Rule], visited: Sequence[_Rounded]
 ) -> tuple[dict[str, QuantizedArray], dict[str, RoundingInfo]]:
     """The compressed leaves, by path, and what happened, by path and entry, in the order of the model."""
     leaves = {}
     for path, kernel in kernels.items():
-        own = {part.entry: found.codes for part, found in visited if part.path == path}
-        leaves[path] = _stored(kernel, [own[entry] for entry in sorted(own)], specs[path])
-    return leaves, {part.name: RoundingInfo.of(leaves[part.path], **found.figures) for part, found in visited}
+        own = sorted((found for found in visited if found.kernel.path == path), key=lambda found: found.kernel.entry)
+        leaves[path] = _stored(kernel, own, rules[path].spec)
+    info = {found.kernel.name: RoundingInfo.of(leaves[found.kernel.path], **found.figures) for found in visited}
+    return leaves, info
 
 
-def _stored(kernel: MatrixLeaf, solved: Sequence[Solved], spec: QuantSpec) -> QuantizedArray:
+def _stored(kernel: MatrixLeaf, parts: Sequence[Solved | _Rounded], spec: QuantSpec) -> QuantizedArray:
     """The leaf of the codes of all of its stack entries."""
-    codes, scale = (jnp.stack([getattr(one, name) for one in solved]) for name in ("codes", "scale"))
-    zeros = [one.zero_point for one in solved if one.zero_point is not None]
+    codes, scale = jnp.stack([part.codes for part in parts]), jnp.stack([part.scale for part in parts])
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
     return stored(kernel, codes, scale, jnp.stack(zeros) if zeros else None, spec)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration import Site, flat_weights, moments, pausing, relative_error
+from jaxcompress.calibration import Site, flat_weights, moments, relative_error, side_by_side
 from jaxcompress.structured._least_squares import fit_gates, fit_rows
 from jaxcompress.structured._shrink import check_keep, mask_units
 from jaxcompress.tree import leaves_with_paths, map_with_path
@@ -83,10 +83,10 @@ def reconstruct(
     rows = flat_weights(row_mask, batches)
     fitted, info = mask_units(params, groups, keep), {}
     paths = list(owners)
-    both = [(pausing(apply, paths, params, *batch), pausing(apply, paths, fitted, *batch)) for batch in batches]
-    replies: tuple[Any, Any] = None, None
+    run = side_by_side(apply, paths, (params, fitted), batches)
+    replies: Any = None
     for _ in paths:
-        pairs = [(dense.send(replies[0]), pruned.send(replies[1])) for dense, pruned in both]
+        pairs = run.send(replies)
         site = pairs[0][0]
         owner, mask = owners[site.kernel.path], masks[site.kernel.path]
         _check_axis(site, *owner)

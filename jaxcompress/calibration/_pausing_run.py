@@ -1,0 +1,198 @@
+"""The interpreter behind a model that stops at its kernels."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxcompress.calibration._pending import (
+    Output,
+    Weight,
+    adds_bias,
+    is_float,
+    is_open,
+    moved,
+    multiply,
+    plain_value,
+)
+from jaxcompress.calibration._site import LeafPart, Site
+from jaxcompress.trace import Body, as_body, called_body
+
+Steps = Generator[Site, "tuple[Any, Any]", list[Any]]
+Key = tuple[str, tuple[tuple[int, int], ...]]
+
+
+class PausingRun:
+    """The interpreter. It is a generator all the way down, so that it can stop inside of nested functions."""
+
+    def __init__(self, paths: frozenset[str], read_once: frozenset[str], passed: set[str] | None) -> None:
+        self.paths = paths
+        # A leaf that something else reads, too, is no bias: another value would change that as well.
+        self.read_once = read_once
+        self.passed = passed
+        self.seen: set[Key] = set()
+        self.replies: dict[Key, tuple[LeafPart | None, Any, Any]] = {}
+
+    def body(self, body: Body, values: Sequence[Any]) -> Steps:
+        jaxpr = body.jaxpr
+        env = dict(zip(jaxpr.constvars, body.consts, strict=True)) | dict(zip(jaxpr.invars, values, strict=True))
+        last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, core.Literal)}
+        last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+
+        def read(var: Any) -> Any:
+            return var.val if isinstance(var, core.Literal) else env[var]
+
+        for i, eqn in enumerate(jaxpr.eqns):
+            results = yield from self.equation(eqn, [read(var) for var in eqn.invars])
+            env.update(zip(eqn.outvars, results, strict=True))
+            # Many batches wait at the same kernel: each must hold no more than what it still needs.
+            for var in {v for v in eqn.invars if not isinstance(v, core.Literal) and last_use[v] == i}:
+                del env[var]
+        return [read(var) for var in jaxpr.outvars]
+
+    def equation(self, eqn: Any, values: list[Any]) -> Steps:
+        name, first = eqn.primitive.name, values[0] if values else None
+        if name == "dot_general" and (output := (yield from self.output(eqn, values))) is not None:
+            return [output]
+        if name in ("add", "add_any") and any(isinstance(value, Output) for value in values):
+            return [(yield from self.add(eqn, *values))]
+        if name == "convert_element_type" and isinstance(first, Output) and is_float(eqn.params["new_dtype"]):
+            return [dataclasses.replace(first, dtype=eqn.params["new_dtype"], written=[])]
+        if name == "scan" and eqn.params["length"] and any(self.is_kernel(value) for value in values):
+            return (yield from self.scan(eqn, values))
+        if name in _WHOLE:
+            self.check_outside(name, values)
+        elif (body := called_body(eqn)) is not None:
+            return (yield from self.body(body, values))
+        plain = []
+        for value in values:
+            plain.append((yield from self.plain(value)))
+        results = _bind(eqn, plain)
+        if isinstance(first, Weight) and (axes := moved(eqn, first.axes)) is not None:
+            return [dataclasses.replace(first, value=results[0], axes=axes)]
+        return results
+
+    def scan(self, eqn: Any, values: list[Any]) -> Steps:
+        """Iteration after iteration: the entries of its stacks are kernels of their own."""
+        length, consts, carried = (eqn.params[name] for name in ("length", "num_consts", "num_carry"))
+        self.check_outside("scan", values[: consts + carried])
+        given, carry = ([plain_value(value) for value in part] for part in (values[:consts], values[consts:][:carried]))
+        stacks = []
+        for value in values[consts + carried :]:
+            stacks.append(value if isinstance(value, Weight) else (yield from self.plain(value)))
+        written: dict[int, list[Any]] = {}
+        for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
+            entries = [stack.at(i) if isinstance(stack, Weight) else stack[i] for stack in stacks]
+            results = yield from self.body(as_body(eqn.params["jaxpr"]), [*given, *carry, *entries])
+            carry, written[i] = results[:carried], []
+            for value in results[carried:]:
+                written[i].append((yield from self.plain(value)))
+        return [*carry, *(jnp.stack(column) for column in zip(*(written[i] for i in range(length)), strict=True))]
+
+    def output(self, eqn: Any, values: list[Any]) -> Generator[Site, "tuple[Any, Any]", Output | None]:
+        found = [i for i, value in enumerate(values) if self.is_kernel(value)]
+        if not found:
+            return None
+        place, weight = found[0], values[found[0]]
+        contracted, batch = eqn.params["dimension_numbers"]
+        inputs = tuple(weight.axes[axis] for axis in contracted[place])
+        outputs = tuple(axis for i, axis in enumerate(weight.axes) if i not in contracted[place])
+        # With the weight on the left, the output's first axis is the kernel's: rows would be columns.
+        if batch[place] or place == 0 or not inputs or -1 in weight.axes or list(outputs) != sorted(outputs):
+            return self.refuse(
+                weight.path,
+                f"Leaf {weight.path!r} must be the second operand of a plain matmul; found a shape of "
+                f"{tuple(jnp.shape(weight.value))}, contracted over {tuple(contracted[place])}, batched over "
+                f"{tuple(batch[place])}, as operand {place}.",
+            )
+        if (weight.path, weight.entry) in self.seen:
+            return self.refuse(
+                weight.path, f"Leaf {weight.path!r} is in more than one matmul: it cannot be fitted to all of them."
+            )
+        self.seen.add((weight.path, weight.entry))
+        order = sorted(range(len(inputs)), key=lambda i: inputs[i])
+        summed = [contracted[1 - place][i] for i in order]
+        rows = jnp.moveaxis((yield from self.plain(values[1 - place])), summed, range(-len(summed), 0))
+        kernel = LeafPart(path=weight.path, entry=weight.entry, input_axes=tuple(sorted(inputs)), output_axes=outputs)
+        depth = math.prod(rows.shape[len(rows.shape) - len(summed) :])
+        site = Site(kernel=kernel, inputs=rows.reshape(-1, depth), residual=None, bias=None)
+        written = eqn.outvars[0].aval
+        times = functools.partial(multiply, site.inputs, weight.value.dtype, eqn.params["precision"], written.dtype)
+        return Output(site, times, written.shape, written.dtype)
+
+    def add(self, eqn: Any, left: Any, right: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
+        """A bias and a residual may come in either order, once; of two outputs the first is the other's residual."""
+        if is_open(left) and is_open(right):
+            left = yield from self.plain(left)
+        output, other = (left, right) if is_open(left) else (right, left)
+        if not is_open(output):
+            return _bind(eqn, [(yield from self.plain(left)), (yield from self.plain(right))])[0]
+        if output.site.bias is None and isinstance(other, Weight) and self.is_bias(other, output):
+            axes = tuple(axis for axis in other.axes if axis >= 0)
+            bias = LeafPart(path=other.path, entry=other.entry, output_axes=axes)
+            value = plain_value(other).reshape(-1, output.outputs)[0]
+            site = dataclasses.replace(output.site, bias=bias)
+            return dataclasses.replace(output, site=site, bias=value, written=[])
+        added = yield from self.plain(other)
+        if output.site.residual is None and jnp.shape(added) == output.shape:
+            site = dataclasses.replace(output.site, residual=added.reshape(-1, output.outputs))
+            return dataclasses.replace(output, site=site, written=[])
+        written = yield from self.plain(output)
+        return _bind(eqn, [written, added] if output is left else [added, written])[0]
+
+    def plain(self, value: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
+        """The value itself; stops if a kernel is to write it."""
+        if not isinstance(value, Output):
+            return plain_value(value)
+        if value.written:
+            return value.written[0]
+        kernel, bias = yield from self.reply(value)
+        written = value.multiply(kernel)
+        # A float32 bias is added to a bfloat16 product after a cast.
+        written = written.astype(jnp.promote_types(written.dtype, value.dtype))
+        if value.site.bias is not None:
+            written = written + jnp.asarray(bias, written.dtype)[None, :]
+        if value.site.residual is not None:
+            written = written + value.site.residual
+        value.written.append(written.astype(value.dtype).reshape(value.shape))
+        return value.written[0]
+
+    def reply(self, value: Output) -> Generator[Site, "tuple[Any, Any]", tuple[Any, Any]]:
+        """The kernel and bias to go on with; what is read in several ways stops the model at the first of them."""
+        key = value.site.kernel.path, value.site.kernel.entry
+        if key not in self.replies:
+            # Not the site: it would hold the inputs of every kernel to the end.
+            self.replies[key] = (value.site.bias, *(yield value.site))
+        fitted, kernel, bias = self.replies[key]
+        return kernel, bias if fitted == value.site.bias else value.bias
+
+    def is_kernel(self, value: Any) -> bool:
+        return isinstance(value, Weight) and value.path in self.paths
+
+    def is_bias(self, other: Weight, output: Output) -> bool:
+        return other.path in self.read_once and adds_bias(other, output)
+
+    def refuse(self, path: str, message: str) -> None:
+        if self.passed is None:
+            raise ValueError(message)
+        self.passed.add(path)
+
+    def check_outside(self, name: str, values: list[Any]) -> None:
+        for value in values:
+            if self.is_kernel(value):
+                self.refuse(
+                    value.path, f"Leaf {value.path!r} is used as a whole inside a `{name}`, where it cannot be fitted."
+                )
+
+
+_WHOLE = frozenset({"scan", "while", "cond", "shard_map"})
+
+
+def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
