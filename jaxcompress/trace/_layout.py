@@ -24,6 +24,8 @@ class LeafLayout:
         flops: multiply-adds x 2 of all matmuls and convolutions with the leaf in one call.
         order: place in the order of first use, or None when unused.
         input_id: leaves with the same id (q, k and v, say) multiply the same input; None unless contracted.
+        reason: of the kind "other": what the model does with the leaf instead, in words; empty of all other kinds, and
+            where nobody has looked.
     """
 
     kind: LeafKind
@@ -33,6 +35,7 @@ class LeafLayout:
     flops: int = 0
     order: int | None = None
     input_id: int | None = None
+    reason: str = ""
 
     @property
     def is_weight(self) -> bool:

@@ -61,7 +61,8 @@ def layouts(apply: Callable[..., Any], params: Params, *inputs: Any) -> Params:
     recorder.consume(walk(Body(live, closed.consts), values, recorder.visit))
     known = set(arrays)
     found = [
-        _layout(recorder.uses.get(i), leaf) if i in known else LeafLayout(kind="other") for i, leaf in enumerate(leaves)
+        _layout(recorder.uses.get(i), leaf) if i in known else LeafLayout(kind="other", reason="it is no array")
+        for i, leaf in enumerate(leaves)
     ]
     return treedef.unflatten(_renumbered(found, recorder))
 
@@ -75,6 +76,7 @@ class _Uses:
     axes: dict[str, tuple[frozenset[int], frozenset[int]]] = dataclasses.field(default_factory=dict)
     flops: int = 0
     input_id: int | None = None
+    reason: str = ""
 
 
 @dataclasses.dataclass
@@ -98,14 +100,16 @@ class _Recorder:
         body = called_body(eqn)
         if body is not None:
             return walk(body, values, self.visit)
-        self.consume(values)
+        self.consume(values, f"it goes into `{eqn.primitive.name}`")
         return [next(self.ids) for _ in eqn.outvars]
 
-    def consume(self, values: Sequence[Any]) -> None:
+    def consume(self, values: Sequence[Any], reason: str = "the model returns it") -> None:
         """Notes a use that is neither a contraction nor a look-up."""
         for value in values:
             if isinstance(value, Origin):
-                self._use(value).kinds.add("other")
+                use = self._use(value)
+                use.kinds.add("other")
+                use.reason = use.reason or reason
 
     def contract(
         self, kind: str, origin: Origin, summed: Sequence[int], free: Sequence[int], other: Any, flops: int
@@ -149,7 +153,7 @@ def _conv(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
     flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[axis] for axis in in_axes)
     if isinstance(values[1], Origin):
         recorder.contract("conv", values[1], in_axes, [out_axis], values[0], flops)
-    recorder.consume(values[:1])
+    recorder.consume(values[:1], "a convolution slides over it")
     return [next(recorder.ids)]
 
 
@@ -158,16 +162,16 @@ def _gather(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
     rows = [axis for axis in numbers.collapsed_slice_dims if axis in numbers.start_index_map]
     if isinstance(values[0], Origin) and rows:
         recorder.look_up(values[0], rows)
-        recorder.consume(values[1:])
+        recorder.consume(values[1:], "it is an index")
     else:
-        recorder.consume(values)
+        recorder.consume(values, "entries of it are gathered, not rows")
     return [next(recorder.ids)]
 
 
 def _scan(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
     carried = eqn.params["num_consts"] + eqn.params["num_carry"]
     inner = recorder.inside(eqn.params["length"])
-    recorder.consume(values[eqn.params["num_consts"] : carried])
+    recorder.consume(values[eqn.params["num_consts"] : carried], "it is carried through a loop")
     # A carry changes from step to step: a leaf in it is no re-arrangement of itself inside.
     carry = [next(recorder.ids) for _ in range(eqn.params["num_carry"])]
     sliced = [v.without(0) if isinstance(v, Origin) else next(recorder.ids) for v in values[carried:]]
@@ -179,7 +183,7 @@ def _scan(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
 def _while(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
     cond_end = eqn.params["cond_nconsts"]
     body_end = cond_end + eqn.params["body_nconsts"]
-    recorder.consume(values[body_end:])
+    recorder.consume(values[body_end:], "it is carried through a loop")
     carry = [next(recorder.ids) for _ in values[body_end:]]
     recorder.consume(walk(as_body(eqn.params["cond_jaxpr"]), [*values[:cond_end], *carry], recorder.visit))
     recorder.consume(walk(as_body(eqn.params["body_jaxpr"]), [*values[cond_end:body_end], *carry], recorder.visit))
@@ -208,7 +212,7 @@ def _layout(use: _Uses | None, leaf: Any) -> LeafLayout:
         return LeafLayout(kind="unused", output_axes=tuple(sorted(every)))
     contracted = use.kinds & {"matmul", "conv"}
     if not contracted and "lookup" not in use.kinds:
-        return LeafLayout(kind="other", output_axes=tuple(sorted(every)), order=use.order)
+        return LeafLayout(kind="other", output_axes=tuple(sorted(every)), order=use.order, reason=use.reason)
     inputs, outputs = use.axes["contracted" if contracted else "lookup"]
     kind: LeafKind = "lookup"
     if contracted:

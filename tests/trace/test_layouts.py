@@ -172,3 +172,18 @@ def test_selection_by_layouts_leaves_out_what_is_no_weight():
     chosen = trace.selected_layouts(params, layouts=found)
     assert chosen["positions"] is tree.Unselected
     assert chosen["kernel"] == dataclasses.replace(found["kernel"])
+
+
+def test_a_leaf_that_is_no_weight_says_what_it_is_used_for():
+    def apply(params, x):
+        state = jax.lax.fori_loop(0, 2, lambda i, y: y * 2, params["carried"])
+        return jnp.sin(params["angle"]) * x + state, params["returned"]
+
+    params = {"angle": jnp.ones(3), "carried": jnp.ones(3), "returned": jnp.ones(3), "flag": 3}
+    reasons = {path: layout.reason for path, layout in _by_path(apply, params, jnp.ones(3)).items()}
+    assert reasons == {
+        "angle": "it goes into `sin`",
+        "carried": "it is carried through a loop",
+        "flag": "it is no array",
+        "returned": "the model returns it",
+    }
