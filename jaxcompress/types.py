@@ -1,10 +1,13 @@
 """What every package agrees on: names of types, the contract of a transform, what counts as compressed."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeGuard, TypeVar, runtime_checkable
 
 import jax
+import jax.export
 from jax.typing import ArrayLike
+
+_Node = TypeVar("_Node", bound=type)
 
 Params: TypeAlias = Any
 """A tree of parameters: nested dicts, FrozenDict, NNX state, an Equinox module."""
@@ -35,8 +38,23 @@ class CompressedArray(Protocol):
         ...
 
     @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        ...
+
+    @property
     def nbits(self) -> int:
         """Bits that are really stored: codes, scales, indices, masks."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are really stored: `nbits / 8`, whole because every part is an array of bytes or more."""
         ...
 
     def materialize(self) -> jax.Array:
@@ -52,6 +70,31 @@ def is_compressed(leaf: Any) -> TypeGuard[CompressedArray]:
     return hasattr(type(leaf), "materialize") and hasattr(type(leaf), "nbits")
 
 
+def exportable(cls: _Node) -> _Node:
+    """Class decorator: functions that take or return this node survive `jax.export(...).serialize()`.
+
+    For named tuples, and for dataclasses registered with JAX whose fields are all children. The name in the artifact is
+    `jaxcompress.` and that of the class; reading it back needs `import jaxcompress`.
+
+    Example:
+        >>> @exportable
+        ... class Pair(NamedTuple):
+        ...     first: jax.Array
+        ...     second: jax.Array
+        >>> exported = jax.export.export(jax.jit(lambda pair: pair.first))(Pair(jax.numpy.ones(2), jax.numpy.ones(1)))
+        >>> jax.export.deserialize(exported.serialize()).in_tree == exported.in_tree
+        True
+    """
+    name = f"jaxcompress.{cls.__name__}"
+    if hasattr(cls, "_fields"):
+        return jax.export.register_namedtuple_serialization(cls, serialized_name=name)
+    # Not empty: JAX reads an empty vector back as 0.
+    return jax.export.register_pytree_node_serialization(
+        cls, serialized_name=name, serialize_auxdata=lambda _: b"[]", deserialize_auxdata=lambda _: ()
+    )
+
+
+@exportable
 class TransformState(NamedTuple):
     """State of a `Transform`.
 

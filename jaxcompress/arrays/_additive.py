@@ -62,6 +62,11 @@ class AdditiveCodebookArray:
         return len(self.data.shape) - 1
 
     @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        return math.prod(self.shape)
+
+    @property
     def length(self) -> int:
         """Weights of a run."""
         return self.table.shape[-1]
@@ -75,6 +80,11 @@ class AdditiveCodebookArray:
     def nbits(self) -> int:
         """Stored bits: codes, with those of the weights beyond the last one, tables, scales."""
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.nbits // 8
 
     def codes(self) -> UInt8[Array, "..."]:
         """The codes as uint8: the logical axes, with runs in place of weights on one of them, then the tables."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -47,6 +48,11 @@ class BitmaskSparseArray:
         return len(self.shape)
 
     @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        return math.prod(self.shape)
+
+    @property
     def dtype(self) -> Any:
         """That of the values."""
         return self.values.dtype
@@ -55,6 +61,11 @@ class BitmaskSparseArray:
     def nbits(self) -> int:
         """Stored bits."""
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.nbits // 8
 
     def mask(self) -> Bool[Array, "..."]:
         """Which entries are stored, in the logical shape."""

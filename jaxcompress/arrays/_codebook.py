@@ -52,6 +52,11 @@ class CodebookArray:
         return len(self.data.shape)
 
     @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        return math.prod(self.shape)
+
+    @property
     def bits(self) -> int:
         """Bits per stored code, without tables and indices."""
         codes = self.data.values if isinstance(self.data, SparseArray) else self.data
@@ -61,6 +66,11 @@ class CodebookArray:
     def nbits(self) -> int:
         """Stored bits: codes, indices, tables."""
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.nbits // 8
 
     def codes(self) -> Integer[Array, "..."]:
         """The codes as uint8, of the logical shape."""

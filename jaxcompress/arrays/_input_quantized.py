@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,6 +64,11 @@ class InputQuantizedArray:
         return len(self.weight.shape)
 
     @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        return math.prod(self.shape)
+
+    @property
     def dtype(self) -> Any:
         """Logical dtype."""
         return self.weight.dtype
@@ -71,6 +77,11 @@ class InputQuantizedArray:
     def nbits(self) -> int:
         """Stored bits, those of the weight and of the input's scales."""
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.nbits // 8
 
     def materialize(self) -> jax.Array:
         """The plain weight; nothing is left of the quantization of inputs."""

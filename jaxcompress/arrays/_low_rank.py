@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -45,6 +46,11 @@ class LowRankArray:
         return len(self.left.shape) - 1
 
     @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        return math.prod(self.shape)
+
+    @property
     def rank(self) -> int:
         """Number of products that are added up."""
         return self.left.shape[-1]
@@ -53,6 +59,11 @@ class LowRankArray:
     def nbits(self) -> int:
         """Stored bits: factors and residual."""
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.nbits // 8
 
     def materialize(self) -> Float[Array, "..."]:
         """The plain array, of the logical shape and dtype."""

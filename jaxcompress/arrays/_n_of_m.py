@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -48,6 +49,11 @@ class NMSparseArray:
         return len(self.values.shape)
 
     @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        return math.prod(self.shape)
+
+    @property
     def dtype(self) -> Any:
         """That of the values."""
         return self.values.dtype
@@ -56,6 +62,11 @@ class NMSparseArray:
     def nbits(self) -> int:
         """Stored bits."""
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.nbits // 8
 
     def mask(self) -> Bool[Array, "..."]:
         """Which entries are stored, in the logical shape."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -49,6 +50,11 @@ class PackedArray:
         return len(self.data.shape)
 
     @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        return math.prod(self.shape)
+
+    @property
     def dtype(self) -> jnp.dtype:
         """int8 if signed, else uint8."""
         return jnp.dtype("int8" if self.signed else "uint8")
@@ -57,6 +63,11 @@ class PackedArray:
     def nbits(self) -> int:
         """Stored bits."""
         return 8 * self.data.size
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.nbits // 8
 
     def materialize(self) -> Integer[Array, "..."]:
         """The codes as int8 or uint8."""

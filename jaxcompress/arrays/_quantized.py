@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -53,6 +54,11 @@ class QuantizedArray:
         return len(self.data.shape)
 
     @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        return math.prod(self.shape)
+
+    @property
     def bits(self) -> int:
         """Bits per stored code, without scales and indices."""
         codes = self.data.values if isinstance(self.data, SparseArray) else self.data
@@ -62,6 +68,11 @@ class QuantizedArray:
     def nbits(self) -> int:
         """Stored bits: codes, scales, zero points, indices."""
         return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.nbits // 8
 
     def codes(self) -> Integer[Array, "..."]:
         """The codes as int8 or uint8, of the logical shape; 0 where nothing is stored."""

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
+from jaxcompress.types import exportable
+
 BINS = 4096
 """Of equal width, over both signs: 2048 to each side, of which the largest value reaches at least half."""
 
 _BIAS = 126
 
 
+@exportable
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["counts", "exponent", "lowest", "highest"], meta_fields=[]
 )

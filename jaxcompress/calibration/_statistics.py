@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
 from jaxcompress.calibration._histogram import Histogram, add_histograms, empty_histogram, histogram_of
+from jaxcompress.types import exportable
 
 Statistic = Literal["gram", "squared_sum", "absolute_sum", "absolute_max", "histogram"]
 """The names of what can be gathered of a contracted leaf."""
@@ -22,6 +23,7 @@ STATISTICS: tuple[Statistic, ...] = ("gram", "squared_sum", "absolute_sum", "abs
 """What is gathered by default."""
 
 
+@exportable
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["count", "gram", "squared_sum", "absolute_sum", "absolute_max", "cross", "histogram"],
@@ -57,6 +59,7 @@ class InputStatistics:
         return None if self.absolute_sum is None else self.absolute_sum / self.count[..., None]
 
 
+@exportable
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["count", "rows"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class LookupCounts:

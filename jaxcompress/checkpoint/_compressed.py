@@ -1,10 +1,13 @@
-"""Which compressed arrays a checkpoint knows. To store a new class, add one row to `COMPRESSED`."""
+"""Which compressed arrays checkpoints and exported functions know. For a new class, add one row to `COMPRESSED`."""
 
 import dataclasses
+import functools
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -127,3 +130,27 @@ COMPRESSED: dict[str, CompressedType] = {
     )
 }
 """By class name, as it stands in the manifest. Classes come from this table alone, never from a file."""
+
+
+def _export_statics(row: CompressedType, values: tuple[Any, ...]) -> bytes:
+    """Static fields in the order in which JAX keeps them, which is that of the table."""
+    try:
+        fields = {name: codec.encode(value) for (name, codec), value in zip(row.static.items(), values, strict=True)}
+    except TypeError as err:
+        raise TypeError(f"a static field of {row.cls.__name__} cannot be exported: {err}") from err
+    return json.dumps(fields).encode()
+
+
+def _import_statics(row: CompressedType, content: bytes) -> tuple[Any, ...]:
+    fields = json.loads(content)
+    return tuple(codec.decode(fields[name]) for name, codec in row.static.items())
+
+
+# `jax.export.export(jax.jit(execute(f)))(compressed, x).serialize()` writes down the trees of its arguments.
+for _name, _row in COMPRESSED.items():
+    jax.export.register_pytree_node_serialization(
+        _row.cls,
+        serialized_name=f"jaxcompress.{_name}",
+        serialize_auxdata=functools.partial(_export_statics, _row),
+        deserialize_auxdata=functools.partial(_import_statics, _row),
+    )

@@ -15,9 +15,10 @@ from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.trace import selected_layouts
 from jaxcompress.transforms import identity
 from jaxcompress.tree import Unselected, is_unselected, map_selected, map_with_path
-from jaxcompress.types import Params, Selector, Transform, TransformState, is_compressed
+from jaxcompress.types import Params, Selector, Transform, TransformState, exportable, is_compressed
 
 
+@exportable
 class CodebookState(NamedTuple):
     """Fixed state of `trained_codebooks`.
 

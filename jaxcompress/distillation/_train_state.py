@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxcompress.tree import is_unselected, map_with_path
-from jaxcompress.types import Params, TransformState, is_compressed
+from jaxcompress.types import Params, TransformState, exportable, is_compressed
 
 
+@exportable
 class TrainState(NamedTuple):
     """Everything that a train step changes. All leaves are strongly typed arrays that nobody else holds.
 

@@ -16,12 +16,13 @@ from jaxcompress.schedules import constant
 from jaxcompress.trace import LeafLayout
 from jaxcompress.transforms import identity
 from jaxcompress.tree import is_unselected, map_selected, map_with_path
-from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, is_compressed
+from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, exportable, is_compressed
 
 Groups = Literal["outputs", "inputs"] | Block
 """The weights of one output unit, those of one input feature, or tiles."""
 
 
+@exportable
 class GroupLassoState(NamedTuple):
     """Fixed state.
 

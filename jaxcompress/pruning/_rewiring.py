@@ -18,9 +18,10 @@ from jaxcompress.schedules import constant
 from jaxcompress.solvers import count_true, keep_largest, share_of
 from jaxcompress.transforms import identity
 from jaxcompress.tree import is_unselected, leaves_with_paths, map_selected, map_with_path, split_key
-from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, is_compressed
+from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, exportable, is_compressed
 
 
+@exportable
 class RewiringState(NamedTuple):
     """Fixed state.
 

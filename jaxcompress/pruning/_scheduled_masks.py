@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.pruning._ranked_leaves import RankedLeaves, ScoreFn
-from jaxcompress.types import Params, Schedule
+from jaxcompress.types import Params, Schedule, exportable
 
 
+@exportable
 class MaskState(NamedTuple):
     """Fixed state of transforms whose masks follow a schedule.
 

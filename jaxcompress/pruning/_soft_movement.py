@@ -11,9 +11,10 @@ from jaxcompress.pruning._ranked_leaves import RankedLeaves, Store
 from jaxcompress.schedules import constant
 from jaxcompress.transforms import identity
 from jaxcompress.tree import leaves_with_paths, map_selected
-from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState
+from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, exportable
 
 
+@exportable
 class SoftMovementState(NamedTuple):
     """Fixed state.
 

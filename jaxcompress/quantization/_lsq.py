@@ -19,11 +19,12 @@ from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout
 from jaxcompress.transforms import identity
 from jaxcompress.tree import Unselected, check_finite, is_unselected, map_selected, map_with_path
-from jaxcompress.types import Params, Selector, Transform, TransformState
+from jaxcompress.types import Params, Selector, Transform, TransformState, exportable
 
 Start = Literal["mean", "range"]
 
 
+@exportable
 class LearnedSteps(NamedTuple):
     """Trainable state of `lsq`: partial trees of one entry per block, float32.
 

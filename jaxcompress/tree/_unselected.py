@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import jax
+import jax.export
 
 from jaxcompress.tree._maps import map_with_path
 from jaxcompress.types import Params, is_compressed
@@ -26,6 +27,14 @@ class _Unselected:
 
 
 _instance: _Unselected | None = None
+
+jax.export.register_pytree_node_serialization(
+    _Unselected,
+    serialized_name="jaxcompress.Unselected",
+    serialize_auxdata=lambda _: b"[]",
+    deserialize_auxdata=lambda _: (),
+    from_children=lambda *_: _Unselected(),
+)
 
 Unselected: Final = _Unselected()
 """Stands where a partial tree (masks, scores, a partition) has no entry. Never `None`, which JAX treats as a tree."""

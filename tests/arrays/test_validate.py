@@ -2,13 +2,16 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import kinds
 import numpy as np
 import pytest
 
 from jaxcompress.arrays import pack, sparsify, validate_array
+from jaxcompress.quantization import QuantSpec, quantize_inputs
 from jaxcompress.trace import LeafLayout
+from jaxcompress.types import CompressedArray
 
 PLAIN = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
 W = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)
@@ -80,6 +83,19 @@ def test_broken_arrays_are_refused(message):
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_good_arrays_pass(kind):
     validate_array(make(kind))
+
+
+@pytest.mark.parametrize("kind", [*kinds.KINDS, "quantized inputs", "packed"])
+def test_sizes_are_those_of_the_logical_array_and_bytes_those_that_are_stored(kind):
+    if kind == "quantized inputs":
+        leaf = quantize_inputs({"w": make("int4 groups")}, QuantSpec(bits=8))["w"]
+    else:
+        leaf = packed() if kind == "packed" else make(kind)
+    plain = leaf.materialize()
+    assert (leaf.shape, leaf.ndim, leaf.size, leaf.dtype) == (plain.shape, plain.ndim, plain.size, plain.dtype)
+    stored = sum(np.asarray(part).nbytes for part in jax.tree.leaves(leaf))
+    assert (leaf.nbytes, leaf.nbits) == (stored, 8 * stored)
+    assert isinstance(leaf, CompressedArray)
 
 
 def test_plain_arrays_pass():
