@@ -202,7 +202,7 @@ def _check_width(entry: Calibrated, needs: str) -> None:
             f"Leaf {entry.path!r} of shape {shape} has stack {wanted[0]} and {wanted[1]} inputs, its statistics have "
             f"{given[0]} and {given[1]}; give `layouts` from `trace.layouts`."
         )
-    if not is_traced(found.count) and not bool((found.count > 0).all()):
+    if not is_traced(found.count) and not bool((found.count > 0).any()):
         raise ValueError(f"The statistics of leaf {entry.path!r} are of no rows.")
     for part in jax.tree.leaves(found):
         if not is_traced(part) and not bool(jnp.isfinite(part).all()):

@@ -36,7 +36,7 @@ class InputStatistics:
     Invariants: `squared_sum` is the diagonal of `gram`, where both are there; an absent statistic is None.
 
     Attributes:
-        count: (S), number of rows, or the sum of their weights.
+        count: (S), number of rows, or the sum of their weights; 0 for a stack entry that no row reached.
         gram: (S, D, D), Σ x xᵀ.
         squared_sum: (S, D), Σ x².
         absolute_sum: (S, D), Σ |x|.
@@ -55,8 +55,10 @@ class InputStatistics:
 
     @property
     def absolute_mean(self) -> Float32[Array, "*stack D"] | None:
-        """Mean |x|."""
-        return None if self.absolute_sum is None else self.absolute_sum / self.count[..., None]
+        """Mean |x|; 0 for stack entries that no row reached."""
+        if self.absolute_sum is None:
+            return None
+        return self.absolute_sum / jnp.where(self.count > 0, self.count, 1.0)[..., None]
 
 
 @exportable

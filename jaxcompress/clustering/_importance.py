@@ -15,7 +15,8 @@ from jaxcompress.types import Params
 def input_importance(params: Params, statistics: Params, layouts: Params) -> Params:
     """H = mean of x² of the input that a weight multiplies: the output error, for uncorrelated inputs.
 
-    Of a table that is looked up, h is the share of the look-ups that a row gets.
+    Of a table that is looked up, h is the share of the look-ups that a row gets. The inputs of a stack entry that no
+    row reached (an expert without tokens) count as the average input of the others.
 
     Args:
         params: the tree.
@@ -41,7 +42,7 @@ def input_importance(params: Params, statistics: Params, layouts: Params) -> Par
     def visit(path: str, leaf: Any, entry: Any, layout: LeafLayout) -> Any:
         if not isinstance(entry, InputStatistics | LookupCounts):
             return Unselected
-        if not bool((jnp.asarray(entry.count) > 0).all()):
+        if not bool((jnp.asarray(entry.count) > 0).any()):
             raise ValueError(f"Leaf {path!r} has statistics of no rows: its importance is not known.")
         if isinstance(entry, LookupCounts):
             return _spread(entry.rows / entry.count, layout.output_axes, leaf.shape)
@@ -60,7 +61,11 @@ def _of_inputs(path: str, entry: InputStatistics, layout: LeafLayout, shape: tup
         squares = jnp.diagonal(entry.gram, axis1=-2, axis2=-1)
     else:
         raise ValueError(f"Leaf {path!r} has neither of the statistics 'gram' and 'squared_sum'; gather one of them.")
-    return _spread(squares / entry.count[..., None], (*layout.stack_axes, *layout.input_axes), shape)
+    seen = jnp.asarray(entry.count > 0)[..., None]
+    means = jnp.where(seen, squares / jnp.where(seen, entry.count[..., None], 1.0), 0.0)
+    # Of an entry that no row reached nothing is known of its inputs: each counts as the average one.
+    average = means.sum() / jnp.maximum(seen.sum() * means.shape[-1], 1)
+    return _spread(jnp.where(seen, means, average), (*layout.stack_axes, *layout.input_axes), shape)
 
 
 def _spread(values: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:

@@ -87,14 +87,18 @@ def _activation_target(
             f"Leaf {leaf.path!r} has {stack} stack entries and {depth} inputs, its statistics have {found.count.size} "
             f"and {found.gram.shape[-1]}; give `layouts` from `trace.layouts`."
         )
-    if not bool((found.count > 0).all()):
+    if not bool((found.count > 0).any()):
         raise ValueError(f"The statistics of leaf {leaf.path!r} are of no rows.")
     gram = found.gram.reshape(stack, depth, depth)
     if not bool(jnp.isfinite(gram).all()):
         raise ValueError(f"The statistics of leaf {leaf.path!r} hold NaN or Inf.")
+    # Of an entry that no row reached nothing is known of its inputs: all count the same.
+    unseen = (found.count.reshape(stack) <= 0)[:, None, None]
+    gram = jnp.where(unseen, jnp.eye(depth, dtype=gram.dtype), gram)
     weights = _weights(leaf)
     if found.cross is not None:
-        weights = _dense_targets(weights, gram, found.cross.reshape(gram.shape), damping or 1e-6)
+        cross = jnp.where(unseen, gram, found.cross.reshape(gram.shape))
+        weights = _dense_targets(weights, gram, cross, damping or 1e-6)
     root = root_of_gram(gram, damping, whitening=whitening)
     trace = jnp.trace(gram, axis1=1, axis2=2)[:, None]
     outputs = None if fisher is None else leaf.matrix(fisher).sum(1) / jnp.where(trace > 0, trace, 1.0)

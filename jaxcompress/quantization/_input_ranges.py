@@ -20,7 +20,7 @@ from jaxcompress.quantization._ranges import GRID
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._scales import range_scales
 from jaxcompress.quantization._spec import QuantSpec
-from jaxcompress.tree import Unselected
+from jaxcompress.tree import Unselected, leaves_with_paths
 from jaxcompress.types import Params, Selector
 
 
@@ -40,6 +40,8 @@ def input_ranges(
     "min-max" takes the extreme values. The others are found from a histogram of 2048 bins to each side of 0:
     "percentile" of |x| (symmetric) or of both tails; "mse" the range of least mean |x - q(x)|^`error_norm` among the
     fractions of the extreme values that weights try, too; "entropy" the clip of |x| that `entropy_clip` finds.
+
+    A stack entry that no row reached (an expert without tokens) gets a range that holds those of all others.
 
     Args:
         apply: `(params, *inputs) -> outputs`.
@@ -82,7 +84,10 @@ def input_ranges(
         ends = functools.reduce(functools.partial(jax.tree.map, functools.partial(_mixed, momentum)), by_batch)
     if not jax.tree.leaves(ends):
         raise ValueError("No selected leaf is multiplied by an input: tables that are only looked up have no range.")
-    return jax.tree.map(lambda pair: InputRange(*range_scales(pair[0], pair[1], spec)), ends)
+    for path, pair in leaves_with_paths(ends):
+        if bool(jnp.isnan(pair).all()):
+            raise ValueError(f"Leaf {path!r} got no rows of inputs in any batch: it has no range; exclude it.")
+    return jax.tree.map(lambda pair: InputRange(*range_scales(*_filled(pair), spec)), ends)
 
 
 def _of_leaves(find: Callable[[Histogram], Array], statistics: Params) -> Params:
@@ -93,11 +98,19 @@ def _of_leaves(find: Callable[[Histogram], Array], statistics: Params) -> Params
 
 
 def _mixed(momentum: float, old: Array, new: Array) -> Array:
-    return momentum * old + (1 - momentum) * new
+    """A batch that does not reach an entry leaves its range as it is."""
+    mean = momentum * old + (1 - momentum) * new
+    return jnp.where(jnp.isnan(new), old, jnp.where(jnp.isnan(old), new, mean))
+
+
+def _filled(ends: Array) -> tuple[Array, Array]:
+    """The lowest and highest values; stack entries that no row reached get a range that holds those of the others."""
+    low, high = ends
+    return jnp.where(jnp.isnan(low), jnp.nanmin(low), low), jnp.where(jnp.isnan(high), jnp.nanmax(high), high)
 
 
 def _ends(histogram: Histogram, *, spec: QuantSpec, start: Start) -> Array:
-    """(2, stack...): the lowest and the highest value of the range, for each stack entry."""
+    """(2, stack...): the lowest and the highest value of the range, for each stack entry; NaN without any value."""
     stack = histogram.lowest.shape
     parts = [np.asarray(part, np.float64).reshape(math.prod(stack), -1) for part in _parts(histogram)]
     found = [_entry_ends(*entry, spec=spec, start=start) for entry in zip(*parts, strict=True)]
@@ -112,6 +125,8 @@ def _entry_ends(
     counts: np.ndarray, limit: np.ndarray, lowest: np.ndarray, highest: np.ndarray, *, spec: QuantSpec, start: Start
 ) -> tuple[float, float]:
     low, high, half = float(lowest[0]), float(highest[0]), len(counts) // 2
+    if not counts.any():
+        return math.nan, math.nan
     edges = np.linspace(-limit[0], limit[0], len(counts) + 1)
     sizes, upper = counts[half:] + counts[:half][::-1], edges[half + 1 :]
     if start == "mean":
