@@ -14,6 +14,7 @@ def _scan(run: Any, eqn: Any, values: list[Value]) -> list[Value]:
     num_consts, num_carry, length = (eqn.params[name] for name in ("num_consts", "num_carry", "length"))
     consts, first = values[:num_consts], values[num_consts : num_consts + num_carry]
     stacked = values[num_consts + num_carry :]
+    run.lose(first, "it is carried through a loop, in which its inputs are not followed")
     over_stack = any(value.origin is not None for value in stacked)
     outer = run.place
 
@@ -23,6 +24,7 @@ def _scan(run: Any, eqn: Any, values: list[Value]) -> list[Value]:
         run.place = (*outer, None if over_stack else 0, 0)
         inner = [_unstacked(value, streams, at) for value, streams in zip(stacked, sliced, strict=True)]
         results = run.run(as_body(eqn.params["jaxpr"]), [*consts, *map(Value, carry), *inner])
+        run.lose(results, "a loop returns it, after which its inputs are not followed")
         wide = [_streams(value, run.count) for value in results]
         return (wide[:num_carry], run.totals, i + 1), wide[num_carry:]
 
@@ -38,6 +40,8 @@ def _while(run: Any, eqn: Any, values: list[Value]) -> list[Value]:
     cond_end = eqn.params["cond_nconsts"]
     body_end = cond_end + eqn.params["body_nconsts"]
     outer, totals = run.place, run.totals
+    run.lose(values[:cond_end], "it goes into the condition of a loop, in which no inputs are gathered")
+    run.lose(values[body_end:], "it is carried through a loop, in which its inputs are not followed")
 
     def condition(state: Any) -> Any:
         # Never gathers: a condition is evaluated once more than the body.
@@ -49,6 +53,7 @@ def _while(run: Any, eqn: Any, values: list[Value]) -> list[Value]:
         carry, run.totals = state
         run.place = (*outer, 0, 0)
         results = run.run(as_body(eqn.params["body_jaxpr"]), [*values[cond_end:body_end], *map(Value, carry)])
+        run.lose(results, "a loop returns it, after which its inputs are not followed")
         return [_streams(value, run.count) for value in results], run.totals
 
     carry = [_streams(value, run.count) for value in values[body_end:]]
@@ -65,6 +70,7 @@ def _cond(run: Any, eqn: Any, values: list[Value]) -> list[Value]:
             run.totals = state
             run.place = (*outer, number, 0)
             results = run.run(as_body(eqn.params["branches"][number]), values[1:])
+            run.lose(results, "a branch returns it, after which its inputs are not followed")
             return [_streams(value, run.count) for value in results], run.totals
 
         return evaluate

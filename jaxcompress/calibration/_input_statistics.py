@@ -1,7 +1,7 @@
 """Sums over the inputs of every leaf, streamed over batches."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jaxcompress.calibration._program import Program, RowMask, build
 from jaxcompress.calibration._statistics import STATISTICS, Statistic
 from jaxcompress.calibration._values import Totals
+from jaxcompress.trace import large_left_out, listed, warn_left_out
 from jaxcompress.tree import Unselected
 from jaxcompress.types import Params, Selector
 
@@ -23,14 +24,21 @@ def input_statistics(
     statistics: Sequence[Statistic] = STATISTICS,
     row_mask: RowMask | None = None,
     memory_limit: int | None = None,
+    strict: bool | None = None,
 ) -> Params:
     """What each leaf multiplies: Σ x xᵀ, Σ x², Σ |x|, max |x| and the number of rows x.
 
     The model runs once over each batch, forward only, compiled once for each shape of a batch; sums stay on the
     device, in float32. A leaf that is used several times (tied, a constant of a scan) adds its uses up; leaves that
     multiply the same rows (query, key, value) share one object. A stack that a scan runs over has one statistic for
-    each entry. Of a convolution the rows are its patches; of a table that is looked up, the rows are counted
-    (`LookupCounts`). With sharded batches or params the sums are those of the whole batch.
+    each entry; an entry that no row reached (an expert without tokens, a branch that was never taken) counts 0. Of a
+    convolution the rows are its patches; of a table that is looked up, the rows are counted (`LookupCounts`). With
+    sharded batches or params the sums are those of the whole batch.
+
+    Some leaves have no such sums: they are contracted over other axes elsewhere (`x @ w` and `y @ w.T`), or inside
+    `shard_map`, a kernel or the condition of a loop, or they get no rows at all. Where `select` asks for such leaves,
+    one error names all of them; a default selection leaves them out, and one `trace.LeftOutWarning` names them,
+    together with large leaves that are used in a way that is not followed.
 
     Args:
         apply: `(params, *inputs) -> outputs`, pure.
@@ -42,13 +50,15 @@ def input_statistics(
         row_mask: `(*inputs) -> weights` of shape (B, L), say, so that padding does not count. It weights rows of shape
             (B, L), (B, L, ...) and (B * L,); rows of shape (B,) count where any token does.
         memory_limit: bytes that all statistics together may take; see `statistics_nbytes`.
+        strict: True: a leaf without statistics is an error. False: it is left out, with the warning. None: an error
+            with `select`, the warning without.
 
     Returns:
         A partial tree with `InputStatistics` or `LookupCounts`.
 
     Raises:
-        ValueError: no batches; nothing selected; a leaf whose inputs are never reached, or got no rows, or NaN or Inf;
-            statistics beyond `memory_limit`. Names the leaf, or what to lower.
+        ValueError: no batches; nothing selected, or nothing that has statistics; selected leaves without statistics
+            (see `strict`); NaN or Inf; statistics beyond `memory_limit`. Names the leaves, or what to lower.
 
     Example:
         >>> import jax.numpy as jnp
@@ -63,13 +73,18 @@ def input_statistics(
         raise ValueError("`batches` is empty: statistics need at least one batch.")
     _check_batch(first)
     program = build(apply, params, first, select=select, statistics=statistics, row_mask=row_mask)
+    strict = select is not None if strict is None else strict
+    check_refused(program.refused, strict=strict or not program.taps)
     check_memory(program, memory_limit)
     totals = program.zeros()
     for batch in itertools.chain([first], remaining):
         _check_batch(batch)
         totals = program.step(totals, (params,), batch)
-    check_totals(program, totals)
-    return _tree(program, totals)
+    unreached = without_rows(program, totals)
+    check_refused(unreached, strict=strict or len(unreached) == len(program.taps))
+    check_finite_totals(program, totals)
+    warn_refused(program, params, unreached, select=select, stacklevel=2)
+    return _tree(program, totals, unreached)
 
 
 def batch_statistics(
@@ -80,19 +95,26 @@ def batch_statistics(
     select: Selector | None = None,
     statistics: Sequence[Statistic] = STATISTICS,
     row_mask: RowMask | None = None,
+    strict: bool | None = None,
 ) -> Iterator[Params]:
     """`input_statistics` of each batch alone, one after another; compiled once.
 
+    A leaf that a batch does not reach has a count of 0 there.
+
     Args:
-        apply: as there.
-        params: as there.
-        batches: as there.
-        select: as there.
-        statistics: as there.
-        row_mask: as there.
+        apply: `(params, *inputs) -> outputs`, pure.
+        params: plain or compressed leaves.
+        batches: tuples of inputs.
+        select: which leaves; by default every one that is contracted or looked up.
+        statistics: what to gather of contracted leaves.
+        row_mask: `(*inputs) -> weights` of rows; see `input_statistics`.
+        strict: what to do with leaves whose inputs cannot be gathered; see `input_statistics`.
 
     Yields:
         A partial tree for each batch.
+
+    Raises:
+        ValueError: as for `input_statistics`, except for leaves without rows.
 
     Example:
         >>> import jax.numpy as jnp
@@ -106,9 +128,12 @@ def batch_statistics(
         _check_batch(batch)
         if program is None:
             program = build(apply, params, batch, select=select, statistics=statistics, row_mask=row_mask)
+            strict = select is not None if strict is None else strict
+            check_refused(program.refused, strict=strict or not program.taps)
+            warn_refused(program, params, {}, select=select, stacklevel=2)
         totals = program.step(program.zeros(), (params,), batch)
-        check_totals(program, totals)
-        yield _tree(program, totals)
+        check_finite_totals(program, totals)
+        yield _tree(program, totals, {})
     if program is None:
         raise ValueError("`batches` is empty: statistics need at least one batch.")
 
@@ -120,15 +145,20 @@ def statistics_nbytes(
     *,
     select: Selector | None = None,
     statistics: Sequence[Statistic] = STATISTICS,
+    strict: bool | None = None,
 ) -> dict[str, int]:
     """The bytes that `input_statistics` will hold, by the first leaf of each group that shares them.
 
     Args:
-        apply: as there.
+        apply: `(params, *inputs) -> outputs`, pure.
         params: arrays or `jax.ShapeDtypeStruct`.
-        inputs: one batch, likewise.
-        select: as there.
-        statistics: as there.
+        inputs: one batch, of arrays or `jax.ShapeDtypeStruct`.
+        select: which leaves; by default every one that is contracted or looked up.
+        statistics: what to gather of contracted leaves.
+        strict: what to do with leaves whose inputs cannot be gathered; see `input_statistics`.
+
+    Raises:
+        ValueError: as for `input_statistics`, before any batch is run.
 
     Example:
         >>> import jax
@@ -138,7 +168,32 @@ def statistics_nbytes(
         {'kernel': 2359300}
     """
     program = build(apply, params, inputs, select=select, statistics=statistics, row_mask=None)
+    strict = select is not None if strict is None else strict
+    check_refused(program.refused, strict=strict or not program.taps)
+    warn_refused(program, params, {}, select=select, stacklevel=2)
     return _nbytes(program)
+
+
+def check_refused(refused: Mapping[str, str], *, strict: bool) -> None:
+    """Raises one error for all leaves that cannot have statistics."""
+    if refused and strict:
+        raise ValueError(
+            f"No input statistics can be gathered of {listed(refused)}\n"
+            "Exclude them by `select`, or go on without them by `strict=False`."
+        )
+
+
+def warn_refused(
+    program: Program, params: Params, unreached: Mapping[str, str], *, select: Selector | None, stacklevel: int
+) -> None:
+    """One warning for all leaves that are left out: refused, without rows, or of an unknown use."""
+    unknown = large_left_out(params, program.treedef.unflatten(program.layouts)) if select is None else {}
+    warn_left_out(
+        {**program.refused, **unreached, **unknown},
+        "No input statistics are gathered of",
+        advice="Name the leaves to gather by `select`; `trace.coverage` lists what the model does with each.",
+        stacklevel=stacklevel + 1,
+    )
 
 
 def check_memory(program: Program, limit: int | None) -> None:
@@ -154,25 +209,38 @@ def check_memory(program: Program, limit: int | None) -> None:
     )
 
 
-def check_totals(program: Program, totals: Totals, *, only: int | None = None) -> None:
-    """Raises when a group got no rows, or rows that are not finite."""
+def without_rows(program: Program, totals: Totals, *, only: int | None = None) -> dict[str, str]:
+    """The leaves that got no rows at all, and what that may mean; single entries of a stack may go without.
+
+    Args:
+        program: the model with its taps.
+        totals: its sums.
+        only: a group to look at; None: all of them.
+    """
+    found = {}
     for place, group in enumerate(program.groups):
-        if only is not None and place != only:
-            continue
-        path = program.leaves[group.leaves[0]][0]
-        count = np.asarray(jax.device_get(totals[place].count))
-        # An expert that no row reached keeps a count of 0: only a leaf without any rows says nothing.
-        if not (count > 0).any():
-            raise ValueError(
-                f"Leaf {path!r} got no rows of inputs: the batches never reach it, or `row_mask` masks them all."
-            )
-        for part in jax.tree.leaves(totals[place]):
-            if not np.isfinite(jax.device_get(part.sum())):
-                raise ValueError(f"The inputs of leaf {path!r} hold NaN or Inf, or their sums overflow.")
+        if only in (None, place) and not (np.asarray(jax.device_get(totals[place].count)) > 0).any():
+            reason = "it got no rows of inputs: the batches never reach it, or `row_mask` masks them all"
+            found |= {program.leaves[number][0]: reason for number in group.leaves}
+    return found
 
 
-def _tree(program: Program, totals: Totals) -> Params:
-    found = {number: totals[place] for place, group in enumerate(program.groups) for number in group.leaves}
+def check_finite_totals(program: Program, totals: Totals, *, only: int | None = None) -> None:
+    """Raises when sums are not finite: names the first leaf in execution order, which tells where it begins."""
+    for place, group in enumerate(program.groups):
+        parts = jax.tree.leaves(totals[place]) if only in (None, place) else []
+        if not all(np.isfinite(jax.device_get(part.sum())) for part in parts):
+            path = program.leaves[group.leaves[0]][0]
+            raise ValueError(f"The inputs of leaf {path!r} hold NaN or Inf, or their sums overflow.")
+
+
+def _tree(program: Program, totals: Totals, left_out: Mapping[str, str]) -> Params:
+    found = {
+        number: totals[place]
+        for place, group in enumerate(program.groups)
+        for number in group.leaves
+        if program.leaves[number][0] not in left_out
+    }
     return program.tree(found, Unselected)
 
 

@@ -4,8 +4,9 @@ Sums travel through loops as part of their carry, so that `scan` and `while` nee
 for a backward pass, and maxima are as easy as sums.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +36,7 @@ class Interpreter:
         active: None: every group is gathered. Otherwise, for each group, the stack entry to gather, `ALL` or `NONE`.
         count: number of streams, 1 or 2.
         note: told about every use.
+        refuse: told the number of a leaf whose inputs cannot be gathered, and why; None: that is an error.
     """
 
     taps: Mapping[int, Tap]
@@ -43,6 +45,7 @@ class Interpreter:
     active: Any = None
     count: int = 1
     note: Callable[[Use], None] = lambda use: None
+    refuse: Callable[[int, str], None] | None = None
     place: tuple[int | None, ...] = (0,)
 
     def run(self, body: Body, values: Sequence[Value]) -> list[Value]:
@@ -62,7 +65,27 @@ class Interpreter:
             return walk(body, values, self.visit)
         if values[0].origin is not None and (moved := _rearranged(eqn, values)) is not None:
             return [moved]
+        self.lose(values, f"it goes into `{name}`, beyond which its inputs are not followed")
         return bind(eqn, values)
+
+    @contextlib.contextmanager
+    def tapping(self, leaf: int) -> Iterator[None]:
+        """Errors inside are refusals of the leaf, or carry its path."""
+        try:
+            yield
+        except ValueError as err:
+            if self.refuse is None:
+                err.add_note(f"at leaf {self.taps[leaf].path!r}")
+                raise
+            self.refuse(leaf, str(err))
+
+    def lose(self, values: Sequence[Value], reason: str) -> None:
+        """Refuses contracted leaves that go where they are not followed: rows would be missing from their sums."""
+        for value in values:
+            if value.origin is None or self.refuse is None:
+                continue
+            if self.taps[value.origin.leaf].layout.kind != "lookup":
+                self.refuse(value.origin.leaf, reason)
 
     def gather(self, leaf: Value, rows: Rows, matrices: Callable[[], list[jax.Array]]) -> None:
         """Adds the rows that a leaf multiplies to its sums."""
@@ -174,7 +197,7 @@ def _dot_general(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]
         leaf, other = values[side], values[1 - side]
         if leaf.origin is not None:
             tap = run.taps[leaf.origin.leaf]
-            with _naming(tap):
+            with run.tapping(leaf.origin.leaf):
                 shape = eqn.invars[1 - side].aval.shape
                 rows = rows_of_dot(eqn.params, side, shape, leaf.origin, tap.layout, tap.width)
                 run.gather(leaf, rows, lambda other=other: list(other.streams))
@@ -185,19 +208,21 @@ def _conv(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
     leaf, kernel = values[1], eqn.invars[1].aval.shape
     if leaf.origin is not None:
         tap, origin = run.taps[leaf.origin.leaf], leaf.origin
-        with _naming(tap):
+        with run.tapping(leaf.origin.leaf):
             found = [rows_of_conv(eqn.params, x, kernel, origin, tap.layout, tap.width) for x in values[0].streams]
             run.gather(leaf, found[0][1], lambda: [patches for patches, _ in found])
+    run.lose(values[:1], "a convolution slides over it")
     return bind(eqn, values)
 
 
 def _gather(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
     leaf, numbers = values[0], eqn.params["dimension_numbers"]
     if leaf.origin is None or run.taps[leaf.origin.leaf].layout.kind != "lookup":
+        if leaf.origin is not None and run.taps[leaf.origin.leaf].layout.kind != "tied":
+            run.lose([leaf], "entries of it are gathered, beyond which its inputs are not followed")
         return bind(eqn, values)
-    tap = run.taps[leaf.origin.leaf]
     rows = [axis for axis in numbers.collapsed_slice_dims if axis in numbers.start_index_map]
-    with _naming(tap):
+    with run.tapping(leaf.origin.leaf):
         if len(rows) != 1 or tuple(numbers.start_index_map) != tuple(rows) or leaf.at:
             raise ValueError(f"Look-ups are counted along one axis of a whole table, found {numbers}; exclude it.")
         run.look_up(leaf, values[1].last[..., 0])
@@ -215,17 +240,3 @@ _HANDLERS: dict[str, Callable[[Interpreter, Any, list[Value]], list[Value]]] = {
 _INLINED = frozenset(
     {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
 )
-
-
-class _naming:  # noqa: N801 (a context manager)
-    """Errors carry the leaf's path."""
-
-    def __init__(self, tap: Tap) -> None:
-        self.path = tap.path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, err: Any, trace: Any) -> None:
-        if err is not None:
-            err.add_note(f"at leaf {self.path!r}")

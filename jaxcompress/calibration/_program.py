@@ -53,7 +53,8 @@ class Program:
         leaves: paths and leaves of the tree.
         treedef: of the tree.
         layouts: of every leaf.
-        taps: leaf number -> tap.
+        refused: path of a chosen leaf whose inputs cannot be gathered -> why.
+        taps: leaf number -> tap, of all others.
         groups: in execution order; `Tap.group` counts them.
         step: `(totals, params of each stream, inputs, active) -> totals`.
     """
@@ -61,6 +62,7 @@ class Program:
     leaves: list[tuple[str, Any]]
     treedef: Any
     layouts: list[LeafLayout]
+    refused: Mapping[str, str]
     taps: Mapping[int, Tap]
     groups: Sequence[Group]
     step: Callable[..., Totals]
@@ -92,22 +94,23 @@ def build(
     _check_names(statistics)
     leaves, treedef = leaves_with_paths(params), jax.tree.structure(params, is_leaf=is_compressed)
     found = jax.tree.leaves(layouts(apply, params, *inputs))
-    chosen = _chosen(params, found, select)
-    loose = {
+    chosen = {
         number: Tap(path=path, layout=layout, width=_width(leaf, layout), group=None)
         for number, ((path, leaf), layout) in enumerate(zip(leaves, found, strict=True))
-        if number in chosen
+        if number in _chosen(params, found, select)
     }
-    _check_layouts(loose)
+    refused = {number: _idle(tap.layout) for number, tap in chosen.items() if not tap.layout.is_weight}
     model = _Model(apply, treedef, tuple(leaf for _, leaf in leaves))
-    uses = _uses(model, inputs, loose, row_mask)
-    groups = _groups(uses, loose, [leaf for _, leaf in leaves], statistics, cross)
+    uses = _uses(model, inputs, {n: tap for n, tap in chosen.items() if n not in refused}, row_mask, refused)
+    loose = {number: tap for number, tap in chosen.items() if number not in refused}
+    groups = _groups([use for use in uses if use.leaf in loose], loose, model.leaves, statistics, cross)
     taps = dict(loose)
     for place, group in enumerate(groups):
         taps[group.leaves[0]] = dataclasses.replace(loose[group.leaves[0]], group=place)
+    reasons = {leaves[number][0]: refused[number] for number in sorted(refused)}
     streams = 2 if cross else 1
     step = _step(model, taps, row_mask, streams)
-    return Program(leaves=leaves, treedef=treedef, layouts=found, taps=taps, groups=groups, step=step)
+    return Program(leaves=leaves, treedef=treedef, layouts=found, refused=reasons, taps=taps, groups=groups, step=step)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,44 +148,43 @@ def _chosen(params: Params, found: list[LeafLayout], select: Selector | None) ->
     return chosen
 
 
-def _check_layouts(taps: Mapping[int, Tap]) -> None:
-    idle = [tap for tap in taps.values() if not tap.layout.is_weight]
-    if idle:
-        raise ValueError(
-            f"Leaf {idle[0].path!r} is never multiplied by an input (the model's use of it is "
-            f"{idle[0].layout.kind!r}): it has no input statistics; exclude it."
-        )
+def _idle(layout: LeafLayout) -> str:
+    reason = f": {layout.reason}" if layout.reason else ""
+    return f"it is never multiplied by an input (the model's use of it is {layout.kind!r}{reason})"
 
 
 def _width(leaf: Any, layout: LeafLayout) -> int:
     return math.prod(leaf.shape[axis] for axis in layout.input_axes)
 
 
-def _uses(model: _Model, inputs: tuple[Any, ...], taps: Mapping[int, Tap], row_mask: RowMask | None) -> list[Use]:
-    """Every use of the tapped leaves, in execution order; nothing is computed."""
+def _uses(
+    model: _Model, inputs: tuple[Any, ...], taps: Mapping[int, Tap], row_mask: RowMask | None, refused: dict[int, str]
+) -> list[Use]:
+    """Every use of the tapped leaves, in execution order; nothing is computed. Adds to `refused`."""
     uses: dict[tuple[Any, ...], Use] = {}
 
     def note(use: Use) -> None:
         # JAX may trace the body of a loop more than once.
         uses.setdefault((use.place, use.leaf), use)
 
-    run = _runner(model, taps, row_mask, 1, note)
+    def refuse(number: int, reason: str) -> None:
+        refused.setdefault(number, reason)
+
+    run = _runner(model, taps, row_mask, 1, note, refuse)
     plain, static = _split(inputs)
     arrays = [model.leaves[number] for number in model.numbers]
     jax.eval_shape(lambda arrays, plain: run({}, (arrays,), plain, static, None), arrays, plain)
-    missing = [tap.path for number, tap in taps.items() if number not in {use.leaf for use in uses.values()}]
-    if missing:
-        raise ValueError(
-            f"No input of leaf {missing[0]!r} was reached: the model uses it in the condition of a loop, inside "
-            "`shard_map` or a kernel; exclude it, or gather from a model without that wrapper."
-        )
+    reached = {use.leaf for use in uses.values()}
+    for number in taps:
+        if number not in reached:
+            refuse(number, "none of its inputs are reached")
     return list(uses.values())
 
 
 def _groups(
-    uses: list[Use],
+    uses: Sequence[Use],
     taps: Mapping[int, Tap],
-    leaves: list[Any],
+    leaves: Sequence[Any],
     statistics: Sequence[Statistic],
     cross: bool,
 ) -> list[Group]:
@@ -191,10 +193,12 @@ def _groups(
         of_leaf.setdefault(use.leaf, []).append(use)
     together: dict[Any, list[int]] = {}
     for number, own in of_leaf.items():
-        shared = taps[number].layout.input_id
+        shared, use = taps[number].layout.input_id, own[0]
         # A leaf that is used twice has sums of its own.
-        alone = len(own) > 1 or shared is None or own[0].signature is None
-        key = ("leaf", number) if alone else (shared, own[0].signature, _stack_shape(leaves[number], taps[number]))
+        alone = len(own) > 1 or shared is None or use.signature is None
+        # The same value may enter several branches, or a loop: only within one body it is read equally often.
+        shape = _stack_shape(leaves[number], taps[number])
+        key = ("leaf", number) if alone else (shared, use.body, use.signature, shape)
         together.setdefault(key, []).append(number)
     groups = [
         Group(
@@ -221,7 +225,7 @@ def _empty(leaf: Any, tap: Tap, statistics: Sequence[Statistic], cross: bool) ->
 
 
 def _step(model: _Model, taps: Mapping[int, Tap], row_mask: RowMask | None, streams: int) -> Callable[..., Totals]:
-    run = jax.jit(_runner(model, taps, row_mask, streams, lambda use: None), static_argnums=3, donate_argnums=0)
+    run = jax.jit(_runner(model, taps, row_mask, streams, lambda use: None, None), static_argnums=3, donate_argnums=0)
 
     def step(totals: Totals, trees: tuple[Params, ...], inputs: tuple[Any, ...], active: Any = None) -> Totals:
         plain, static = _split(inputs)
@@ -232,7 +236,12 @@ def _step(model: _Model, taps: Mapping[int, Tap], row_mask: RowMask | None, stre
 
 
 def _runner(
-    model: _Model, taps: Mapping[int, Tap], row_mask: RowMask | None, streams: int, note: Callable[[Use], None]
+    model: _Model,
+    taps: Mapping[int, Tap],
+    row_mask: RowMask | None,
+    streams: int,
+    note: Callable[[Use], None],
+    refuse: Callable[[int, str], None] | None,
 ) -> Callable[..., Totals]:
     def run(totals: Totals, trees: tuple[list[Any], ...], plain: list[Any], static: Any, active: Any) -> Totals:
         inputs = _joined(plain, static)
@@ -248,7 +257,7 @@ def _runner(
             else Value(leaves[-1:])
             for number, leaves in zip(model.numbers, zip(*logical, strict=True), strict=True)
         ]
-        interpreter = Interpreter(taps, dict(totals), mask=mask, active=active, count=streams, note=note)
+        interpreter = Interpreter(taps, dict(totals), mask=mask, active=active, count=streams, note=note, refuse=refuse)
         interpreter.run(Body(live, closed.consts), [*values, *(Value((x,)) for x in plain)])
         return interpreter.totals
 

@@ -9,9 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration._input_statistics import check_memory, check_totals
+from jaxcompress.calibration._input_statistics import (
+    check_finite_totals,
+    check_memory,
+    check_refused,
+    warn_refused,
+    without_rows,
+)
 from jaxcompress.calibration._program import Group, Program, RowMask, build
-from jaxcompress.calibration._statistics import STATISTICS, Statistic
+from jaxcompress.calibration._statistics import STATISTICS, Statistic, uninformed
 from jaxcompress.calibration._values import ALL, NONE
 from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths
 from jaxcompress.types import Params, Selector, is_compressed
@@ -32,12 +38,15 @@ def sequential(
     together: Callable[[str], Any] | None = None,
     dense_inputs: bool = False,
     memory_limit: int | None = None,
+    strict: bool | None = None,
 ) -> tuple[Params, dict[str, Any]]:
     """Compresses group after group of leaves that share their inputs; each sees the inputs that it will really get.
 
     For each group (or for those `together`) the batches run once more, through what has been compressed so far; the
     model is compiled once for each shape of a batch, not once for each group. The entries of a stack that a scan runs
-    over are leaves of their own here: layer 0 is done before layer 1 is looked at.
+    over are leaves of their own here: layer 0 is done before layer 1 is looked at. An entry that no row reached is
+    compressed as if its rows were the unit vectors, where every input counts the same, and a `trace.LeftOutWarning`
+    names it.
 
     Args:
         apply: as for `input_statistics`.
@@ -47,14 +56,16 @@ def sequential(
             `lambda p, s, layouts: pruning.sparsegpt(p, s, layouts=layouts, sparsity=0.5)`. It returns a tree of the
             structure of its `params`, and what happened by path. Stack entries come without their stack axes, and
             may go back compressed if the stack axis is the first one.
-        select: as for `input_statistics`.
-        statistics: likewise.
-        row_mask: likewise.
+        select: which leaves; by default every one that is contracted or looked up.
+        statistics: what to gather of contracted leaves.
+        row_mask: `(*inputs) -> weights` of rows; see `input_statistics`.
         together: path of a group's first leaf -> key. Neighbouring groups of equal keys are gathered in one run of
             the batches, before any of them is compressed: fewer runs, and inputs that are a little out of date.
         dense_inputs: also gather `InputStatistics.cross`, between the inputs in the dense model and those in the
             compressed one; both then run.
-        memory_limit: as for `input_statistics`.
+        memory_limit: bytes that all statistics together may take.
+        strict: what to do with leaves whose inputs cannot be gathered; see `input_statistics`. What is left out stays
+            as it is.
 
     Returns:
         `(params, info)`: `info` has the entries of every call, those of stack entries under `path[entry]`.
@@ -81,6 +92,8 @@ def sequential(
     if not kept:
         raise ValueError("`batches` is empty: statistics need at least one batch.")
     program = build(apply, params, kept[0], select=select, statistics=statistics, row_mask=row_mask, cross=dense_inputs)
+    strict = select is not None if strict is None else strict
+    check_refused(program.refused, strict=strict or not program.taps)
     check_memory(program, memory_limit)
     progress = _Progress(program, params)
     totals = program.zeros()
@@ -92,12 +105,19 @@ def sequential(
         for batch in kept:
             totals = program.step(totals, trees, batch, active)
         for turn in turns:
-            if turn.entry is None:
-                check_totals(program, totals, only=turn.group)
-            progress.compress(turn, totals[turn.group], fn)
-            if turn.entry is None:
-                # `fn` may have kept the sums, and the next step would donate them.
-                totals[turn.group] = program.zero(turn.group)
+            check_finite_totals(program, totals, only=turn.group)
+            if turn.entry is not None:
+                progress.compress(turn, totals[turn.group], fn)
+                continue
+            unreached = without_rows(program, totals, only=turn.group)
+            check_refused(unreached, strict=strict)
+            progress.unreached |= unreached
+            if not unreached:
+                progress.compress(turn, totals[turn.group], fn)
+            # `fn` may have kept the sums, and the next step would donate them.
+            totals[turn.group] = program.zero(turn.group)
+    check_refused(progress.never_reached(), strict=strict)
+    warn_refused(program, params, progress.unreached, select=select, stacklevel=2)
     return progress.result(), progress.info
 
 
@@ -145,6 +165,7 @@ class _Progress:
     def __init__(self, program: Program, params: Params) -> None:
         self.program = program
         self.info: dict[str, Any] = {}
+        self.unreached: dict[str, str] = {}
         # What the model runs on, as plain arrays, and what will be returned.
         self._plain = [leaf for _, leaf in program.leaves]
         self._kept = list(self._plain)
@@ -161,12 +182,27 @@ class _Progress:
             self._kept[number] = _stacked(self.program.leaves[number][0], entries, len(self._plain[number]))
         return self.program.treedef.unflatten(self._kept)
 
+    def never_reached(self) -> dict[str, str]:
+        """The stacks of which no row reached any entry."""
+        axes = {n: layout.stack_axes for n, layout in enumerate(self.program.layouts) if n in self.program.taps}
+        return {
+            path: "no row reached any entry of it"
+            for number, (path, leaf) in enumerate(self.program.leaves)
+            if number in axes
+            and len(axes[number]) == 1
+            and all(f"{path}[{entry}]" in self.unreached for entry in range(leaf.shape[axes[number][0]]))
+        }
+
     def compress(self, turn: _Turn, statistics: Any, fn: GroupFn) -> None:
         program, leaves = self.program, self.program.groups[turn.group].leaves
         layouts = {number: program.layouts[number] for number in leaves}
         params = {number: self._plain[number] for number in leaves}
         if turn.entry is not None:
             statistics = jax.tree.map(lambda part: part[turn.entry], statistics)
+            if not float(statistics.count) > 0:
+                statistics = uninformed(statistics)
+                names = [f"{program.leaves[number][0]}[{turn.entry}]" for number in leaves]
+                self.unreached |= dict.fromkeys(names, "no row reached it; its inputs are taken as equal")
             params = {n: jnp.take(leaf, turn.entry, axis=layouts[n].stack_axes[0]) for n, leaf in params.items()}
             layouts = {number: layout.entry for number, layout in layouts.items()}
         group = program.tree(params, Unselected)

@@ -95,6 +95,24 @@ def empty_statistics(
     return InputStatistics(count=jnp.zeros(tuple(stack), jnp.float32), histogram=histogram, **parts)
 
 
+def uninformed(like: InputStatistics) -> InputStatistics:
+    """The statistics of the unit vectors as rows: every input counts the same, and none goes with another.
+
+    What to go by where no row was seen.
+
+    Args:
+        like: says which statistics to make, and of what width; without stack axes.
+
+    Example:
+        >>> uninformed(empty_statistics((), 2, ("gram", "absolute_max"))).gram.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    parts = {name: getattr(like, name) for name in ("gram", "squared_sum", "absolute_sum", "absolute_max", "cross")}
+    width = next((part.shape[-1] for part in parts.values() if part is not None), 0)
+    rows = jnp.eye(width, dtype=jnp.float32)
+    return statistics_of(rows, None, like, dense=rows)
+
+
 def statistics_of(
     x: Float[Array, "*stack N D"],
     weights: Float32[Array, " N"] | None,

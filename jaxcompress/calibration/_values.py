@@ -46,6 +46,11 @@ class Use:
     place: tuple[int | None, ...]
     signature: Any
 
+    @property
+    def body(self) -> tuple[int | None, ...]:
+        """The branches and loops around it."""
+        return self.place[:-1]
+
 
 @dataclasses.dataclass(frozen=True)
 class Value:

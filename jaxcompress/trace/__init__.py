@@ -8,6 +8,10 @@ from jaxcompress.trace._layout import LeafLayout as LeafLayout
 from jaxcompress.trace._layout import default_layout as default_layout
 from jaxcompress.trace._layout import selected_layouts as selected_layouts
 from jaxcompress.trace._layouts import layouts as layouts
+from jaxcompress.trace._left_out import LeftOutWarning as LeftOutWarning
+from jaxcompress.trace._left_out import large_left_out as large_left_out
+from jaxcompress.trace._left_out import listed as listed
+from jaxcompress.trace._left_out import warn_left_out as warn_left_out
 from jaxcompress.trace._origin import Origin as Origin
 from jaxcompress.trace._origin import rearrange as rearrange
 from jaxcompress.trace._origin import reshape_runs as reshape_runs

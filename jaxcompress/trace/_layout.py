@@ -26,6 +26,8 @@ class LeafLayout:
         input_id: leaves with the same id (q, k and v, say) multiply the same input; None unless contracted.
         reason: of the kind "other": what the model does with the leaf instead, in words; empty of all other kinds, and
             where nobody has looked.
+        spread: of the kind "other": it is repeated along axes of the activations first, as biases, norms and learned
+            positions are.
     """
 
     kind: LeafKind
@@ -36,6 +38,7 @@ class LeafLayout:
     order: int | None = None
     input_id: int | None = None
     reason: str = ""
+    spread: bool = False
 
     @property
     def is_weight(self) -> bool:

@@ -77,6 +77,7 @@ class _Uses:
     flops: int = 0
     input_id: int | None = None
     reason: str = ""
+    spread: bool | None = None
 
 
 @dataclasses.dataclass
@@ -100,15 +101,18 @@ class _Recorder:
         body = called_body(eqn)
         if body is not None:
             return walk(body, values, self.visit)
-        self.consume(values, f"it goes into `{eqn.primitive.name}`")
+        for value, var in zip(values, eqn.invars, strict=True):
+            spread = isinstance(value, Origin) and _is_spread(value, var.aval.shape, eqn.outvars[0].aval.shape)
+            self.consume([value], f"it goes into `{eqn.primitive.name}`", spread=spread)
         return [next(self.ids) for _ in eqn.outvars]
 
-    def consume(self, values: Sequence[Any], reason: str = "the model returns it") -> None:
+    def consume(self, values: Sequence[Any], reason: str = "the model returns it", *, spread: bool = False) -> None:
         """Notes a use that is neither a contraction nor a look-up."""
         for value in values:
             if isinstance(value, Origin):
                 use = self._use(value)
                 use.kinds.add("other")
+                use.spread = spread and use.spread is not False
                 use.reason = use.reason or reason
 
     def contract(
@@ -206,13 +210,22 @@ _HANDLERS: dict[str, Callable[[_Recorder, Any, list[Any]], Sequence[Any]]] = {
 }
 
 
+def _is_spread(origin: Origin, shape: Sequence[int], result: Sequence[int]) -> bool:
+    """Whether a leaf has new axes, or is repeated along its axes of size 1: as biases are to meet activations."""
+    repeated = len(shape) == len(result) and any(own < new for own, new in zip(shape, result, strict=True))
+    return repeated or any(not axes for axes in origin.axes)
+
+
 def _layout(use: _Uses | None, leaf: Any) -> LeafLayout:
     every = frozenset(range(len(leaf.shape)))
     if use is None:
         return LeafLayout(kind="unused", output_axes=tuple(sorted(every)))
     contracted = use.kinds & {"matmul", "conv"}
     if not contracted and "lookup" not in use.kinds:
-        return LeafLayout(kind="other", output_axes=tuple(sorted(every)), order=use.order, reason=use.reason)
+        outputs = tuple(sorted(every))
+        return LeafLayout(
+            kind="other", output_axes=outputs, order=use.order, reason=use.reason, spread=bool(use.spread)
+        )
     inputs, outputs = use.axes["contracted" if contracted else "lookup"]
     kind: LeafKind = "lookup"
     if contracted:

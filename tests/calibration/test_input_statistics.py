@@ -258,23 +258,23 @@ def test_mistakes_are_named(mlp):
         gather(_mlp, params, [])
     with pytest.raises(TypeError, match="Batches are tuples"):
         gather(_mlp, params, [batches[0][0]])
-    with pytest.raises(ValueError, match=r"Leaf 'idle' is never multiplied .*'unused'"):
+    with pytest.raises(ValueError, match=r"'idle': it is never multiplied .*'unused'"):
         gather(_mlp, params | {"idle": jnp.ones((2, 2))}, batches, select=tree.by_ndim(min=2))
-    with pytest.raises(ValueError, match="Leaf 'down' got no rows"):
+    with pytest.raises(ValueError, match="'down': it got no rows"):
         gather(_mlp, params, batches, select=tree.by_path("down"), row_mask=lambda x: jnp.zeros(x.shape[:2]))
-    with pytest.raises(ValueError, match=r"`row_mask` gave shape \(7,\)") as caught:
+    with pytest.raises(
+        ValueError, match=r"2 leaves:\n  'down': `row_mask` gave .*\n  'up': `row_mask` gave shape \(7,\)"
+    ):
         gather(_mlp, params, batches, row_mask=lambda x: jnp.ones(7))
-    assert "at leaf 'up'" in caught.value.__notes__
     with pytest.raises(ValueError, match="inputs of leaf 'up' hold NaN or Inf"):
         gather(_mlp, params, [(jnp.full((1, 5), jnp.nan),)])
 
 
 def test_uses_without_statistics_are_named():
     gather, x = calibration.input_statistics, jnp.ones((2, 4))
-    with pytest.raises(ValueError, match="2 of the 4 inputs") as caught:
+    with pytest.raises(ValueError, match=r"'w': .*2 of the 4 inputs"):
         gather(lambda p, y: y[:, :2] @ p["w"][:2], {"w": jnp.ones((4, 3))}, [(x,)])
-    assert "at leaf 'w'" in caught.value.__notes__
-    with pytest.raises(ValueError, match=r"contraction runs over axes \[1\], the input axes are \(0,\)"):
+    with pytest.raises(ValueError, match=r"'w': A contraction runs over axes \[1\], the input axes are \(0,\)"):
         gather(lambda p, y: y @ p["w"] @ p["w"].T, {"w": jnp.ones((4, 3))}, [(x,)])
     module, image = nn.Conv(4, (3,), feature_group_count=2), jnp.ones((1, 5, 4))
     params = module.init(jax.random.key(0), image)["params"]
@@ -286,7 +286,7 @@ def test_a_leaf_that_only_shard_map_sees_is_an_error():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("data")
     inside = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
-    with pytest.raises(ValueError, match="Leaf 'w' is never multiplied by an input"):
+    with pytest.raises(ValueError, match="'w': it is never multiplied by an input"):
         calibration.input_statistics(
             lambda p, x: inside(x, p["w"]), {"w": jnp.ones((4, 3))}, [(jnp.ones((8, 4)),)], select=tree.by_path("w")
         )
@@ -296,5 +296,5 @@ def test_a_leaf_that_only_a_condition_sees_is_an_error():
     def apply(params, x):
         return jax.lax.while_loop(lambda y: (y @ params["w"]).sum() > 1, lambda y: y / 2, x)
 
-    with pytest.raises(ValueError, match="No input of leaf 'w' was reached"):
+    with pytest.raises(ValueError, match="'w': it goes into the condition of a loop"):
         calibration.input_statistics(apply, {"w": jnp.ones((4, 3))}, [(jnp.ones((8, 4)),)])
