@@ -33,3 +33,10 @@ from jaxcompress.calibration._statistics import InputStatistics as InputStatisti
 from jaxcompress.calibration._statistics import LookupCounts as LookupCounts
 from jaxcompress.calibration._statistics import Statistic as Statistic
 from jaxcompress.calibration._statistics import add_statistics as add_statistics
+from jaxcompress.calibration._unseen import Unseen as Unseen
+from jaxcompress.calibration._unseen import check_unseen as check_unseen
+from jaxcompress.calibration._unseen import fill_unseen as fill_unseen
+from jaxcompress.calibration._unseen import nothing_seen as nothing_seen
+from jaxcompress.calibration._unseen import unseen_counts as unseen_counts
+from jaxcompress.calibration._unseen import unseen_inputs as unseen_inputs
+from jaxcompress.calibration._unseen import warn_unseen as warn_unseen

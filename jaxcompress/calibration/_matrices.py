@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxcompress.calibration._statistics import InputStatistics
+from jaxcompress.calibration._unseen import unseen_inputs
 from jaxcompress.trace import LeafLayout, default_layout, selected_layouts
 from jaxcompress.tree import (
     Unselected,
@@ -67,7 +68,7 @@ class MatrixLeaf:
         spread = values.reshape(*shape, *(1,) * len(layout.output_axes))
         return spread.transpose(np.argsort(self._permutation).tolist())
 
-    def flat(self, statistic: Float[Array, "..."], *, ndim: int) -> Float[Array, "..."]:
+    def flat(self, statistic: Shaped[Array, "..."], *, ndim: int) -> Shaped[Array, "..."]:
         """A statistic with `ndim` axes of its own, with one axis for the stack."""
         return statistic.reshape(self.stack, *statistic.shape[statistic.ndim - ndim :])
 
@@ -85,6 +86,11 @@ class Calibrated(MatrixLeaf):
     """
 
     statistics: InputStatistics
+
+    @property
+    def unseen(self) -> Bool[Array, "S D"]:
+        """Which inputs are 0 in every row."""
+        return self.flat(unseen_inputs(self.statistics), ndim=1)
 
 
 def matrices(params: Params, *, select: Selector | None = None, layouts: Params | None = None) -> Params:
@@ -202,6 +208,7 @@ def _check_width(entry: Calibrated, needs: str) -> None:
             f"Leaf {entry.path!r} of shape {shape} has stack {wanted[0]} and {wanted[1]} inputs, its statistics have "
             f"{given[0]} and {given[1]}; give `layouts` from `trace.layouts`."
         )
+    # A stack entry without rows is an expert that nothing reached: methods know what to do. A whole leaf is a mistake.
     if not is_traced(found.count) and not bool((found.count > 0).any()):
         raise ValueError(f"The statistics of leaf {entry.path!r} are of no rows.")
     for part in jax.tree.leaves(found):

@@ -88,21 +88,32 @@ def flat_weights(
     return [np.maximum(np.asarray(row_mask(*batch), np.float32).reshape(-1), 0.0) for batch in batches]
 
 
-def relative_error(moments: Moments, kernel: np.ndarray, bias: np.ndarray) -> float:
-    """Σ |x W + b - t|² / Σ |t - mean t|²: 0 is exact, 1 is no better than a constant.
+def relative_error(moments: Moments, kernel: np.ndarray, bias: np.ndarray, dense_bias: np.ndarray) -> float:
+    """sqrt(Σ |x W' + b' - t|² / Σ |t - b|²), the relative output error of a kernel.
+
+    With the bias b of the dense model and its inputs this is ||X W' - X W|| / ||X W||.
+
+    Args:
+        moments: the sums.
+        kernel: W'.
+        bias: b'.
+        dense_bias: b.
 
     Example:
         >>> sums = Moments(
         ...     count=2.0, inputs=np.zeros(1), targets=np.zeros(1), gram=np.eye(1), cross=np.eye(1), square=1.0
         ... )
-        >>> relative_error(sums, np.array([[0.5]]), np.zeros(1))
-        0.25
+        >>> relative_error(sums, np.array([[0.5]]), np.zeros(1), np.zeros(1))
+        0.5
     """
     w, b, m = np.asarray(kernel, np.float64), np.asarray(bias, np.float64), moments
+    dense = np.asarray(dense_bias, np.float64)
     predicted = (w * (m.gram @ w)).sum() + 2 * (b @ (m.inputs @ w)) + m.count * (b @ b)
     error = predicted - 2 * ((w * m.cross).sum() + b @ m.targets) + m.square
-    variation = m.square - (m.targets @ m.targets) / max(m.count, 1.0)
-    return max(float(error), 0.0) / max(float(variation), 1e-30)
+    total = m.square - 2 * (dense @ m.targets) + m.count * (dense @ dense)
+    # Both are differences of large sums: what is left of nothing is a rounding error.
+    least = 1e-14 * m.square
+    return float(np.sqrt(max(float(error), 0.0) / total)) if total > least else 0.0
 
 
 @jax.jit

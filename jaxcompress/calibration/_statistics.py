@@ -55,7 +55,7 @@ class InputStatistics:
 
     @property
     def absolute_mean(self) -> Float32[Array, "*stack D"] | None:
-        """Mean |x|; 0 for stack entries that no row reached."""
+        """Mean |x|; 0 where there are no rows."""
         if self.absolute_sum is None:
             return None
         return self.absolute_sum / jnp.where(self.count > 0, self.count, 1.0)[..., None]

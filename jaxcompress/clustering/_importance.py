@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration import InputStatistics, LookupCounts
+from jaxcompress.calibration import InputStatistics, LookupCounts, fill_unseen, unseen_inputs, warn_unseen
 from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import Unselected, leaves_with_paths, map_with_path
 from jaxcompress.types import Params
@@ -15,8 +15,9 @@ from jaxcompress.types import Params
 def input_importance(params: Params, statistics: Params, layouts: Params) -> Params:
     """H = mean of x² of the input that a weight multiplies: the output error, for uncorrelated inputs.
 
-    Of a table that is looked up, h is the share of the look-ups that a row gets. The inputs of a stack entry that no
-    row reached (an expert without tokens) count as the average input of the others.
+    Of a table that is looked up, h is the share of the look-ups that a row gets. Weights that no row reached may not
+    become anything: inputs that are 0 in every row count as much as the others do on average, and rows of a table that
+    were never looked up count as if they had been once.
 
     Args:
         params: the tree.
@@ -45,27 +46,32 @@ def input_importance(params: Params, statistics: Params, layouts: Params) -> Par
         if not bool((jnp.asarray(entry.count) > 0).any()):
             raise ValueError(f"Leaf {path!r} has statistics of no rows: its importance is not known.")
         if isinstance(entry, LookupCounts):
-            return _spread(entry.rows / entry.count, layout.output_axes, leaf.shape)
-        return _of_inputs(path, entry, layout, leaf.shape)
+            return _spread(jnp.where(entry.rows > 0, entry.rows, 1.0) / entry.count, layout.output_axes, leaf.shape)
+        importance, unseen[path] = _of_inputs(path, entry, layout, leaf.shape)
+        return importance
 
+    unseen: dict[str, Any] = {}
     found = map_with_path(visit, params, statistics, layouts)
     if not leaves_with_paths(found):
         raise ValueError("No leaf has input statistics: gather them with `calibration.input_statistics`.")
+    warn_unseen(unseen, "taken to count as much as the others do")
     return found
 
 
-def _of_inputs(path: str, entry: InputStatistics, layout: LeafLayout, shape: tuple[int, ...]) -> jax.Array:
+def _of_inputs(
+    path: str, entry: InputStatistics, layout: LeafLayout, shape: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Mean squares in a shape that broadcasts against the leaf, and which inputs were never seen, (S, D)."""
     if entry.squared_sum is not None:
         squares = entry.squared_sum
     elif entry.gram is not None:
         squares = jnp.diagonal(entry.gram, axis1=-2, axis2=-1)
     else:
         raise ValueError(f"Leaf {path!r} has neither of the statistics 'gram' and 'squared_sum'; gather one of them.")
-    seen = jnp.asarray(entry.count > 0)[..., None]
-    means = jnp.where(seen, squares / jnp.where(seen, entry.count[..., None], 1.0), 0.0)
-    # Of an entry that no row reached nothing is known of its inputs: each counts as the average one.
-    average = means.sum() / jnp.maximum(seen.sum() * means.shape[-1], 1)
-    return _spread(jnp.where(seen, means, average), (*layout.stack_axes, *layout.input_axes), shape)
+    mean = squares / jnp.where(entry.count > 0, entry.count, 1.0)[..., None]
+    unseen = unseen_inputs(entry).reshape(-1, mean.shape[-1])
+    filled = fill_unseen(mean.reshape(unseen.shape), unseen)
+    return _spread(filled, (*layout.stack_axes, *layout.input_axes), shape), unseen
 
 
 def _spread(values: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:

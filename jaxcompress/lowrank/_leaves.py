@@ -14,10 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import LowRankArray
-from jaxcompress.calibration import MatrixLeaf, with_leaves
-from jaxcompress.lowrank._factorize import Directions, directions, truncate
+from jaxcompress.calibration import MatrixLeaf, nothing_seen, unseen_counts, with_leaves
+from jaxcompress.lowrank._factorize import Directions, apply_norm, directions, output_scale, truncate
 from jaxcompress.lowrank._ranks import RankRule, Spectrum, as_rule, spectrum
-from jaxcompress.types import Params
+from jaxcompress.solvers import output_error
+from jaxcompress.types import Params, is_compressed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,6 +32,8 @@ class Target:
         outputs: what the outputs weigh: (S, R) or None.
         damping: share of the mean diagonal that was added; None where nothing was.
         retries: how often the damping had to grow.
+        gram: (S, D, D), XᵀX, with which errors are measured; None: X is the unit matrix.
+        unseen: (S, D), inputs that are 0 in every row; None without `gram`.
     """
 
     leaf: MatrixLeaf
@@ -39,6 +42,18 @@ class Target:
     outputs: jax.Array | None = None
     damping: float | None = None
     retries: int = 0
+    gram: jax.Array | None = None
+    unseen: jax.Array | None = None
+
+    def error(self, leaf: Any) -> float | None:
+        """||X W - X W'|| / ||X W|| of what the leaf became; None where no row was seen."""
+        if self.unseen is not None and nothing_seen(self.unseen):
+            return None
+        plain = leaf.materialize() if is_compressed(leaf) else leaf
+        found = self.leaf.matrix(plain).astype(jnp.float32)
+        if self.gram is not None:
+            return float(output_error(self.gram, self.weights, found))
+        return float(_weighted_error(self.weights, found, self.inputs, self.outputs))
 
     def directions(self) -> Directions:
         """Of the weights in that norm."""
@@ -54,18 +69,24 @@ class LowRankInfo:
         parameters: of the factors, or of the dense leaf.
         share: of the dense leaf's parameters.
         loss: Σ of the dropped σ², in the norm that was minimised.
-        error: sqrt(loss / Σ of all σ²): with activations, ||X W - X W'|| / ||X W||.
+        error: ||X W - X W'|| / ||X W|| over the calibration rows; None where no row was seen. Without statistics of
+            inputs X is the unit matrix; the Fisher information, and how often a row was looked up (plus one), weigh as
+            in the norm that was minimised.
         damping: share of the mean diagonal that was added to XᵀX; None where nothing was.
         retries: how often the damping had to grow.
+        unseen_inputs: number of inputs that are 0 in every row, over all stack entries.
+        unseen_entries: number of stack entries whose inputs are all such.
     """
 
     rank: int | None
     parameters: int
     share: float
     loss: float
-    error: float
+    error: float | None
     damping: float | None = None
     retries: int = 0
+    unseen_inputs: int = 0
+    unseen_entries: int = 0
 
 
 def factored(
@@ -86,7 +107,7 @@ def factored(
     for target, own, losses in zip(targets, found, spectra, strict=True):
         chosen_rank = ranks[target.leaf.path]
         leaves[target.leaf.path] = factor_leaf(target, own, chosen_rank)
-        info[target.leaf.path] = _info(target, losses, chosen_rank)
+        info[target.leaf.path] = _info(target, losses, chosen_rank, leaves[target.leaf.path])
     return with_leaves(params, chosen, leaves), info
 
 
@@ -136,15 +157,24 @@ def _spread(leaf: MatrixLeaf, factor: Float[Array, "S N k"], axes: tuple[int, ..
     return wide.transpose(*np.argsort([*axes, *rest]).tolist(), len(shape))
 
 
-def _info(target: Target, losses: Spectrum, rank: int | None) -> LowRankInfo:
+def _info(target: Target, losses: Spectrum, rank: int | None, leaf: Any) -> LowRankInfo:
     parameters = losses.dense if rank is None else losses.parameters(rank)
-    loss, whole = 0.0 if rank is None else float(losses.losses[rank]), float(losses.losses[0])
     return LowRankInfo(
         rank=rank,
         parameters=parameters,
         share=parameters / losses.dense if losses.dense else 1.0,
-        loss=loss,
-        error=math.sqrt(loss / whole) if whole > 0 else 0.0,
+        loss=0.0 if rank is None else float(losses.losses[rank]),
+        error=target.error(leaf),
         damping=target.damping,
         retries=target.retries,
+        **({} if target.unseen is None else unseen_counts(target.unseen)),
     )
+
+
+@jax.jit
+def _weighted_error(
+    weights: jax.Array, changed: jax.Array, inputs: jax.Array | None, outputs: jax.Array | None
+) -> jax.Array:
+    scale = output_scale(weights, outputs)
+    total, lost = (jnp.linalg.norm(apply_norm(part, inputs, scale)) for part in (weights, weights - changed))
+    return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1.0), 0.0)

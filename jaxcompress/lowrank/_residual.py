@@ -1,7 +1,6 @@
 """Low rank and what it leaves over: sparse, quantized, or whatever a sibling makes of it."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays import LowRankArray
-from jaxcompress.calibration import MatrixLeaf, entries, map_entries, with_leaves
+from jaxcompress.calibration import MatrixLeaf, entries, map_entries, unseen_counts, with_leaves
 from jaxcompress.lowrank._factorize import apply_norm, directions, output_scale, truncate
 from jaxcompress.lowrank._leaves import LowRankInfo, Target, low_rank_leaf, shape_of, spectrum_of
 from jaxcompress.lowrank._ranks import RankRule, as_rule
@@ -170,13 +169,13 @@ def _info(target: Target, loss: float, leaf: Any) -> LowRankInfo:
     stack, depth, width = shape_of(target.leaf)
     rank = leaf.rank if isinstance(leaf, LowRankArray) else None
     parameters = 0 if rank is None else stack * rank * (depth + width)
-    whole = float(_loss(target.weights, target.inputs, target.outputs))
     return LowRankInfo(
         rank=rank,
         parameters=parameters,
         share=parameters / max(stack * depth * width, 1),
         loss=loss,
-        error=math.sqrt(loss / whole) if whole > 0 else 0.0,
+        error=target.error(leaf),
         damping=target.damping,
         retries=target.retries,
+        **({} if target.unseen is None else unseen_counts(target.unseen)),
     )

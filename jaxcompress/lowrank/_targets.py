@@ -10,7 +10,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float32
 
-from jaxcompress.calibration import InputStatistics, LookupCounts, MatrixLeaf, checked_fisher, entries, matrices
+from jaxcompress.calibration import (
+    InputStatistics,
+    LookupCounts,
+    MatrixLeaf,
+    checked_fisher,
+    entries,
+    fill_unseen,
+    matrices,
+    unseen_inputs,
+    warn_unseen,
+)
 from jaxcompress.lowrank._factorize import Whitening, root_of_gram
 from jaxcompress.lowrank._leaves import Target, shape_of
 from jaxcompress.solvers import dense_targets
@@ -49,6 +59,8 @@ def activation_targets(
         _activation_target(leaf, evidence.get(leaf.path), weights.get(leaf.path), damping, whitening)
         for leaf in entries(chosen)
     ]
+    unseen = {target.leaf.path: target.unseen for target in targets if target.unseen is not None}
+    warn_unseen(unseen, "factored as if their inputs were white noise", stacklevel=4)
     return chosen, targets
 
 
@@ -65,7 +77,8 @@ def fisher_targets(
         information = leaf.matrix(given[leaf.path])
         total = information.sum((1, 2))[:, None] if weights == "both" else 1.0
         sums = information.sum(2), information.sum(1) / jnp.where(total > 0, total, 1.0)
-        inputs, outputs = None if weights == "outputs" else sums[0], None if weights == "inputs" else sums[1]
+        rows = fill_unseen(sums[0], sums[0] <= 0)
+        inputs, outputs = None if weights == "outputs" else rows, None if weights == "inputs" else sums[1]
         targets.append(Target(leaf=leaf, weights=_weights(leaf), inputs=inputs, outputs=outputs))
     return chosen, targets
 
@@ -92,14 +105,15 @@ def _activation_target(
     gram = found.gram.reshape(stack, depth, depth)
     if not bool(jnp.isfinite(gram).all()):
         raise ValueError(f"The statistics of leaf {leaf.path!r} hold NaN or Inf.")
-    # Of an entry that no row reached nothing is known of its inputs: all count the same.
-    unseen = (found.count.reshape(stack) <= 0)[:, None, None]
-    gram = jnp.where(unseen, jnp.eye(depth, dtype=gram.dtype), gram)
     weights = _weights(leaf)
     if found.cross is not None:
-        cross = jnp.where(unseen, gram, found.cross.reshape(gram.shape))
-        weights = _dense_targets(weights, gram, cross, damping or 1e-6)
-    root = root_of_gram(gram, damping, whitening=whitening)
+        weights = _dense_targets(weights, gram, found.cross.reshape(gram.shape), damping or 1e-6)
+    # What a root of 0 multiplies may become anything: inputs that were never seen count as the others do.
+    unseen = unseen_inputs(found).reshape(stack, depth)
+    level = fill_unseen(jnp.diagonal(gram, axis1=1, axis2=2), unseen)
+    filled = gram + jnp.where(unseen, level, 0.0)[:, :, None] * jnp.eye(depth)[None]
+    weights = jnp.where(unseen[:, :, None], _weights(leaf), weights)
+    root = root_of_gram(filled, damping, whitening=whitening)
     trace = jnp.trace(gram, axis1=1, axis2=2)[:, None]
     outputs = None if fisher is None else leaf.matrix(fisher).sum(1) / jnp.where(trace > 0, trace, 1.0)
     return Target(
@@ -107,6 +121,8 @@ def _activation_target(
         weights=weights,
         inputs=root.matrix,
         outputs=outputs,
+        gram=gram,
+        unseen=unseen,
         damping=float(root.damping.max(initial=damping)),
         retries=int(root.retries.max(initial=0)),
     )

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxcompress.calibration import Calibrated, calibrated, entries, with_leaves
+from jaxcompress.calibration import (
+    Calibrated,
+    Unseen,
+    calibrated,
+    check_unseen,
+    entries,
+    nothing_seen,
+    unseen_counts,
+    warn_unseen,
+    with_leaves,
+)
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
 from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
@@ -34,6 +44,8 @@ _UNSTRUCTURED = unstructured()
 Share = Literal["block", "leaf"]
 """Where the pruned weights of a leaf lie: as many in each block of inputs, or where they cost least."""
 
+_FALLBACKS = {"keep": "ranked by magnitude", "zero": "set to 0"}
+
 
 def sparsegpt(
     params: Params,
@@ -45,6 +57,7 @@ def sparsegpt(
     block_size: int = 128,
     share: Share = "leaf",
     counting: Count = "exact",
+    unseen: Unseen = "keep",
     quantize_column: QuantizeColumn | None = None,
     start_group: StartGroup | None = None,
     group_size: int | None = None,
@@ -72,6 +85,9 @@ def sparsegpt(
         counting: "exact": n - round(s n) weights are kept, lowest (input, output) first among equal scores.
             "reference": as the public implementation counts, per block: scores up to the one of rank int(s n) go, that
             is int(s n) + 1 weights, and more where scores tie.
+        unseen: what becomes of inputs that are 0 in every row. "keep": their weights are ranked with the others, as if
+            such inputs had the mean energy of those that were seen: by magnitude. "zero": they become 0, beyond the
+            sparsity asked for if need be, as in the public implementation.
         quantize_column: applied to the kept weights of each input on the way; see `solvers.solve_columns`. Keep one
             function for many calls: each new one is compiled.
         start_group: likewise.
@@ -99,15 +115,17 @@ def sparsegpt(
         Frantar and Alistarh 2023, "SparseGPT: massive language models can be accurately pruned in one-shot".
     """
     _check_options(pattern, damping, block_size, share, counting)
+    check_unseen(unseen)
     chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
     if group_size is not None and group_size < block_size:
         block_size = -(-block_size // group_size) * group_size
-    rule = _Rule(pattern, block_size, share, counting, quantize_column, start_group, group_size)
+    rule = _Rule(pattern, block_size, share, counting, unseen, quantize_column, start_group, group_size)
     leaves: dict[str, Any] = {}
     info: dict[str, LeafInfo] = {}
     for entry in entries(chosen):
         leaves[entry.path], info[entry.path] = _prune(entry, shares[entry.path], damping, rule)
+    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, _FALLBACKS[unseen])
     return with_leaves(params, chosen, leaves), info
 
 
@@ -118,6 +136,7 @@ class _Rule(NamedTuple):
     block_size: int
     share: Share
     counting: Count
+    unseen: Unseen
     quantize_column: QuantizeColumn | None
     start_group: StartGroup | None
     group_size: int | None
@@ -165,13 +184,14 @@ def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> t
     )
     solved, before, after = _solve(weights, gram, cross, rows, numbers, rule)
     pruned = entry.leaf(solved.weights).astype(entry.weight.dtype)
+    unknown = nothing_seen(entry.unseen)
     return pruned, LeafInfo(
         sparsity=float((pruned == 0).mean()) if pruned.size else 0.0,
-        error_before=float(before),
-        error=float(after),
+        error_before=None if unknown else float(before),
+        error=None if unknown else float(after),
         damping=float(solved.damping.max(initial=damping)),
         retries=int(solved.retries.max(initial=0)),
-        dead_inputs=int((jnp.diagonal(gram, axis1=1, axis2=2) == 0).sum()),
+        **unseen_counts(entry.unseen),
     )
 
 
@@ -210,8 +230,8 @@ def _solve_matrix(
     numbers: _Numbers,
     rule: _Rule,
 ) -> tuple[_Solved, Float32[Array, "D R"]]:
-    dead_diagonal = 1.0 if rule.counting == "reference" else None
-    targets, hessian, _ = problem(weights, gram, cross, count, numbers.damping, dead_diagonal=dead_diagonal)
+    zero = rule.unseen == "zero"
+    targets, hessian, _ = problem(weights, gram, cross, count, numbers.damping, zero_unseen=zero)
     factor = inverse_factor(hessian, numbers.damping)
     hooks = _hooks(targets, jnp.diagonal(factor.factor), numbers, rule)
     solved = solve_columns(

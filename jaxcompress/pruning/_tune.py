@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxcompress.calibration import Calibrated, calibrated, entries, with_leaves
+from jaxcompress.calibration import (
+    Calibrated,
+    calibrated,
+    entries,
+    nothing_seen,
+    unseen_counts,
+    warn_unseen,
+    with_leaves,
+)
 from jaxcompress.pruning._counts import sparsity_by_path
 from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
@@ -44,7 +52,8 @@ def tune_masked(
     """The kept weights that best make up for the pruned ones, given any masks; exact for each output.
 
     argmin over W' of ||X W - X W'||² + λ mean(diag) ||W - W'||², with W' = 0 where the mask is not set. Where the
-    statistics have `cross`, X W are the outputs of the dense model.
+    statistics have `cross`, X W are the outputs of the dense model. Weights of inputs that are 0 in every row stay as
+    they are, where the mask keeps them.
 
     Args:
         params: the *dense* weights: what was pruned is needed.
@@ -86,6 +95,7 @@ def tune_masked(
         if mask.shape != entry.weight.shape:
             raise ValueError(f"Leaf {entry.path!r} has shape {entry.weight.shape}, its mask {mask.shape}.")
         leaves[entry.path], info[entry.path] = _tuned(entry, entry.matrix(mask), damping)
+    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, "masked without an update")
     return with_leaves(params, chosen, leaves), info
 
 
@@ -103,7 +113,8 @@ def alps(
     """Masks found together with the weights, by alternating directions, then `tune_masked`.
 
     Costs several times what `sparsegpt` does, and leaves about a quarter less output error: masks are not decided
-    input by input, and the last update is exact.
+    input by input, and the last update is exact. Inputs that are 0 in every row count as much as the others do on
+    average, so that their weights are ranked by magnitude.
 
     Args:
         params: as for `sparsegpt`.
@@ -143,6 +154,7 @@ def alps(
         dropped = np.int32(round(shares[entry.path] * entry.weight.size / max(entry.stack, 1)))
         masks = _masks(*_parts(entry), dropped, np.float32(damping), _Search(pattern, iterations))
         leaves[entry.path], info[entry.path] = _tuned(entry, masks, damping)
+    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, "ranked by magnitude")
     return with_leaves(params, chosen, leaves), info
 
 
@@ -189,13 +201,14 @@ def _tuned(entry: Calibrated, masks: Bool[Array, "S D R"], damping: float) -> tu
     most = min(-(-most // 64) * 64, masks.shape[1])
     tuned, found, before, after = _tune(*parts, masks, np.float32(damping), most)
     leaf = entry.leaf(tuned).astype(entry.weight.dtype)
+    unknown = nothing_seen(entry.unseen)
     return leaf, LeafInfo(
         sparsity=float((leaf == 0).mean()) if leaf.size else 0.0,
-        error_before=float(before),
-        error=float(after),
+        error_before=None if unknown else float(before),
+        error=None if unknown else float(after),
         damping=float(found[0].max(initial=damping)),
         retries=int(found[1].max(initial=0)),
-        dead_inputs=int((jnp.diagonal(parts[1], axis1=1, axis2=2) == 0).sum()),
+        **unseen_counts(entry.unseen),
     )
 
 

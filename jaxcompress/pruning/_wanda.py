@@ -1,11 +1,24 @@
 """Wanda: weights by their size times the size of their input."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration import Calibrated, calibrated, entries, map_entries, with_leaves
+from jaxcompress.calibration import (
+    Calibrated,
+    Unseen,
+    calibrated,
+    check_unseen,
+    entries,
+    fill_unseen,
+    map_entries,
+    nothing_seen,
+    unseen_counts,
+    warn_unseen,
+    with_leaves,
+)
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
 from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._masks import Scope, masks_from_scores
@@ -17,14 +30,24 @@ from jaxcompress.types import Params, Selector
 _UNSTRUCTURED = unstructured()
 
 
+_FALLBACKS = {"keep": "ranked by magnitude", "zero": "given a score of 0"}
+
+
 def wanda_scores(
-    params: Params, statistics: Params, *, select: Selector | None = None, layouts: Params | None = None
+    params: Params,
+    statistics: Params,
+    *,
+    unseen: Unseen = "keep",
+    select: Selector | None = None,
+    layouts: Params | None = None,
 ) -> Params:
     """|w_ij| sqrt(mean x_j²), in float32.
 
     Args:
         params: the tree.
         statistics: from `calibration.input_statistics`, with "squared_sum".
+        unseen: what inputs that are 0 in every row count. "keep": as much as the others do on average, so that their
+            weights are ranked by magnitude. "zero": nothing, as in the paper; they go first.
         select: which leaves; by default all that have statistics of contracted inputs.
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
@@ -45,7 +68,9 @@ def wanda_scores(
         Sun et al. 2023, "A simple and effective pruning approach for large language models", equation 1.
     """
     chosen = calibrated(params, statistics, needs="squared_sum", select=select, layouts=layouts)
-    return map_entries(_scores, chosen)
+    check_unseen(unseen)
+    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, _FALLBACKS[unseen])
+    return map_entries(functools.partial(_scores, unseen=unseen), chosen)
 
 
 def wanda(
@@ -56,6 +81,7 @@ def wanda(
     pattern: Pattern = _UNSTRUCTURED,
     scope: Scope = "row",
     counting: Count = "exact",
+    unseen: Unseen = "keep",
     select: Selector | None = None,
     layouts: Params | None = None,
 ) -> tuple[Params, dict[str, LeafInfo]]:
@@ -69,6 +95,7 @@ def wanda(
         scope: what is ranked together; see there.
         counting: "exact", as `masks_from_scores` counts; "reference": int(s n) of the n inputs of a row, and among
             equal scores the lowest index is pruned (n of m: as "exact").
+        unseen: as for `wanda_scores`.
         select: as for `wanda_scores`.
         layouts: likewise.
 
@@ -88,35 +115,41 @@ def wanda(
         ([[1.0, -2.0], [0.0, 0.0]], 0.5)
     """
     check_count(counting)
+    check_unseen(unseen)
     if counting == "reference" and scope != "row":
         raise ValueError(f"`counting='reference'` counts in rows, got `scope` {scope!r}.")
     chosen = calibrated(params, statistics, needs="squared_sum", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
     if scope == "global":
-        masks = _global_masks(chosen, shares, pattern)
+        masks = _global_masks(chosen, shares, pattern, unseen)
     else:
         of_leaf = _reference_mask if counting == "reference" and not isinstance(pattern, NOfM) else _mask
-        masks = {e.path: of_leaf(e, shares[e.path], scope=scope, pattern=pattern) for e in entries(chosen)}
+        masks = {
+            e.path: of_leaf(e, shares[e.path], scope=scope, pattern=pattern, unseen=unseen) for e in entries(chosen)
+        }
     leaves = {e.path: jnp.where(masks[e.path], e.weight, jnp.zeros((), e.weight.dtype)) for e in entries(chosen)}
     info = {e.path: _info(e, leaves[e.path]) for e in entries(chosen)}
+    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, _FALLBACKS[unseen])
     return with_leaves(params, chosen, leaves), info
 
 
-def _scores(entry: Calibrated) -> jax.Array:
+def _scores(entry: Calibrated, unseen: Unseen) -> jax.Array:
     found = entry.statistics
-    mean = found.squared_sum / found.count[..., None]
+    mean = entry.flat(found.squared_sum / jnp.where(found.count > 0, found.count, 1.0)[..., None], ndim=1)
+    if unseen == "keep":
+        mean = fill_unseen(mean, entry.unseen)
     return jnp.abs(entry.weight.astype(jnp.float32)) * jnp.sqrt(entry.of_inputs(mean))
 
 
-def _mask(entry: Calibrated, share: float, *, scope: Scope, pattern: Pattern) -> jax.Array:
-    scores, layouts = {entry.path: _scores(entry)}, {entry.path: entry.layout}
+def _mask(entry: Calibrated, share: float, *, scope: Scope, pattern: Pattern, unseen: Unseen) -> jax.Array:
+    scores, layouts = {entry.path: _scores(entry, unseen)}, {entry.path: entry.layout}
     return masks_from_scores(scores, sparsity=share, scope=scope, pattern=pattern, layouts=layouts)[entry.path]
 
 
-def _reference_mask(entry: Calibrated, share: float, *, scope: Scope, pattern: Pattern) -> jax.Array:
+def _reference_mask(entry: Calibrated, share: float, *, scope: Scope, pattern: Pattern, unseen: Unseen) -> jax.Array:
     del scope
     # From the last input to the first: the rule that keeps the lowest index then keeps the highest.
-    scores = entry.matrix(_scores(entry))[:, ::-1]
+    scores = entry.matrix(_scores(entry, unseen))[:, ::-1]
     rows = scores.shape[1]
     layout = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
     masks = masks_from_scores(
@@ -125,10 +158,10 @@ def _reference_mask(entry: Calibrated, share: float, *, scope: Scope, pattern: P
     return entry.leaf(masks[""][:, ::-1])
 
 
-def _global_masks(chosen: Params, shares: dict[str, float], pattern: Pattern) -> dict[str, jax.Array]:
+def _global_masks(chosen: Params, shares: dict[str, float], pattern: Pattern, unseen: Unseen) -> dict[str, jax.Array]:
     if len(set(shares.values())) > 1:
         raise ValueError("`scope='global'` ranks all leaves together: give one `sparsity` for all of them.")
-    scores = {entry.path: _scores(entry) for entry in entries(chosen)}
+    scores = {entry.path: _scores(entry, unseen) for entry in entries(chosen)}
     layouts = {entry.path: entry.layout for entry in entries(chosen)}
     share = next(iter(shares.values()))
     return masks_from_scores(scores, sparsity=share, scope="global", pattern=pattern, layouts=layouts)
@@ -136,12 +169,12 @@ def _global_masks(chosen: Params, shares: dict[str, float], pattern: Pattern) ->
 
 def _info(entry: Calibrated, pruned: jax.Array) -> LeafInfo:
     statistics, sparsity = entry.statistics, float((pruned == 0).mean()) if pruned.size else 0.0
-    dead = int((statistics.squared_sum == 0).sum())
-    if statistics.gram is None:
-        return LeafInfo(sparsity=sparsity, dead_inputs=dead)
+    counts = unseen_counts(entry.unseen)
+    if statistics.gram is None or nothing_seen(entry.unseen):
+        return LeafInfo(sparsity=sparsity, **counts)
     gram = entry.flat(statistics.gram, ndim=2)
     error = float(_error(gram, entry.matrix(entry.weight), entry.matrix(pruned)))
-    return LeafInfo(sparsity=sparsity, error_before=error, error=error, dead_inputs=dead)
+    return LeafInfo(sparsity=sparsity, error_before=error, error=error, **counts)
 
 
 _error = jax.jit(output_error)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from jaxcompress.calibration import InputStatistics
+from jaxcompress.calibration import InputStatistics, fill_unseen
 from jaxcompress.trace import Fold, FoldedLeaf
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
@@ -43,6 +43,8 @@ def moved(fold: Fold, leaves: Mapping[str, Any], factor: Float[Array, "S D"]) ->
 def fold_statistic(fold: Fold, statistics: Params, name: str, leaves: Mapping[str, Any]) -> Float[Array, "S D"]:
     """A statistic of the features, from any of the consumers (all have the same inputs).
 
+    Features that are 0 in every row get the mean of the others: a factor made of 0 would take their weights away.
+
     Args:
         fold: the fold.
         statistics: from `calibration.input_statistics`.
@@ -52,11 +54,12 @@ def fold_statistic(fold: Fold, statistics: Params, name: str, leaves: Mapping[st
     Raises:
         ValueError: no consumer has the statistic; it is of another width or stack, or holds NaN or Inf. Names the leaf.
     """
-    found = dict(leaves_with_paths(statistics, is_leaf=lambda leaf: isinstance(leaf, InputStatistics)))
+    given = dict(leaves_with_paths(statistics, is_leaf=lambda leaf: isinstance(leaf, InputStatistics)))
     for place in fold.consumers:
-        entry = found.get(place.path)
+        entry = given.get(place.path)
         if isinstance(entry, InputStatistics) and getattr(entry, name) is not None:
-            return _checked(getattr(entry, name), leaves[place.path], place)
+            found = _checked(getattr(entry, name), leaves[place.path], place)
+            return fill_unseen(found, found <= 0)
     raise ValueError(f"Leaf {fold.consumers[0].path!r} has no statistic {name!r}; gather it with `input_statistics`.")
 
 

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from jaxcompress.calibration import Calibrated
+from jaxcompress.calibration import Calibrated, Unseen, check_unseen, nothing_seen, unseen_counts, warn_unseen
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_new_leaves
 from jaxcompress.quantization._range_search import RangeSearch
-from jaxcompress.quantization._rounding_info import RoundingInfo
+from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.quantization._tables import counted_leaves, nearest_table
@@ -34,7 +34,7 @@ def gptq(
     refine: int = 0,
     damping: float = 0.01,
     block_size: int = 128,
-    dead_diagonal: float | None = None,
+    unseen: Unseen = "keep",
     select: Selector | None = None,
     layouts: Params | None = None,
 ) -> tuple[Params, dict[str, RoundingInfo]]:
@@ -59,8 +59,8 @@ def gptq(
             package. No output gets worse on the calibration rows.
         damping: λ, at least 0; grows tenfold until the matrix can be factored.
         block_size: inputs between two updates of all the rest.
-        dead_diagonal: what stands for an input that is 0 in every row; None: the mean of the diagonal; 1 in the public
-            implementations.
+        unseen: what becomes of inputs that are 0 in every row. "keep": their weights are rounded to nearest. "zero":
+            they become 0, as in the public implementations.
         select: which leaves; by default all that have statistics.
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
@@ -87,39 +87,42 @@ def gptq(
     """
     rule = Rule(spec, order, groups, ranges, refine, block_size)
     check_rule(rule, damping)
+    check_unseen(unseen)
     contracted, tables = counted_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
-    found = {entry.path: _quantize(entry, damping, dead_diagonal, rule) for entry in contracted}
+    found = {entry.path: _quantize(entry, damping, unseen, rule) for entry in contracted}
+    warn_unseen({entry.path: entry.unseen for entry in contracted}, FALLBACKS[unseen])
     found |= {table.path: nearest_table(table, spec, ranges) for table in tables}
     leaves = {path: leaf for path, (leaf, _) in found.items()}
     return with_new_leaves(params, leaves), {path: info for path, (_, info) in found.items()}
 
 
-def _quantize(entry: Calibrated, damping: float, dead_diagonal: float | None, rule: Rule) -> tuple[Any, RoundingInfo]:
+def _quantize(entry: Calibrated, damping: float, unseen: Unseen, rule: Rule) -> tuple[Any, RoundingInfo]:
     check_blocks(entry, rule.spec)
     statistics = entry.statistics
     gram = entry.flat(statistics.gram, ndim=2)
     cross = None if statistics.cross is None else entry.flat(statistics.cross, ndim=2)
     weights = entry.matrix(entry.weight).astype(jnp.float32)
     parts = weights, gram, cross, statistics.count.reshape(-1)
-    solved, before, after = _solve(parts, np.float32(damping), dead_diagonal, rule)
+    solved, before, after = _solve(parts, np.float32(damping), unseen == "zero", rule)
     leaf = stored(entry, solved.codes, solved.scale, solved.zero_point, rule.spec)
+    unknown = nothing_seen(entry.unseen)
     return leaf, RoundingInfo.of(
         leaf,
-        error_before=float(before),
-        error=float(after),
+        error_before=None if unknown else float(before),
+        error=None if unknown else float(after),
         damping=float(solved.damping.max(initial=damping)),
         retries=int(solved.retries.max(initial=0)),
-        dead_inputs=int((jnp.diagonal(gram, axis1=1, axis2=2) == 0).sum()),
+        **unseen_counts(entry.unseen),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("dead_diagonal", "rule"))
+@functools.partial(jax.jit, static_argnames=("zero_unseen", "rule"))
 def _solve(
-    parts: Any, damping: Any, dead_diagonal: float | None, rule: Rule
+    parts: Any, damping: Any, zero_unseen: bool, rule: Rule
 ) -> tuple[Solved, Float32[Array, ""], Float32[Array, ""]]:
     def one(parts: Any) -> Any:
         weights, gram, cross, count = parts
-        targets, hessian, _ = problem(weights, gram, cross, count, damping, dead_diagonal=dead_diagonal)
+        targets, hessian, _ = problem(weights, gram, cross, count, damping, zero_unseen=zero_unseen)
         nearest = rounded(weights, *block_scales(weights, rule.spec, MATRIX), rule.spec)
         return gptq_matrix(targets, hessian, damping, rule), targets, nearest
 

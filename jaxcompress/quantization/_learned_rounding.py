@@ -74,7 +74,7 @@ def learned_rounding(
 
     Returns:
         `(params, info)`: as `rounded`, with other codes and scales, and a `RoundingInfo` by path with the relative
-        errors of the leaf's block.
+        output error of the leaf's block: ||Y' - Y|| / ||Y||, Y being what it passes on.
 
     Raises:
         ValueError: no batches, or with NaN; no rounded leaf, one with a table of levels or sparse codes, or that is not
@@ -190,7 +190,7 @@ def _loss(part: Segment, schedule: RoundingSchedule) -> Callable[..., Any]:
     def loss(state: Any, choices: Any, params: Params, data: Any, share: Any) -> Any:
         inputs, targets, rows = data
         soft = {path: soft_leaf(choices[path], state[path], schedule.scale_rate) for path in state}
-        lost, total = _energies(part, with_new_leaves(params, soft), inputs, targets, rows)
+        lost, total = _energies(part, with_new_leaves(params, soft), (inputs, targets, rows), centred=True)
         ready = (share - schedule.warm_up) / max(1 - schedule.warm_up, 1e-6)
         first, last = schedule.sharpness
         power = last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(ready, 0.0, 1.0)))
@@ -211,8 +211,9 @@ def _update(optimizer: Any, gradient: Any, moments: Any) -> Any:
     return optimizer.update(gradient, moments)
 
 
-def _energies(part: Segment, params: Params, inputs: Any, targets: Any, rows: Any) -> tuple[Any, Any]:
-    """Squared errors of what the block passes on, each over the variance of the target, and their number."""
+def _energies(part: Segment, params: Params, data: tuple[Any, Any, Any], *, centred: bool) -> tuple[Any, Any]:
+    """Squared errors of what the block passes on, each over the target's energy (about its mean), and their number."""
+    inputs, targets, rows = data
     lost, count = jnp.float32(0), 0
     for found, wanted, counts in zip(part(params, inputs), targets, part.floats, strict=True):
         if not counts:
@@ -223,7 +224,7 @@ def _energies(part: Segment, params: Params, inputs: Any, targets: Any, rows: An
             weight = rows.reshape(*rows.shape, *(1,) * (wanted.ndim - rows.ndim))
         weight = jnp.broadcast_to(weight, wanted.shape)
         total = jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)
-        mean = jnp.sum(weight * wanted) / total
+        mean = jnp.sum(weight * wanted) / total if centred else 0.0
         variance = jnp.maximum(jnp.sum(weight * jnp.square(wanted - mean)), jnp.finfo(jnp.float32).tiny)
         lost, count = lost + jnp.sum(weight * jnp.square(found.astype(jnp.float32) - wanted)) / variance, count + 1
     return lost, max(count, 1)
@@ -240,7 +241,7 @@ def _error(block: _Block, leaves: Mapping[str, QuantizedArray]) -> float:
 
 @functools.lru_cache(maxsize=64)
 def _measure(part: Segment) -> Callable[..., Any]:
-    return jax.jit(lambda params, inputs, targets, rows: _energies(part, params, inputs, targets, rows))
+    return jax.jit(lambda params, *data: _energies(part, params, data, centred=False))
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64
+from jaxtyping import Array, Bool, Float, Float64
 
 from jaxcompress.arrays import QuantizedArray
 from jaxcompress.calibration import (
@@ -18,6 +18,8 @@ from jaxcompress.calibration import (
     MatrixLeaf,
     Moments,
     Site,
+    Unseen,
+    check_unseen,
     entries,
     flat_weights,
     matrices,
@@ -25,12 +27,14 @@ from jaxcompress.calibration import (
     relative_error,
     side_by_side,
     stops,
+    unseen_counts,
+    warn_unseen,
 )
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress.quantization._leaf_matrix import check_blocks, plain_kernels, stored, with_new_leaves
 from jaxcompress.quantization._range_search import RangeSearch
 from jaxcompress.quantization._round_to_nearest import quantize_array
-from jaxcompress.quantization._rounding_info import RoundingInfo
+from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import layouts as traced_layouts
 from jaxcompress.tree import leaves_with_paths, map_with_path
@@ -56,6 +60,7 @@ def reconstruct(
     targets: Targets = "dense",
     ridge: float = 0.1,
     damping: float = 0.01,
+    unseen: Unseen = "keep",
     bias: bool = True,
     row_mask: Callable[..., Any] | None = None,
     select: Selector | None = None,
@@ -86,6 +91,7 @@ def reconstruct(
             `ranges` and `bias`, exactly so.
         ridge: how much T is held to W; the rows must tell more than noise about it.
         damping: as for `gptq`.
+        unseen: as for `gptq`.
         bias: fit the bias too, where one is added to the output and nothing else reads it; it stays a float.
         row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs (each token), 0 where it does not
             count; by default all count alike.
@@ -95,7 +101,8 @@ def reconstruct(
     Returns:
         `(params, info)`: a `QuantizedArray` for every kernel, new biases, and a `RoundingInfo` by path (`path[entry]`
         for each entry of a stack). Its errors are
-        sqrt(Σ |x W' + b' + r - t|² / Σ |t - r - mean(t - r)|²), before with the weights rounded to nearest.
+        relative output errors, sqrt(Σ |x W' + b' + r - t|² / Σ |t - r - b|²), before with the weights rounded to
+        nearest. With the inputs and the bias of the dense model that is ||X W' - X W|| / ||X W||.
 
     Raises:
         ValueError: options out of range; no batches, or no row that counts; a kernel that `calibration.pausing` cannot
@@ -114,6 +121,7 @@ def reconstruct(
     """
     kept = list(batches)
     _check(kept, targets, ridge)
+    check_unseen(unseen)
     kernels = _kernels(apply, params, kept[0], select)
     rules = {path: Rule(spec(path) if callable(spec) else spec, order, groups, ranges, refine) for path in kernels}
     for path, kernel in kernels.items():
@@ -129,12 +137,13 @@ def reconstruct(
         kernel, before = _entry(kernels, site.kernel), _bias(params, site)
         weights = np.asarray(kernel.matrix(kernel.weight)[0], np.float64)
         sums = moments(pairs, jnp.asarray(weights, jnp.float32), before.astype(jnp.float32), rows)
-        fit = _Fit(weights, np.asarray(before, np.float64), held, damping, bias and site.bias is not None)
+        fit = _Fit(weights, np.asarray(before, np.float64), held, damping, bias and site.bias is not None, unseen)
         found, new = _rounded_kernel(kernel, site, sums, fit, rules[site.kernel.path])
         visited.append(found)
         dense_reply = kernel.matrix(kernel.weight)[0], before
         replies = dense_reply, (new, jnp.asarray(found.values, before.dtype))
     leaves, info = _assembled(kernels, rules, visited)
+    warn_unseen({found.kernel.name: found.unseen[None] for found in visited}, FALLBACKS[unseen])
     return with_new_leaves(params, _fitted_biases(params, visited) | leaves), info
 
 
@@ -189,10 +198,11 @@ class _Fit(NamedTuple):
     ridge: float | None
     damping: float
     free_bias: bool
+    unseen: Unseen
 
 
 class _Rounded(NamedTuple):
-    """What a kernel became: codes and scales, its bias, and the errors. No floats of its weights, which are kept."""
+    """What a kernel became: codes and scales, its bias, what it never saw, and the errors. No floats of its weights."""
 
     kernel: LeafPart
     codes: Any
@@ -200,6 +210,7 @@ class _Rounded(NamedTuple):
     zero_point: Any
     bias: LeafPart | None
     values: Float64[np.ndarray, " R"]
+    unseen: Bool[np.ndarray, " D"]
     figures: dict[str, Any]
 
 
@@ -207,21 +218,21 @@ def _rounded_kernel(
     kernel: MatrixLeaf, site: Site, sums: Moments, fit: _Fit, rule: Rule
 ) -> tuple[_Rounded, Float[Array, "D R"]]:
     """What is stored, and the weights that it stands for, in the dtype of the leaf."""
-    targets, hessian, dead = _problem(sums, fit)
+    targets, hessian, marks = _problem(sums, fit)
     solved = _solve(targets.astype(np.float32), hessian.astype(np.float32), np.float32(fit.damping), rule)
     weights = kernel.matrix(_stored(kernel, [solved], rule.spec).materialize())[0]
     found = np.asarray(weights, np.float64)
     nearest = quantize_array(kernel.weight, rule.spec, kernel.layout).materialize()
     after = (sums.targets - sums.inputs @ found) / sums.count if fit.free_bias else fit.bias
     figures = {
-        "error_before": float(np.sqrt(relative_error(sums, np.asarray(kernel.matrix(nearest)[0]), fit.bias))),
-        "error": float(np.sqrt(relative_error(sums, found, after))),
+        "error_before": relative_error(sums, np.asarray(kernel.matrix(nearest)[0]), fit.bias, fit.bias),
+        "error": relative_error(sums, found, after, fit.bias),
         "damping": float(solved.damping),
         "retries": int(solved.retries),
-        "dead_inputs": int(dead.sum()),
+        **unseen_counts(marks[None]),
     }
     stored_parts = solved.codes, solved.scale, solved.zero_point
-    return _Rounded(site.kernel, *stored_parts, site.bias, after, figures), weights
+    return _Rounded(site.kernel, *stored_parts, site.bias, after, marks, figures), weights
 
 
 def _fitted_biases(params: Params, visited: Sequence[_Rounded]) -> dict[str, jax.Array]:
@@ -254,14 +265,14 @@ def _stored(kernel: MatrixLeaf, parts: Sequence[Solved | _Rounded], spec: QuantS
 
 
 def _problem(sums: Moments, fit: _Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Targets, the matrix that weighs their errors (its mean diagonal is 1), and which inputs are always 0."""
+    """Targets, the matrix that weighs their errors (its mean diagonal is 1), and which inputs are 0 in every row."""
     gram, cross = sums.gram, sums.cross - np.outer(sums.inputs, fit.bias)
-    dead = np.diag(gram) <= 0
+    unseen = np.diag(gram) <= 0
     if fit.free_bias:
         gram = sums.gram - np.outer(sums.inputs, sums.inputs) / sums.count
         cross = sums.cross - np.outer(sums.inputs, sums.targets) / sums.count
     # Inputs that never change leave rounding errors on a centred diagonal, or nothing.
-    level = np.diag(sums.gram)[~dead].mean() if not dead.all() else 1.0
+    level = np.diag(sums.gram)[~unseen].mean() if not unseen.all() else 1.0
     constant = np.diag(gram) <= 1e-6 * np.diag(sums.gram)
     mean = np.diag(gram)[~constant].mean() if not constant.all() else level
     hessian = np.where(constant[:, None] | constant[None], 0.0, gram / mean) + np.diag(np.where(constant, 1.0, 0.0))
@@ -270,7 +281,7 @@ def _problem(sums: Moments, fit: _Fit) -> tuple[np.ndarray, np.ndarray, np.ndarr
         hold = max(fit.ridge, 1e-8)
         right = np.where(constant[:, None], fit.weights, cross / mean) + hold * fit.weights
         targets = np.linalg.solve(hessian + hold * np.eye(len(gram)), right)
-    return np.where(dead[:, None], 0.0, targets), hessian, dead
+    return np.where(unseen[:, None], 0.0 if fit.unseen == "zero" else fit.weights, targets), hessian, unseen
 
 
 @functools.partial(jax.jit, static_argnames="rule")

@@ -6,6 +6,9 @@ from typing import Any
 
 from jaxcompress.types import CompressedArray
 
+FALLBACKS = {"keep": "rounded to nearest", "zero": "set to 0"}
+"""What became of weights whose inputs were never seen, for the warning."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundingInfo:
@@ -13,11 +16,13 @@ class RoundingInfo:
 
     Attributes:
         bits_per_weight: what is stored, scales and zero points included.
-        error_before: of rounding every weight to the nearest, with the same spec; None without statistics.
-        error: of what was stored; likewise.
+        error_before: of rounding every weight to the nearest, with the same spec; None without statistics, and where no
+            row was seen.
+        error: of what was stored; None in the same cases.
         damping: share of the mean diagonal that was added to X'X; None where nothing is inverted.
         retries: how often the damping had to grow; above 0 the matrix was singular beyond the damping asked for.
-        dead_inputs: number of inputs that are 0 in every row.
+        unseen_inputs: number of inputs that are 0 in every row, over all stack entries; see the argument `unseen`.
+        unseen_entries: number of stack entries whose inputs are all such (an expert that no row reached).
     """
 
     bits_per_weight: float
@@ -25,7 +30,8 @@ class RoundingInfo:
     error: float | None = None
     damping: float | None = None
     retries: int = 0
-    dead_inputs: int = 0
+    unseen_inputs: int = 0
+    unseen_entries: int = 0
 
     @classmethod
     def of(cls, leaf: CompressedArray, **figures: Any) -> "RoundingInfo":

@@ -12,12 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress.calibration import Calibrated, calibrated, checked_weight, entries
+from jaxcompress.calibration import (
+    Calibrated,
+    calibrated,
+    checked_weight,
+    entries,
+    fill_unseen,
+    nothing_seen,
+    unseen_counts,
+    warn_unseen,
+)
 from jaxcompress.quantization._folded import as_matrix_inputs, by_stack, features, fold_statistic, moved, sizes
 from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_new_leaves
 from jaxcompress.quantization._range_search import RangeSearch, searched_scales
 from jaxcompress.quantization._rounding import round_to_codes
-from jaxcompress.quantization._rounding_info import RoundingInfo
+from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.solvers import output_error
 from jaxcompress.trace import Fold, FoldedLeaf
@@ -145,6 +154,7 @@ def awq(
     info = {}
     for path, entry in by_path.items():
         leaves[path], info[path] = _rounded_leaf(entry, leaves[path], factors.get(path), spec, ranges)
+    warn_unseen({path: entry.unseen for path, entry in by_path.items()}, FALLBACKS["keep"])
     return with_new_leaves(params, leaves), info
 
 
@@ -192,18 +202,31 @@ def _rounded_leaf(
     inverse = jnp.ones(gram.shape[:2]) if factor is None else 1.0 / factor
     own = gram * inverse[:, :, None] * inverse[:, None]
     weights = entry.matrix(leaf).astype(jnp.float32)
-    codes, scale, zero_point, found = _nearest(weights, own, spec, ranges)
-    before = _nearest(entry.matrix(entry.weight).astype(jnp.float32), gram, spec, None)[-1]
+    importance = fill_unseen(jnp.diagonal(own, axis1=1, axis2=2), entry.unseen)
+    codes, scale, zero_point, found = _nearest(weights, own, importance, spec, ranges)
+    before = _nearest(entry.matrix(entry.weight).astype(jnp.float32), gram, importance, spec, None)[-1]
     small = stored(entry, codes, scale, zero_point, spec)
-    return small, RoundingInfo.of(small, error_before=float(before), error=float(found))
+    unknown = nothing_seen(entry.unseen)
+    return small, RoundingInfo.of(
+        small,
+        error_before=None if unknown else float(before),
+        error=None if unknown else float(found),
+        **unseen_counts(entry.unseen),
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "ranges"))
-def _nearest(weights: Float32[Array, "S D R"], gram: Float[Array, "S D D"], spec: QuantSpec, ranges: Any) -> Any:
+def _nearest(
+    weights: Float32[Array, "S D R"],
+    gram: Float[Array, "S D D"],
+    importance: Float[Array, "S D"],
+    spec: QuantSpec,
+    ranges: Any,
+) -> Any:
     def one(parts: Any) -> Any:
-        w, own = parts
-        scale, zero_point = searched_scales(w, spec, MATRIX, ranges, jnp.diagonal(own)[:, None])
+        w, counts = parts
+        scale, zero_point = searched_scales(w, spec, MATRIX, ranges, counts[:, None])
         return round_to_codes(w, scale, zero_point, spec), scale, zero_point, rounded(w, scale, zero_point, spec)
 
-    codes, scale, zero_point, found = jax.lax.map(one, (weights, gram))
+    codes, scale, zero_point, found = jax.lax.map(one, (weights, importance))
     return codes, scale, zero_point, output_error(gram, weights, found)

@@ -17,14 +17,14 @@ class Problem(NamedTuple):
     """Minimise tr((W - W')ᵀ H (W - W')) over allowed W'.
 
     Attributes:
-        targets: W, (D, R); zeros for dead inputs.
-        hessian: H, (D, D): XᵀX / N times 2, with a diagonal of their own for dead inputs; not damped.
-        dead: (D,), inputs that are 0 in every row.
+        targets: W, (D, R).
+        hessian: H, (D, D): XᵀX / N times 2, with a diagonal of their own for unseen inputs; not damped.
+        unseen: (D,), inputs that are 0 in every row.
     """
 
     targets: Float32[Array, "D R"]
     hessian: Float32[Array, "D D"]
-    dead: Bool[Array, " D"]
+    unseen: Bool[Array, " D"]
 
 
 class Damped(NamedTuple):
@@ -48,27 +48,32 @@ def problem(
     count: Float32[Array, ""],
     damping: ArrayLike,
     *,
-    dead_diagonal: float | None = None,
+    zero_unseen: bool = False,
 ) -> Problem:
     """The problem of one matrix.
+
+    Inputs that are 0 in every row get a diagonal of their own: nothing makes up for them, they make up for nothing,
+    and they matter as much as the others do on average, since calibration does not know.
 
     Args:
         weights: in the dense model.
         gram: XᵀX.
         cross: YᵀX, Y the inputs in the dense model; None: the dense outputs are X W.
-        count: number of rows.
+        count: number of rows; 0 counts as 1.
         damping: for the targets, where there is `cross`.
-        dead_diagonal: for dead inputs; None: the mean over the others.
+        zero_unseen: the rule of the public implementations instead: their weights are 0, and 1 stands on the diagonal.
     """
-    hessian = gram * (2.0 / count)
+    per_row = 2.0 / jnp.where(count > 0, count, 1.0)
+    hessian = gram * per_row
     diagonal = jnp.diagonal(hessian)
-    dead = diagonal == 0
-    mean = jnp.where(dead.all(), 1.0, diagonal.sum() / jnp.maximum((~dead).sum(), 1))
-    # Without a diagonal of its own, a dead input would let nothing be factored.
-    hessian = hessian + jnp.diag(jnp.where(dead, mean if dead_diagonal is None else dead_diagonal, 0.0))
+    unseen = diagonal == 0
+    mean = jnp.where(unseen.all(), 1.0, diagonal.sum() / jnp.maximum((~unseen).sum(), 1))
+    hessian = hessian + jnp.diag(jnp.where(unseen, 1.0 if zero_unseen else mean, 0.0))
+    targets = weights
     if cross is not None:
-        weights = dense_targets(weights, hessian, cross * (2.0 / count), damping)
-    return Problem(jnp.where(dead[:, None], 0.0, weights), hessian, dead)
+        targets = dense_targets(weights, hessian, cross * per_row, damping)
+    # The least squares of what is not seen are 0: that is no evidence.
+    return Problem(jnp.where(unseen[:, None], 0.0 if zero_unseen else weights, targets), hessian, unseen)
 
 
 def damped(hessian: Float32[Array, "D D"], damping: ArrayLike) -> Damped:

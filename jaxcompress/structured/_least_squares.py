@@ -43,7 +43,7 @@ def fit_rows(
     if len(kept):
         normal, hold = gram[np.ix_(kept, kept)], ridge * _scale(moments.gram, kept)
         normal = normal + hold * np.eye(len(kept))
-        solved[kept] = _solve(normal, cross[kept] + hold * np.asarray(start, np.float64)[kept])
+        solved[kept] = _solve(normal, cross[kept] + hold * np.asarray(start, np.float64)[kept], start[kept])
     return solved, _bias(moments, solved, bias, free_bias)
 
 
@@ -85,7 +85,7 @@ def fit_gates(
         normal = member.T @ (gram[np.ix_(kept, kept)] * (own @ own.T)) @ member
         hold = ridge * _scale(moments.gram, kept) * (member.T @ np.square(own).sum(axis=1))
         right = member.T @ (own * cross[kept]).sum(axis=1)
-        gates = np.clip(_solve(normal + np.diag(hold), right + hold), -limit, limit)
+        gates = np.clip(_solve(normal + np.diag(hold), right + hold, np.ones(len(right))), -limit, limit)
         solved[kept] = own * (member @ gates)[:, None]
     return solved, _bias(moments, solved, bias, free_bias)
 
@@ -109,13 +109,14 @@ def _scale(gram: np.ndarray, kept: np.ndarray) -> float:
     return float(np.diag(gram)[kept].mean())
 
 
-def _solve(normal: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Least squares, so that inputs that are 0 or copies of others (and no ridge) are no error."""
+def _solve(normal: np.ndarray, right: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """The least squares nearest to `start`: inputs that are 0 everywhere (and no ridge) leave it where it is."""
     try:
         found = np.linalg.solve(normal, right)
     except np.linalg.LinAlgError:
-        return np.linalg.lstsq(normal, right, rcond=None)[0]
+        found = np.full_like(right, np.nan)
     residual = np.abs(normal @ found - right).max()
     if np.isfinite(residual) and residual <= 1e-8 * max(np.abs(right).max(), 1e-300):
         return found
-    return np.linalg.lstsq(normal, right, rcond=None)[0]
+    start = np.asarray(start, np.float64)
+    return start + np.linalg.lstsq(normal, right - normal @ start, rcond=None)[0]

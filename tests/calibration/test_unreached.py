@@ -31,12 +31,14 @@ def test_counts_and_sums_are_exact(statistics):
 
 def test_nothing_of_its_inputs_is_assumed(statistics):
     layouts = trace.layouts(_apply, PARAMS, X)
-    small, _ = lowrank.activation_svd(PARAMS, statistics, rank=2, layouts=layouts)
+    with pytest.warns(UserWarning, match=r"reached 'experts' \(stack entries \[1\]\): their weights were factored"):
+        small, _ = lowrank.activation_svd(PARAMS, statistics, rank=2, layouts=layouts)
     plain, _ = lowrank.svd(PARAMS, rank=2, layouts=layouts)
     found, expected = small["experts"].materialize(), plain["experts"].materialize()
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
     assert float(jnp.abs(found[0] - expected[0]).max()) > 1e-3
-    importance = np.asarray(clustering.input_importance(PARAMS, statistics, layouts)["experts"])[..., 0]
+    with pytest.warns(UserWarning, match=r"reached 'experts' \(stack entries \[1\]\)"):
+        importance = np.asarray(clustering.input_importance(PARAMS, statistics, layouts)["experts"])[..., 0]
     x = np.asarray(X, np.float64)
     seen = np.stack([(x**2).mean(0), 4 * (x[:3] ** 2).mean(0)])
     np.testing.assert_allclose(importance, [seen[0], np.full(4, seen.mean()), seen[1]], rtol=1e-5)

@@ -210,7 +210,9 @@ def test_dead_inputs_and_no_signal_at_all():
     small, _ = activation_svd({"w": normal(6, 5)}, {"w": statistics_of(x)}, rank=5)
     np.testing.assert_allclose(x @ np.asarray(small["w"].materialize()), x @ np.asarray(normal(6, 5)), atol=1e-4)
     # With no signal at all, what is damped counts all inputs alike.
-    small, _ = activation_svd({"w": normal(6, 5)}, {"w": statistics_of(0 * x)}, rank=2)
+    with pytest.warns(UserWarning, match="No row of the calibration data reached 'w'"):
+        small, info = activation_svd({"w": normal(6, 5)}, {"w": statistics_of(0 * x)}, rank=2)
+    assert (info["w"].error, info["w"].unseen_inputs) == (None, 6)
     np.testing.assert_allclose(small["w"].materialize(), truncated(normal(6, 5), 2)[0], atol=1e-5)
     small, _ = svd({"w": jnp.zeros((6, 5))}, rank=2)
     np.testing.assert_array_equal(small["w"].materialize(), np.zeros((6, 5)))

@@ -138,19 +138,23 @@ def test_bfloat16_leaves_stay_bfloat16(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_dead_inputs_and_singular_matrices(method):
+def test_unseen_inputs_and_singular_matrices(method):
     rows = X[:4].copy()
     rows[:, [2, 7]] = 0
     statistics = {"kernel": _statistics(rows), "bias": tree.Unselected}
     pruned, info = METHODS[method](PARAMS, statistics, sparsity=0.5)
     kernel = np.asarray(pruned["kernel"])
-    assert info["kernel"].dead_inputs == 2
+    assert info["kernel"].unseen_inputs == 2
     assert np.isfinite(kernel).all()
     assert info["kernel"].sparsity == pytest.approx(0.5)
-    np.testing.assert_array_equal(kernel[[2, 7]], 0)
+    if method != "alps":
+        published, _ = METHODS[method](PARAMS, statistics, sparsity=0.5, unseen="zero")
+        np.testing.assert_array_equal(published["kernel"][jnp.array([2, 7])], 0)
     nothing = {"kernel": _statistics(np.zeros_like(X)), "bias": tree.Unselected}
-    pruned, info = METHODS[method](PARAMS, nothing, sparsity=0.5)
-    assert info["kernel"].dead_inputs == DEPTH
+    with pytest.warns(UserWarning, match="No row of the calibration data reached 'kernel': their weights were ranked"):
+        pruned, info = METHODS[method](PARAMS, nothing, sparsity=0.5)
+    assert (info["kernel"].unseen_inputs, info["kernel"].unseen_entries) == (DEPTH, 1)
+    assert info["kernel"].error is None
     assert np.isfinite(np.asarray(pruned["kernel"])).all()
 
 

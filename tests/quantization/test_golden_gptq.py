@@ -30,10 +30,10 @@ def test_equal_to_the_reference(case):
         groups=groups,
         ranges=RangeSearch(steps=80, shrink=0.8, norm=2.4) if mse else None,
         block_size=block,
-        dead_diagonal=1.0,
+        unseen="zero",
     )
     step = np.repeat(np.asarray(found["kernel"].scale), len(expected) // found["kernel"].scale.shape[0], axis=0)
     # The same codes everywhere, not one step apart anywhere; scales may differ in the last place.
     np.testing.assert_allclose(found["kernel"].materialize(), expected, rtol=1e-5, atol=1e-6)
     assert np.abs(np.asarray(found["kernel"].materialize()) - expected).max() < 1e-4 * step.min()
-    assert info["kernel"].dead_inputs == (2 if layer == "wide" else 0)
+    assert info["kernel"].unseen_inputs == (2 if layer == "wide" else 0)

@@ -132,12 +132,12 @@ def test_the_error_that_is_reported_is_that_of_the_rows(params, batches):
     x = np.concatenate([np.float64(batch).reshape(-1, WIDTH) for (batch,) in batches])
     block = jax.tree.map(np.float64, params["0"])
     target = np.tanh(x @ block["up"]) @ block["down"] + block["bias"]
-    variation = np.square(target - target.mean(axis=0)).sum()
+    energy = np.square(target - block["bias"]).sum()
     (_, _, error) = _reference(params, x, ridge=0.0, form="rows")["0"]
-    np.testing.assert_allclose(info["0/down"]["error"], error / variation, rtol=1e-3)
+    np.testing.assert_allclose(info["0/down"]["error"], np.sqrt(error / energy), rtol=1e-3)
     masked = block["down"] * np.repeat(KEEP["b0"], 2)[:, None]
     before = np.square(target - np.tanh(x @ block["up"]) @ masked - block["bias"]).sum()
-    np.testing.assert_allclose(info["0/down"]["error_before"], before / variation, rtol=1e-3)
+    np.testing.assert_allclose(info["0/down"]["error_before"], np.sqrt(before / energy), rtol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["rows", "gates"])
@@ -164,7 +164,7 @@ def test_all_units_kept_is_the_dense_model_and_none_a_constant(params, batches):
     all_of_them = {name: np.ones(len(kept), bool) for name, kept in KEEP.items()}
     found, info = reconstruct(apply, params, _groups(), all_of_them, batches)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), found, params)
-    assert max(of["error"] for of in info.values()) < 1e-6
+    assert max(of["error"] for of in info.values()) < 1e-3
     none = {"b0": np.zeros(3, bool)}
     found, info = reconstruct(apply, params, _groups(), none, batches)
     assert not found["0"]["down"].any()
@@ -172,7 +172,8 @@ def test_all_units_kept_is_the_dense_model_and_none_a_constant(params, batches):
     x = np.concatenate([np.float64(batch).reshape(-1, WIDTH) for (batch,) in batches])
     written = np.tanh(x @ np.float64(params["0"]["up"])) @ np.float64(params["0"]["down"])
     np.testing.assert_allclose(found["0"]["bias"], written.mean(0) + np.float64(params["0"]["bias"]), atol=1e-4)
-    np.testing.assert_allclose(info["0/down"]["error"], 1.0, atol=1e-4)
+    rest = np.linalg.norm(written - written.mean(0)) / np.linalg.norm(written)
+    np.testing.assert_allclose(info["0/down"]["error"], rest, atol=1e-4)
 
 
 def test_gates_are_clipped():
@@ -195,7 +196,9 @@ def test_inputs_that_are_zero_or_equal_are_no_error(form):
     found, info = reconstruct(lambda p, x: x @ p["w"], params, [group], keep, [(x,)], form=form, ridge=0.0)
     assert np.isfinite(found["w"]).all()
     np.testing.assert_allclose(x @ found["w"], x @ params["w"], rtol=0, atol=1e-4)
-    assert info["w"]["error"] < 1e-5
+    assert info["w"]["error"] < 3e-3
+    # Nothing is known of the first input: its weight stays.
+    np.testing.assert_array_equal(found["w"][0], params["w"][0])
 
 
 def test_rows_that_do_not_count_may_be_anything(params, batches):
