@@ -100,4 +100,4 @@ def warn_unseen(unseen: Mapping[str, Any], fallback: str, *, stacklevel: int = 3
 
 
 def _whole(marks: np.ndarray) -> np.ndarray:
-    return marks.all(axis=1) if marks.shape[1] else np.zeros(len(marks), bool)
+    return np.asarray(marks.all(axis=1) & bool(marks.shape[1]))
