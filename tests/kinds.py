@@ -37,7 +37,9 @@ def _quantized(
         wide = [part for s in blocks for part in (s, 1)]
         codes = np.round(split / scale.reshape(wide)) + (0 if zero is None else zero.reshape(wide))
         codes = codes.reshape(shape).astype(np.int8 if zero is None else np.uint8)
-        return _leaf(array, codes, bits, axis, scale, zero_point=None if zero is None else jnp.asarray(zero))
+        if zero is not None:
+            zero = pack(jnp.asarray(zero), bits=bits, axis=layout.output_axes[-1]) if groups else jnp.asarray(zero)
+        return _leaf(array, codes, bits, axis, scale, zero_point=zero)
 
     return make
 

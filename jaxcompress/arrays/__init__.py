@@ -10,6 +10,7 @@ from jaxcompress.arrays._input_quantized import input_rounded as input_rounded
 from jaxcompress.arrays._low_rank import LowRankArray as LowRankArray
 from jaxcompress.arrays._n_of_m import NMSparseArray as NMSparseArray
 from jaxcompress.arrays._packed import PackedArray as PackedArray
+from jaxcompress.arrays._packed import codes_per_block as codes_per_block
 from jaxcompress.arrays._packed import pack as pack
 from jaxcompress.arrays._quantized import QuantizedArray as QuantizedArray
 from jaxcompress.arrays._quantized import dequantize as dequantize

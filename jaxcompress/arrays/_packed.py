@@ -122,8 +122,8 @@ def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedAr
     )
 
 
-def unpacked(part: Any) -> Array:
-    """The codes of a `PackedArray`; any other array as it is."""
+def unpacked(part: Any) -> Any:
+    """The codes of a `PackedArray`; anything else (an array, None) as it is."""
     return part.materialize() if isinstance(part, PackedArray) else part
 
 

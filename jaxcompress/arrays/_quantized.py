@@ -32,7 +32,7 @@ class QuantizedArray:
         data: the codes: int8 / uint8, a `PackedArray`, or a sparse array of either. Signed unless there is a
             `zero_point` or `levels`.
         scale: float32, bfloat16 or float8_e8m0fnu (powers of two), in logical layout.
-        zero_point: unsigned integers or floats, in logical layout, or None.
+        zero_point: unsigned integers (perhaps a `PackedArray` of them) or floats, in logical layout, or None.
         dtype: logical dtype.
         levels: the table of a format such as NF4, or None.
     """
@@ -78,9 +78,13 @@ class QuantizedArray:
         """The codes as int8 or uint8, of the logical shape; 0 where nothing is stored."""
         return self.data.materialize() if is_compressed(self.data) else self.data
 
+    def zero_points(self) -> Num[Array, "..."] | None:
+        """The zero points as a plain array, or None."""
+        return unpacked(self.zero_point)
+
     def materialize(self) -> jax.Array:
         """The plain array, of the logical shape and dtype."""
-        plain = dequantize(self.codes(), self.scale, self.zero_point, levels=self.levels, dtype=self.dtype)
+        plain = dequantize(self.codes(), self.scale, self.zero_points(), levels=self.levels, dtype=self.dtype)
         if isinstance(self.data, SparseArray) and not _zero_is_zero(self):
             plain = jnp.where(self.data.mask(), plain, jnp.zeros((), plain.dtype))
         return plain
@@ -159,8 +163,8 @@ def per_block(parameter: Shaped[Array, "..."], shape: tuple[int, ...], scale_sha
     return parameter.astype(jnp.float32).reshape(split)
 
 
-def take_code_rows(data: Any, rows: Integer[Array, "..."]) -> Integer[Array, "..."]:
-    """`codes[rows]`, unpacking those rows only."""
+def take_code_rows(data: Any, rows: Integer[Array, "..."]) -> Shaped[Array, "..."]:
+    """`codes[rows]`, unpacking those rows only; of a plain array its rows."""
     if isinstance(data, PackedArray) and data.axis != -data.ndim:
         return dataclasses.replace(data, data=data.data[rows]).materialize()
     return unpacked(data)[rows]
@@ -169,9 +173,9 @@ def take_code_rows(data: Any, rows: Integer[Array, "..."]) -> Integer[Array, "..
 def take_parameter_rows(parameter: Any, rows: Integer[Array, "..."], length: int) -> Any:
     """What belongs to `rows`, flattened, of an array of `length` rows: one entry per block of rows, or one for all."""
     if parameter is None or parameter.shape[0] == 1:
-        return parameter
+        return unpacked(parameter)
     rows_per_block = length // parameter.shape[0]
-    return parameter[(rows // rows_per_block).reshape(-1)]
+    return take_code_rows(parameter, (rows // rows_per_block).reshape(-1))
 
 
 def _zero_is_zero(array: QuantizedArray) -> bool:

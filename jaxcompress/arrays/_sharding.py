@@ -21,7 +21,8 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
     Axes of size 1 (scales of a whole axis) are replicated. On every other axis the share of a device must hold whole
     blocks: whole bytes of packed codes, whole groups, whole N:M runs. A bit-mask array can be cut along its rows, into
     as many shards as it was built for, and along its stacked axes. The factors of a `LowRankArray` are cut along the
-    axes that they have, and hold their whole rank. The runs of an `AdditiveCodebookArray` stay whole.
+    axes that they have, and hold their whole rank. The runs of an `AdditiveCodebookArray` stay whole. Packed zero
+    points are replicated along an axis where shares would not be whole bytes.
 
     Args:
         leaf: a plain or compressed array, or its abstract form.
@@ -49,7 +50,7 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
             leaf,
             data=component_shardings(leaf.data, sharding),
             scale=component_shardings(leaf.scale, sharding),
-            zero_point=None if leaf.zero_point is None else component_shardings(leaf.zero_point, sharding),
+            zero_point=None if leaf.zero_point is None else _cut_zero_points(leaf.zero_point, sharding),
         )
     if isinstance(leaf, CodebookArray):
         data, table = component_shardings(leaf.data, sharding), component_shardings(leaf.table, sharding)
@@ -83,6 +84,17 @@ def _cut_factor(factor: Any, sharding: NamedSharding) -> Any:
     *sizes, _ = factor.shape
     kept = [None if size == 1 else entry for size, entry in zip(sizes, _entries(sharding, len(sizes)), strict=True)]
     return component_shardings(factor, NamedSharding(sharding.mesh, PartitionSpec(*kept, None)))
+
+
+def _cut_zero_points(part: Any, sharding: NamedSharding) -> Any:
+    """Packed ones are small: on an axis where shares would not be whole bytes, every device holds them all."""
+    if not isinstance(part, PackedArray):
+        return _replicate_ones(part, sharding)
+    (*entries,) = _entries(sharding, part.ndim)
+    if part.width % (_ways(sharding, entries[part.axis]) * codes_per_block(part.bits)):
+        entries[part.axis] = None
+    cut = _replicate_ones(part, NamedSharding(sharding.mesh, PartitionSpec(*entries)))
+    return dataclasses.replace(part, data=cut)
 
 
 def _cut_runs(leaf: AdditiveCodebookArray, sharding: NamedSharding) -> AdditiveCodebookArray:

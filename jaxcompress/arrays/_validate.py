@@ -107,6 +107,8 @@ def _validate_quantized(leaf: QuantizedArray) -> None:
         sizes = zip(leaf.zero_point.shape, leaf.scale.shape, strict=True)
         shapes = f"zero points {leaf.zero_point.shape}, scales {leaf.scale.shape}"
         _require(all(z in (1, s) for z, s in sizes), f"Zero points have the size of the scales or 1: {shapes}.")
+        _require(leaf.zero_point.dtype != jnp.int8, "Packed zero points are unsigned.")
+        validate_array(leaf.zero_point)
     _require(jnp.issubdtype(leaf.dtype, jnp.floating), f"The logical dtype is a float, got {leaf.dtype}.")
     floats = [
         part for part in jax.tree.leaves((leaf.scale, leaf.zero_point)) if jnp.issubdtype(part.dtype, jnp.floating)

@@ -1,5 +1,6 @@
 """Matmuls with a compressed side: block by block for few tokens, whole for many."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -75,6 +76,9 @@ def _dot_by_blocks(
 ) -> jax.Array:
     contracted, _ = parameters["dimension_numbers"]
     size = leaf.shape[axis] // _BLOCKS
+    if isinstance(leaf, QuantizedArray):
+        # Packed zero points would be unpacked anew, as a whole, for every block.
+        leaf = dataclasses.replace(leaf, zero_point=leaf.zero_points())
 
     def block(start: jax.Array) -> jax.Array:
         return _dot(slice_axis(leaf, axis, start, size).materialize(), other, side, parameters)

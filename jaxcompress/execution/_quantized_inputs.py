@@ -92,8 +92,10 @@ def _centred(array: QuantizedArray) -> tuple[jax.Array, jax.Array | None]:
     codes = array.codes()
     if codes.dtype == jnp.int8:
         return codes, None
+    zero_point = array.zero_points()
+    assert zero_point is not None  # unsigned codes have one
     # 128 less: u8 x s8 kernels saturate on some processors.
-    return (codes ^ jnp.uint8(128)).view(jnp.int8), array.zero_point.astype(jnp.int32) - 128
+    return (codes ^ jnp.uint8(128)).view(jnp.int8), zero_point.astype(jnp.int32) - 128
 
 
 def _in_output(part: jax.Array, side: int, numbers: Any, ndims: tuple[int, int]) -> jax.Array:

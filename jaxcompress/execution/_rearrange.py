@@ -138,7 +138,8 @@ def with_factors(leaf: LowRankArray, move: Callable[[Any], Any], move_residual: 
 def can_unstack(leaf: Any) -> bool:
     """Whether slicing every part along its first axis slices the leaf along its first axis."""
     if isinstance(leaf, _Coded):
-        return can_unstack(leaf.data) and all(part.shape[0] == leaf.shape[0] for part in parameters(leaf))
+        parts = parameters(leaf)
+        return can_unstack(leaf.data) and all(part.shape[0] == leaf.shape[0] and can_unstack(part) for part in parts)
     if isinstance(leaf, AdditiveCodebookArray):
         return can_unstack_additive(leaf)
     if isinstance(leaf, PackedArray | NMSparseArray):
@@ -185,7 +186,7 @@ def _with_parts(leaf: Any, data: Any, move: Callable[[Any], Any]) -> Any:
         # The table has one axis more than the leaf, which stays the last.
         return dataclasses.replace(leaf, data=data, table=jax.vmap(move, in_axes=-1, out_axes=-1)(leaf.table))
     scale = move(leaf.scale)
-    zero_point = None if leaf.zero_point is None else move(leaf.zero_point)
+    zero_point = None if leaf.zero_point is None else move(leaf.zero_points())
     return dataclasses.replace(leaf, data=data, scale=scale, zero_point=zero_point)
 
 

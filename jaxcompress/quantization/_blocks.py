@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from jaxcompress.arrays import codes_per_block
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout
 
@@ -69,8 +70,7 @@ def packing_axis(shape: Sequence[int], bits: int, layout: LeafLayout) -> int:
         raise ValueError("A scalar has no axis along which to store codes; exclude it.")
     free = [axis for axis in range(len(shape)) if axis not in layout.stack_axes]
     axis = layout.input_axes[-1] if layout.input_axes else free[-1]
-    per_block = 8 // bits if 8 % bits == 0 else 8
-    if shape[axis] < 8 and shape[axis] % per_block:
+    if shape[axis] < 8 and shape[axis] % codes_per_block(bits):
         axis = max(free, key=lambda i: shape[i])
     return axis - len(shape)
 

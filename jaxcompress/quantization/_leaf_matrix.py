@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Integer, Num, Shaped
 from jaxcompress.arrays import QuantizedArray, dequantize
 from jaxcompress.calibration import LeafPart, MatrixLeaf, stops
 from jaxcompress.quantization._blocks import packing_axis, scale_shape
-from jaxcompress.quantization._round_to_nearest import store_codes
+from jaxcompress.quantization._round_to_nearest import store_codes, store_zero_points
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout, layouts
@@ -67,10 +67,11 @@ def stored(
     blocks = scale_shape(shape, spec, entry.layout)
     own = entry.leaf(codes)
     data = store_codes(own, bits=spec.bits, axis=packing_axis(shape, spec.bits, entry.layout))
+    zeros = None if zero_point is None else _blocks_of_leaf(entry.layout, zero_point, blocks)
     return QuantizedArray(
         data=data,
         scale=_blocks_of_leaf(entry.layout, scale, blocks),
-        zero_point=None if zero_point is None else _blocks_of_leaf(entry.layout, zero_point, blocks),
+        zero_point=store_zero_points(zeros, spec.bits, entry.layout),
         dtype=jnp.dtype(entry.weight.dtype),
         levels=spec.levels,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -9,7 +10,15 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Integer, Num, Shaped
 
-from jaxcompress.arrays import BitmaskSparseArray, QuantizedArray, SparseArray, pack, sparsify, sparsify_like
+from jaxcompress.arrays import (
+    BitmaskSparseArray,
+    QuantizedArray,
+    SparseArray,
+    codes_per_block,
+    pack,
+    sparsify,
+    sparsify_like,
+)
 from jaxcompress.quantization._blocks import axes_of, packing_axis
 from jaxcompress.quantization._rounding import round_to_codes as round_to_codes
 from jaxcompress.quantization._scales import block_scales
@@ -90,6 +99,31 @@ def store_codes(codes: Integer[Array, "..."], *, bits: int, axis: int, keep: Spa
     return dataclasses.replace(stored, values=pack(stored.values, bits=bits, axis=along))
 
 
+def store_zero_points(zero_point: Num[Array, "..."] | None, bits: int, layout: LeafLayout) -> Any:
+    """What a `QuantizedArray` keeps as `zero_point`: integers in as many bits as a code, where that is less.
+
+    Args:
+        zero_point: as `block_scales` gives it, or floats, which stay as they are.
+        bits: per code.
+        layout: gives the axes; stacked ones are not packed, so that scans slice the bytes.
+
+    Returns:
+        None, an array, or a `PackedArray` along the axis that needs the fewest bytes, the longest of equal ones.
+    """
+    if zero_point is None or zero_point.dtype != jnp.uint8 or bits == 8:
+        return zero_point
+    shape, block = zero_point.shape, codes_per_block(bits)
+    free = [axis for axis in range(len(shape)) if axis not in layout.stack_axes]
+
+    def stored(axis: int) -> int:
+        return math.prod(shape) // max(shape[axis], 1) * (-(-shape[axis] // block) * block * bits // 8)
+
+    axis = min(free, key=lambda axis: (stored(axis), -shape[axis]), default=None)
+    if axis is None or stored(axis) >= math.prod(shape):
+        return zero_point
+    return pack(zero_point, bits=bits, axis=axis)
+
+
 # Compiled as one: op by op, the first leaf of each shape costs some thirty compilations.
 @functools.partial(jax.jit, static_argnames=("spec", "layout"), inline=True)
 def _scales_and_codes(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> tuple[Array, Array | None, Array]:
@@ -105,7 +139,11 @@ def _stored(
         keep = _without_zeros(jnp.not_equal(dense, 0), keep, layout)
     data = store_codes(codes, bits=spec.bits, axis=packing_axis(codes.shape, spec.bits, layout), keep=keep)
     return QuantizedArray(
-        data=data, scale=scale, zero_point=zero_point, dtype=jnp.dtype(dense.dtype), levels=spec.levels
+        data=data,
+        scale=scale,
+        zero_point=store_zero_points(zero_point, spec.bits, layout),
+        dtype=jnp.dtype(dense.dtype),
+        levels=spec.levels,
     )
 
 

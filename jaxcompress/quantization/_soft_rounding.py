@@ -51,8 +51,9 @@ def soft_leaf(choice: Choice, state: Mapping[str, Any], scale_rate: float) -> Fl
     leaf, scale = choice.leaf, _scale(choice, state["u"], scale_rate)
     codes = choice.codes + choice.step * decision(state["v"])
     values = split_blocks(codes, scale.shape)
-    if leaf.zero_point is not None:
-        values = values - per_block(leaf.zero_point, leaf.shape, scale.shape)
+    zero_point = leaf.zero_points()
+    if zero_point is not None:
+        values = values - per_block(zero_point, leaf.shape, scale.shape)
     return (values * per_block(scale, leaf.shape, scale.shape)).reshape(leaf.shape).astype(leaf.dtype)
 
 

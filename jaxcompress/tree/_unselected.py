@@ -33,7 +33,7 @@ jax.export.register_pytree_node_serialization(
     serialized_name="jaxcompress.Unselected",
     serialize_auxdata=lambda _: b"[]",
     deserialize_auxdata=lambda _: (),
-    from_children=lambda *_: _Unselected(),
+    from_children=lambda aux_data, children: _Unselected(),
 )
 
 Unselected: Final = _Unselected()

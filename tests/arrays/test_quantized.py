@@ -38,7 +38,7 @@ def test_materialize_is_the_formula(kind):
     assert (leaf.shape, leaf.ndim, leaf.dtype, values.dtype) == (shape, 2, jnp.float32, jnp.float32)
     if isinstance(leaf, QuantizedArray):
         codes, scale = np.asarray(codes, np.float64), spread(leaf.scale, shape)
-        zero = 0 if leaf.zero_point is None else spread(leaf.zero_point, shape)
+        zero = 0 if leaf.zero_point is None else spread(leaf.zero_points(), shape)
         table = None if leaf.levels is None else np.asarray(leaf.levels, np.float32)
         wanted = (codes - zero if table is None else table[codes.astype(int)].astype(np.float64)) * scale
         np.testing.assert_array_equal(values, np.where(mask, wanted, 0).astype(np.float32))
