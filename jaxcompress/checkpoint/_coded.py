@@ -10,11 +10,10 @@ import numpy as np
 
 from jaxcompress.arrays import PackedArray, pack
 from jaxcompress.checkpoint._errors import CheckpointError
+from jaxcompress.checkpoint._files import write_synced
 from jaxcompress.checkpoint._manifest import LeafRecord, StoredValue
+from jaxcompress.checkpoint._processes import place
 from jaxcompress.clustering import Reader, Writer, decode_codes, encode_codes
-
-CODED_NAME = "arrays.bin"
-"""The file, inside the checkpoint."""
 
 _RAW, _PLANES, _CODES = 0, 1, 2
 
@@ -35,13 +34,12 @@ def write_coded(path: str, records: Iterable[LeafRecord], arrays: Mapping[str, A
     Args:
         path: of the file.
         records: describe the arrays.
-        arrays: JAX or NumPy arrays by name, at least those that have elements.
+        arrays: JAX or NumPy arrays by name, at least those that have elements; all of them in this process.
     """
     writer = Writer()
     for _, value, packing in _stored_arrays(records):
         writer.block(_encode(np.asarray(arrays[value.array or ""]), packing))
-    with open(path, "wb") as file:
-        file.write(writer.done())
+    write_synced(path, writer.done())
 
 
 def read_coded(path: str, records: Iterable[LeafRecord], targets: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def read_coded(path: str, records: Iterable[LeafRecord], targets: Mapping[str, A
                 f"Array {name!r} of leaf {record.name!r} in {path!r} cannot be decoded: {err}."
             ) from err
         target = targets[name]
-        found[name] = array if isinstance(target, np.ndarray) else jax.device_put(array, target.sharding)
+        found[name] = array if isinstance(target, np.ndarray) else place(array, target.sharding)
     if rest := len(reader.rest()):
         raise CheckpointError(f"{path!r} has {rest} bytes behind the arrays of the manifest.")
     return found

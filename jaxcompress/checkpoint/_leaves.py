@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxcompress.arrays import PackedArray, validate_array
 from jaxcompress.checkpoint._compressed import COMPRESSED
 from jaxcompress.checkpoint._manifest import StoredValue
-from jaxcompress.checkpoint._manifest_json import dtype_name
+from jaxcompress.checkpoint._manifest_json import MAX_AXES, dtype_name
 from jaxcompress.tree import Unselected, is_unselected
 from jaxcompress.types import is_compressed
 
@@ -38,7 +38,7 @@ def encode_leaf(value: Any, name: str) -> tuple[StoredValue, dict[str, Any]]:
         return _encode_jax(value, name)
     if type(value) in (np.ndarray, np.memmap) or isinstance(value, np.generic):
         kind = "numpy.generic" if isinstance(value, np.generic) else "numpy.ndarray"
-        dtype = dtype_name(value.dtype)
+        dtype = _checked_dtype(value)
         # One memory order and one byte order, so that equal arrays are stored as equal bytes.
         plain = np.require(np.asarray(value), np.dtype(dtype), ["C"])
         return StoredValue(kind=kind, shape=value.shape, dtype=dtype, array=name), {name: plain}
@@ -82,15 +82,20 @@ def _encode_jax(value: jax.Array, name: str) -> tuple[StoredValue, dict[str, Any
     if value.is_deleted():
         raise ValueError("its array was deleted: it was donated to a jitted function")
     if not jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        return StoredValue(kind="jax.Array", shape=value.shape, dtype=dtype_name(value.dtype), array=name), {
-            name: value
-        }
+        dtype = _checked_dtype(value)
+        return StoredValue(kind="jax.Array", shape=value.shape, dtype=dtype, array=name), {name: value}
     impl = str(jax.random.key_impl(value))
     data, arrays = _encode_jax(jax.random.key_data(value), f"{name}.data")
     _abstract_key(arrays[f"{name}.data"], impl)
     return StoredValue(
         kind="prng_key", shape=value.shape, dtype=value.dtype.name, static={"impl": impl}, parts={"data": data}
     ), arrays
+
+
+def _checked_dtype(value: Any) -> str:
+    if value.ndim > MAX_AXES:
+        raise TypeError(f"an array of {value.ndim} axes cannot be stored, {MAX_AXES} are the most; reshape it")
+    return dtype_name(value.dtype)
 
 
 def _encode_compressed(value: Any, name: str) -> tuple[StoredValue, dict[str, Any]]:

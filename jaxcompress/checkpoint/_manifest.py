@@ -9,8 +9,11 @@ import jax.numpy as jnp
 
 from jaxcompress.tree import path_string
 
-FORMAT_VERSION = 2
-"""Raised whenever an older reader would misread a new checkpoint. 2: arrays may be entropy-coded."""
+FORMAT_VERSION = 3
+"""Raised whenever an older reader would misread a new checkpoint.
+
+2: arrays may be entropy-coded. 3: the manifest names its arrays, and has a checksum.
+"""
 
 Storage = Literal["orbax", "entropy"]
 """What holds the arrays."""
@@ -100,11 +103,13 @@ class FileRecord:
 
     Attributes:
         size: in bytes.
-        crc32: of its content, in hexadecimal: Orbax does not notice a changed byte.
+        sha256: the first 128 bits of it, in hexadecimal: Orbax does not notice a changed byte.
+        crc32: what formats 1 and 2 have in its place.
     """
 
     size: int
-    crc32: str
+    sha256: str | None = None
+    crc32: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,9 @@ class Manifest:
         leaves: the leaves, in the order of `structure`.
         files: the files that hold the arrays, by path below the checkpoint.
         storage: what holds the arrays.
+        arrays: name of the directory or file that holds them, inside the checkpoint.
+        checksum: of all of the above, as it stands in the file: the first 128 bits of a SHA-256; None in formats 1 and
+            2, where a changed scale or shape may pass unnoticed.
     """
 
     format_version: int
@@ -130,3 +138,5 @@ class Manifest:
     leaves: tuple[LeafRecord, ...]
     files: Mapping[str, FileRecord]
     storage: Storage = "orbax"
+    arrays: str = "arrays"
+    checksum: str | None = None

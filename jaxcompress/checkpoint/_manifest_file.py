@@ -3,9 +3,9 @@
 import json
 import os
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxcompress.checkpoint._directory import write_synced
+from jaxcompress.checkpoint._files import NotAFileError, digest, read_regular, write_synced
 from jaxcompress.checkpoint._manifest import Manifest
 from jaxcompress.checkpoint._manifest_json import manifest_to_json
 
@@ -31,9 +31,21 @@ _DICTIONARY = (
 )
 
 
+_LIMIT = 1 << 30
+"""No manifest has more bytes, packed or not."""
+
+
+class RawManifest(NamedTuple):
+    """The file of a manifest, as read at one moment."""
+
+    name: str
+    data: bytes
+
+
 def write_manifest(directory: str, manifest: Manifest) -> None:
-    """Writes a manifest: as JSON beside Orbax, in short beside coded arrays."""
+    """Writes a manifest, with its checksum: as JSON beside Orbax, in short beside coded arrays."""
     content = manifest_to_json(manifest)
+    content |= {"checksum": checksum(content)}
     if manifest.storage == "orbax":
         text = json.dumps(content, indent=1, allow_nan=False)
         write_synced(os.path.join(directory, MANIFEST_NAME), text.encode())
@@ -44,35 +56,77 @@ def write_manifest(directory: str, manifest: Manifest) -> None:
     write_synced(os.path.join(directory, SHORT_NAME), zlib.crc32(packed).to_bytes(4, "little") + packed)
 
 
+def checksum(content: Any) -> str:
+    """Of the JSON values of a manifest without the checksum itself, in whatever order and layout they were written.
+
+    Raises:
+        ValueError: a number that JSON does not have.
+    """
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return digest(json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+
+
 def has_manifest(directory: str) -> bool:
     """Whether a directory has a manifest of either kind."""
     return any(os.path.isfile(os.path.join(directory, name)) for name in (MANIFEST_NAME, SHORT_NAME))
 
 
-def read_content(directory: str) -> Any:
-    """The JSON values of a manifest.
+def read_raw(directory: str) -> RawManifest:
+    """The manifest that counts: `manifest.json`, or `manifest.z` where there is none.
 
     Raises:
         FileNotFoundError: there is none.
+        NotAFileError: what has its name is not a file.
+        OSError: it cannot be read.
+    """
+    # The first one again: it may have taken the place of the second in between.
+    for name in (MANIFEST_NAME, SHORT_NAME):
+        try:
+            return RawManifest(name, read_regular(os.path.join(directory, name), _LIMIT))
+        except FileNotFoundError:
+            if os.path.islink(os.path.join(directory, name)):
+                raise NotAFileError(f"{name!r} is a link to nothing") from None
+    return RawManifest(MANIFEST_NAME, read_regular(os.path.join(directory, MANIFEST_NAME), _LIMIT))
+
+
+def decode_raw(raw: RawManifest) -> Any:
+    """The JSON values of a manifest.
+
+    Raises:
         ValueError: it is not valid; says why.
     """
-    short = os.path.join(directory, SHORT_NAME)
-    if os.path.isfile(short) and not os.path.lexists(os.path.join(directory, MANIFEST_NAME)):
-        return _read_short(short)
-    with open(os.path.join(directory, MANIFEST_NAME), encoding="utf-8") as file:
-        try:
-            return json.load(file)
-        except ValueError as err:
-            raise ValueError(f"{MANIFEST_NAME} is not valid JSON ({err})") from err
+    if raw.name == SHORT_NAME:
+        return _decode_short(raw.data)
+    try:
+        return json.loads(raw.data.decode())
+    except ValueError as err:
+        raise ValueError(f"{MANIFEST_NAME} is not valid JSON ({err})") from err
 
 
-def _read_short(path: str) -> Any:
-    with open(path, "rb") as file:
-        data = file.read()
+def arrays_name(directory: str, name: str | None = None) -> str | None:
+    """The name of the arrays that the manifest of a checkpoint names; None if that cannot be told.
+
+    Args:
+        directory: the checkpoint.
+        name: of the manifest; None: the one that counts.
+    """
+    try:
+        path = os.path.join(directory, name or "")
+        raw = RawManifest(name, read_regular(path, _LIMIT)) if name else read_raw(directory)
+        content = decode_raw(raw)
+        return str(content.get("arrays", "arrays" if raw.name == MANIFEST_NAME else "arrays.bin"))
+    except (OSError, ValueError, RecursionError, AttributeError):
+        return None
+
+
+def _decode_short(data: bytes) -> Any:
     if zlib.crc32(data[4:]).to_bytes(4, "little") != data[:4]:
         raise ValueError(f"{SHORT_NAME} does not have the CRC-32 that it begins with")
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS, zdict=_DICTIONARY)
     try:
-        return json.loads(unpacker.decompress(data[4:]))
+        text = unpacker.decompress(data[4:], _LIMIT)
+        if unpacker.unconsumed_tail or not unpacker.eof:
+            raise ValueError("it does not end where it should")
+        return json.loads(text)
     except (zlib.error, ValueError) as err:
         raise ValueError(f"{SHORT_NAME} cannot be decoded ({err})") from err

@@ -1,6 +1,8 @@
 """The manifest as JSON and back. Reading trusts nothing: every field is checked for its type."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
@@ -17,6 +19,9 @@ STORED_DTYPES = frozenset(
 )
 """What Orbax stores exactly. Types below 8 bits are left out: packed codes are smaller and always load."""
 
+MAX_AXES = 32
+"""Orbax stores no array that has more."""
+
 _SUB_BYTE = ("int1", "uint1", "int2", "uint2", "int4", "uint4")
 
 
@@ -32,7 +37,8 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
             {"path": [list(encode_key(key)) for key in leaf.path], "value": _value_to_json(leaf.value)}
             for leaf in manifest.leaves
         ],
-        "files": {name: dataclasses.asdict(file) for name, file in manifest.files.items()},
+        "files": {name: _file_to_json(file) for name, file in manifest.files.items()},
+        "arrays": manifest.arrays,
     }
     return content if manifest.storage == "orbax" else content | {"storage": manifest.storage}
 
@@ -43,15 +49,19 @@ def manifest_from_json(content: Mapping[str, Any]) -> Manifest:
     Raises:
         ValueError: a field is missing or of another type, or the fields contradict one another; says which.
     """
+    version, storage = _get(content, "format_version", int), _storage(_get(content, "storage", str, default="orbax"))
+    checked = {} if version < 3 and "checksum" not in content else {"checksum": _get(content, "checksum", str)}
     manifest = Manifest(
-        format_version=_get(content, "format_version", int),
+        format_version=version,
         versions={name: _get(content["versions"], name, str) for name in _get(content, "versions", dict)},
         config=_get(content, "config", dict),
         metadata=_get(content, "metadata", dict),
         structure=_node_from_json(_get(content, "structure", dict)),
         leaves=tuple(_leaf_from_json(at, leaf) for at, leaf in enumerate(_get(content, "leaves", list))),
         files={name: _file_from_json(content["files"], name) for name in _get(content, "files", dict)},
-        storage=_storage(_get(content, "storage", str, default="orbax")),
+        storage=storage,
+        arrays=_arrays(content, storage) if version >= 3 else "arrays" if storage == "orbax" else "arrays.bin",
+        **checked,
     )
     _check_consistent(manifest)
     return manifest
@@ -64,9 +74,22 @@ def _check_consistent(manifest: Manifest) -> None:
             f"`structure` has {len(places)} leaves and `leaves` has {len(manifest.leaves)}; "
             "they must be the same, in the same order"
         )
-    names = [array.array for leaf in manifest.leaves for array in leaf.value.arrays()]
-    if len(set(names)) != len(names):
+    arrays = [array for leaf in manifest.leaves for array in leaf.value.arrays()]
+    if len({array.array for array in arrays}) != len(arrays):
         raise ValueError("two arrays have the same name")
+    if not manifest.files and any(0 not in (array.shape or ()) for array in arrays):
+        raise ValueError("`files` is empty, but there are arrays")
+    for name in manifest.files:
+        # Nothing outside may be taken for a part of the checkpoint.
+        if name.split("/")[0] != manifest.arrays or {"", ".", ".."} & set(name.split("/")):
+            raise ValueError(f"`files` has {name!r}, which is not in {manifest.arrays!r}")
+
+
+def _arrays(content: Mapping[str, Any], storage: Storage) -> str:
+    name = _get(content, "arrays", str)
+    if not re.fullmatch(r"arrays-[0-9a-f]{12}" + (r"\.bin" if storage == "entropy" else ""), name):
+        raise ValueError(f"`arrays` is a name with 12 hexadecimal digits, found {name!r}")
+    return name
 
 
 def _storage(name: str) -> Storage:
@@ -77,7 +100,12 @@ def _storage(name: str) -> Storage:
 
 def _file_from_json(content: Mapping[str, Any], name: str) -> FileRecord:
     file = _get(content, name, dict)
-    return FileRecord(size=_get(file, "size", int), crc32=_get(file, "crc32", str))
+    kind = "crc32" if "crc32" in file else "sha256"
+    return FileRecord(size=_get(file, "size", int), **{kind: _get(file, kind, str)})
+
+
+def _file_to_json(file: FileRecord) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(file).items() if value is not None}
 
 
 def _node_to_json(node: StructureNode) -> dict[str, Any]:
@@ -157,6 +185,8 @@ def _shape(content: Mapping[str, Any]) -> tuple[int, ...]:
     shape = _get(content, "shape", list)
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ValueError(f"`shape` is a list of sizes, found {shape!r}")
+    if len(shape) > MAX_AXES or math.prod(size or 1 for size in shape) >= 2**56:
+        raise ValueError(f"`shape` has at most {MAX_AXES} axes and 2**56 elements, found {shape!r:.80}")
     return tuple(shape)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,15 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxcompress.checkpoint._coded import CODED_NAME, read_coded
-from jaxcompress.checkpoint._directory import checksums, file_sizes
+from jaxcompress.checkpoint._coded import read_coded
 from jaxcompress.checkpoint._errors import CheckpointError
+from jaxcompress.checkpoint._files import NotAFileError, checksums, digests, regular_size
 from jaxcompress.checkpoint._leaves import decode_leaf
 from jaxcompress.checkpoint._manifest import LeafRecord, Manifest, StoredValue
-from jaxcompress.checkpoint._read import read_manifest
+from jaxcompress.checkpoint._manifest_file import MANIFEST_NAME, SHORT_NAME
+from jaxcompress.checkpoint._processes import is_first, place, together
+from jaxcompress.checkpoint._read import read_whole
 from jaxcompress.checkpoint._shardings import ShardingChoice, array_shardings
-from jaxcompress.checkpoint._store import ARRAYS_NAME, read_arrays
+from jaxcompress.checkpoint._store import read_arrays
 from jaxcompress.checkpoint._structure import check_rebuildable, order_like, rebuild_structure
+from jaxcompress.checkpoint._versions import remove_leftovers
+
+# What leaves raise whose fields do not fit together: a manifest without a checksum may say anything.
+_CONTRADICTIONS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,7 @@ class RestoreInfo:
         versions: of `jaxcompress`, `jax` and, where it holds the arrays, `orbax` that wrote it.
         format_version: of the layout of the checkpoint.
         disk_bytes: size of all its files.
+        verified: whether a checksum covers everything. In formats 1 and 2 only the files of the arrays have one.
     """
 
     config: Mapping[str, Any]
@@ -39,6 +47,7 @@ class RestoreInfo:
     versions: Mapping[str, str]
     format_version: int
     disk_bytes: int
+    verified: bool
 
 
 def restore(
@@ -51,8 +60,12 @@ def restore(
     (named tuples, dataclasses, Equinox modules) can only be built by their class, and a class is never imported because
     a file names it: give `like`.
 
-    NumPy arrays come back as NumPy arrays, unless `sharding` puts them on devices. All arrays are strongly typed. Sizes
-    and checksums of the files, and every shape and dtype, are compared with the manifest.
+    NumPy arrays come back as NumPy arrays, unless `sharding` puts them on devices. All arrays are strongly typed.
+    Checksums cover the manifest and every file, and every shape and dtype is compared with the manifest.
+
+    While another process saves to the same path, what comes back is one whole version, the old one or the new one.
+    Leftovers of saves that were killed are removed. With several JAX processes, all of them call it, on a file system
+    that they share; arrays without a `sharding` are then restored in every process, on its own default device.
 
     Args:
         path: the checkpoint's directory.
@@ -70,6 +83,7 @@ def restore(
     Raises:
         FileNotFoundError: there is nothing at `path`.
         CheckpointError: it is damaged, foreign, needs `like`, or contradicts `like`; names what was found.
+        OSError: the file system does not let it be read (`PermissionError`, an input/output error).
         ValueError: `sharding` does not fit a leaf; names it.
 
     Example:
@@ -80,31 +94,51 @@ def restore(
         ...     save(directory + "/model", Layer(jnp.ones(2)))
         ...     params, info = restore(directory + "/model", like=Layer(jnp.zeros(2)))
         >>> params, info.format_version
-        (Layer(kernel=Array([1., 1.], dtype=float32)), 1)
+        (Layer(kernel=Array([1., 1.], dtype=float32)), 3)
     """
     path = os.path.realpath(path)
-    manifest = read_manifest(path)
-    _check_files(path, manifest)
-    with _checkpoint_errors(path):
-        target = _target(manifest, like)
-        abstract = [_decode(record, _abstract_arrays(record.value)) for record in manifest.leaves]
-    arrays = _read(path, manifest, array_shardings(manifest.leaves, abstract, sharding))
-    with _checkpoint_errors(path):
-        params = target([_decode(record, arrays) for record in manifest.leaves])
+    params, manifest = read_whole(path, lambda manifest: (_read_tree(path, manifest, sharding, like), manifest))
+    if is_first():
+        remove_leftovers(path)
+    if manifest.checksum is None:
+        warnings.warn(
+            f"The checkpoint {path!r} has format version {manifest.format_version}, without a checksum: "
+            "a changed scale or shape of it would go unnoticed. Save it again.",
+            stacklevel=2,
+        )
     return params, RestoreInfo(
         config=manifest.config,
         metadata=manifest.metadata,
         versions=manifest.versions,
         format_version=manifest.format_version,
-        disk_bytes=sum(file_sizes(path).values()),
+        disk_bytes=_disk_bytes(path, manifest),
+        verified=manifest.checksum is not None,
     )
+
+
+def _read_tree(path: str, manifest: Manifest, sharding: Any, like: Any) -> Any:
+    # Step by step, because Orbax waits for all processes: an error in one must be known to all before.
+    together(lambda: _check_files(path, manifest))
+    target, targets = together(lambda: _plan(path, manifest, sharding, like))
+    arrays = together(lambda: _read(path, manifest, targets))
+    together(lambda: _check_sizes(path, manifest))
+    with _checkpoint_errors(path):
+        return target([_decode(record, arrays) for record in manifest.leaves])
+
+
+def _plan(path: str, manifest: Manifest, sharding: Any, like: Any) -> tuple[Callable[[Sequence[Any]], Any], Any]:
+    """What puts the leaves in place, and what to read; fails before any array is read."""
+    with _checkpoint_errors(path):
+        target = _target(manifest, like)
+        abstract = [_decode(record, _abstract_arrays(record.value)) for record in manifest.leaves]
+    return target, _targets(path, manifest, array_shardings(manifest.leaves, abstract, sharding))
 
 
 @contextlib.contextmanager
 def _checkpoint_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except ValueError as err:
+    except _CONTRADICTIONS as err:
         raise CheckpointError(f"Cannot restore the checkpoint {path!r}: {err}.") from err
 
 
@@ -119,14 +153,34 @@ def _target(manifest: Manifest, like: Any) -> Callable[[Sequence[Any]], Any]:
 
 def _check_files(path: str, manifest: Manifest) -> None:
     # Orbax reads over a changed byte in silence, and what it says about a cut file depends on the file.
-    sizes = file_sizes(path)
+    _check_sizes(path, manifest)
+    # Every process reads its share, whoever reads the arrays later.
+    names = list(manifest.files)[jax.process_index() :: jax.process_count()]
+    summed = [name for name in names if manifest.files[name].sha256 is None]
+    try:
+        found = digests(path, set(names) - set(summed)) | checksums(path, summed)
+    except (FileNotFoundError, NotAFileError) as err:
+        raise _damaged(path, str(err)) from err
+    for name in names:
+        file = manifest.files[name]
+        kind, expected = ("SHA-256", file.sha256) if file.sha256 is not None else ("CRC-32", file.crc32)
+        if found[name] != expected:
+            raise _damaged(path, f"{name!r} has the {kind} {found[name]}, {expected} was written")
+
+
+def _check_sizes(path: str, manifest: Manifest) -> None:
     for name, file in manifest.files.items():
-        if sizes.get(name) != file.size:
-            found = f"has {sizes[name]} bytes" if name in sizes else "is missing"
+        size = regular_size(os.path.join(path, name))
+        if size != file.size:
+            found = "is missing" if size is None else f"has {size} bytes"
             raise _damaged(path, f"{name!r} {found}, {file.size} bytes were written")
-    for name, found in checksums(path, manifest.files).items():
-        if found != manifest.files[name].crc32:
-            raise _damaged(path, f"{name!r} has the CRC-32 {found}, {manifest.files[name].crc32} was written")
+
+
+def _disk_bytes(path: str, manifest: Manifest) -> int:
+    names = (os.path.join(path, name) for name in (MANIFEST_NAME, SHORT_NAME))
+    return sum(file.size for file in manifest.files.values()) + (
+        next(filter(None, map(regular_size, names)), None) or 0
+    )
 
 
 def _damaged(path: str, what: str) -> CheckpointError:
@@ -136,7 +190,7 @@ def _damaged(path: str, what: str) -> CheckpointError:
 def _decode(record: LeafRecord, arrays: Mapping[str, Any]) -> Any:
     try:
         return decode_leaf(record.value, arrays)
-    except ValueError as err:
+    except _CONTRADICTIONS as err:
         raise ValueError(f"leaf {record.name!r}: {err}") from err
 
 
@@ -146,9 +200,9 @@ def _abstract_arrays(value: StoredValue) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def _read(path: str, manifest: Manifest, shardings: Mapping[str, Sharding | None]) -> dict[str, Any]:
+def _targets(path: str, manifest: Manifest, shardings: Mapping[str, Sharding | None]) -> dict[str, Any]:
     default = jnp.zeros(()).sharding
-    stored, empty = {}, {}
+    targets: dict[str, Any] = {}
     for record in manifest.leaves:
         for array in record.value.arrays():
             name, sharding = array.array or "", shardings[array.array or ""]
@@ -157,17 +211,20 @@ def _read(path: str, manifest: Manifest, shardings: Mapping[str, Sharding | None
             if sharding is not None or not array.kind.startswith("numpy"):
                 _check_precision(path, record, array)
                 target = jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=sharding or default)
-            (empty if 0 in target.shape else stored)[name] = target
-    if manifest.storage == "orbax":
-        arrays = read_arrays(os.path.join(path, ARRAYS_NAME), stored)
-    else:
-        arrays = read_coded(os.path.join(path, CODED_NAME), manifest.leaves, stored)
-    return arrays | {name: _empty(target) for name, target in empty.items()}
+            targets[name] = target
+    return targets
+
+
+def _read(path: str, manifest: Manifest, targets: Mapping[str, Any]) -> dict[str, Any]:
+    stored = {name: target for name, target in targets.items() if 0 not in target.shape}
+    found = os.path.join(path, manifest.arrays)
+    arrays = read_arrays(found, stored) if manifest.storage == "orbax" else read_coded(found, manifest.leaves, stored)
+    return arrays | {name: _empty(target) for name, target in targets.items() if name not in stored}
 
 
 def _empty(target: Any) -> Any:
     array = np.zeros(target.shape, target.dtype)
-    return array if isinstance(target, np.ndarray) else jax.device_put(array, target.sharding)
+    return array if isinstance(target, np.ndarray) else place(array, target.sharding)
 
 
 def _check_precision(path: str, record: LeafRecord, array: StoredValue) -> None:

@@ -1,22 +1,28 @@
 """Writing a checkpoint."""
 
+import contextlib
 import dataclasses
+import hashlib
 import importlib.metadata
+import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 import jax
 import numpy as np
 
-from jaxcompress.checkpoint._coded import CODED_NAME, write_coded
-from jaxcompress.checkpoint._directory import checksums, file_sizes, new_directory
+from jaxcompress.checkpoint._coded import write_coded
+from jaxcompress.checkpoint._files import digests, file_names, regular_size
 from jaxcompress.checkpoint._leaves import encode_leaf
 from jaxcompress.checkpoint._manifest import FORMAT_VERSION, FileRecord, LeafRecord, Manifest, Storage
 from jaxcompress.checkpoint._manifest_file import MANIFEST_NAME, has_manifest, write_manifest
-from jaxcompress.checkpoint._store import ARRAYS_NAME, orbax_version, write_arrays
+from jaxcompress.checkpoint._manifest_json import manifest_to_json
+from jaxcompress.checkpoint._processes import by_first, differing, to_host, together
+from jaxcompress.checkpoint._store import orbax_version, write_arrays
 from jaxcompress.checkpoint._structure import describe_structure
+from jaxcompress.checkpoint._versions import Workspace, close_workspace, open_workspace, publish
 from jaxcompress.tree import path_string
 
 
@@ -33,28 +39,35 @@ def save(
 
     Any tree can be saved: parameters with compressed leaves, `TransformState`, optimizer state, random keys. Leaves are
     JAX and NumPy arrays, typed keys, Python numbers and compressed arrays. Everything is checked before anything is
-    written. The directory appears whole or not at all, and `overwrite` never leaves a moment without a whole
-    checkpoint; a save that is killed half-way can leave a hidden sibling `.NAME.writing-*` or `.NAME.replaced-*`.
+    written. A version is published by one atomic step: at every moment, and after a kill at any moment, there is the
+    old one at `path` or the new one, whole, and what a killed save left beside it goes with the next save or restore.
+    Several processes may save to one path and read from it at the same time; the last to publish wins.
 
-    Layout: `manifest.json` (paths, classes, static fields, shapes, dtypes, config) and `arrays/`, an Orbax checkpoint.
-    With entropy coding: `manifest.z`, the same in short, and `arrays.bin`, in which every array has the fewest bytes
-    that one of several coders gives (see `clustering.encode_codes`). Codes of few values and much zero become small,
-    dense floats hardly; ten million codes take seconds, sparse ones longer.
+    Layout: `manifest.json` (paths, classes, static fields, shapes, dtypes, config, checksums) and `arrays-ID/`, an
+    Orbax checkpoint; every save has another ID. With entropy coding: `manifest.z`, the same in short, and
+    `arrays-ID.bin`, in which every array has the fewest bytes that one of several coders gives (see
+    `clustering.encode_codes`). Codes of few values and much zero become small, dense floats hardly; ten million codes
+    take seconds, sparse ones longer.
+
+    With several JAX processes, all of them call it with the same tree, on a file system that they share. Arrays on the
+    devices of one process, NumPy arrays and numbers must be equal in all; `config` and `metadata` are those of the
+    first process.
 
     Args:
-        path: the directory to create, absolute or relative, on a local file system.
+        path: the directory to create, absolute or relative, on a file system (no URL).
         params: the tree.
         config: of the model; JSON values with str keys. Tuples come back as lists, NumPy numbers as Python numbers.
-        metadata: anything else to keep, likewise.
-        overwrite: whether a checkpoint at `path` may be replaced. Any other directory is never replaced.
+        metadata: anything else to keep, JSON values like those of `config`.
+        overwrite: whether a checkpoint at `path` may be replaced, with everything that is in its directory. Any other
+            directory is never replaced.
         storage: "orbax", or "entropy": as few bytes as possible. Both come back bit for bit.
 
     Raises:
         FileExistsError: `path` exists, and `overwrite` is False or it is no checkpoint.
         TypeError: a leaf, key, config or metadata entry of a type that cannot be stored; names it.
-        ValueError: a donated array, a number that JSON does not have, a path that is a URL, an unknown `storage`.
-        OSError: the directory cannot be written.
-        NotImplementedError: more than one JAX process.
+        ValueError: a donated array, a number that JSON does not have, a path that is a URL, an unknown `storage`, or
+            leaves that differ between JAX processes.
+        OSError: the directory cannot be written, or the disk is full.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -65,29 +78,90 @@ def save(
         >>> params, info.config
         ({'layers': ({'bias': Array([0, 1], dtype=int32)},)}, {'width': 2})
     """
-    if jax.process_count() > 1:
-        raise NotImplementedError(f"`save` works in one JAX process, this is one of {jax.process_count()}.")
     if storage not in get_args(Storage):
         raise ValueError(f"`storage` must be one of {get_args(Storage)}, got {storage!r}.")
-    target = _check_target(path, overwrite)
+    target = by_first(lambda: _check_target(path, overwrite).encode()).decode()
+    manifest, arrays = together(lambda: _describe(params, config or {}, metadata or {}, storage))
+    arrays = _check_same(manifest, arrays)
+    with _new_version(target, overwrite) as workspace:
+        name = f"arrays-{workspace.identity}" + (".bin" if storage == "entropy" else "")
+        _write(os.path.join(workspace.new, name), manifest, arrays)
+        manifest = dataclasses.replace(manifest, arrays=name)
+        by_first(lambda: _write_manifest(workspace.new, manifest))
+
+
+@contextlib.contextmanager
+def _new_version(target: str, overwrite: bool) -> Iterator[Workspace]:
+    """A workspace that all processes know; it is published when the block ends well, and removed in any case."""
+    opened: list[tuple[Workspace, int]] = []
+
+    def open_() -> bytes:
+        opened.append(open_workspace(target))
+        return opened[0][0].identity.encode()
+
+    workspace = Workspace(target=target, identity=by_first(open_).decode())
+    try:
+        yield workspace
+        by_first(lambda: publish(workspace, overwrite=overwrite) or b"")
+    finally:
+        for found in opened:
+            close_workspace(*found)
+
+
+def _describe(
+    params: Any, config: Mapping[str, Any], metadata: Mapping[str, Any], storage: Storage
+) -> tuple[Manifest, dict[str, Any]]:
     structure, leaves = describe_structure(params)
     records, arrays = _encode_leaves(leaves)
     manifest = Manifest(
-        format_version=1 if storage == "orbax" else FORMAT_VERSION,
+        format_version=FORMAT_VERSION,
         versions=_versions(storage),
-        config=_to_json(config or {}, "config"),
-        metadata=_to_json(metadata or {}, "metadata"),
+        config=_to_json(config, "config"),
+        metadata=_to_json(metadata, "metadata"),
         structure=structure,
         leaves=records,
         files={},
         storage=storage,
     )
-    with new_directory(target, overwrite=overwrite) as writing:
-        if storage == "orbax":
-            write_arrays(os.path.join(writing, ARRAYS_NAME), arrays)
-        else:
-            write_coded(os.path.join(writing, CODED_NAME), records, arrays)
-        write_manifest(writing, dataclasses.replace(manifest, files=_describe_files(writing)))
+    return manifest, arrays
+
+
+def _check_same(manifest: Manifest, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays, those on devices of one process as NumPy arrays: Orbax writes these in the first process only."""
+    if jax.process_count() == 1:
+        return dict(arrays)
+    content = manifest_to_json(dataclasses.replace(manifest, config={}, metadata={}))
+    if differing([hashlib.sha256(json.dumps(content).encode()).digest()]):
+        raise ValueError(
+            "`params` has other leaves, shapes or numbers in other JAX processes; it must be the same tree."
+        )
+    shared = {
+        name: array for name, array in arrays.items() if isinstance(array, jax.Array) and not array.is_fully_addressable
+    }
+    local = {name: np.asarray(array) for name, array in arrays.items() if name not in shared}
+    for at in differing([hashlib.sha256(array.tobytes()).digest() for array in local.values()]):
+        raise ValueError(
+            f"Leaf {_leaf_of(manifest, list(local)[at])!r} is an array of each JAX process, and they differ; make one "
+            "array of them (`jax.make_array_from_process_local_data`), or the same array in all."
+        )
+    return shared | local
+
+
+def _leaf_of(manifest: Manifest, name: str) -> str:
+    return next(leaf.name for leaf in manifest.leaves if name in [array.array for array in leaf.value.arrays()])
+
+
+def _write(path: str, manifest: Manifest, arrays: Mapping[str, Any]) -> None:
+    if manifest.storage == "orbax":
+        together(lambda: write_arrays(path, arrays))
+        return
+    gathered = {name: to_host(array) for name, array in arrays.items()}
+    by_first(lambda: write_coded(path, manifest.leaves, gathered) or b"")
+
+
+def _write_manifest(directory: str, manifest: Manifest) -> bytes:
+    write_manifest(directory, dataclasses.replace(manifest, files=_describe_files(directory)))
+    return b""
 
 
 def _check_target(path: str | os.PathLike[str], overwrite: bool) -> str:
@@ -122,8 +196,10 @@ def _encode_leaves(leaves: list[tuple[tuple[Any, ...], Any]]) -> tuple[tuple[Lea
 
 
 def _describe_files(directory: str) -> dict[str, FileRecord]:
-    sizes = file_sizes(directory)
-    return {name: FileRecord(size=sizes[name], crc32=crc32) for name, crc32 in checksums(directory, sizes).items()}
+    return {
+        name: FileRecord(size=regular_size(os.path.join(directory, name)) or 0, sha256=sha256)
+        for name, sha256 in digests(directory, file_names(directory)).items()
+    }
 
 
 def _to_json(value: Any, where: str) -> Any:

@@ -3,16 +3,16 @@
 Imported inside the functions, because it takes half a second.
 """
 
+import contextlib
+import logging
 import os
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from jaxcompress.checkpoint._errors import CheckpointError
-
-ARRAYS_NAME = "arrays"
-"""The Orbax checkpoint, inside ours."""
 
 
 def orbax_version() -> str:
@@ -28,14 +28,22 @@ def write_arrays(directory: str, arrays: Mapping[str, Any]) -> None:
     Args:
         directory: absolute; must not exist.
         arrays: JAX or NumPy arrays, none without elements. If there is none, nothing is written: Orbax refuses it.
+
+    Raises:
+        OSError: they cannot be written; says why in one line.
     """
     if not arrays:
         return
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory, dict(arrays))
-        checkpointer.wait_until_finished()
+    try:
+        with _without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(directory, dict(arrays))
+            checkpointer.wait_until_finished()
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as err:
+        raise _as_os_error(directory, err) from None
 
 
 def read_arrays(directory: str, targets: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +66,7 @@ def read_arrays(directory: str, targets: Mapping[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
             _check_stored(directory, checkpointer.metadata(directory).item_metadata, targets)
             found = checkpointer.restore(directory, dict(targets))
     except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
@@ -70,6 +78,30 @@ def read_arrays(directory: str, targets: Mapping[str, Any]) -> dict[str, Any]:
     for name, target in targets.items():
         _check_array(directory, name, found[name], target)
     return found
+
+
+@contextlib.contextmanager
+def _without_tracebacks() -> Iterator[None]:
+    """Orbax logs a traceback for every thread that fails, and then raises the same error."""
+    logger, silence = logging.getLogger("absl"), _of_orbax
+    logger.addFilter(silence)
+    try:
+        yield
+    finally:
+        logger.removeFilter(silence)
+
+
+def _of_orbax(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname)
+
+
+def _as_os_error(directory: str, err: Exception) -> OSError:
+    if isinstance(err, OSError):
+        return err
+    # TensorStore says the number of the error, but raises ValueError.
+    if found := re.search(r"os_error_code='(\d+)'", str(err)):
+        return OSError(int(found[1]), f"Orbax cannot write the arrays: {os.strerror(int(found[1]))}", directory)
+    return OSError(f"Orbax cannot write the arrays to {directory!r}: {type(err).__name__}: {err}")
 
 
 def _check_stored(directory: str, stored: Any, targets: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxcompress.checkpoint import CheckpointError, read_manifest, restore, save
+from jaxcompress.checkpoint._manifest_file import checksum
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +28,11 @@ def copy(original, tmp_path):
 
 
 def _edit(path, change):
+    """A deliberate edit, checksum included: what contradicts itself must be seen without it."""
     content = json.loads((path / "manifest.json").read_text())
     change(content)
+    if isinstance(content.get("checksum"), str):
+        content["checksum"] = checksum(content)
     (path / "manifest.json").write_text(json.dumps(content))
 
 
@@ -55,8 +60,8 @@ def test_every_missing_or_cut_file_is_named(original, tmp_path):
 
 
 def test_a_missing_folder_of_arrays(copy):
-    shutil.rmtree(copy / "arrays")
-    _fails(copy, r"damaged: 'arrays/.*' is missing, \d+ bytes were written")
+    shutil.rmtree(copy / read_manifest(copy).arrays)
+    _fails(copy, r"damaged: 'arrays-.*/.*' is missing, \d+ bytes were written")
 
 
 def test_every_cut_of_the_manifest(copy):
@@ -85,9 +90,9 @@ def test_every_missing_field_of_the_manifest(original, tmp_path):
 
 
 def test_a_newer_format(copy):
-    _edit(copy, lambda content: content.update(format_version=3, versions={"jaxcompress": "9.1"}, new={}))
-    _fails(copy, r"format version 3, written by jaxcompress 9\.1; this version reads up to 2\. Upgrade")
-    with pytest.raises(CheckpointError, match="format version 3"):
+    _edit(copy, lambda content: content.update(format_version=4, versions={"jaxcompress": "9.1"}, new={}))
+    _fails(copy, r"format version 4, written by jaxcompress 9\.1; this version reads up to 3\. Upgrade")
+    with pytest.raises(CheckpointError, match="format version 4"):
         read_manifest(copy)
 
 
@@ -159,7 +164,7 @@ def test_a_container_of_the_future(copy):
 def test_any_changed_byte_of_the_arrays_is_an_error_or_harmless(original, tmp_path):
     """A byte that rots without a change of size: an error, or (unused bytes) the right numbers; never other numbers."""
     expected = jax.tree.leaves(restore(original)[0])
-    (data,) = sorted((original / "arrays" / "d").iterdir())
+    (data,) = sorted((original / read_manifest(original).arrays / "d").iterdir())
     size = data.stat().st_size
     for at in range(0, size, max(size // 25, 1)):
         path = shutil.copytree(original, tmp_path / f"{at}")
@@ -178,3 +183,75 @@ def test_any_changed_byte_of_the_arrays_is_an_error_or_harmless(original, tmp_pa
 
 def _is_key(leaf):
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _places(content, path=()):
+    """Every value of a JSON document that is no container, and every container, by its path."""
+    if path:
+        yield path
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, item in items:
+        yield from _places(item, (*path, key))
+
+
+def _changed(value):
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return value + "x" if isinstance(value, str) else type(value)()
+
+
+def test_every_change_of_the_manifest_is_seen(original, tmp_path, compressed):
+    """A flipped level, an edited scale's shape, another config, an emptied list of files: whatever it is."""
+    path = tmp_path / "c"
+    tree = {"kernel": compressed["levels"], "bias": jnp.arange(8.0), "number": 0.5, 3: (jax.random.key(0), None)}
+    save(path, tree, config={"deep": {"rate": 0.1, "names": ["a"], "none": None}}, metadata={"epoch": 3})
+    text = (path / "manifest.json").read_text()
+    places = list(_places(json.loads(text)))
+    assert len(places) > 150
+    for place in places:
+        for remove in (False, True):
+            content = json.loads(text)
+            parent = content
+            for key in place[:-1]:
+                parent = parent[key]
+            if remove:
+                del parent[place[-1]]
+            elif (new := _changed(parent[place[-1]])) != parent[place[-1]]:
+                parent[place[-1]] = new
+            else:
+                continue
+            (path / "manifest.json").write_text(json.dumps(content))
+            with pytest.raises(CheckpointError, match=r"manifest|format version"):
+                read_manifest(path)
+    # The order of names and the layout of the text are no part of what it says.
+    (path / "manifest.json").write_text(json.dumps(json.loads(text), sort_keys=True))
+    assert read_manifest(path).config == {"deep": {"rate": 0.1, "names": ["a"], "none": None}}
+
+
+def test_old_manifests_cannot_lose_their_files(tmp_path):
+    """Formats 1 and 2 have no checksum, but what is written there must be whole."""
+    path = Path(shutil.copytree(Path(__file__).parent / "golden" / "format_1", tmp_path / "c"))
+    text = (path / "manifest.json").read_text()
+    for change, message in (
+        (lambda content: content.update(files={}), "`files` is empty, but there are arrays"),
+        (lambda content: content["files"].update({"../x": {"size": 1, "crc32": "0"}}), r"'\.\./x', which is not in"),
+        (lambda content: content["files"].update({"arrays/../../x": {"size": 1, "crc32": "0"}}), "which is not in"),
+    ):
+        content = json.loads(text)
+        change(content)
+        (path / "manifest.json").write_text(json.dumps(content))
+        _fails(path, message)
+
+
+def test_arrays_of_another_save_of_the_same_tree(original, tmp_path):
+    """The same shapes and names, other numbers: the manifest knows its own."""
+    tree = {"a": jnp.zeros(3)}
+    save(tmp_path / "c", tree)
+    save(tmp_path / "d", jax.tree.map(lambda x: x + 1, tree))
+    shutil.rmtree(tmp_path / "c" / read_manifest(tmp_path / "c").arrays)
+    shutil.copytree(
+        tmp_path / "d" / read_manifest(tmp_path / "d").arrays, tmp_path / "c" / read_manifest(tmp_path / "c").arrays
+    )
+    _fails(tmp_path / "c", "SHA-256|missing")

@@ -47,7 +47,7 @@ def test_everything_comes_back(tmp_path, compressed, assert_same):
         },
     }
     save(tmp_path / "c", tree, storage="entropy")
-    assert sorted(os.listdir(tmp_path / "c")) == ["arrays.bin", "manifest.z"]
+    assert sorted(os.listdir(tmp_path / "c")) == [read_manifest(tmp_path / "c").arrays, "manifest.z"]
     assert_same(restore(tmp_path / "c")[0], tree)
 
 
@@ -59,23 +59,24 @@ def test_bytes_are_few_and_info_says_so(path, model):
     assert disk_bytes(path) < 1.03 * (entropy + tables) + 250
     params, info = restore(path)
     assert info.disk_bytes == disk_bytes(path)
-    assert (info.format_version, info.config, set(info.versions)) == (2, {"width": 90}, {"jaxcompress", "jax"})
+    assert (info.format_version, info.config, set(info.versions)) == (3, {"width": 90}, {"jaxcompress", "jax"})
     assert read_manifest(path).storage == "entropy"
     del params
 
 
 def test_every_cut_and_every_changed_byte_is_an_error(path):
-    for name in ("arrays.bin", "manifest.z"):
+    arrays = read_manifest(path).arrays
+    for name in (arrays, "manifest.z"):
         whole = (path / name).read_bytes()
         for at in range(0, len(whole), 1 + len(whole) // 12):
             for broken in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]):
                 (path / name).write_bytes(broken)
-                with pytest.raises(CheckpointError, match=r"damaged|arrays\.bin"):
+                with pytest.raises(CheckpointError, match=f"damaged|{arrays}"):
                     restore(path)
         (path / name).write_bytes(whole)
     restore(path)
-    (path / "arrays.bin").unlink()
-    with pytest.raises(CheckpointError, match=r"'arrays\.bin' is missing"):
+    (path / arrays).unlink()
+    with pytest.raises(CheckpointError, match=f"'{arrays}' is missing"):
         restore(path)
 
 
@@ -85,7 +86,7 @@ def test_arrays_that_do_not_fit_the_manifest_are_named(path, tmp_path):
 
     records = read_manifest(path).leaves
     targets = {a.array: np.zeros(a.shape, a.dtype) for record in records for a in record.value.arrays()}
-    data = (path / "arrays.bin").read_bytes()
+    data = (path / read_manifest(path).arrays).read_bytes()
     for broken, message in ((data[:-3], "'layer/kernel'"), (data + b"x", "1 bytes behind the arrays")):
         (tmp_path / "broken").write_bytes(broken)
         with pytest.raises(CheckpointError, match=message):

@@ -15,6 +15,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from jaxcompress.checkpoint import CheckpointError, read_manifest, restore, save
+from jaxcompress.checkpoint._manifest_file import checksum
 from jaxcompress.tree import Unselected
 from jaxcompress.types import TransformState
 
@@ -161,6 +162,6 @@ def test_a_file_never_makes_us_import_a_class(tmp_path, monkeypatch):
     for kind in ("os.system", "nnx.Module", "nnx.os", "nnx.__class__", "builtins.eval"):
         content = json.loads(manifest.read_text())
         content["structure"] |= {"kind": kind, "opaque": False}
-        manifest.write_text(json.dumps(content))
+        manifest.write_text(json.dumps(content | {"checksum": checksum(content)}))
         with pytest.raises(CheckpointError, match=f"unknown kind '{kind}'"):
             restore(tmp_path / "c")
