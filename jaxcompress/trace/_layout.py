@@ -3,9 +3,6 @@
 import dataclasses
 from typing import Any, Literal
 
-from jaxcompress.tree import Unselected, map_with_path
-from jaxcompress.types import Params, Selector, is_compressed
-
 LeafKind = Literal["matmul", "conv", "lookup", "tied", "other", "unused"]
 
 
@@ -80,41 +77,3 @@ def default_layout(path: str, leaf: Any) -> LeafLayout:
     if path.rsplit("/", 1)[-1] == "embedding":
         return LeafLayout(kind="lookup", input_axes=axes[1:], output_axes=axes[:1])
     return LeafLayout(kind="matmul", input_axes=axes[:-1], output_axes=axes[-1:])
-
-
-def selected_layouts(params: Params, *, select: Selector | None = None, layouts: Params | None = None) -> Params:
-    """The layouts of the leaves to act on, `Unselected` elsewhere: what every technique starts from.
-
-    Args:
-        params: the tree.
-        select: which leaves; by default every weight (contracted or looked up) when `layouts` are given, otherwise
-            every array with at least two axes.
-        layouts: from `layouts`; a leaf without known axes, and every leaf without `layouts`, gets `default_layout`.
-
-    Returns:
-        A partial tree of `LeafLayout`.
-
-    Raises:
-        ValueError: nothing is selected.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> selected_layouts({"bias": jnp.ones(4), "kernel": jnp.ones((3, 4))})["bias"]
-        Unselected
-    """
-    known = map_with_path(lambda _, leaf: None, params) if layouts is None else layouts
-    marks = map_with_path(lambda *_: None, params) if select is None else select(params)
-    found: list[str] = []
-
-    def visit(path: str, leaf: Any, layout: LeafLayout | None, mark: bool | None) -> Any:
-        if mark is None:
-            mark = layout.is_weight if layout is not None else len(getattr(leaf, "shape", ())) >= 2
-        if not mark:
-            return Unselected
-        found.append(path)
-        return layout if layout is not None and layout.is_weight else default_layout(path, leaf)
-
-    selected = map_with_path(visit, params, known, marks, is_leaf=is_compressed)
-    if not found:
-        raise ValueError("No leaf of the tree has two axes or more (or is used as a weight): nothing is selected.")
-    return selected

@@ -98,12 +98,15 @@ class _Recorder:
                 return [moved]
         elif eqn.primitive.name in ("convert_element_type", "copy", "sharding_constraint"):
             return [values[0]]
-        body = called_body(eqn)
+        # What is inside sees parts of the leaves, in shapes of their own.
+        opaque = eqn.primitive.name in ("shard_map", "pallas_call")
+        body = None if opaque else called_body(eqn)
         if body is not None:
             return walk(body, values, self.visit)
+        reason = f"it goes into `{eqn.primitive.name}`" + (", which is not looked into" if opaque else "")
         for value, var in zip(values, eqn.invars, strict=True):
             spread = isinstance(value, Origin) and _is_spread(value, var.aval.shape, eqn.outvars[0].aval.shape)
-            self.consume([value], f"it goes into `{eqn.primitive.name}`", spread=spread)
+            self.consume([value], reason, spread=spread and not opaque)
         return [next(self.ids) for _ in eqn.outvars]
 
     def consume(self, values: Sequence[Any], reason: str = "the model returns it", *, spread: bool = False) -> None:
