@@ -1,6 +1,7 @@
 """Leaves as matrices (stack, inputs, outputs), next to the statistics of their inputs.
 
-Shape letters: S stack entries, D inputs, R outputs.
+Shape letters: S stack entries, D inputs, R outputs. Of a grouped convolution each group is a stack entry of its own:
+S runs over (stack, group), R over the outputs of one group.
 """
 
 import dataclasses
@@ -44,26 +45,41 @@ class MatrixLeaf:
 
     @property
     def stack(self) -> int:
-        """Number of stack entries."""
-        return math.prod(self.weight.shape[axis] for axis in self.layout.stack_axes)
+        """Number of stack entries, those of groups included."""
+        return math.prod(self.stack_shape)
+
+    @property
+    def stack_shape(self) -> tuple[int, ...]:
+        """Of its statistics: the sizes of the stack axes, and the number of groups if there are several."""
+        sizes = tuple(self.weight.shape[axis] for axis in self.layout.stack_axes)
+        return sizes if self.layout.groups == 1 else (*sizes, self.layout.groups)
 
     def matrix(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "S D R"]:
         """An array of the leaf's shape, as one matrix for each stack entry."""
-        layout = self.layout
-        stack, inputs, outputs = (
-            math.prod(self.weight.shape[axis] for axis in axes)
-            for axes in (layout.stack_axes, layout.input_axes, layout.output_axes)
-        )
-        return leaf.transpose(self._permutation).reshape(stack, inputs, outputs)
+        stack, inputs, outputs = self._sizes
+        groups = self.layout.groups
+        wide = leaf.transpose(self._permutation).reshape(stack, inputs, groups, outputs // groups)
+        return jnp.moveaxis(wide, 2, 1).reshape(stack * groups, inputs, outputs // groups)
 
     def leaf(self, matrix: Shaped[Array, "S D R"]) -> Shaped[Array, "..."]:
         """The inverse of `matrix`."""
         shape = [self.weight.shape[axis] for axis in self._permutation]
-        return matrix.reshape(shape).transpose(np.argsort(self._permutation).tolist())
+        return self.ungrouped(matrix).reshape(shape).transpose(np.argsort(self._permutation).tolist())
+
+    def ungrouped(self, matrix: Shaped[Array, "S D r"]) -> Shaped[Array, "s D R"]:
+        """Matrices of the groups beside each other: the outputs of all groups along one axis."""
+        if self.layout.groups == 1:
+            return matrix
+        parts = matrix.reshape(-1, self.layout.groups, *matrix.shape[1:])
+        return jnp.moveaxis(parts, 1, 2).reshape(parts.shape[0], matrix.shape[1], -1)
 
     def of_inputs(self, values: Float[Array, "*stack D"]) -> Float[Array, "..."]:
         """One value for each input, in a shape that broadcasts against the leaf."""
         layout = self.layout
+        if layout.groups > 1:
+            _, inputs, outputs = self._sizes
+            own = values.reshape(self.stack, inputs, 1)
+            return self.leaf(jnp.broadcast_to(own, (self.stack, inputs, outputs // layout.groups)))
         shape = [self.weight.shape[axis] for axis in (*layout.stack_axes, *layout.input_axes)]
         spread = values.reshape(*shape, *(1,) * len(layout.output_axes))
         return spread.transpose(np.argsort(self._permutation).tolist())
@@ -71,6 +87,13 @@ class MatrixLeaf:
     def flat(self, statistic: Shaped[Array, "..."], *, ndim: int) -> Shaped[Array, "..."]:
         """A statistic with `ndim` axes of its own, with one axis for the stack."""
         return statistic.reshape(self.stack, *statistic.shape[statistic.ndim - ndim :])
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """Of the stack axes, inputs and outputs, all groups together."""
+        axes = (self.layout.stack_axes, self.layout.input_axes, self.layout.output_axes)
+        stack, inputs, outputs = (math.prod(self.weight.shape[axis] for axis in own) for own in axes)
+        return stack, inputs, outputs
 
     @property
     def _permutation(self) -> tuple[int, ...]:
@@ -106,7 +129,8 @@ def matrices(params: Params, *, select: Selector | None = None, layouts: Params 
     """
 
     def visit(path: str, layout: LeafLayout, leaf: Any) -> MatrixLeaf:
-        return MatrixLeaf(path=path, weight=checked_weight(path, leaf), layout=layout)
+        # Without statistics the inputs of groups need not be told apart.
+        return MatrixLeaf(path=path, weight=checked_weight(path, leaf), layout=dataclasses.replace(layout, groups=1))
 
     return map_selected(visit, selected_layouts(params, select=select, layouts=layouts), params)
 
@@ -201,7 +225,7 @@ def checked_fisher(fisher: Params, shapes: Mapping[str, tuple[int, ...]]) -> dic
 
 def _check_width(entry: Calibrated, needs: str) -> None:
     layout, shape, found = entry.layout, entry.weight.shape, entry.statistics
-    wanted = [shape[axis] for axis in layout.stack_axes], math.prod(shape[axis] for axis in layout.input_axes)
+    wanted = list(entry.stack_shape), math.prod(shape[axis] for axis in layout.input_axes)
     given = list(found.count.shape), getattr(found, needs).shape[-1]
     if wanted != given:
         raise ValueError(

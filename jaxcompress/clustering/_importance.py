@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration import InputStatistics, LookupCounts, fill_unseen, unseen_inputs, warn_unseen
+from jaxcompress.calibration import (
+    InputStatistics,
+    LookupCounts,
+    MatrixLeaf,
+    fill_unseen,
+    unseen_inputs,
+    warn_unseen,
+)
 from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import Unselected, leaves_with_paths, map_with_path
 from jaxcompress.types import Params
@@ -71,7 +78,8 @@ def _of_inputs(
     mean = squares / jnp.where(entry.count > 0, entry.count, 1.0)[..., None]
     unseen = unseen_inputs(entry).reshape(-1, mean.shape[-1])
     filled = fill_unseen(mean.reshape(unseen.shape), unseen)
-    return _spread(filled, (*layout.stack_axes, *layout.input_axes), shape), unseen
+    blank = jnp.zeros(shape, jnp.float32)
+    return MatrixLeaf(path=path, weight=blank, layout=layout).of_inputs(filled), unseen
 
 
 def _spread(values: jax.Array, axes: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array:

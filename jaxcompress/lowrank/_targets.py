@@ -3,6 +3,7 @@
 Shape letters: S stack entries, D inputs, R outputs.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -24,6 +25,7 @@ from jaxcompress.calibration import (
 from jaxcompress.lowrank._factorize import Whitening, root_of_gram
 from jaxcompress.lowrank._leaves import Target, shape_of
 from jaxcompress.solvers import dense_targets
+from jaxcompress.trace import warn_left_out
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, Selector
 
@@ -52,7 +54,12 @@ def activation_targets(
         raise ValueError(f"`damping` must be at least 0, got {damping}.")
     if whitening not in ("eigen", "cholesky"):
         raise ValueError(f"`whitening` must be 'eigen' or 'cholesky', got {whitening!r}.")
-    chosen = matrices(params, select=_with_statistics(statistics, select), layouts=layouts)
+    grouped = _grouped(statistics, layouts)
+    chosen = matrices(params, select=_with_statistics(statistics, select, grouped), layouts=layouts)
+    if wanted := [leaf.path for leaf in entries(chosen) if leaf.path in grouped]:
+        raise ValueError(f"Leaf {wanted[0]!r} {_GROUPED}; exclude it.")
+    if select is None:
+        warn_left_out(grouped, "Low rank leaves out", advice="Exclude them by `select`.", stacklevel=3)
     evidence = dict(leaves_with_paths(statistics, is_leaf=_is_evidence))
     weights = _by_path(fisher, chosen)
     targets = [
@@ -145,14 +152,24 @@ def _dense_targets(
     return jax.lax.map(lambda parts: dense_targets(parts[0], parts[1], parts[2], damping), (weights, gram, cross))
 
 
-def _with_statistics(statistics: Params, select: Selector | None) -> Selector:
+_GROUPED = "is the kernel of a grouped convolution, whose groups have inputs of their own"
+
+
+def _grouped(statistics: Params, layouts: Params | None) -> dict[str, str]:
+    """Kernels of grouped convolutions with statistics: no pair of factors stands for all of their groups."""
+    found = dict(leaves_with_paths(statistics, is_leaf=_is_evidence))
+    known = [] if layouts is None else leaves_with_paths(layouts)
+    return {path: f"it {_GROUPED}" for path, layout in known if layout.groups > 1 and path in found}
+
+
+def _with_statistics(statistics: Params, select: Selector | None, grouped: Mapping[str, str]) -> Selector:
     """By default, all leaves that have statistics to go by."""
     if select is not None:
         return select
     found = dict(leaves_with_paths(statistics, is_leaf=_is_evidence))
 
     def usable(path: str, _: Any) -> bool:
-        own = found.get(path)
+        own = None if path in grouped else found.get(path)
         return isinstance(own, LookupCounts) or (isinstance(own, InputStatistics) and own.gram is not None)
 
     def chosen(params: Params) -> Params:

@@ -67,10 +67,10 @@ def stored(
     blocks = scale_shape(shape, spec, entry.layout)
     own = entry.leaf(codes)
     data = store_codes(own, bits=spec.bits, axis=packing_axis(shape, spec.bits, entry.layout))
-    zeros = None if zero_point is None else _blocks_of_leaf(entry.layout, zero_point, blocks)
+    zeros = None if zero_point is None else _blocks_of_leaf(entry.layout, entry.ungrouped(zero_point), blocks)
     return QuantizedArray(
         data=data,
-        scale=_blocks_of_leaf(entry.layout, scale, blocks),
+        scale=_blocks_of_leaf(entry.layout, entry.ungrouped(scale), blocks),
         zero_point=store_zero_points(zeros, spec.bits, entry.layout),
         dtype=jnp.dtype(entry.weight.dtype),
         levels=spec.levels,
@@ -82,6 +82,11 @@ def check_blocks(entry: MatrixLeaf, spec: QuantSpec) -> None:
     if spec.bits == 1 and not is_traced(entry.weight) and bool((entry.weight == 0).any()):
         raise ValueError(
             f"Leaf {entry.path!r} holds zeros, which one bit does not have; `quantize` stores them as a mask."
+        )
+    if entry.layout.groups > 1 and (spec.per_tensor or spec.group_outputs > 1):
+        raise ValueError(
+            f"Leaf {entry.path!r} is the kernel of a grouped convolution, whose groups are rounded one by one: give a "
+            "spec without `per_tensor` and `group_outputs`, or exclude it."
         )
     try:
         scale_shape(entry.weight.shape, spec, entry.layout)

@@ -23,6 +23,7 @@ class LeafLayout:
         input_id: leaves with the same id (q, k and v, say) multiply the same input; None unless contracted.
         reason: of the kind "other": what the model does with the leaf instead, in words; empty of all other kinds, and
             where nobody has looked.
+        groups: of a grouped or depthwise convolution: runs of output features, each of which has inputs of its own.
         spread: of the kind "other": it is repeated along axes of the activations first, as biases, norms and learned
             positions are.
     """
@@ -35,6 +36,7 @@ class LeafLayout:
     order: int | None = None
     input_id: int | None = None
     reason: str = ""
+    groups: int = 1
     spread: bool = False
 
     @property
