@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Integer, UInt8
 
 from jaxcompress.arrays._packed import PackedArray
 from jaxcompress.arrays._quantized import take_code_rows, take_parameter_rows
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.types import is_compressed
 
 
@@ -86,14 +87,17 @@ class AdditiveCodebookArray:
         """Stored bytes."""
         return self.nbits // 8
 
+    @on_auto_axes
     def codes(self) -> UInt8[Array, "..."]:
         """The codes as uint8: the logical axes, with runs in place of weights on one of them, then the tables."""
         return self.data.materialize() if is_compressed(self.data) else self.data
 
+    @on_auto_axes
     def materialize(self) -> Float[Array, "..."]:
         """The plain array, of the logical shape and dtype."""
         return _add_entries(self.codes(), self.table, self.scale, self.axis, self.width, self.dtype)
 
+    @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> Float[Array, "..."]:
         """`materialize()[rows]`, adding up those rows only; `rows` index the first axis and must be in range."""
         if self.axis == -self.ndim:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer, Shaped
 
 from jaxcompress.arrays._packed import PackedArray, unpacked
+from jaxcompress.meshes import on_auto_axes
 
 
 @functools.partial(
@@ -67,10 +68,12 @@ class BitmaskSparseArray:
         """Stored bytes."""
         return self.nbits // 8
 
+    @on_auto_axes
     def mask(self) -> Bool[Array, "..."]:
         """Which entries are stored, in the logical shape."""
         return self.index.materialize().astype(bool).reshape(self.shape)
 
+    @on_auto_axes
     def materialize(self) -> Shaped[Array, "..."]:
         """The plain array."""
         values = unpacked(self.values)
@@ -81,6 +84,7 @@ class BitmaskSparseArray:
         found = jnp.take_along_axis(values, positions, axis=-1, mode="clip").reshape(mask.shape)
         return jnp.where(mask, found, jnp.zeros((), found.dtype)).reshape(self.shape)
 
+    @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> Shaped[Array, "..."]:
         """`materialize()[rows]`, reading those rows only; not for stacked leaves."""
         mask = self._mask_rows(rows)
@@ -93,6 +97,7 @@ class BitmaskSparseArray:
         plain = jnp.where(mask, found, jnp.zeros((), found.dtype))
         return plain.reshape(*rows.shape, *self.row_shape)
 
+    @on_auto_axes
     def take_mask_rows(self, rows: Integer[Array, "..."]) -> Bool[Array, "..."]:
         """`mask()[rows]`."""
         return self._mask_rows(rows).reshape(*rows.shape, *self.row_shape)

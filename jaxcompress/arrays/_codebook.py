@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Integer
 from jaxcompress.arrays._packed import PackedArray
 from jaxcompress.arrays._quantized import split_blocks, take_code_rows, take_parameter_rows
 from jaxcompress.arrays._sparse import SparseArray
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.types import is_compressed
 
 
@@ -72,14 +73,17 @@ class CodebookArray:
         """Stored bytes."""
         return self.nbits // 8
 
+    @on_auto_axes
     def codes(self) -> Integer[Array, "..."]:
         """The codes as uint8, of the logical shape."""
         return self.data.materialize() if is_compressed(self.data) else self.data
 
+    @on_auto_axes
     def materialize(self) -> jax.Array:
         """The plain array, of the logical shape and dtype."""
         return look_up(self.codes(), self.table, zero=self.zero, dtype=self.dtype)
 
+    @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> jax.Array:
         """`materialize()[rows]`, looking up those rows only; `rows` index the first axis and must be in range."""
         sparse = isinstance(self.data, SparseArray)
@@ -89,6 +93,9 @@ class CodebookArray:
         return plain.reshape(*rows.shape, *self.shape[1:])
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 @functools.partial(jax.jit, static_argnames=("zero", "dtype"), inline=True)
 def look_up(
     codes: Integer[Array, "..."], table: Float[Array, "... entries"], *, zero: bool = False, dtype: Any = jnp.float32

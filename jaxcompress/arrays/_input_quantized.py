@@ -10,6 +10,7 @@ import jax
 from jaxtyping import Array, Float, Integer
 
 from jaxcompress.arrays._quantized import QuantizedArray
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.types import is_compressed
 
 
@@ -83,10 +84,12 @@ class InputQuantizedArray:
         """Stored bytes."""
         return self.nbits // 8
 
+    @on_auto_axes
     def materialize(self) -> jax.Array:
         """The plain weight; nothing is left of the quantization of inputs."""
         return self.weight.materialize() if is_compressed(self.weight) else self.weight
 
+    @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> jax.Array:
         """`materialize()[rows]`."""
         return self.weight.take_rows(rows) if hasattr(self.weight, "take_rows") else self.weight[rows]
@@ -111,6 +114,9 @@ class InputQuantizedArray:
         return self.scale.reshape(shape), None if self.zero_point is None else self.zero_point.reshape(shape)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def input_rounded(leaf: InputQuantizedArray, x: Float[Array, "..."], axes: Sequence[int]) -> jax.Array:
     """The input of a weight that is not stacked, rounded.
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.types import is_compressed
 
 
@@ -65,6 +66,7 @@ class LowRankArray:
         """Stored bytes."""
         return self.nbits // 8
 
+    @on_auto_axes
     def materialize(self) -> Float[Array, "..."]:
         """The plain array, of the logical shape and dtype."""
         left, right = _plain(self.left), _plain(self.right)
@@ -84,6 +86,7 @@ class LowRankArray:
             total = total + _plain(self.residual).astype(total.dtype)
         return total.astype(self.dtype)
 
+    @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> Float[Array, "..."]:
         """`materialize()[rows]`, multiplying those rows only; `rows` index the first axis and must be in range."""
         length, flat = self.shape[0], rows.reshape(-1)

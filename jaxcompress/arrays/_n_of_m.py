@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Integer, Shaped
 
 from jaxcompress.arrays._packed import unpacked
+from jaxcompress.meshes import on_auto_axes
 
 
 @functools.partial(
@@ -68,18 +69,22 @@ class NMSparseArray:
         """Stored bytes."""
         return self.nbits // 8
 
+    @on_auto_axes
     def mask(self) -> Bool[Array, "..."]:
         """Which entries are stored, in the logical shape."""
         return self._spread(jnp.ones(self.values.shape, bool))
 
+    @on_auto_axes
     def materialize(self) -> Shaped[Array, "..."]:
         """The plain array."""
         return self._spread(unpacked(self.values))
 
+    @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> Shaped[Array, "..."]:
         """`materialize()[rows]`, reading those rows only if the axis is not the first."""
         return self._rows(rows).materialize() if self._rows_are_free() else self.materialize()[rows]
 
+    @on_auto_axes
     def take_mask_rows(self, rows: Integer[Array, "..."]) -> Bool[Array, "..."]:
         """`mask()[rows]`."""
         return self._rows(rows).mask() if self._rows_are_free() else self.mask()[rows]

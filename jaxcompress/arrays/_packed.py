@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, UInt8
 
+from jaxcompress.meshes import on_auto_axes
+
 
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["bits", "signed", "axis", "width"]
@@ -69,11 +71,13 @@ class PackedArray:
         """Stored bytes."""
         return self.nbits // 8
 
+    @on_auto_axes
     def materialize(self) -> Integer[Array, "..."]:
         """The codes as int8 or uint8."""
         codes = _unpack(self.data, self.bits, self.axis, self.width)
         return _extend_sign(codes, self.bits) if self.signed else codes
 
+    @on_auto_axes
     def take(self, positions: Integer[Array, "..."]) -> Integer[Array, "..."]:
         """The codes at `positions` along the last axis, which must be the packed one (`take_along_axis`).
 
@@ -88,6 +92,8 @@ class PackedArray:
         return _extend_sign(codes, self.bits) if self.signed else codes
 
 
+@on_auto_axes
+@on_auto_axes
 def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedArray | jax.Array:
     """Packs integers into `bits` bits each; 8 bits need no packing and stay a plain array.
 
@@ -122,6 +128,8 @@ def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedAr
     )
 
 
+@on_auto_axes
+@on_auto_axes
 def unpacked(part: Any) -> Any:
     """The codes of a `PackedArray`; anything else (an array, None) as it is."""
     return part.materialize() if isinstance(part, PackedArray) else part

@@ -13,6 +13,7 @@ from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, unpacked
 from jaxcompress.arrays._sparse import SparseArray
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.types import is_compressed
 
 
@@ -74,6 +75,7 @@ class QuantizedArray:
         """Stored bytes."""
         return self.nbits // 8
 
+    @on_auto_axes
     def codes(self) -> Integer[Array, "..."]:
         """The codes as int8 or uint8, of the logical shape; 0 where nothing is stored."""
         return self.data.materialize() if is_compressed(self.data) else self.data
@@ -82,6 +84,7 @@ class QuantizedArray:
         """The zero points as a plain array, or None."""
         return unpacked(self.zero_point)
 
+    @on_auto_axes
     def materialize(self) -> jax.Array:
         """The plain array, of the logical shape and dtype."""
         plain = dequantize(self.codes(), self.scale, self.zero_points(), levels=self.levels, dtype=self.dtype)
@@ -89,6 +92,7 @@ class QuantizedArray:
             plain = jnp.where(self.data.mask(), plain, jnp.zeros((), plain.dtype))
         return plain
 
+    @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> jax.Array:
         """`materialize()[rows]`, dequantizing those rows only; `rows` index the first axis and must be in range."""
         if isinstance(self.data, BitmaskSparseArray | NMSparseArray):
@@ -106,6 +110,8 @@ class QuantizedArray:
 
 
 # Compiled as one, so that a call outside `jit` writes no float32 temporaries.
+@on_auto_axes
+@on_auto_axes
 @functools.partial(jax.jit, static_argnames=("levels", "dtype"), inline=True)
 def dequantize(
     codes: Integer[Array, "..."],

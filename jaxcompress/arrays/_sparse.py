@@ -12,11 +12,15 @@ from jaxtyping import Array, Bool, Shaped, UInt8
 from jaxcompress.arrays._bitmask import BitmaskSparseArray
 from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import pack
+from jaxcompress.meshes import on_auto_axes
 
 SparseArray: TypeAlias = BitmaskSparseArray | NMSparseArray
 """Either storage; usable in `isinstance`."""
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def sparsify(
     array: Shaped[Array, "..."],
     mask: Bool[Array, "..."],
@@ -61,6 +65,9 @@ def sparsify(
     return _sparsify_bitmask(np.asarray(array), np.asarray(mask), stack_ndim, shards)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def sparsify_like(array: Shaped[Array, "..."], like: SparseArray) -> SparseArray:
     """Stores `array` at the entries that `like` stores; nothing of `like` but its values changes.
 

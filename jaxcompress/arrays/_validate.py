@@ -15,8 +15,12 @@ from jaxcompress.arrays._n_of_m import NMSparseArray
 from jaxcompress.arrays._packed import PackedArray, codes_per_block
 from jaxcompress.arrays._quantized import QuantizedArray
 from jaxcompress.arrays._sparse import SparseArray
+from jaxcompress.meshes import on_auto_axes
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def validate_array(leaf: Any) -> None:
     """Checks the invariants that the docstrings of the compressed arrays state; plain arrays pass.
 

@@ -78,7 +78,7 @@ def _mean(loss: Loss, params: Params, batches: Iterable[Any], evidence: _Evidenc
         return jax.tree.map(jnp.add, total, more), count + number
 
     step = jax.jit(add, donate_argnums=(0, 1))
-    total = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), floats)
+    total = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), floats)
     count = jnp.zeros((), jnp.float32)
     for batch in batches:
         total, count = step(total, count, floats, batch)
@@ -112,5 +112,5 @@ def _squares_by_example(loss: Loss, floats: Params, batch: Any) -> tuple[Params,
         one = jax.tree.map(lambda leaf: leaf[None], example)
         return jax.tree.map(jnp.add, total, _squares(loss, floats, one)[0]), None
 
-    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), floats)
+    start = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), floats)
     return jax.lax.scan(step, start, batch)[0], size

@@ -22,6 +22,7 @@ from jaxcompress.calibration._statistics import (
     statistics_of,
 )
 from jaxcompress.calibration._values import ALL, NONE, Tap, Totals, Use, Value, as_value, bind
+from jaxcompress.meshes import on_auto_axes_as
 from jaxcompress.trace import Body, LeafLayout, called_body, rearrange, walk
 
 
@@ -92,18 +93,18 @@ class Interpreter:
         assert leaf.origin is not None  # callers look first
         tap = self.taps[leaf.origin.leaf]
         starts, sizes = _box(leaf, rows, tap.layout)
-        weights = row_weights(self.mask, rows.row_shape)
         self.note(Use(leaf.origin.leaf, self.place, (rows, tap.layout.stack_axes, tuple(map(_static, starts)))))
         if tap.group is None:
             return
 
-        def add(total: InputStatistics) -> InputStatistics:
-            found = [rows.matrix(x) for x in matrices()]
+        def add(total: InputStatistics, mask: Any, starts: list[Any], streams: list[jax.Array]) -> InputStatistics:
+            weights = row_weights(mask, rows.row_shape)
+            found = [rows.matrix(x) for x in streams]
             more = statistics_of(found[-1], weights, total, dense=found[0])
             boxed = jax.tree.map(lambda part: part.reshape(*sizes, *part.shape[len(rows.stack_shape) :]), more)
             return add_at(total, boxed, starts, sizes)
 
-        self._add(tap.group, starts, add)
+        self._add(tap.group, starts, lambda total: on_auto_axes_as([], add, total, self.mask, starts, matrices()))
 
     def look_up(self, leaf: Value, ids: jax.Array) -> None:
         """Counts the rows of a table that are looked up."""
@@ -112,14 +113,14 @@ class Interpreter:
         self.note(Use(leaf.origin.leaf, self.place, None))
         if tap.group is None:
             return
-        weights = row_weights(self.mask, ids.shape)
-        weights = jnp.ones(ids.size, jnp.float32) if weights is None else weights
 
-        def add(total: LookupCounts) -> LookupCounts:
+        def add(total: LookupCounts, mask: Any, ids: jax.Array) -> LookupCounts:
+            weights = row_weights(mask, ids.shape)
+            weights = jnp.ones(ids.size, jnp.float32) if weights is None else weights
             rows = jnp.zeros_like(total.rows).at[ids.reshape(-1)].add(weights, mode="drop")
             return add_statistics(total, LookupCounts(count=weights.sum(), rows=rows))
 
-        self._add(tap.group, (), add)
+        self._add(tap.group, (), lambda total: on_auto_axes_as([], add, total, self.mask, ids))
 
     def _add(self, group: int, starts: Sequence[Any], add: Callable[[Any], Any]) -> None:
         if self.active is None:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxcompress.calibration._statistics import InputStatistics
 from jaxcompress.calibration._unseen import unseen_inputs
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.trace import LeafLayout, default_layout, selected_layouts
 from jaxcompress.tree import (
     Unselected,
@@ -54,6 +55,7 @@ class MatrixLeaf:
         sizes = tuple(self.weight.shape[axis] for axis in self.layout.stack_axes)
         return sizes if self.layout.groups == 1 else (*sizes, self.layout.groups)
 
+    @on_auto_axes
     def matrix(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "S D R"]:
         """An array of the leaf's shape, as one matrix for each stack entry."""
         stack, inputs, outputs = self._sizes
@@ -61,6 +63,7 @@ class MatrixLeaf:
         wide = leaf.transpose(self._permutation).reshape(stack, inputs, groups, outputs // groups)
         return jnp.moveaxis(wide, 2, 1).reshape(stack * groups, inputs, outputs // groups)
 
+    @on_auto_axes
     def leaf(self, matrix: Shaped[Array, "S D R"]) -> Shaped[Array, "..."]:
         """The inverse of `matrix`."""
         shape = [self.weight.shape[axis] for axis in self._permutation]
@@ -73,6 +76,7 @@ class MatrixLeaf:
         parts = matrix.reshape(-1, self.layout.groups, *matrix.shape[1:])
         return jnp.moveaxis(parts, 1, 2).reshape(parts.shape[0], matrix.shape[1], -1)
 
+    @on_auto_axes
     def of_inputs(self, values: Float[Array, "*stack D"]) -> Float[Array, "..."]:
         """One value for each input, in a shape that broadcasts against the leaf."""
         layout = self.layout
@@ -84,6 +88,7 @@ class MatrixLeaf:
         spread = values.reshape(*shape, *(1,) * len(layout.output_axes))
         return spread.transpose(np.argsort(self._permutation).tolist())
 
+    @on_auto_axes
     def flat(self, statistic: Shaped[Array, "..."], *, ndim: int) -> Shaped[Array, "..."]:
         """A statistic with `ndim` axes of its own, with one axis for the stack."""
         return statistic.reshape(self.stack, *statistic.shape[statistic.ndim - ndim :])

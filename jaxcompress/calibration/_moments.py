@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float64, Num
 
 from jaxcompress.calibration._site import Site
+from jaxcompress.meshes import on_auto_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ def relative_error(moments: Moments, kernel: np.ndarray, bias: np.ndarray, dense
     return float(np.sqrt(max(float(error), 0.0) / total)) if total > least else 0.0
 
 
+@on_auto_axes
 @jax.jit
 def _sums(
     dense: tuple[Num[Array, "N D"], Float[Array, "N O"] | None],

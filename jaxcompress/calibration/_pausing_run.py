@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxcompress.calibration._pending import (
     plain_value,
 )
 from jaxcompress.calibration._site import LeafPart, Site
+from jaxcompress.meshes import as_typed, on_auto_axes
 from jaxcompress.trace import Body, as_body, called_body
 
 Steps = Generator[Site, "tuple[Any, Any]", list[Any]]
@@ -86,12 +87,16 @@ class PausingRun:
             stacks.append(value if isinstance(value, Weight) else (yield from self.plain(value)))
         written: dict[int, list[Any]] = {}
         for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
-            entries = [stack.at(i) if isinstance(stack, Weight) else stack[i] for stack in stacks]
-            results = yield from self.body(as_body(eqn.params["jaxpr"]), [*given, *carry, *entries])
+            body = as_body(eqn.params["jaxpr"])
+            avals = [var.aval for var in body.jaxpr.invars[consts + carried :]]
+            entries = [_entry(stack, i, aval) for stack, aval in zip(stacks, avals, strict=True)]
+            results = yield from self.body(body, [*given, *carry, *entries])
             carry, written[i] = results[:carried], []
             for value in results[carried:]:
                 written[i].append((yield from self.plain(value)))
-        return [*carry, *(jnp.stack(column) for column in zip(*(written[i] for i in range(length)), strict=True))]
+        columns = zip(*(written[i] for i in range(length)), strict=True)
+        avals = [var.aval for var in eqn.outvars[carried:]]
+        return [*carry, *(as_typed(_stack(list(c)), aval) for c, aval in zip(columns, avals, strict=True))]
 
     def output(self, eqn: Any, values: list[Any]) -> Generator[Site, "tuple[Any, Any]", Output | None]:
         found = [i for i, value in enumerate(values) if self.is_kernel(value)]
@@ -116,13 +121,12 @@ class PausingRun:
         self.seen.add((weight.path, weight.entry))
         order = sorted(range(len(inputs)), key=lambda i: inputs[i])
         summed = [contracted[1 - place][i] for i in order]
-        rows = jnp.moveaxis((yield from self.plain(values[1 - place])), summed, range(-len(summed), 0))
+        other = yield from self.plain(values[1 - place])
         kernel = LeafPart(path=weight.path, entry=weight.entry, input_axes=tuple(sorted(inputs)), output_axes=outputs)
-        depth = math.prod(rows.shape[len(rows.shape) - len(summed) :])
-        site = Site(kernel=kernel, inputs=rows.reshape(-1, depth), residual=None, bias=None)
+        site = Site(kernel=kernel, inputs=_rows(summed, other), residual=None, bias=None)
         written = eqn.outvars[0].aval
-        times = functools.partial(multiply, site.inputs, weight.value.dtype, eqn.params["precision"], written.dtype)
-        return Output(site, times, written.shape, written.dtype)
+        times = functools.partial(multiply, weight.value.dtype, eqn.params["precision"], written.dtype)
+        return Output(site, times, written, written.dtype)
 
     def add(self, eqn: Any, left: Any, right: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
         """A bias and a residual may come in either order, once; of two outputs the first is the other's residual."""
@@ -134,12 +138,12 @@ class PausingRun:
         if output.site.bias is None and isinstance(other, Weight) and self.is_bias(other, output):
             axes = tuple(axis for axis in other.axes if axis >= 0)
             bias = LeafPart(path=other.path, entry=other.entry, output_axes=axes)
-            value = plain_value(other).reshape(-1, output.outputs)[0]
+            value = _matrix(output.outputs, plain_value(other), 0)
             site = dataclasses.replace(output.site, bias=bias)
             return dataclasses.replace(output, site=site, bias=value, written=[])
         added = yield from self.plain(other)
         if output.site.residual is None and jnp.shape(added) == output.shape:
-            site = dataclasses.replace(output.site, residual=added.reshape(-1, output.outputs))
+            site = dataclasses.replace(output.site, residual=_matrix(output.outputs, added))
             return dataclasses.replace(output, site=site, written=[])
         written = yield from self.plain(output)
         return _bind(eqn, [written, added] if output is left else [added, written])[0]
@@ -151,14 +155,9 @@ class PausingRun:
         if value.written:
             return value.written[0]
         kernel, bias = yield from self.reply(value)
-        written = value.multiply(kernel)
-        # A float32 bias is added to a bfloat16 product after a cast.
-        written = written.astype(jnp.promote_types(written.dtype, value.dtype))
-        if value.site.bias is not None:
-            written = written + jnp.asarray(bias, written.dtype)[None, :]
-        if value.site.residual is not None:
-            written = written + value.site.residual
-        value.written.append(written.astype(value.dtype).reshape(value.shape))
+        site = value.site
+        parts = site.inputs, kernel, None if site.bias is None else bias, site.residual
+        value.written.append(as_typed(_write(value.multiply, value.shape, value.dtype, *parts), value.aval))
         return value.written[0]
 
     def reply(self, value: Output) -> Generator[Site, "tuple[Any, Any]", tuple[Any, Any]]:
@@ -187,6 +186,52 @@ class PausingRun:
                 self.refuse(
                     value.path, f"Leaf {value.path!r} is used as a whole inside a `{name}`, where it cannot be fitted."
                 )
+
+
+def _entry(stack: Any, index: int, aval: Any) -> Any:
+    if not isinstance(stack, Weight):
+        return as_typed(_cut(stack, index), aval)
+    entry = stack.at(index)
+    if not isinstance(entry, Weight):
+        return as_typed(entry, aval)
+    return dataclasses.replace(entry, value=as_typed(entry.value, aval))
+
+
+@on_auto_axes
+def _cut(stack: Any, index: int) -> Any:
+    return stack[index]
+
+
+@on_auto_axes
+def _stack(parts: list[Any]) -> Any:
+    return jnp.stack(parts)
+
+
+@on_auto_axes
+def _rows(summed: Sequence[int], x: Any) -> Any:
+    """The axes that are summed over, last and as one."""
+    depth = math.prod(x.shape[axis] for axis in summed)
+    return jnp.moveaxis(x, summed, range(-len(summed), 0)).reshape(-1, depth)
+
+
+@on_auto_axes
+def _matrix(outputs: int, x: Any, row: Any = slice(None)) -> Any:
+    return x.reshape(-1, outputs)[row]
+
+
+@on_auto_axes
+def _write(
+    times: Callable[..., Any], shape: tuple[int, ...], dtype: Any, inputs: Any, kernel: Any, bias: Any, residual: Any
+) -> Any:
+    """What a kernel writes: product, bias, residual."""
+    written = times(inputs, kernel)
+    # A float32 bias is added to a bfloat16 product after a cast.
+    written = written.astype(jnp.promote_types(written.dtype, dtype))
+    if bias is not None:
+        written = written + jnp.asarray(bias, written.dtype)[None, :]
+    if residual is not None:
+        written = written + residual
+    return written.astype(dtype).reshape(shape)
 
 
 _WHOLE = frozenset({"scan", "while", "cond", "shard_map"})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.calibration._site import Site
+from jaxcompress.meshes import on_auto_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,26 +27,32 @@ class Weight:
 
     def at(self, index: int) -> Any:
         """What a scan reads in one iteration."""
+        value = on_auto_axes(operator.getitem)(self.value, index)
         if self.axes[0] < 0:
-            return self.value[index]
+            return value
         entry = tuple(sorted((*self.entry, (self.axes[0], index))))
-        return Weight(self.value[index], self.path, self.axes[1:], entry)
+        return Weight(value, self.path, self.axes[1:], entry)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Output:
     """What a kernel will have written, once it is known what is added to it: the product, or product and bias.
 
-    `multiply` is the matmul, as a function of the kernel (D, O). `written` holds the value once it is known: one that
-    is read twice (by a GELU) is computed once.
+    `multiply` is the matmul, as a function of inputs (N, D) and the kernel (D, O). `written` holds the value once it is
+    known: one that is read twice (by a GELU) is computed once.
     """
 
     site: Site
-    multiply: Callable[[Any], jax.Array]
-    shape: tuple[int, ...]
+    multiply: Callable[[Any, Any], jax.Array]
+    aval: Any
     dtype: Any
     bias: Any = None
     written: list[Any] = dataclasses.field(default_factory=list)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As the model has it."""
+        return tuple(self.aval.shape)
 
     @property
     def outputs(self) -> int:
@@ -52,7 +60,7 @@ class Output:
         return math.prod(self.shape[len(self.shape) - len(self.site.kernel.output_axes) :])
 
 
-def multiply(inputs: Any, dtype: Any, precision: Any, written: Any, kernel: Any) -> jax.Array:
+def multiply(dtype: Any, precision: Any, written: Any, inputs: Any, kernel: Any) -> jax.Array:
     return jnp.matmul(inputs, jnp.asarray(kernel, dtype), precision=precision, preferred_element_type=written)
 
 
@@ -77,7 +85,7 @@ def adds_bias(other: Weight, output: Output) -> bool:
 def moved(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     """The axes after an equation that only moves them; None after any other."""
     name = eqn.primitive.name
-    if name in ("convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint"):
+    if name in ("convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard"):
         return axes
     if name == "transpose":
         return tuple(axes[axis] for axis in eqn.params["permutation"])

@@ -17,6 +17,7 @@ from jaxcompress.calibration._statistics import (
     empty_statistics,
 )
 from jaxcompress.calibration._values import Tap, Totals, Use, Value
+from jaxcompress.meshes import replicated_beside
 from jaxcompress.trace import Body, LeafLayout, Origin, layouts
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params, Selector, is_compressed
@@ -73,7 +74,8 @@ class Program:
 
     def zero(self, group: int) -> Statistics:
         """Empty sums of one group."""
-        return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), self.groups[group].empty)
+        zeros = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), self.groups[group].empty)
+        return replicated_beside(zeros, [leaf for _, leaf in self.leaves])
 
     def tree(self, entries: Mapping[int, Any], blank: Any) -> Params:
         """A tree with entries at some leaves."""
@@ -257,6 +259,7 @@ def _runner(
             else Value(leaves[-1:])
             for number, leaves in zip(model.numbers, zip(*logical, strict=True), strict=True)
         ]
+        totals = replicated_beside(totals, (trees, plain))
         interpreter = Interpreter(taps, dict(totals), mask=mask, active=active, count=streams, note=note, refuse=refuse)
         interpreter.run(Body(live, closed.consts), [*values, *(Value((x,)) for x in plain)])
         return interpreter.totals

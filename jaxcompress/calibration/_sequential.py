@@ -19,6 +19,7 @@ from jaxcompress.calibration._input_statistics import (
 from jaxcompress.calibration._program import Group, Program, RowMask, build
 from jaxcompress.calibration._statistics import STATISTICS, Statistic, uninformed
 from jaxcompress.calibration._values import ALL, NONE
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths
 from jaxcompress.types import Params, Selector, is_compressed
 
@@ -203,7 +204,7 @@ class _Progress:
                 statistics = uninformed(statistics)
                 names = [f"{program.leaves[number][0]}[{turn.entry}]" for number in leaves]
                 self.unreached |= dict.fromkeys(names, "no row reached it; its inputs are taken as equal")
-            params = {n: jnp.take(leaf, turn.entry, axis=layouts[n].stack_axes[0]) for n, leaf in params.items()}
+            params = {n: _taken(leaf, turn.entry, layouts[n].stack_axes[0]) for n, leaf in params.items()}
             layouts = {number: layout.entry for number, layout in layouts.items()}
         group = program.tree(params, Unselected)
         sums = program.tree(dict.fromkeys(leaves, statistics), Unselected)
@@ -230,10 +231,21 @@ class _Progress:
                 )
             self._entries.setdefault(number, {})[entry] = leaf
             leaf = leaf.materialize()
-        where = (slice(None),) * axis + (entry,)
-        self._plain[number] = self._kept[number] = jnp.asarray(self._plain[number]).at[where].set(leaf)
+        self._plain[number] = self._kept[number] = _replaced(self._plain[number], entry, axis, leaf)
 
 
+@on_auto_axes
+def _taken(stack: Any, entry: int, axis: int) -> jax.Array:
+    return jnp.take(stack, entry, axis=axis)
+
+
+@on_auto_axes
+def _replaced(stack: Any, entry: int, axis: int, leaf: Any) -> jax.Array:
+    where = (slice(None),) * axis + (entry,)
+    return jnp.asarray(stack).at[where].set(leaf)
+
+
+@on_auto_axes
 def _stacked(path: str, entries: Mapping[int, Any], length: int) -> Any:
     """Compressed entries as one leaf; their metadata counts axes from the last, and holds for the stack too."""
     parts = [entries[i] for i in sorted(entries)]

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
+from jaxcompress.meshes import on_auto_axes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeafPart:
@@ -32,6 +34,7 @@ class LeafPart:
         """The path, and which entry: `"layers/kernel[3]"`."""
         return f"{self.path}[{','.join(str(index) for _, index in self.entry)}]" if self.entry else self.path
 
+    @on_auto_axes
     def matrix(self, leaf: Shaped[Any, "..."]) -> Shaped[Any, "D O"]:
         """The kernel in an array of the leaf's shape; a bias is one row."""
         own = self.entry_of(leaf)
@@ -39,6 +42,7 @@ class LeafPart:
         moved = own.transpose([axes.index(axis) for axis in (*self.input_axes, *self.output_axes)])
         return moved.reshape(math.prod(leaf.shape[axis] for axis in self.input_axes), -1)
 
+    @on_auto_axes
     def entry_of(self, leaf: Shaped[Any, "..."]) -> Shaped[Any, "..."]:
         """The entry of an array of the leaf's shape, without its stack axes."""
         return leaf[self._index(leaf.ndim)]

@@ -77,13 +77,13 @@ def nothing_seen(unseen: Bool[Array | np.ndarray, "S D"]) -> bool:
     return bool(marks.size and marks.all())
 
 
-def warn_unseen(unseen: Mapping[str, Any], fallback: str, *, stacklevel: int = 3) -> None:
+def warn_unseen(unseen: Mapping[str, Any], fallback: str, *, stacklevel: int = 4) -> None:
     """One warning that names every leaf, and its stack entries, that calibration never reached.
 
     Args:
         unseen: bool (S, D) by path.
         fallback: what happened to their weights.
-        stacklevel: of the warning; 3 is the caller of the function that calls this one.
+        stacklevel: of the warning; 4 is the caller of a function on `on_auto_axes` that calls this one.
     """
     parts = []
     for path, marks in unseen.items():

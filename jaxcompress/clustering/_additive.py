@@ -15,6 +15,7 @@ from jaxcompress.arrays import AdditiveCodebookArray, pack
 from jaxcompress.clustering._additive_fit import fit_additive
 from jaxcompress.clustering._additive_spec import AdditiveSpec
 from jaxcompress.clustering._leaves import checked_importance, checked_leaf
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.trace import LeafLayout, selected_layouts
 from jaxcompress.tree import Unselected, is_unselected, map_with_path
 from jaxcompress.types import Params, Selector
@@ -35,6 +36,9 @@ class AdditiveInfo:
     bits_per_weight: float
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def additive_quantize(
     params: Params,
     spec: AdditiveSpec,

@@ -11,6 +11,7 @@ from jaxcompress.arrays import CodebookArray, SparseArray, pack, sparsify_like
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
 from jaxcompress.clustering._leaves import checked_importance, checked_leaf
 from jaxcompress.clustering._spec import CodebookSpec
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.trace import LeafLayout, selected_layouts
 from jaxcompress.tree import Unselected, is_unselected, map_with_path
 from jaxcompress.types import Params, Selector
@@ -33,6 +34,9 @@ class ClusterInfo:
     entropy_bits: float
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def cluster(
     params: Params,
     spec: CodebookSpec,

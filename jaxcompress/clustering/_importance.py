@@ -14,11 +14,13 @@ from jaxcompress.calibration import (
     unseen_inputs,
     warn_unseen,
 )
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import Unselected, leaves_with_paths, map_with_path
 from jaxcompress.types import Params
 
 
+@on_auto_axes
 def input_importance(params: Params, statistics: Params, layouts: Params) -> Params:
     """H = mean of x² of the input that a weight multiplies: the output error, for uncorrelated inputs.
 

@@ -12,6 +12,7 @@ from jaxcompress.clustering._cluster import store_codes
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
 from jaxcompress.clustering._leaves import checked_importance, checked_leaf, checked_table
 from jaxcompress.clustering._spec import CodebookSpec
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.trace import selected_layouts
 from jaxcompress.transforms import identity
 from jaxcompress.tree import Unselected, is_unselected, map_selected, map_with_path
@@ -33,6 +34,9 @@ class CodebookState(NamedTuple):
     step: jax.Array
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def trained_codebooks(
     spec: CodebookSpec,
     *,

@@ -17,6 +17,7 @@ from jaxcompress.execution._values import (
     plain,
     with_plain_weight,
 )
+from jaxcompress.meshes import abstract, as_typed, explicit_mesh, on_auto_axes
 from jaxcompress.trace import Body, as_body, called_body, walk
 from jaxcompress.tree import path_string
 from jaxcompress.types import is_compressed
@@ -108,7 +109,7 @@ def _run(apply: Callable[..., Any], note: Note, *args: Any, **kwargs: Any) -> An
 def _interpret(body: Body, values: Sequence[Any], note: Note) -> list[Any]:
     """Evaluates a body; its outputs are plain."""
     results = walk(body, values, functools.partial(_visit, note=note))
-    return [plain(value, "output", note) for value in results]
+    return _plain(body.jaxpr.outvars, results, "output", note)
 
 
 def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
@@ -127,11 +128,22 @@ def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
             results = _by_rule(eqn, values)
         if results is not None:
             return [Weight(out, path) if is_compressed(out) else out for out in results]
-    return _bind(eqn, [plain(value, name, note) for value in values])
+    return _bind(eqn, _plain(eqn.invars, values, name, note))
+
+
+def _plain(variables: Sequence[Any], values: Sequence[Any], name: str, note: Note) -> list[Any]:
+    return [as_typed(plain(value, name, note), var.aval) for value, var in zip(values, variables, strict=True)]
 
 
 def _by_rule(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    return RULES[eqn.primitive.name](eqn, [value.array if isinstance(value, Weight) else value for value in values])
+    arrays = [value.array if isinstance(value, Weight) else value for value in values]
+    if explicit_mesh(arrays) is None:
+        return RULES[eqn.primitive.name](eqn, arrays)
+    # The rule computes on Auto axes, where its equation may not ask for a sharding; its results get the traced one.
+    auto = eqn.replace(params=eqn.params | dict.fromkeys(_SHARDINGS & set(eqn.params)))
+    rule = on_auto_axes(functools.partial(RULES[eqn.primitive.name], auto))
+    results = rule(arrays)
+    return results and [as_typed(result, var.aval) for result, var in zip(results, eqn.outvars, strict=True)]
 
 
 def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
@@ -139,6 +151,8 @@ def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
         results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
 
+
+_SHARDINGS = {"sharding", "out_sharding"}
 
 # `custom_jvp` and `custom_vjp` are not inlined: that would lose their derivatives.
 _INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
@@ -154,10 +168,11 @@ def _remat(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
 def _scan(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
     num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
     consts = values[:num_consts]
-    carry = [plain(value, "scan", note) for value in values[num_consts : num_consts + num_carry]]
+    ends = num_consts + num_carry
+    carry = _plain(eqn.invars[num_consts:ends], values[num_consts:ends], "scan", note)
     stacked = [
-        value if not isinstance(value, Weight) or can_unstack(value.array) else plain(value, "scan", note)
-        for value in values[num_consts + num_carry :]
+        value if not isinstance(value, Weight) or can_unstack(value.array) else _plain([var], [value], "scan", note)[0]
+        for var, value in zip(eqn.invars[ends:], values[ends:], strict=True)
     ]
 
     def step(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -172,7 +187,7 @@ def _scan(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
 def _while(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
     cond_end = eqn.params["cond_nconsts"]
     body_end = cond_end + eqn.params["body_nconsts"]
-    carry = [plain(value, "while", note) for value in values[body_end:]]
+    carry = _plain(eqn.invars[body_end:], values[body_end:], "while", note)
 
     def condition(carry: list[Any]) -> Any:
         return _interpret(as_body(eqn.params["cond_jaxpr"]), [*values[:cond_end], *carry], note)[0]
@@ -206,7 +221,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _abstract(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_compressed(leaf) else leaf
+    return abstract(leaf) if is_compressed(leaf) else leaf
 
 
 def _tagged(keys: tuple[Any, ...], leaf: Any) -> Any:

@@ -4,9 +4,13 @@ from typing import Any
 
 import jax
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.types import Params, is_compressed
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def materialize(params: Params) -> Params:
     """`params` with every compressed leaf replaced by the plain array that it stands for.
 

@@ -119,6 +119,12 @@ def _sharding_constraint(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     return [jax.lax.with_sharding_constraint(values[0], component_shardings(values[0], sharding))]
 
 
+def _reshard(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """Nothing to compute: the parts stay as they are, and results are given their sharding."""
+    del eqn
+    return values
+
+
 def _by_part(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     """Primitives that are the identity."""
     return [jax.tree.map(lambda part: eqn.primitive.bind(part, **eqn.params), values[0])]
@@ -136,6 +142,7 @@ RULES: dict[str, Rule] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "sharding_constraint": _sharding_constraint,
+    "reshard": _reshard,
     "copy": _by_part,
     "copy_p": _by_part,
     "stop_gradient": _by_part,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxcompress.gates._penalty import Gated, Penalty, by_name, check_known
 from jaxcompress.gates._values import gate_values
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.solvers import (
     STANDARD,
     Form,
@@ -38,6 +39,9 @@ class _Setup:
     distribution: HardConcrete
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def hard_concrete(
     groups: Sequence[UnitGroup] = (),
     *,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.solvers import damped_cholesky
 
 Whitening = Literal["eigen", "cholesky"]
@@ -48,6 +49,9 @@ class Root(NamedTuple):
     retries: Int32[Array, " S"]
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 @functools.partial(jax.jit, static_argnames="whitening")
 def root_of_gram(gram: Float[Array, "S D D"], damping: ArrayLike, *, whitening: Whitening) -> Root:
     """A square root of XᵀX + λ mean(diag) I.
@@ -76,6 +80,9 @@ def root_of_gram(gram: Float[Array, "S D D"], damping: ArrayLike, *, whitening: 
     return Root(*jax.lax.map(by_eigen if whitening == "eigen" else by_cholesky, gram))
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 @jax.jit
 def directions(
     weights: Float[Array, "S D R"],
@@ -123,6 +130,9 @@ def apply_norm(
     return jnp.matmul(inputs, weighted, precision=_HIGHEST)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 @functools.partial(jax.jit, static_argnames="rank")
 def truncate(
     weights: Float[Array, "S D R"], found: Directions, *, rank: int

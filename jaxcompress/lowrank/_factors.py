@@ -13,11 +13,15 @@ import jax.numpy as jnp
 from jaxcompress.arrays import LowRankArray
 from jaxcompress.calibration import InputStatistics
 from jaxcompress.lowrank._residual import CompressFn
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.trace import LeafLayout, default_layout
 from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def compress_factors(
     params: Params, compress: CompressFn, *, statistics: Params | None = None, layouts: Params | None = None
 ) -> tuple[Params, Any]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Float32
 from jaxcompress.calibration import MatrixLeaf, entries, matrices, with_leaves
 from jaxcompress.lowrank._leaves import low_rank_leaf, shape_of
 from jaxcompress.lowrank._targets import activation_targets, plain_targets
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.schedules import constant
 from jaxcompress.solvers import (
     STANDARD,
@@ -45,6 +46,9 @@ class _Setup:
     distribution: HardConcrete
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def rank_gates(
     *,
     share: float | None = None,

@@ -13,6 +13,7 @@ from jaxcompress.lowrank._factorize import apply_norm, directions, output_scale,
 from jaxcompress.lowrank._leaves import LowRankInfo, Target, low_rank_leaf, shape_of, spectrum_of
 from jaxcompress.lowrank._ranks import RankRule, as_rule
 from jaxcompress.lowrank._targets import activation_targets, plain_targets
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths, map_with_path
 from jaxcompress.types import Params, Selector, is_compressed
 
@@ -22,6 +23,9 @@ CompressFn = Callable[[Params, Params, Params], tuple[Params, Any]]
 First = Literal["residual", "low rank"]
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def with_residual(
     params: Params,
     compress: CompressFn,

@@ -6,9 +6,13 @@ from jaxcompress.lowrank._factorize import Whitening
 from jaxcompress.lowrank._leaves import LowRankInfo, factored
 from jaxcompress.lowrank._ranks import RankRule
 from jaxcompress.lowrank._targets import Side, activation_targets, fisher_targets, plain_targets
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.types import Params, Selector
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def svd(
     params: Params,
     *,
@@ -43,6 +47,9 @@ def svd(
     return factored(params, chosen, targets, rank)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def activation_svd(
     params: Params,
     statistics: Params,
@@ -102,6 +109,9 @@ def activation_svd(
     return factored(params, chosen, targets, rank)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def fisher_svd(
     params: Params,
     fisher: Params,

@@ -67,7 +67,7 @@ def activation_targets(
         for leaf in entries(chosen)
     ]
     unseen = {target.leaf.path: target.unseen for target in targets if target.unseen is not None}
-    warn_unseen(unseen, "factored as if their inputs were white noise", stacklevel=4)
+    warn_unseen(unseen, "factored as if their inputs were white noise", stacklevel=5)
     return chosen, targets
 
 

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.pruning._masks import masks_from_scores
 from jaxcompress.pruning._ranking import check_sparsity
 from jaxcompress.pruning._sparsity import leaf_sparsities
@@ -104,6 +105,9 @@ def erdos_renyi_kernel(
     return _allocate(lambda shape, layout: _erdos_renyi(shape), params, sparsity, select, layouts)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def global_rank(scores: Params, *, sparsity: float) -> Params:
     """The sparsities that `masks_from_scores(scores, scope="global")` gives every leaf.
 

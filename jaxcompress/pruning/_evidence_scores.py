@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.calibration import checked_weight
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.trace import selected_layouts
 from jaxcompress.tree import (
     check_finite,
@@ -23,6 +24,9 @@ from jaxcompress.tree import (
 from jaxcompress.types import Params, Selector, is_compressed
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def taylor_scores(
     params: Params, gradients: Params, *, select: Selector | None = None, layouts: Params | None = None
 ) -> Params:
@@ -52,6 +56,9 @@ def taylor_scores(
     return _scores(lambda w, g: jnp.abs(w * g), params, gradients, "gradients", select, layouts)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def fisher_scores(
     params: Params, fisher: Params, *, select: Selector | None = None, layouts: Params | None = None
 ) -> Params:
@@ -82,6 +89,9 @@ def fisher_scores(
     return _scores(lambda w, f: jnp.square(w) * f / 2, params, fisher, "fisher", select, layouts)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def movement_scores(
     params: Params, movement: Params, *, select: Selector | None = None, layouts: Params | None = None
 ) -> Params:
@@ -129,6 +139,9 @@ def add_movement(total: Params | None, params: Params, gradients: Params) -> Par
     return map_selected(add, gradients, params, *(() if total is None else (total,)))
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def snip_scores(
     params: Params, gradients: Params, *, select: Selector | None = None, layouts: Params | None = None
 ) -> Params:
@@ -161,6 +174,9 @@ def snip_scores(
     return map_selected(lambda _, score: score / total, scores)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def random_scores(
     params: Params, *, key: jax.Array, select: Selector | None = None, layouts: Params | None = None
 ) -> Params:

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.pruning._masks import apply_masks
 from jaxcompress.pruning._patterns import Pattern, unstructured
 from jaxcompress.pruning._ranked_leaves import RankedLeaves, ScoreFn, Store
@@ -15,6 +16,9 @@ from jaxcompress.transforms import identity
 from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def gradual(
     *,
     schedule: Schedule,

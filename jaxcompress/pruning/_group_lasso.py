@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.pruning._masks import apply_masks, overlay
 from jaxcompress.pruning._patterns import Block
 from jaxcompress.pruning._ranked_leaves import RankedLeaves, Store
@@ -43,6 +44,9 @@ class _Setup:
     freeze_at: int | None
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def group_lasso(
     *,
     strength: Schedule | float,

@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcompress.calibration import checked_weight
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.pruning._counting_rules import CountingRule, check_rule, drops, settle_ties
 from jaxcompress.pruning._patterns import Pattern, unstructured
 from jaxcompress.pruning._ranking import Scope, as_it_is, check_sparsity, ranked_masks
@@ -18,6 +19,9 @@ from jaxcompress.types import Params, Selector, is_compressed
 _UNSTRUCTURED = unstructured()
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def masks_from_scores(
     scores: Params,
     *,
@@ -69,6 +73,9 @@ def masks_from_scores(
     return settle_ties(scores, masks, known, counting=counting, scope=scope)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def magnitude_masks(
     params: Params,
     *,
@@ -104,6 +111,9 @@ def magnitude_masks(
     return ranked_masks(weights, chosen, sparsity, scope=scope, pattern=pattern, score=jnp.abs)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def threshold_masks(scores: Params, *, threshold: ArrayLike | None = None, quantile: float | None = None) -> Params:
     """Keeps what reaches a threshold: mask = |s| >= threshold.
 
@@ -140,6 +150,9 @@ def threshold_masks(scores: Params, *, threshold: ArrayLike | None = None, quant
     return map_selected(mask, scores)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def apply_masks(params: Params, masks: Params) -> Params:
     """Zeros where a mask is False (by `where`: -0.0, NaN and Inf do not survive); other leaves as they are.
 

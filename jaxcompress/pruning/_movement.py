@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.pruning._masks import overlay
 from jaxcompress.pruning._patterns import Pattern, unstructured
 from jaxcompress.pruning._ranked_leaves import RankedLeaves, Store, plain
@@ -17,6 +18,9 @@ from jaxcompress.tree import map_selected
 from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def movement(
     *,
     schedule: Schedule,

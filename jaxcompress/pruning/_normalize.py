@@ -6,12 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.tree import check_finite, is_traced, map_selected
 from jaxcompress.types import Params
 
 Norm = Literal["mean", "l2", "lamp"]
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def normalized_scores(scores: Params, *, by: Norm = "mean") -> Params:
     """Scores divided by the size of their own leaf's scores, for ranking in global scope.
 

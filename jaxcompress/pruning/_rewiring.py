@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxcompress.meshes import on_auto_axes, transform_on_auto_axes
 from jaxcompress.pruning._allocation import Allocation
 from jaxcompress.pruning._evidence_scores import random_scores
 from jaxcompress.pruning._gradual import apply_state_masks
@@ -65,6 +66,9 @@ class Rewiring:
             raise ValueError(f"`every` and `until` must be at least 1, got {self.every} and {self.until}.")
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def rewiring(
     *,
     sparsity: float | Params,
@@ -108,6 +112,9 @@ def _fraction(fraction: float | Schedule, until: int, *, decay: bool) -> Schedul
     return lambda step: jnp.asarray(cosine(step), jnp.float32)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def rewire(
     masks: list[jax.Array], weights: list[jax.Array], candidates: list[jax.Array], fraction: jax.Array
 ) -> list[jax.Array]:

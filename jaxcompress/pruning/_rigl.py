@@ -1,11 +1,15 @@
 """RigL: sparse training that grows connections where the gradient is large."""
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.pruning._allocation import Allocation, erdos_renyi_kernel
 from jaxcompress.pruning._ranked_leaves import Store
 from jaxcompress.pruning._rewiring import rewiring
 from jaxcompress.types import Params, Schedule, Selector, Transform
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def rigl(
     *,
     sparsity: float | Params,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.pruning._movement import apply_with_scores, blank_scores
 from jaxcompress.pruning._ranked_leaves import RankedLeaves, Store
 from jaxcompress.schedules import constant
@@ -27,6 +28,9 @@ class SoftMovementState(NamedTuple):
     step: jax.Array
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def soft_movement(
     *,
     threshold: Schedule | float,

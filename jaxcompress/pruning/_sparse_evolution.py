@@ -1,11 +1,15 @@
 """SET, sparse evolutionary training: connections grow at random."""
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.pruning._allocation import Allocation, erdos_renyi
 from jaxcompress.pruning._ranked_leaves import Store
 from jaxcompress.pruning._rewiring import rewiring
 from jaxcompress.types import Params, Schedule, Selector, Transform
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def sparse_evolution(
     *,
     sparsity: float | Params,

@@ -5,10 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.tree import is_unselected, map_with_path
 from jaxcompress.types import Params, is_compressed
 
 
+@transform_on_auto_axes
 def sparse_updates(masks: Params) -> optax.GradientTransformation:
     """An optax transformation that zeroes the updates of pruned weights: those that are zero stay exactly zero.
 

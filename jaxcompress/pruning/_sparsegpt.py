@@ -23,6 +23,7 @@ from jaxcompress.calibration import (
     warn_unseen,
     with_leaves,
 )
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
 from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
@@ -47,6 +48,8 @@ Share = Literal["block", "leaf"]
 _FALLBACKS = {"keep": "ranked by magnitude", "zero": "set to 0"}
 
 
+@on_auto_axes
+@on_auto_axes
 def sparsegpt(
     params: Params,
     statistics: Params,

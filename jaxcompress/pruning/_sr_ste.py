@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.pruning._patterns import n_of_m
 from jaxcompress.pruning._ranked_leaves import RankedLeaves, Store, plain
 from jaxcompress.pruning._scheduled_masks import MaskState
@@ -15,6 +16,9 @@ from jaxcompress.tree import map_selected
 from jaxcompress.types import Params, Selector, Transform, TransformState
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def sr_ste(
     n: int,
     m: int,

@@ -7,11 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays import BitmaskSparseArray, PackedArray, QuantizedArray, SparseArray, pack, sparsify
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.pruning._patterns import NOfM, Pattern, innermost_input
 from jaxcompress.trace import LeafLayout
 from jaxcompress.types import is_compressed
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def store_masked(leaf: Any, mask: jax.Array, layout: LeafLayout, pattern: Pattern) -> Any:
     """A leaf without what its mask prunes: values and places for N:M, a bit mask otherwise. Outside `jit`.
 

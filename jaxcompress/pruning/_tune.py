@@ -20,6 +20,7 @@ from jaxcompress.calibration import (
     warn_unseen,
     with_leaves,
 )
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.pruning._counts import sparsity_by_path
 from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
@@ -41,6 +42,8 @@ _UNSTRUCTURED = unstructured()
 _SYSTEM_FLOATS = 2**23
 
 
+@on_auto_axes
+@on_auto_axes
 def tune_masked(
     params: Params,
     masks: Params,
@@ -99,6 +102,8 @@ def tune_masked(
     return with_leaves(params, chosen, leaves), info
 
 
+@on_auto_axes
+@on_auto_axes
 def alps(
     params: Params,
     statistics: Params,

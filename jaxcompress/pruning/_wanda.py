@@ -19,6 +19,7 @@ from jaxcompress.calibration import (
     warn_unseen,
     with_leaves,
 )
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
 from jaxcompress.pruning._leaf_info import LeafInfo
 from jaxcompress.pruning._masks import Scope, masks_from_scores
@@ -33,6 +34,8 @@ _UNSTRUCTURED = unstructured()
 _FALLBACKS = {"keep": "ranked by magnitude", "zero": "given a score of 0"}
 
 
+@on_auto_axes
+@on_auto_axes
 def wanda_scores(
     params: Params,
     statistics: Params,
@@ -73,6 +76,8 @@ def wanda_scores(
     return map_entries(functools.partial(_scores, unseen=unseen), chosen)
 
 
+@on_auto_axes
+@on_auto_axes
 def wanda(
     params: Params,
     statistics: Params,

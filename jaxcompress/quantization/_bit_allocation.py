@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxcompress.arrays import QuantizedArray
 from jaxcompress.calibration import checked_fisher, checked_weight
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._round_to_nearest import quantize_array
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.solvers import cheapest_choice
@@ -39,6 +40,9 @@ class FormatSensitivity:
     sizes: Params
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def fisher_sensitivity(
     params: Params,
     fisher: Params,
@@ -181,6 +185,9 @@ def allocate_bits(
     return map_selected(lambda path, _: sensitivity.specs[options[path]], sensitivity.sizes)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def quantize_each(params: Params, specs: Params, *, layouts: Params | None = None) -> Params:
     """Round to nearest, each leaf in its own format.
 

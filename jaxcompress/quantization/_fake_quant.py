@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from jaxcompress.arrays import dequantize
 from jaxcompress.arrays import straight_through as straight_through
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._blocks import axes_of
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._scales import block_scales
@@ -16,6 +17,9 @@ from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def fake_quantize_array(
     w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout, *, bits: Any = None
 ) -> Float[Array, "..."]:

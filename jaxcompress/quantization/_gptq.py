@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jaxcompress.calibration import Calibrated, Unseen, check_unseen, nothing_seen, unseen_counts, warn_unseen
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_new_leaves
 from jaxcompress.quantization._range_search import RangeSearch
@@ -23,6 +24,8 @@ from jaxcompress.solvers import output_error, problem
 from jaxcompress.types import Params, Selector
 
 
+@on_auto_axes
+@on_auto_axes
 def gptq(
     params: Params,
     statistics: Params,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jaxcompress.calibration import MatrixLeaf, entries, matrices
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._blocks import scale_shape
 from jaxcompress.quantization._leaf_matrix import STACK, check_blocks, stored, with_new_leaves
 from jaxcompress.quantization._rounding_info import RoundingInfo
@@ -21,6 +22,9 @@ Iterate = Literal["best", "legacy"]
 """Which zero points are taken: for every block the best ones met, or where the public solver stops."""
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def hqq(
     params: Params,
     spec: QuantSpec,

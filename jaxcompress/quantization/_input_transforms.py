@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.quantization._arithmetic import divide
 from jaxcompress.quantization._inputs import (
     InputRange,
@@ -23,6 +24,9 @@ from jaxcompress.tree import Unselected, is_unselected, map_selected, map_with_p
 from jaxcompress.types import Params, Selector, Transform, TransformState
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def quantized_inputs(
     spec: QuantSpec, *, ranges: Params | None = None, select: Selector | None = None, layouts: Params | None = None
 ) -> Transform:
@@ -53,6 +57,9 @@ def quantized_inputs(
     return identity()._replace(apply=mark, finalize=mark)
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def lsq_inputs(spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None) -> Transform:
     """Static ranges of inputs that are trained: LSQ for symmetric specs, LSQ+ for asymmetric ones.
 
@@ -110,6 +117,9 @@ def lsq_inputs(spec: QuantSpec, *, select: Selector | None = None, layouts: Para
     return identity()._replace(init=init, apply=apply, project=project, finalize=finalize)
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def pact_inputs(
     bits: int = 4, *, strength: float = 1e-4, select: Selector | None = None, layouts: Params | None = None
 ) -> Transform:

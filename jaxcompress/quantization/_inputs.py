@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, dequantize, straight_through
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._learned import Gradient, learned_quantize_array, whole_zero_point
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._scales import block_scales
@@ -66,6 +67,9 @@ class InputRounding:
         return learned_quantize_array(x, scale, zero_point, self.spec, count=features, gradient=self.gradient)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def quantize_inputs(
     params: Params,
     spec: QuantSpec,

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import dequantize, per_block, split_blocks
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._arithmetic import divide
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._scales import stored_scale
@@ -29,6 +30,9 @@ Gradient = Literal["lsq", "pact"]
 """How a step learns: by the formula above, or from what it clips alone (its second and third case)."""
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def learned_quantize_array(
     v: Float[Array, "..."],
     scale: Float[Array, "..."],

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxcompress.arrays import split_blocks
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.quantization._arithmetic import mean_magnitude
 from jaxcompress.quantization._blocks import axes_of, reduced_axes, scale_shape
 from jaxcompress.quantization._learned import highest_step, learned_quantize_array, whole_zero_point
@@ -37,6 +38,9 @@ class LearnedSteps(NamedTuple):
     zero_point: Params
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def lsq(
     spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None, start: Start = "range"
 ) -> Transform:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, SparseArray
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._blocks import packing_axis
 from jaxcompress.quantization._fake_quant import fake_quantize_array
 from jaxcompress.quantization._fixed_point import Overflow, check_bits, fixed_point_codes, fixed_point_encode
@@ -18,6 +19,9 @@ from jaxcompress.tree import Unselected, check_finite, is_unselected, map_select
 from jaxcompress.types import Params, Selector, is_compressed
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def quantize(
     params: Params, spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None
 ) -> Params:
@@ -52,6 +56,9 @@ def quantize(
     return _map_weights(visit, params, select, layouts)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def fake_quantize(
     params: Params,
     spec: QuantSpec,
@@ -90,6 +97,9 @@ def fake_quantize(
     )
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def fixed_point(
     params: Params,
     bits: int,

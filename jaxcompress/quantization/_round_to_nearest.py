@@ -19,6 +19,7 @@ from jaxcompress.arrays import (
     sparsify,
     sparsify_like,
 )
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._blocks import axes_of, packing_axis
 from jaxcompress.quantization._rounding import round_to_codes as round_to_codes
 from jaxcompress.quantization._scales import block_scales
@@ -27,6 +28,8 @@ from jaxcompress.trace import LeafLayout
 from jaxcompress.types import CompressedArray, is_compressed
 
 
+@on_auto_axes
+@on_auto_axes
 def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, layout: LeafLayout) -> QuantizedArray:
     """Quantizes one leaf: scales from the ranges of its blocks, codes by rounding to nearest.
 
@@ -79,6 +82,8 @@ def quantize_array_at(
     return _stored(w, dense, round_to_codes(dense, scale, zero_point, spec), scale, zero_point, spec, layout)
 
 
+@on_auto_axes
+@on_auto_axes
 def store_codes(codes: Integer[Array, "..."], *, bits: int, axis: int, keep: SparseArray | None = None) -> Any:
     """What a `QuantizedArray` keeps as `data`.
 

@@ -6,11 +6,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from jaxcompress.arrays import per_block, split_blocks
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._arithmetic import divide
 from jaxcompress.quantization._formats import encode
 from jaxcompress.quantization._spec import QuantSpec
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def round_to_codes(
     w: Float[Array, "..."],
     scale: Shaped[Array, "..."],

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxcompress.calibration import Calibrated, checked_weight
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._tables import Table, counted_leaves
 from jaxcompress.solvers import output_error
@@ -12,6 +13,9 @@ from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def rounding_errors(
     params: Params, compressed: Params, statistics: Params, *, layouts: Params | None = None
 ) -> dict[str, RoundingInfo]:

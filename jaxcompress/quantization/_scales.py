@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, Shaped
 
 from jaxcompress.arrays import split_blocks
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._arithmetic import divide, mean_magnitude
 from jaxcompress.quantization._blocks import reduced_axes, scale_shape
 from jaxcompress.quantization._formats import floor_log2, minifloat, power_of_two
@@ -15,6 +16,9 @@ from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import LeafLayout
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def block_scales(
     w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout, *, bits: Any = None
 ) -> tuple[Shaped[Array, "..."], Num[Array, "..."] | None]:

@@ -22,6 +22,7 @@ from jaxcompress.calibration import (
     unseen_counts,
     warn_unseen,
 )
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._folded import as_matrix_inputs, by_stack, features, fold_statistic, moved, sizes
 from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_new_leaves
 from jaxcompress.quantization._range_search import RangeSearch, searched_scales
@@ -37,6 +38,8 @@ CLIP = RangeSearch(steps=10, shrink=0.5, norm=2.0, weighted=True)
 """AWQ's search for ranges: ten of them, down to a half."""
 
 
+@on_auto_axes
+@on_auto_axes
 def smooth(
     params: Params, statistics: Params, folds: Sequence[Fold], *, strength: float = 0.5
 ) -> tuple[Params, dict[str, jax.Array]]:
@@ -89,6 +92,8 @@ def smooth(
     return with_new_leaves(params, leaves), factors
 
 
+@on_auto_axes
+@on_auto_axes
 def awq(
     params: Params,
     statistics: Params,

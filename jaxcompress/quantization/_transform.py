@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.quantization._fake_quant import straight_through
 from jaxcompress.quantization._quantize import fake_quantize, quantize
 from jaxcompress.quantization._spec import QuantSpec
@@ -10,6 +11,9 @@ from jaxcompress.tree import map_with_path
 from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, is_compressed
 
 
+@transform_on_auto_axes
+@transform_on_auto_axes
+@transform_on_auto_axes
 def quantization_aware(
     spec: QuantSpec,
     *,

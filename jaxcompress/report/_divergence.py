@@ -6,6 +6,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.report._intervals import normal_interval
 
 
@@ -30,6 +31,9 @@ class Divergence:
     confidence: float
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def kl_divergence(p_logits: ArrayLike, q_logits: ArrayLike, *, confidence: float = 0.95) -> Divergence:
     """KL(p || q) = Σ_c p_c (log p_c - log q_c), with p and q the softmax of logits.
 

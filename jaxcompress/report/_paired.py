@@ -6,6 +6,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.report._intervals import normal_interval, quantile
 
 
@@ -106,6 +107,9 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, *, confidence:
     )
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def agreement(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> Agreement:
     """Share of examples on which two predictions are equal, with Wilson's interval.
 

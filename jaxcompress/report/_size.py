@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.report._count import count_nonzeros, holds_numbers, stored_bytes, tied_to
 from jaxcompress.report._describe import describe_leaf
 from jaxcompress.report._disk import disk_bytes
@@ -113,6 +114,9 @@ class SizeReport:
         }
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def size_report(
     params: Params,
     *,

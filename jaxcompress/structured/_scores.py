@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.tree import map_with_path
 from jaxcompress.types import Params, is_compressed
 from jaxcompress.units import UnitGroup, check_groups, multiply_units, sum_units, unit_sizes
@@ -16,6 +17,9 @@ Gradients = Mapping[str, Float32[Array, "examples units"]]
 """Name of a group -> derivative of each example's loss by the gate of each unit, at gates of 1."""
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def magnitude_unit_scores(
     params: Params, groups: Sequence[UnitGroup], *, per_weight: bool = True, gated_only: bool = False
 ) -> dict[str, Float32[Array, " units"]]:
@@ -139,6 +143,9 @@ def fisher_unit_scores(gradients: Gradients) -> dict[str, Float32[Array, " units
     return {name: jnp.square(g).mean(axis=0) for name, g in gradients.items()}
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def fisher_matrix(gradients: Gradients) -> dict[str, Float[Array, "units units"]]:
     """G^T G / N of each group: its block of the Fisher information, for `rearrange`.
 

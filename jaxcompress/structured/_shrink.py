@@ -6,11 +6,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.tree import map_with_path
 from jaxcompress.types import Params
 from jaxcompress.units import UnitGroup, check_groups, remove_units, unit_masks
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def shrink(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any]) -> Params:
     """Takes the units that are not kept out of the arrays: the tree becomes physically smaller.
 
@@ -44,6 +48,9 @@ def shrink(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any])
     return remove_units(params, groups, keep)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def mask_units(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any]) -> Params:
     """Zeros in the gated slices of the units that are not kept, at the same shapes: what `shrink` will compute.
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax.interpreters import partial_eval
 
+from jaxcompress.meshes import abstract
 from jaxcompress.trace._layout import LeafKind, LeafLayout
 from jaxcompress.trace._origin import Origin, rearrange
 from jaxcompress.trace._walk import Body, as_body, called_body, walk
@@ -52,8 +53,8 @@ def layouts(apply: Callable[..., Any], params: Params, *inputs: Any) -> Params:
             filled_inputs[i] = value
         return apply(treedef.unflatten(filled), *input_treedef.unflatten(filled_inputs))
 
-    abstract = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in arrays]
-    closed = jax.make_jaxpr(flat_apply)(abstract, [input_leaves[i] for i in dynamic])
+    shapes = [abstract(leaves[i]) for i in arrays]
+    closed = jax.make_jaxpr(flat_apply)(shapes, [input_leaves[i] for i in dynamic])
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     recorder = _Recorder(itertools.count())
     origins = [Origin(i, tuple((axis,) for axis in range(len(leaves[i].shape)))) for i in arrays]
@@ -96,7 +97,7 @@ class _Recorder:
             moved = rearrange(eqn, values[0])
             if moved is not None:
                 return [moved]
-        elif eqn.primitive.name in ("convert_element_type", "copy", "sharding_constraint"):
+        elif eqn.primitive.name in ("convert_element_type", "copy", "sharding_constraint", "reshard"):
             return [values[0]]
         # What is inside sees parts of the leaves, in shapes of their own.
         opaque = eqn.primitive.name in ("shard_map", "pallas_call")

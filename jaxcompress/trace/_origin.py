@@ -76,6 +76,7 @@ _RULES: dict[str, Callable[[Any, Origin], Origin | None]] = {
     "copy_p": _same,
     "stop_gradient": _same,
     "sharding_constraint": _same,
+    "reshard": _same,
 }
 
 

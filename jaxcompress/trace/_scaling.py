@@ -149,6 +149,7 @@ _HANDLERS: dict[str, Callable[[Scaling, Any, tuple[int, ...]], bool]] = {
     "copy": _first,
     "stop_gradient": _first,
     "sharding_constraint": _first,
+    "reshard": _first,
     "select_n": _cases,
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,

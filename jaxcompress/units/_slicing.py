@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
 from jaxcompress.units._group import UnitGroup, UnitSlices
@@ -16,6 +17,9 @@ Values = Mapping[str, Any]
 """Name of a group -> one number for each of its units: an array, or a list."""
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def multiply_units(params: Params, groups: Sequence[UnitGroup], values: Values) -> Params:
     """Multiplies the gated slices of every unit by its number; differentiable.
 
@@ -43,6 +47,9 @@ def multiply_units(params: Params, groups: Sequence[UnitGroup], values: Values) 
     return map_with_path(multiply, params)
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def unit_masks(params: Params, groups: Sequence[UnitGroup], keep: Values) -> dict[str, jax.Array]:
     """Which weights the kept units leave, for every leaf that a group has slices of.
 
@@ -66,6 +73,9 @@ def unit_masks(params: Params, groups: Sequence[UnitGroup], keep: Values) -> dic
     return masks
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def sum_units(group: UnitGroup, tree: Params, *, gated_only: bool = False) -> jax.Array:
     """The sum of the entries that each unit owns, over all its slices, in float32.
 
@@ -96,6 +106,9 @@ def sum_units(group: UnitGroup, tree: Params, *, gated_only: bool = False) -> ja
     return total
 
 
+@on_auto_axes
+@on_auto_axes
+@on_auto_axes
 def remove_units(params: Params, groups: Sequence[UnitGroup], keep: Values) -> Params:
     """Takes the slices of units that are not kept out of the arrays: they become smaller.
 

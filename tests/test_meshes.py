@@ -1,0 +1,100 @@
+"""Every public function on meshes with Auto and with Explicit axes gives what one device does."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from mesh_table import CALLS, SPEC, Place
+
+import jaxcompress as jc
+from jaxcompress.meshes import on_auto_axes
+
+ALONE, AUTO, EXPLICIT = Place(None), Place(AxisType.Auto), Place(AxisType.Explicit)
+
+
+def _figures(tree):
+    """Arrays as they are, errors of infos, anything else."""
+    return [getattr(leaf, "error", leaf) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What one device gives, once for each call."""
+    known = {}
+
+    def result(name):
+        if name not in known:
+            known[name] = CALLS[name](ALONE)
+        return known[name]
+
+    return result
+
+
+@pytest.mark.parametrize("place", [EXPLICIT, AUTO], ids=["Explicit", "Auto"])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_mesh_and_one_device_agree(name, place, alone):
+    expected, found = alone(name), CALLS[name](place)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for x, y in zip(_figures(found), _figures(expected), strict=True):
+        if isinstance(y, jax.Array | np.ndarray | float):
+            np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=2e-4, atol=2e-5)
+        elif isinstance(y, str):
+            assert x == y
+    # What comes back is on the mesh that went in, not on a copy of it with other axes.
+    spread = [x for x in jax.tree.leaves(found) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1]
+    assert {x.sharding.mesh for x in spread} <= {place.mesh}
+
+
+@pytest.mark.parametrize("name", ["quantize", "masks, global", "input_statistics", "execute, jit", "correct_biases"])
+def test_inside_set_mesh(name, alone):
+    place = Place(AxisType.Explicit)
+    with jax.set_mesh(place.mesh):
+        found = CALLS[name](place)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(alone(name)), strict=True):
+        np.testing.assert_allclose(np.asarray(x, np.float64), np.asarray(y, np.float64), rtol=2e-4, atol=2e-5)
+
+
+def test_results_inherit_the_sharding_of_their_leaf_and_share_buffers():
+    masks = EXPLICIT.masks
+    for name in ("fsdp", "tensor", "both"):
+        assert masks[name]["kernel"].sharding == EXPLICIT.params[name]["kernel"].sharding
+    traced = jax.jit(lambda p: jc.quantization.fake_quantize(p, SPEC))(EXPLICIT.params)
+    assert jax.tree.map(lambda x: x.sharding, traced) == jax.tree.map(lambda x: x.sharding, EXPLICIT.params)
+    kernel = EXPLICIT.params["both"]["kernel"]
+    seen = []
+    same = on_auto_axes(lambda x: seen.append(x) or x)(kernel)
+    assert same is kernel
+    pointers = [x.addressable_shards[0].data.unsafe_buffer_pointer() for x in (seen[0], kernel)]
+    assert pointers[0] == pointers[1]
+    assert jax.typeof(seen[0]).sharding.spec == P(None, None)
+
+
+@pytest.mark.parametrize("place", [EXPLICIT, AUTO], ids=["Explicit", "Auto"])
+def test_shard_map_is_opaque(place):
+    def apply(params, x):
+        def block(w, x):
+            return jax.lax.psum(x @ w, "model")
+
+        specs = {"in_specs": (P("model", None), P("data", "model")), "out_specs": P("data", None)}
+        hidden = jax.shard_map(block, mesh=place.mesh, **specs)(params["inside"], x)
+        return hidden @ params["outside"]
+
+    rng = np.random.default_rng(0)
+    inside, outside = (jnp.asarray(rng.normal(size=(16, 16)), jnp.float32) for _ in range(2))
+    params = {"inside": place.put(inside, P("model", None)), "outside": place.put(outside, P(None, None))}
+    x = place.put(jnp.asarray(rng.normal(size=(8, 16)), jnp.float32), P("data", "model"))
+    layouts = jc.trace.layouts(apply, params, x)
+    assert (layouts["inside"].kind, layouts["inside"].reason) == (
+        "other",
+        "it goes into `shard_map`, which is not looked into",
+    )
+    assert layouts["outside"].kind == "matmul"
+    statistics = jc.calibration.input_statistics(apply, params, [(x,)], select=jc.tree.by_path("outside"))
+    hidden = np.asarray(x, np.float64) @ np.asarray(inside, np.float64)
+    np.testing.assert_allclose(statistics["outside"].gram, hidden.T @ hidden, rtol=1e-4, atol=1e-4)
+    small = jc.quantization.quantize(params, SPEC)
+    plain = {name: np.asarray(jc.materialize(leaf), np.float64) for name, leaf in small.items()}
+    expected = np.asarray(x, np.float64) @ plain["inside"] @ plain["outside"]
+    np.testing.assert_allclose(jax.jit(jc.execute(apply))(small, x), expected, rtol=1e-4, atol=1e-4)
