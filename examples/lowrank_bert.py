@@ -68,7 +68,7 @@ def main() -> None:
     module, params = _model(arguments.model, minilm)
     held_out = split.validation if arguments.validation else split.test
     held_out = held_out.rows(0, 100 if arguments.quick else None)
-    judge = Judge(module, params, tokenize(minilm, held_out), held_out.labels)
+    judge = Judge(module, params, tokenize(minilm, held_out, max_length=64), held_out.labels)
     apply = _apply(module)
     example = np.ones((2, WIDTHS[0]), np.int32)
     layouts = jc.trace.layouts(apply, params, example, example)
@@ -85,7 +85,7 @@ def main() -> None:
     judge.add("5 bits", quantize(params, FIVE_BITS, select=KERNELS, layouts=layouts))
     if arguments.epochs:
         small = judge.trees["activations, Fisher, budget"]
-        rows = tokenize(minilm, split.train.rows(0, 64 if arguments.quick else None))
+        rows = tokenize(minilm, split.train.rows(0, 64 if arguments.quick else None), max_length=64)
         training = Training(epochs=arguments.epochs, learning_rate=3e-4, **DISTILLATION)
         tuned, _ = train(
             module, small, rows, training, teacher=params, trainable=KERNELS, progress=Lines(), name="Distilling"

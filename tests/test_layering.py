@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent / "jaxcompress"
 
 # Lower rows may be imported by higher ones; within a row nothing imports anything else. Layer 2 is ordered.
 LAYERS = [
-    {"types", "meshes"},
+    {"types", "meshes", "__version__"},
     {"tree", "arrays", "schedules"},
     {"units"},
     {"transforms"},

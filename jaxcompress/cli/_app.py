@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from jaxcompress import __version__
 from jaxcompress.cli._commands import run_compress, run_evaluate, run_inspect
 from jaxcompress.cli._demo import run_demo
 from jaxcompress.cli._screen import Screen
@@ -17,7 +18,27 @@ app = typer.Typer(
     help="Compress JAX models: prune, quantize, distil, checkpoint.",
 )
 
+
+def _show_version(asked: bool | None) -> None:
+    if asked:
+        print(f"jaxcompress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = None,
+) -> None:
+    del version
+
+
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+_MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", min=1, help="Cut texts to so many tokens. Default: as many as the model can read."),
+]
 _Model = Annotated[Path, typer.Argument(help="A Hugging Face directory, or one that `compress` wrote.")]
 
 
@@ -51,21 +72,28 @@ def demo(
 
 @app.command()
 def compress(
-    model: _Model,
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory.")],
     recipe: Annotated[str, typer.Option(help="A TOML file, or the name of a recipe of the library.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
     data: Annotated[Path | None, typer.Option(help="CSV file with a column `text`, for recipes that distil.")] = None,
+    max_length: _MaxLength = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model in OUT.")] = False,
     as_json: _Json = False,
 ) -> None:
-    """Run a recipe on a model.
+    """Run a recipe on a model: a classifier, a plain encoder or a masked language model.
+
+    From Python, `jaxcompress.recipe.load_model(OUT)` opens the result, and `jaxcompress.recipe.save_huggingface(OUT,
+    DIRECTORY)` writes it back for transformers and sentence-transformers.
 
     Examples:
       jaxcompress compress my-bert --recipe int4 --out my-bert-int4
 
       jaxcompress compress my-bert --recipe recipe.toml --data train.csv --out my-bert-small
+
+      jaxcompress compress my-bert --recipe deep-compression --data train.csv --max-length 128 --out my-bert-small
     """
-    run_compress(Screen(as_json=as_json), model, recipe, out, data=data, overwrite=overwrite)
+    screen = Screen(as_json=as_json, hold=True)
+    run_compress(screen, model, recipe, out, data=data, max_length=max_length, overwrite=overwrite)
 
 
 @app.command()
@@ -89,14 +117,24 @@ def evaluate(
     model: _Model,
     data: Annotated[Path, typer.Option(help="CSV file with a column `text`, and `label` for the accuracy.")],
     against: Annotated[Path | None, typer.Option(help="Another model, to compare with row by row.")] = None,
-    outputs: Annotated[Path | None, typer.Option(help="Write logits and pooled vectors to this .npz file.")] = None,
+    outputs: Annotated[
+        Path | None,
+        typer.Option(help="Write logits, sentence vectors or the most probable tokens to this .npz file."),
+    ] = None,
+    max_length: _MaxLength = None,
     as_json: _Json = False,
 ) -> None:
     """Measure accuracy, and agreement with another model.
+
+    Classifiers are compared by their classes and probabilities, plain encoders by the sentence vector of each row,
+    masked language models by their distributions at every token of the texts.
 
     Examples:
       jaxcompress evaluate my-bert-int4 --data test.csv
 
       jaxcompress evaluate my-bert-int4 --against my-bert --data test.csv --json
+
+      jaxcompress evaluate my-bert-int4 --data test.csv --max-length 128 --outputs vectors.npz
     """
-    run_evaluate(Screen(as_json=as_json), model, data, against=against, outputs=outputs)
+    screen = Screen(as_json=as_json, hold=True)
+    run_evaluate(screen, model, data, against=against, outputs=outputs, max_length=max_length)

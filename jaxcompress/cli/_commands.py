@@ -1,32 +1,66 @@
 """What `compress`, `inspect` and `evaluate` do."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxcompress import checkpoint, report
-from jaxcompress.cli._models import load_model, save_compressed
+from jaxcompress.cli._figures import compare_logits, compare_tokens, compare_vectors
+from jaxcompress.cli._paths import check_output_directory, check_output_file
 from jaxcompress.cli._screen import Screen
+from jaxcompress.recipe import (
+    LoadedModel,
+    Texts,
+    Tokens,
+    check_labels,
+    companion_files,
+    described,
+    head_of,
+    load_model,
+    predict,
+    read_recipe,
+    read_texts,
+    save_compressed,
+    sentence_pooling,
+    token_divergence,
+    tokenize,
+)
 from jaxcompress.recipe import compress as run_recipe
-from jaxcompress.recipe import predict, read_recipe, read_texts, tokenize
 
 
-def run_compress(screen: Screen, model: Path, recipe: str, out: Path, *, data: Path | None, overwrite: bool) -> None:
+def run_compress(
+    screen: Screen,
+    model: Path,
+    recipe: str,
+    out: Path,
+    *,
+    data: Path | None,
+    max_length: int | None,
+    overwrite: bool,
+) -> None:
     """Runs a recipe on a model and writes the result."""
     steps = read_recipe(recipe)
-    if (out / "checkpoint").exists() and not overwrite:
-        raise FileExistsError(f"{str(out)!r} already holds a compressed model; give --overwrite to replace it.")
     if steps.distils and data is None:
         raise ValueError(f"The recipe {recipe!r} distils: give --data, a CSV file with a column `text`.")
-    check_writable(out)
+    check_output_directory(out, model, overwrite=overwrite)
+    texts = None if data is None else read_texts(data)
     loaded = load_model(model)
-    tokens = None if data is None else tokenize(loaded.tokenizer, read_texts(data))
-    compressed = run_recipe(steps, loaded.module, loaded.params, tokens, progress=screen)
-    path = save_compressed(
-        out, loaded.module, compressed, tokenizer=loaded.tokenizer, recipe=steps, overwrite=overwrite
+    if loaded.compressed:
+        raise ValueError(f"{str(model)!r} is compressed already; compress the original model.")
+    companion_files(model)
+    tokens = None
+    if texts is not None and not steps.distils:
+        screen.note(f"--data is not used: the recipe {recipe!r} does not distil.")
+    elif texts is not None and data is not None:
+        if any(training and training.hard_labels for training in (steps.distil, steps.distil_shared)):
+            _check_labels(loaded, texts, data)
+        tokens = _tokenized(loaded, texts, max_length)
+        _say_cut(screen, tokens, data)
+    compressed = run_recipe(
+        steps, loaded.module, loaded.params, tokens, pooling=sentence_pooling(model), progress=screen
     )
+    path = save_compressed(out, loaded.module, compressed, source=model, recipe=steps, overwrite=overwrite)
     sizes = report.size_report(compressed, disk_path=path)
     _show_sizes(screen, f"{model} → {out}", sizes)
     screen.result({"checkpoint": str(path.resolve()), **_totals(sizes)}, lines=[f"Written to {path}"])
@@ -41,69 +75,150 @@ def run_inspect(screen: Screen, model: Path, *, leaves: bool) -> None:
         screen.table("Leaves", table.header, table.rows)
     _show_sizes(screen, str(model), sizes)
     figures: dict[str, Any] = sizes.to_dict()
-    if (model / "checkpoint").is_dir():
-        manifest = checkpoint.read_manifest(model / "checkpoint")
+    if loaded.compressed:
+        manifest = checkpoint.read_manifest(loaded.weights)
         figures |= {"versions": dict(manifest.versions), "metadata": dict(manifest.metadata)}
     screen.result(figures)
 
 
-def run_evaluate(screen: Screen, model: Path, data: Path, *, against: Path | None, outputs: Path | None) -> None:
-    """Predicts every row and compares with labels and with another model."""
+def run_evaluate(
+    screen: Screen,
+    model: Path,
+    data: Path,
+    *,
+    against: Path | None,
+    outputs: Path | None,
+    max_length: int | None,
+) -> None:
+    """Runs every row and compares with labels and with another model."""
     texts = read_texts(data)
-    loaded = load_model(model)
-    tokens = tokenize(loaded.tokenizer, texts)
-    found = predict(loaded.module, loaded.params, tokens, progress=screen, name=f"Running {model}")
     if outputs is not None:
-        np.savez(outputs, allow_pickle=False, **found)
-    figures: dict[str, Any] = {"rows": len(tokens)}
-    labelled = bool((texts.labels >= 0).all())
-    if labelled:
-        figures["accuracy"] = float((found["logits"].argmax(-1) == texts.labels).mean())
-    if against is not None:
-        other = load_model(against)
-        wanted = predict(other.module, other.params, tokens, progress=screen, name=f"Running {against}")
-        figures |= compare(wanted["logits"], found["logits"], texts.labels if labelled else None)
+        check_output_file(outputs, "--outputs", begins=b"PK")
+    loaded = load_model(model)
+    other = None if against is None else load_model(against)
+    labels = _labels(screen, loaded, texts, data)
+    if other is not None:
+        _check_comparable(loaded, other, texts, data)
+    elif outputs is None and labels is None:
+        screen.note("There is nothing to measure: give --against, or a classifier and a column `label`.")
+    tokens, others = _token_pair(screen, loaded, other, texts, max_length, data)
+    figures: dict[str, Any] = {"rows": len(tokens), "rows_cut": tokens.cut, "max_length": tokens.max_length}
+    found = {}
+    if labels is not None or outputs is not None or other is None or head_of(loaded.module) != "masked_lm":
+        found = _predicted(screen, loaded, tokens)
+    if outputs is not None:
+        with outputs.open("wb") as file:
+            np.savez(file, allow_pickle=False, **found)
+    if labels is not None:
+        known = labels >= 0
+        figures["accuracy"] = float((found["logits"].argmax(-1) == labels)[known].mean())
+        figures |= {} if known.all() else {"rows_with_label": int(known.sum())}
+    if other is not None:
+        figures |= _compared(screen, loaded, found, tokens, other, others, labels)
     rows = [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in figures.items()]
     screen.table(str(model), ("figure", "value"), rows)
     screen.result(figures)
 
 
-def compare(wanted: np.ndarray, found: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
-    """Figures of one model against another on the same rows; intervals are 95 %.
-
-    Args:
-        wanted: logits of the reference.
-        found: logits of the model.
-        labels: the truth, if it is known.
-    """
-    agreement = report.agreement(wanted.argmax(-1), found.argmax(-1))
-    divergence = report.kl_divergence(wanted, found)
-    figures: dict[str, Any] = {
-        "agreement": agreement.rate,
-        "agreement_interval": [agreement.low, agreement.high],
-        "kl": divergence.mean,
-        "kl_interval": [divergence.low, divergence.high],
-    }
-    if labels is not None:
-        difference = report.paired_difference(found.argmax(-1) == labels, wanted.argmax(-1) == labels)
-        figures |= {
-            "accuracy_difference": difference.difference,
-            "accuracy_difference_interval": [difference.low, difference.high],
-        }
-    return figures
+def _predicted(screen: Screen, loaded: LoadedModel, tokens: Tokens) -> dict[str, np.ndarray]:
+    pooling = sentence_pooling(loaded.directory)
+    name = f"Running {loaded.directory}"
+    return predict(loaded.module, loaded.params, tokens, pooling=pooling, progress=screen, name=name)
 
 
-def check_writable(directory: Path) -> None:
-    """Raises before hours of work when their result could not be written.
+def _compared(
+    screen: Screen,
+    loaded: LoadedModel,
+    found: dict[str, np.ndarray],
+    tokens: Tokens,
+    other: LoadedModel,
+    others: Tokens,
+    labels: np.ndarray | None,
+) -> dict[str, Any]:
+    """Classifiers are compared by their logits, encoders by sentence vectors, masked LMs by their distributions."""
+    head = head_of(loaded.module)
+    if head == "masked_lm":
+        name = f"Comparing {loaded.directory} and {other.directory}"
+        both = (loaded.module, loaded.params, other.module, other.params)
+        return compare_tokens(*token_divergence(*both, tokens, progress=screen, name=name))
+    wanted = _predicted(screen, other, others)
+    if head == "encoder":
+        return compare_vectors(wanted["sentence_vector"], found["sentence_vector"])
+    return compare_logits(wanted["logits"], found["logits"], labels)
 
-    Raises:
-        OSError: `directory` cannot be made or written to.
-    """
-    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{str(directory)!r} cannot be written: {str(existing)!r} is not a directory.")
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(f"{str(directory)!r} cannot be written: no permission in {str(existing)!r}.")
+
+def _labels(screen: Screen, loaded: LoadedModel, texts: Texts, data: Path) -> np.ndarray | None:
+    """The labels, if there are any that the model can have."""
+    if not (texts.labels >= 0).any():
+        return None
+    head = head_of(loaded.module)
+    if head != "sequence_classification":
+        screen.note(f"The column `label` is not used: {described(head)} has no classes.")
+        return None
+    _check_labels(loaded, texts, data)
+    if missing := int((texts.labels < 0).sum()):
+        screen.note(f"{missing} of {len(texts)} rows have no label and do not count for the accuracy.")
+    return texts.labels
+
+
+def _token_pair(
+    screen: Screen,
+    loaded: LoadedModel,
+    other: LoadedModel | None,
+    texts: Texts,
+    max_length: int | None,
+    data: Path,
+) -> tuple[Tokens, Tokens]:
+    """The rows as each model reads them, cut at the same length."""
+    tokens = others = _tokenized(loaded, texts, max_length)
+    if other is not None:
+        others = _tokenized(other, texts, max_length)
+        limit = min(tokens.max_length, others.max_length)
+        if tokens.max_length > limit:
+            tokens = _tokenized(loaded, texts, limit)
+        if others.max_length > limit:
+            others = _tokenized(other, texts, limit)
+        if head_of(loaded.module) == "masked_lm" and tokens.ids != others.ids:
+            raise ValueError(
+                f"{str(loaded.directory)!r} and {str(other.directory)!r} split texts into different tokens: "
+                "their distributions cannot be compared."
+            )
+    _say_cut(screen, tokens, data)
+    return tokens, others
+
+
+def _tokenized(loaded: LoadedModel, texts: Texts, max_length: int | None) -> Tokens:
+    config = loaded.module.config  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenize(loaded.directory, texts, max_length=max_length, config=config)
+
+
+def _say_cut(screen: Screen, tokens: Tokens, data: Path) -> None:
+    if tokens.cut:
+        screen.note(f"{tokens.cut} of {len(tokens)} rows of {data} are cut to {tokens.max_length} tokens.")
+
+
+def _check_comparable(loaded: LoadedModel, other: LoadedModel, texts: Texts, data: Path) -> None:
+    """Raises a `ValueError` when two models have nothing in common that could be compared."""
+    names = f"{str(loaded.directory)!r} and {str(other.directory)!r} cannot be compared:"
+    heads = [head_of(each.module) for each in (loaded, other)]
+    if heads[0] != heads[1]:
+        raise ValueError(f"{names} {described(heads[0])} and {described(heads[1])}.")
+    ours, theirs = (each.module.config for each in (loaded, other))  # pyright: ignore[reportAttributeAccessIssue]
+    compared = {"encoder": "hidden_size", "masked_lm": "vocab_size"}.get(heads[0], "num_labels")
+    if getattr(ours, compared) != getattr(theirs, compared):
+        raise ValueError(f"{names} `{compared}` is {getattr(ours, compared)} and {getattr(theirs, compared)}.")
+    if ours.id2label and theirs.id2label and ours.id2label != theirs.id2label:
+        raise ValueError(f"{names} their classes are {ours.id2label} and {theirs.id2label}.")
+    if len(texts) < 2:
+        raise ValueError(f"{str(data)!r} has one row; --against needs two or more, for the intervals.")
+
+
+def _check_labels(loaded: LoadedModel, texts: Texts, data: Path) -> None:
+    if head_of(loaded.module) == "sequence_classification":
+        try:
+            check_labels(loaded.module, texts.labels)
+        except ValueError as err:
+            raise ValueError(f"{str(data)!r}: {err}") from err
 
 
 def _show_sizes(screen: Screen, title: str, sizes: report.SizeReport) -> None:

@@ -13,8 +13,8 @@ import numpy as np
 from flax import linen as nn
 
 from jaxcompress import report
-from jaxcompress.cli._commands import check_writable, compare
-from jaxcompress.cli._models import save_compressed
+from jaxcompress.cli._figures import compare_logits
+from jaxcompress.cli._paths import check_output_file, check_writable
 from jaxcompress.cli._screen import Screen
 from jaxcompress.recipe import (
     MINILM,
@@ -31,12 +31,14 @@ from jaxcompress.recipe import (
     predictor,
     read_recipe,
     rotten_tomatoes,
+    save_compressed,
     tokenize,
     without_distillation,
 )
 from jaxcompress.types import Params
 
 _QUICK_ROWS = 2000
+_MAX_LENGTH = 64  # sentences; the few that are longer lose their end
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,14 +61,15 @@ def run_demo(
     name = "demo-full" if full else "demo"
     steps = read_recipe(name if recipe is None else recipe)
     out = cache_directory() / name if out is None else out
-    for path in (out, plot.parent) if plot else (out,):
-        check_writable(path)
+    check_writable(out)
+    if plot is not None:
+        check_output_file(plot, "--plot", begins=b"\x89PNG")
     setting = _setting(screen, steps, rows=None if full else _QUICK_ROWS, validation=validation)
     module, dense = fine_tuned_minilm(
         setting.minilm, setting.train, setting.fine_tune, note=screen.note, progress=screen
     )
     compressed = compress(setting.recipe, module, dense, setting.train, progress=screen)
-    path = save_compressed(out, module, compressed, tokenizer=setting.minilm, recipe=setting.recipe, overwrite=True)
+    path = save_compressed(out, module, compressed, source=setting.minilm, recipe=setting.recipe, overwrite=True)
     figures = _figures(screen, setting, module, dense, compressed, path)
     figures |= {"checkpoint": str(path.resolve()), "seconds": time.monotonic() - begun}
     _show(screen, figures)
@@ -86,7 +89,7 @@ def _setting(screen: Screen, recipe: Recipe, *, rows: int | None, validation: bo
         recipe=recipe,
         fine_tune=recipe.fine_tune,
         minilm=minilm,
-        train=tokenize(minilm, split.train.rows(0, rows)),
+        train=tokenize(minilm, split.train.rows(0, rows), max_length=_MAX_LENGTH),
         held_out=split.validation if validation else split.test,
         held_out_name="validation" if validation else "test",
     )
@@ -95,7 +98,7 @@ def _setting(screen: Screen, recipe: Recipe, *, rows: int | None, validation: bo
 def _figures(
     screen: Screen, setting: _Setting, module: nn.Module, dense: Params, compressed: Params, path: Path
 ) -> dict[str, Any]:
-    labels, tokens = setting.held_out.labels, tokenize(setting.minilm, setting.held_out)
+    labels, tokens = setting.held_out.labels, tokenize(setting.minilm, setting.held_out, max_length=_MAX_LENGTH)
     rows = f"{setting.held_out_name.capitalize()} rows"
     wanted = predict(module, dense, tokens, progress=screen, name=f"{rows}, dense")["logits"]
     found = _restored_logits(screen, path.parent, setting.held_out)
@@ -111,8 +114,8 @@ def _figures(
         "accuracy_dense": float((wanted.argmax(-1) == labels).mean()),
         "accuracy_compressed": float((found.argmax(-1) == labels).mean()),
         "accuracy_without_distillation": float((baseline.argmax(-1) == labels).mean()),
-        **compare(wanted, found, labels),
-        "without_distillation": compare(wanted, baseline, labels),
+        **compare_logits(wanted, found, labels),
+        "without_distillation": compare_logits(wanted, baseline, labels),
         "bytes_dense": original,
         "bytes_stored": sizes.total.stored_bytes,
         "bytes_disk": sizes.disk_bytes,
@@ -135,7 +138,8 @@ def _restored_logits(screen: Screen, directory: Path, texts: Texts) -> np.ndarra
             writer.writerow(("text", "label"))
             writer.writerows(zip(texts.texts, texts.labels.tolist(), strict=True))
         command = [sys.executable, "-m", "jaxcompress", "evaluate", str(directory), "--data", str(rows)]
-        done = subprocess.run([*command, "--outputs", str(outputs), "--json"], stdout=subprocess.DEVNULL, check=False)
+        command += ["--max-length", str(_MAX_LENGTH), "--outputs", str(outputs), "--json"]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
             raise ValueError(f"{str(directory)!r} could not be restored and run in a new process.")
         with np.load(outputs) as stored:

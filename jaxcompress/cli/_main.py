@@ -18,15 +18,23 @@ def main() -> None:
     from jaxcompress.recipe import AssetError
 
     try:
-        app()
+        code = app(sys.argv[1:] or ["--help"], prog_name="jaxcompress", standalone_mode=False)
     except (ValueError, OSError, AssetError) as err:
         if os.environ.get("JAXCOMPRESS_TRACEBACK"):
             raise
         _fail(_one_line(err))
+    except Exception as err:
+        # What typer finds wrong with the arguments; some versions of it carry their own copy of click's exceptions.
+        if not hasattr(err, "format_message"):
+            raise
+        command = getattr(getattr(err, "ctx", None), "command_path", "jaxcompress")
+        _fail(f"{_one_line(err)} See '{command} --help'.")
+    raise SystemExit(code or 0)
 
 
 def _one_line(err: BaseException) -> str:
-    parts = [str(err), *getattr(err, "__notes__", ())]
+    text = getattr(err, "format_message", err.__str__)()
+    parts = [text, *getattr(err, "__notes__", ())]
     # JAX appends advice about its own traceback filtering, which is none to a user of the command line.
     kept = [part for part in parts if "JAX_TRACEBACK_FILTERING" not in part]
     line = " ".join(" ".join(kept).split())

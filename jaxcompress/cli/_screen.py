@@ -14,20 +14,30 @@ from rich.table import Table
 
 
 class Screen:
-    """Shows progress bars on a terminal, and a plain line every few seconds elsewhere."""
+    """Shows progress bars on a terminal, and a plain line every few seconds elsewhere.
 
-    def __init__(self, *, as_json: bool) -> None:
-        self._as_json = as_json
+    Args:
+        as_json: print results as one JSON object.
+        hold: keep notes back until the work begins: a mistake found before is the only line then.
+    """
+
+    def __init__(self, *, as_json: bool, hold: bool = False) -> None:
+        self._as_json, self._hold = as_json, hold
+        self._held: list[str] = []
         self._errors = Console(stderr=True, highlight=False)
         self._output = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
     def note(self, text: str) -> None:
         """One line about what happens."""
-        self._errors.print(text, markup=False, soft_wrap=True)
+        if self._hold:
+            self._held.append(text)
+        else:
+            self._errors.print(text, markup=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def task(self, name: str, total: int) -> Iterator["_Bar | _Lines"]:
         """A piece of work; see `jaxcompress.recipe.Progress`."""
+        self._let_go()
         if not self._errors.is_terminal:
             yield _Lines(self, name, total)
             return
@@ -45,6 +55,7 @@ class Screen:
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A table of results; nothing with `--json`."""
+        self._let_go()
         if self._as_json:
             return
         table = Table(title=title, title_justify="left")
@@ -56,11 +67,18 @@ class Screen:
 
     def result(self, figures: dict[str, Any], *, lines: Sequence[str] = ()) -> None:
         """One JSON object with `--json`, else a few lines."""
+        self._let_go()
         if self._as_json:
             print(json.dumps(figures))
         else:
             for line in lines:
                 self._output.print(line, markup=False, soft_wrap=True)
+
+    def _let_go(self) -> None:
+        self._hold = False
+        for text in self._held:
+            self.note(text)
+        self._held.clear()
 
 
 class _Bar:

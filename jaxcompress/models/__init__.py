@@ -13,6 +13,7 @@ from jaxcompress.models._config import BertConfig as BertConfig
 from jaxcompress.models._gpt2_units import gpt2_units as gpt2_units
 from jaxcompress.models._hf_config import config_from_huggingface as config_from_huggingface
 from jaxcompress.models._hf_config import config_to_huggingface as config_to_huggingface
+from jaxcompress.models._hf_config import read_config as read_config
 from jaxcompress.models._hf_read import from_pretrained as from_pretrained
 from jaxcompress.models._hf_write import save_pretrained as save_pretrained
 from jaxcompress.models._parameters import parameter_shapes as parameter_shapes

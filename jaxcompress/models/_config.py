@@ -1,6 +1,7 @@
 """What a BERT is: its sizes, layer by layer, its head, and its constants."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args, no_type_check
 
@@ -8,6 +9,9 @@ from jaxcompress.models._activations import ACTIVATIONS
 
 Head: TypeAlias = Literal["encoder", "sequence_classification", "masked_lm"]
 Pooling: TypeAlias = Literal["cls", "mean"]
+
+MOST_LAYERS = 10_000
+"""Sizes are kept for each layer: a slip of the pen would fill the memory with them."""
 
 
 # Annotations say what the fields are, not what may be given: ints for tuples, and anything a JSON file may hold, which
@@ -81,6 +85,8 @@ class BertConfig:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "type_vocab_size"):
             _check_count(name, getattr(self, name), minimum=1)
         _check_count("num_labels", self.num_labels, minimum=1)
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MOST_LAYERS}, got {self.num_hidden_layers}.")
         for name in ("num_attention_heads", "intermediate_size"):
             object.__setattr__(self, name, _per_layer(name, getattr(self, name), self.num_hidden_layers))
         if self.head_size is None:
@@ -133,14 +139,14 @@ def _default_head_size(hidden_size: int, heads: tuple[int, ...]) -> int:
 def _probability(name: str, value: Any) -> float | None:
     if value is None and name == "classifier_dropout":
         return None
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
     return float(value)
 
 
 def _positive(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or not value > 0:
-        raise ValueError(f"`{name}` must be a number above 0, got {value!r}.")
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
     return float(value)
 
 

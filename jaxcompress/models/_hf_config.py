@@ -1,11 +1,12 @@
 """Between `BertConfig` and the settings of a Hugging Face `config.json`."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxcompress.models._config import BertConfig
+from jaxcompress.models._config import MOST_LAYERS, BertConfig
 
 SUPPORTED_MODEL_TYPES = ("bert",)
 
@@ -126,14 +127,23 @@ def config_to_huggingface(config: BertConfig) -> dict[str, Any]:
     return settings
 
 
-def read_config(directory: Path, *, head: str | None = None) -> BertConfig:
-    """The config in `directory/config.json`; every error names the file."""
-    path = directory / "config.json"
+def read_config(directory: str | os.PathLike[str], *, head: str | None = None) -> BertConfig:
+    """The config that `config.json` in a Hugging Face directory describes.
+
+    Args:
+        directory: where the file is.
+        head: as in `config_from_huggingface`.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is not JSON, or as `config_from_huggingface`; the message names the file.
+    """
+    path = Path(directory) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"There is no config.json in {str(directory)!r}: it is not a saved model.")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as err:
+    except (ValueError, RecursionError) as err:
         raise ValueError(f"{str(path)!r} is not JSON: {err}.") from err
     if not isinstance(settings, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, found {type(settings).__name__}.")
@@ -151,21 +161,32 @@ def _check_supported(settings: Mapping[str, Any]) -> None:
             raise ValueError(f"`{name}` is {settings[name]!r}; only {supported!r} is supported.")
     if absent := [name for name in _REQUIRED if name not in settings]:
         raise ValueError(f"these sizes are missing: {', '.join(absent)}.")
-    if not isinstance(settings.get(_OWN_KEY, {}), Mapping):
-        raise ValueError(f"`{_OWN_KEY}` must be a mapping, got {settings[_OWN_KEY]!r}.")
+    for name in _REQUIRED:
+        least = 0 if name in ("num_attention_heads", "intermediate_size") else 1
+        most = MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1
+        found = settings[name]
+        if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= most:
+            raise ValueError(f"`{name}` must be an int in [{least}, {most}], got {found!r:.80}.")
+    for name in (_OWN_KEY, "pruned_heads"):
+        if not isinstance(settings.get(name) or {}, Mapping):
+            raise ValueError(f"`{name}` must be a mapping, got {settings[name]!r:.80}.")
 
 
 def _head(architectures: Any) -> str:
+    if not isinstance(architectures or [], list):
+        raise ValueError(f"`architectures` must be a list of names, got {architectures!r:.80}.")
     for name in architectures or ():
-        if name in _HEADS:
+        if isinstance(name, str) and name in _HEADS:
             return _HEADS[name]
     raise ValueError(f"`architectures` is {architectures!r}; known: {', '.join(_HEADS)}. Or say which with `head=`.")
 
 
 def _layer_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    own, hidden, heads = settings.get(_OWN_KEY, {}), settings["hidden_size"], settings["num_attention_heads"]
+    own, hidden, heads = settings.get(_OWN_KEY) or {}, settings["hidden_size"], settings["num_attention_heads"]
     sizes = {"num_attention_heads": heads, "intermediate_size": settings["intermediate_size"]}
     if pruned := settings.get("pruned_heads"):
+        if not heads or not all(isinstance(indices, list) for indices in pruned.values()):
+            raise ValueError(f"`pruned_heads` must map layers to lists of heads, got {pruned!r:.80}.")
         sizes["head_size"] = hidden // heads
         layers = range(settings["num_hidden_layers"])
         sizes["num_attention_heads"] = tuple(heads - len(pruned.get(str(i), ())) for i in layers)

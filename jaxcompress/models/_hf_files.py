@@ -130,4 +130,6 @@ def _no_weights(directory: Path) -> str:
                 f"{str(directory)!r} has {name}, but none of {wanted}. Pickled weights are never loaded, because they "
                 "may run code: convert them with transformers, `model.save_pretrained(directory)`, to safetensors."
             )
+    if (directory / "checkpoint").is_dir():
+        return f"{str(directory)!r} holds a compressed model: open it with `jaxcompress.recipe.load_model`."
     return f"There are no weights in {str(directory)!r}: expected {wanted}."

@@ -1,8 +1,9 @@
 """Running a recipe on a model."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +15,19 @@ from jaxcompress.clustering import cluster, trained_codebooks
 from jaxcompress.execution import materialize
 from jaxcompress.pruning import Scope, gradual
 from jaxcompress.quantization import quantization_aware, quantize
+from jaxcompress.recipe._heads import SentencePooling, head_of
 from jaxcompress.recipe._predict import predict
-from jaxcompress.recipe._progress import Progress
+from jaxcompress.recipe._progress import Progress, Silent
 from jaxcompress.recipe._recipe import Recipe
 from jaxcompress.recipe._selections import check_selections
 from jaxcompress.recipe._steps import ClusterStep, PruneStep, QuantizeStep, Training
-from jaxcompress.recipe._text import Tokens
-from jaxcompress.recipe._train import steps_of, train
+from jaxcompress.recipe._tokens import Tokens
+from jaxcompress.recipe._train import prepared, steps_of, train
 from jaxcompress.schedules import constant, cubic
 from jaxcompress.transforms import chain
 from jaxcompress.types import Params, Transform, is_compressed
+
+_TEACHER = "Computing teacher outputs"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,13 @@ class _Part:
 
 
 def compress(
-    recipe: Recipe, module: nn.Module, params: Params, tokens: Tokens | None = None, *, progress: Progress | None = None
+    recipe: Recipe,
+    module: nn.Module,
+    params: Params,
+    tokens: Tokens | None = None,
+    *,
+    pooling: SentencePooling = "mean",
+    progress: Progress | None = None,
 ) -> Params:
     """Prunes, quantizes and clusters `params`, while they are distilled from themselves if the recipe says so.
 
@@ -55,40 +65,49 @@ def compress(
         module: a BERT of `jaxcompress.models`.
         params: its parameters; they stay as they are, and are the teacher.
         tokens: rows to distil on.
-        progress: where to show loss and time left.
+        pooling: of the sentence vectors of a plain encoder, which `pooled` compares.
+        progress: where to show loss and time left, and told what is left out or cut.
 
     Returns:
         A tree of the same logical structure with compressed leaves.
 
     Raises:
-        ValueError: the recipe distils and there are no `tokens`; a step that selects nothing; steps that contradict one
-            another on a leaf; whatever a step finds wrong with a leaf.
+        ValueError: before anything runs: the recipe distils and there are no `tokens`, or they do not fit it; a leaf is
+            compressed already; a step selects nothing; steps contradict one another on a leaf; whatever a step finds
+            wrong with a leaf.
     """
     check_selections(recipe, params)
     if recipe.distils and tokens is None:
         raise ValueError("This recipe distils: it needs texts (rows to run both models on).")
     layouts = _layouts(module, params)
+    parts = _prepared(_parts(recipe, layouts), module, tokens, progress)
+    _try(recipe, parts, params, layouts, tokens)
     student = _with_frozen_steps(recipe, params, layouts)
     asked: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
-    for part in _parts(recipe, layouts):
+    for part in parts:
         student = _with_dense(part.dense, student)
         if part.training is None or tokens is None:
             student = _at_once(part.transform(0), student)
             continue
         widths = part.training.widths
-        if not part.training.hidden and widths not in asked:
+        # Hidden states, and distributions over a vocabulary, are too large to keep for every row.
+        alongside = part.training.hidden > 0 or head_of(module) == "masked_lm"
+        if not alongside and widths not in asked:
             # The teacher reads rows that are cut where the student's are.
-            asked[widths] = predict(module, params, tokens, widths=widths, progress=progress, name="Asking the teacher")
+            asked[widths] = predict(
+                module, params, tokens, widths=widths, pooling=pooling, progress=progress, name=_TEACHER
+            )
         transform = part.transform(steps_of(part.training, tokens))
         student, state = train(
             module,
             student,
             tokens,
             part.training,
-            teacher=params if part.training.hidden else None,
-            cached=None if part.training.hidden else asked[widths],
+            teacher=params if alongside else None,
+            cached=None if alongside else asked[widths],
             transform=transform,
             trainable=_not_compressed,
+            pooling=pooling,
             progress=progress,
             name=part.name,
         )
@@ -101,8 +120,48 @@ def without_distillation(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, distil=None, distil_shared=None, fine_tune=None)
 
 
+def _prepared(
+    parts: Sequence[_Part], module: nn.Module, tokens: Tokens | None, progress: Progress | None
+) -> list[_Part]:
+    """The parts with trainings that fit the rows and the model."""
+    said: set[str] = set()
+
+    def note(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            (progress or Silent()).note(text)
+
+    def fitting(training: Training | None) -> Training | None:
+        return training if training is None or tokens is None else prepared(training, module, tokens, note=note)
+
+    return [dataclasses.replace(part, training=fitting(part.training)) for part in parts]
+
+
+def _try(recipe: Recipe, parts: Sequence[_Part], params: Params, layouts: Params, tokens: Tokens | None) -> None:
+    """What a step finds wrong with a leaf is said before hours of work."""
+    for path, leaf in tree.leaves_with_paths(params):
+        if not np.isfinite(np.asarray(leaf)).all():
+            tree.check_finite(path, leaf)
+    for step in recipe.cluster:
+        marks = tree.by_path(step.select)(params)
+        tree.map_with_path(_blocks(step), params, layouts, marks)
+    for part in parts:
+        if not part.dense:  # shared values are found on the host only
+            steps = 0 if part.training is None or tokens is None else steps_of(part.training, tokens)
+            jax.eval_shape(functools.partial(part.transform(steps).init, key=jax.random.key(0)), params)
+
+
+def _blocks(step: ClusterStep) -> Callable[..., None]:
+    def visit(_: str, leaf: Any, layout: Any, mark: bool) -> None:
+        if mark:
+            step.spec().blocks(leaf.shape, layout)
+
+    return visit
+
+
 def _layouts(module: nn.Module, params: Params) -> Params:
-    ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    positions = module.config.max_position_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    ids = jax.ShapeDtypeStruct((2, min(8, positions)), jnp.int32)
     return trace.layouts(lambda p, ids, mask: module.apply({"params": p}, ids, mask), params, ids, ids)
 
 

@@ -14,7 +14,7 @@ from jaxcompress.models import from_pretrained, save_pretrained
 from jaxcompress.recipe._assets import MINILM, cache_directory
 from jaxcompress.recipe._progress import Progress
 from jaxcompress.recipe._steps import Training
-from jaxcompress.recipe._text import Tokens
+from jaxcompress.recipe._tokens import Tokens
 from jaxcompress.recipe._train import train
 from jaxcompress.types import Params
 

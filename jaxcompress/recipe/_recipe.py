@@ -2,13 +2,15 @@
 
 import dataclasses
 import tomllib
-import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxcompress.recipe._steps import ClusterStep, PruneStep, QuantizeStep, Training
+from jaxcompress.recipe._values import read_table
+
+_MOST_BYTES = 2**20  # of a recipe: what is larger is some other file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +81,7 @@ def read_recipe(source: str | Path) -> Recipe:
         source: path of a file, or a name among `packaged_recipes`.
 
     Raises:
-        FileNotFoundError: neither.
+        OSError: neither, or the file cannot be read.
         ValueError: not TOML, an unknown table or option, a value of the wrong type or out of range; names the file,
             the table and the option.
 
@@ -89,16 +91,34 @@ def read_recipe(source: str | Path) -> Recipe:
     """
     if str(source) in packaged_recipes():
         text = resources.files("jaxcompress.recipe").joinpath("recipes", f"{source}.toml").read_text("utf-8")
-    elif Path(source).is_file():
-        text = Path(source).read_text("utf-8")
     else:
-        raise FileNotFoundError(
-            f"There is no recipe file {str(source)!r}; recipes of the library: {', '.join(packaged_recipes())}."
-        )
+        text = _text(Path(source))
     try:
         return _parse(tomllib.loads(text))
     except (ValueError, TypeError) as err:
         raise ValueError(f"Recipe {str(source)!r}: {err}") from err
+    except RecursionError:
+        raise ValueError(f"Recipe {str(source)!r}: its values are nested too deeply.") from None
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        found = "is not a file" if path.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"The recipe file {str(path)!r} {found}; recipes of the library: {', '.join(packaged_recipes())}."
+        )
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+    except OSError as err:
+        raise OSError(f"The recipe file {str(path)!r} cannot be read: {err.strerror}.") from err
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"Recipe {str(path)!r}: it has more than {_MOST_BYTES} bytes, so it is not a recipe.")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as err:
+        line = content[: err.start].count(b"\n") + 1
+        raise ValueError(f"Recipe {str(path)!r}: line {line} is not UTF-8 text; a recipe is a TOML file.") from None
 
 
 def _parse(tables: Mapping[str, Any]) -> Recipe:
@@ -111,41 +131,8 @@ def _parse(tables: Mapping[str, Any]) -> Recipe:
         if not isinstance(tables.get(name, []), list):
             raise ValueError(f"`{name}` is a list of tables: write [[{name}]].")
     read: dict[str, Any] = {
-        name: tuple(_read(cls, f"[[{name}]] {i + 1}", table) for i, table in enumerate(tables.get(name, [])))
+        name: tuple(read_table(cls, f"[[{name}]] {i + 1}", table) for i, table in enumerate(tables.get(name, [])))
         for name, cls in lists.items()
     }
-    read |= {name: _read(cls, f"[{name}]", tables[name]) for name, cls in singles.items() if name in tables}
+    read |= {name: read_table(cls, f"[{name}]", tables[name]) for name, cls in singles.items() if name in tables}
     return Recipe(**read)
-
-
-def _read(cls: Any, name: str, table: Any) -> Any:
-    if not isinstance(table, dict):
-        raise ValueError(f"{name} must be a table of options, found {table!r}.")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(set(table) - set(fields))
-    if unknown:
-        raise ValueError(f"{name}: unknown option {unknown[0]!r}; known are {', '.join(fields)}.")
-    missing = [key for key, field in fields.items() if field.default is dataclasses.MISSING and key not in table]
-    if missing:
-        raise ValueError(f"{name}: the option {missing[0]!r} is needed.")
-    try:
-        return cls(**{key: _value(key, hints[key], value) for key, value in table.items()})
-    except ValueError as err:
-        raise ValueError(f"{name}: {err}") from err
-
-
-def _value(name: str, hint: Any, value: Any) -> Any:
-    if typing.get_origin(hint) is tuple and isinstance(value, list):
-        return tuple(_value(name, int, item) for item in value)
-    kinds = typing.get_args(hint) or (hint,)
-    if typing.get_origin(hint) is Literal:
-        if value not in kinds:
-            raise ValueError(f"`{name}` must be {' or '.join(map(repr, kinds))}, found {value!r}.")
-        return value
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(value, bool) != (bool in kinds) or not isinstance(value, kinds):
-        wanted = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-        raise ValueError(f"`{name}` must be of type {wanted}, found {value!r}.")
-    return value

@@ -8,16 +8,22 @@ import jax
 from jaxcompress import tree
 from jaxcompress.recipe._recipe import Recipe
 from jaxcompress.recipe._steps import ClusterStep, PruneStep, QuantizeStep
-from jaxcompress.types import Params
+from jaxcompress.types import Params, is_compressed
 
 
 def check_selections(recipe: Recipe, params: Params) -> None:
     """Checks which leaves each step selects.
 
     Raises:
-        ValueError: a step selects nothing; a leaf is in two steps that give it its values; a leaf is pruned that is
-            frozen, or whose shared values leave out 0. Names the steps and the leaf.
+        ValueError: a leaf is compressed already; a step selects nothing; a leaf is in two steps that give it its
+            values; a leaf is pruned that is frozen, or whose shared values leave out 0. Names the steps and the leaf.
     """
+    compressed = [path for path, leaf in tree.leaves_with_paths(params) if is_compressed(leaf)]
+    if compressed:
+        raise ValueError(
+            f"{len(compressed)} leaves are compressed already, such as {compressed[0]!r}: compress the original model, "
+            "or call `jaxcompress.materialize(params)` first."
+        )
     pruned = {path: name for name, step in _named("prune", recipe.prune) for path in _paths(name, step, params)}
     owners: dict[str, str] = {}
     for name, step in [*_named("quantize", recipe.quantize), *_named("cluster", recipe.cluster)]:

@@ -7,6 +7,7 @@ from typing import Literal
 from jaxcompress.clustering import CodebookSpec
 from jaxcompress.pruning import Pattern, Scope, n_of_m, unstructured
 from jaxcompress.quantization import QuantSpec
+from jaxcompress.recipe._values import check_numbers, check_select
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class PruneStep:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        check_select(self.select)
+        check_numbers(self)
         if not 0.0 <= self.sparsity <= 1.0:
             raise ValueError(f"`sparsity` must be in [0, 1], got {self.sparsity}.")
         if not 0.0 <= self.begin < self.end <= 1.0:
@@ -76,11 +79,13 @@ class QuantizeStep:
     frozen: bool = False
     group_size: int | None = None
     symmetric: bool = True
-    scale_dtype: str = "bfloat16"
-    convention: str = "narrow"
+    scale_dtype: Literal["float32", "bfloat16", "e8m0"] = "bfloat16"
+    convention: Literal["narrow", "full"] = "narrow"
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        check_select(self.select)
+        check_numbers(self)
         self.spec()
 
     def spec(self) -> QuantSpec:
@@ -122,6 +127,8 @@ class ClusterStep:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        check_select(self.select)
+        check_numbers(self)
         self.spec()
         if not 0.0 <= self.until <= 1.0:
             raise ValueError(f"`until` is a share of the training and must be in [0, 1], got {self.until}.")
@@ -150,7 +157,8 @@ class Training:
         epochs: passes over the rows.
         learning_rate: the highest.
         batch_size: rows in a batch.
-        widths: rows are padded to the narrowest of these that holds them; each is one compilation.
+        widths: rows are padded to the narrowest of these that holds them, and cut to the last one; each is one
+            compilation. By default, `row_widths` of the rows: nothing is cut that `tokenize` has not cut.
         warmup: share of the steps in which the learning rate rises.
         weight_decay: of AdamW.
         dropout: whether the model's dropout is on.
@@ -165,7 +173,7 @@ class Training:
     epochs: int
     learning_rate: float
     batch_size: int = 32
-    widths: tuple[int, ...] = (24, 32, 48, 64)
+    widths: tuple[int, ...] = ()
     warmup: float = 0.1
     weight_decay: float = 0.0
     dropout: bool = False
@@ -178,9 +186,12 @@ class Training:
 
     def __post_init__(self) -> None:
         """Checks the options."""
+        check_numbers(self)
         for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        if self.seed < 0:
+            raise ValueError(f"`seed` must not be negative, got {self.seed}.")
         if not self.learning_rate > 0:
             raise ValueError(f"`learning_rate` must be positive, got {self.learning_rate}.")
         if not self.temperature > 0:
@@ -189,7 +200,7 @@ class Training:
             raise ValueError(f"`weight_decay` must not be negative, got {self.weight_decay}.")
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(f"`warmup` is a share of the steps and must be in [0, 1), got {self.warmup}.")
-        if not self.widths or list(self.widths) != sorted(set(self.widths)) or self.widths[0] < 1:
+        if list(self.widths) != sorted(set(self.widths)) or min(self.widths, default=1) < 1:
             raise ValueError(f"`widths` must be positive and ascending, got {list(self.widths)}.")
         weights = {name: getattr(self, name) for name in ("soft_targets", "pooled", "hidden", "hard_labels")}
         if min(weights.values()) < 0 or not any(weights.values()):

@@ -11,22 +11,33 @@ import optax
 from flax import linen as nn
 
 from jaxcompress.distillation import LossFn, hard_labels, hidden_states, make_train_step, soft_targets
+from jaxcompress.recipe._heads import (
+    SentencePooling,
+    compared_output,
+    described,
+    head_of,
+    possible_losses,
+    with_sentence_vector,
+)
 from jaxcompress.recipe._progress import Progress, Silent
 from jaxcompress.recipe._steps import Training
-from jaxcompress.recipe._text import Tokens, training_batches
+from jaxcompress.recipe._tokens import Tokens, row_widths, training_batches
 from jaxcompress.transforms import identity
 from jaxcompress.types import Params, Selector, Transform
 
 Apply = Callable[..., Mapping[str, Any]]
 
 
-def model_apply(module: nn.Module, *, dropout: bool = False, hidden: bool = False) -> Apply:
+def model_apply(
+    module: nn.Module, *, dropout: bool = False, hidden: bool = False, pooling: SentencePooling = "mean"
+) -> Apply:
     """`(params, batch, *, key, train) -> outputs`, as `distillation.make_train_step` wants it.
 
     Args:
         module: takes `input_ids` and `attention_mask`.
         dropout: whether dropout is on while training.
         hidden: whether `hidden_states` are among the outputs.
+        pooling: of the `sentence_vector` that a plain encoder gives beside its outputs.
     """
 
     def apply(params: Params, batch: Mapping[str, Any], *, key: jax.Array | None, train: bool) -> Mapping[str, Any]:
@@ -40,9 +51,40 @@ def model_apply(module: nn.Module, *, dropout: bool = False, hidden: bool = Fals
             output_hidden_states=hidden,
             rngs=rngs,
         )
-        return outputs
+        return with_sentence_vector(module, outputs, batch["attention_mask"], pooling)
 
     return apply
+
+
+def prepared(
+    training: Training, module: nn.Module, tokens: Tokens, *, note: Callable[[str], None] = lambda _: None
+) -> Training:
+    """The options of a training with what they leave to the rows and the model; says what will be cut or left out.
+
+    Args:
+        training: the options.
+        module: what is trained.
+        tokens: the rows.
+        note: told in one line each which losses the model has no outputs for, and how many rows `widths` cut.
+
+    Returns:
+        `training` with its widths, and without impossible losses.
+
+    Raises:
+        ValueError: too few rows, labels that are absent or that the model does not have, widths above its positions, or
+            no loss is left.
+    """
+    training, left_out = possible_losses(training, head_of(module))
+    _check_rows(module, tokens, training)
+    most = module.config.max_position_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    widths = training.widths or row_widths(tokens, most=most)
+    if widths[-1] > most:
+        raise ValueError(f"`widths` may go up to the {most} positions of the model, got {widths[-1]}.")
+    for loss in left_out:
+        note(f"`{loss}` is left out: {described(head_of(module))} has no output for it.")
+    if cut := sum(len(row) > widths[-1] for row in tokens.ids):
+        note(f"{cut} of {len(tokens)} rows are cut to {widths[-1]} tokens, the last of `widths`.")
+    return dataclasses.replace(training, widths=widths)
 
 
 def steps_of(training: Training, tokens: Tokens) -> int:
@@ -62,6 +104,7 @@ def train(
     transform: Transform | None = None,
     transform_optimizer: optax.GradientTransformation | None = None,
     trainable: Selector | None = None,
+    pooling: SentencePooling = "mean",
     progress: Progress | None = None,
     name: str = "Training",
 ) -> tuple[Params, Any]:
@@ -78,6 +121,7 @@ def train(
         transform: compression inside the loss; none by default.
         transform_optimizer: for what the transform learns, such as gates; by default the weights' without weight decay.
         trainable: leaves to train; by default all.
+        pooling: of the sentence vectors of a plain encoder.
         progress: where to show loss and time left.
         name: of the task shown.
 
@@ -85,14 +129,14 @@ def train(
         The params and the transform's state.
 
     Raises:
-        ValueError: fewer rows than one batch; labels needed and absent; the loss became NaN or Inf.
+        ValueError: as `prepared`; or the loss became NaN or Inf.
     """
-    _check_rows(tokens, training)
+    training = prepared(training, module, tokens)
     total = steps_of(training, tokens)
     hidden = training.hidden > 0
     init_state, step = make_train_step(
-        model_apply(module, dropout=training.dropout, hidden=hidden),
-        None if teacher is None else model_apply(teacher_module or module, hidden=hidden),
+        model_apply(module, dropout=training.dropout, hidden=hidden, pooling=pooling),
+        None if teacher is None else model_apply(teacher_module or module, hidden=hidden, pooling=pooling),
         _optimizer(training, total),
         losses=_losses(training, module),
         transform=identity() if transform is None else transform,
@@ -131,17 +175,36 @@ def _with_teacher(batch: dict[str, Any], cached: Mapping[str, np.ndarray] | None
 
 def _losses(training: Training, module: nn.Module) -> dict[str, tuple[float, LossFn]]:
     layers = range(module.config.num_hidden_layers + 1)  # pyright: ignore[reportAttributeAccessIssue]
-    every: dict[str, tuple[float, LossFn]] = {
-        "soft_targets": (training.soft_targets, soft_targets(temperature=training.temperature)),
-        "pooled": (training.pooled, hidden_states(pairs=None, output="pooler_output", mask=None)),
-        "hidden": (training.hidden, hidden_states(pairs=[(i, i) for i in layers])),
-        "hard_labels": (training.hard_labels, hard_labels()),
+    every: dict[str, Callable[[str], LossFn]] = {
+        "soft_targets": lambda output: soft_targets(temperature=training.temperature, output=output),
+        "pooled": lambda output: hidden_states(pairs=None, output=output, mask=None),
+        "hidden": lambda output: hidden_states(pairs=[(i, i) for i in layers], output=output),
+        "hard_labels": lambda output: hard_labels(output=output),
     }
-    return {name: entry for name, entry in every.items() if entry[0]}
+    weights = {name: getattr(training, name) for name in every}
+    head = head_of(module)
+    return {name: (weight, every[name](compared_output(name, head))) for name, weight in weights.items() if weight}
 
 
-def _check_rows(tokens: Tokens, training: Training) -> None:
+def _check_rows(module: nn.Module, tokens: Tokens, training: Training) -> None:
     if len(tokens) < training.batch_size:
         raise ValueError(f"`batch_size` is {training.batch_size}, and there are only {len(tokens)} rows to train on.")
-    if training.hard_labels and not (tokens.labels >= 0).all():
-        raise ValueError("`hard_labels` needs a label on every row; give a column `label` or set its weight to 0.")
+    if training.hard_labels:
+        if not (tokens.labels >= 0).all():
+            raise ValueError("`hard_labels` needs a label on every row; give a column `label` or set its weight to 0.")
+        check_labels(module, tokens.labels)
+
+
+def check_labels(module: nn.Module, labels: np.ndarray) -> None:
+    """Checks that a classifier has the classes of the rows.
+
+    Raises:
+        ValueError: a label is none of its classes; names the first such row.
+    """
+    classes = module.config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
+    unknown = np.flatnonzero(labels >= classes)
+    if len(unknown):
+        raise ValueError(
+            f"Row {unknown[0] + 1} has the label {labels[unknown[0]]}, and the model has {classes} classes: its labels "
+            f"go from 0 to {classes - 1} ({len(unknown)} of {len(labels)} rows are beyond)."
+        )

@@ -8,6 +8,8 @@ from jaxcompress.report._latency import Latency as Latency
 from jaxcompress.report._latency import LatencyComparison as LatencyComparison
 from jaxcompress.report._latency import compare_latency as compare_latency
 from jaxcompress.report._latency import latency as latency
+from jaxcompress.report._mean import SampleMean as SampleMean
+from jaxcompress.report._mean import sample_mean as sample_mean
 from jaxcompress.report._paired import Agreement as Agreement
 from jaxcompress.report._paired import PairedDifference as PairedDifference
 from jaxcompress.report._paired import agreement as agreement

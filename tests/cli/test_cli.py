@@ -1,14 +1,12 @@
 """The commands, run as a user runs them; every user error is one line and exit code 2."""
 
 import json
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 from jaxcompress import checkpoint
-from jaxcompress.cli import main
 from jaxcompress.types import is_compressed
 
 RECIPE = """
@@ -46,19 +44,6 @@ select = 'bert/embeddings/.*/embedding'
 values = 8
 zero = false
 """
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("inspect", path)` -> (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["jaxcompress", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code or 0, *capsys.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

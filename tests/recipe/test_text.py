@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import recipe
-from jaxcompress.recipe._text import evaluation_batches, training_batches
+from jaxcompress.recipe._tokens import evaluation_batches, training_batches
 
 
 def _tokens(lengths):
