@@ -17,6 +17,7 @@ from jaxcompress.recipe import (
     companion_files,
     described,
     head_of,
+    holds_compressed,
     load_model,
     predict,
     read_recipe,
@@ -44,10 +45,10 @@ def run_compress(
     if steps.distils and data is None:
         raise ValueError(f"The recipe {recipe!r} distils: give --data, a CSV file with a column `text`.")
     check_output_directory(out, model, overwrite=overwrite)
+    if holds_compressed(model):
+        raise ValueError(f"{str(model)!r} is compressed already; compress the original model.")
     texts = None if data is None else read_texts(data)
     loaded = load_model(model)
-    if loaded.compressed:
-        raise ValueError(f"{str(model)!r} is compressed already; compress the original model.")
     companion_files(model)
     tokens = None
     if texts is not None and not steps.distils:

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import warnings
+from typing import Any
 
 
 def main() -> None:
@@ -17,6 +19,8 @@ def main() -> None:
         _fail(f"the command line needs {err.name}: pip install 'jaxcompress[demo]'")
     from jaxcompress.recipe import AssetError
 
+    shown = warnings.showwarning
+    warnings.showwarning = _show_warning
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="jaxcompress", standalone_mode=False)
     except (ValueError, OSError, AssetError) as err:
@@ -29,7 +33,14 @@ def main() -> None:
             raise
         command = getattr(getattr(err, "ctx", None), "command_path", "jaxcompress")
         _fail(f"{_one_line(err)} See '{command} --help'.")
+    finally:
+        warnings.showwarning = shown
     raise SystemExit(code or 0)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Where in the library a warning was raised says nothing to a user of the command line."""
+    print(f"jaxcompress: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def _one_line(err: BaseException) -> str:

@@ -11,6 +11,7 @@ from jaxcompress.recipe._companions import sentence_pooling as sentence_pooling
 from jaxcompress.recipe._compress import compress as compress
 from jaxcompress.recipe._compress import without_distillation as without_distillation
 from jaxcompress.recipe._directories import LoadedModel as LoadedModel
+from jaxcompress.recipe._directories import holds_compressed as holds_compressed
 from jaxcompress.recipe._directories import load_model as load_model
 from jaxcompress.recipe._directories import save_compressed as save_compressed
 from jaxcompress.recipe._directories import save_huggingface as save_huggingface

@@ -24,6 +24,7 @@ from jaxcompress.recipe._recipe import Recipe
 from jaxcompress.types import Params
 
 _CHECKPOINT = "checkpoint"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def load_model(directory: str | os.PathLike[str]) -> LoadedModel:
     path = Path(directory)
     if not path.is_dir():
         raise FileNotFoundError(f"There is no directory {str(path)!r}.")
-    if not (path / _CHECKPOINT).is_dir():
+    if not holds_compressed(path):
         module, params = from_pretrained(path)
         weights = path / "model.safetensors"
         return LoadedModel(
@@ -96,6 +97,12 @@ def load_model(directory: str | os.PathLike[str]) -> LoadedModel:
     except ValueError as err:
         raise ValueError(f"The config in {str(weights)!r}: {err}") from err
     return LoadedModel(module=module, params=params, directory=path, weights=weights, compressed=True)
+
+
+def holds_compressed(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory is one that `jaxcompress compress` wrote: `checkpoint/`, and no weights of another kind."""
+    path = Path(directory)
+    return (path / _CHECKPOINT).is_dir() and not any((path / name).exists() for name in _WEIGHTS)
 
 
 def save_compressed(

@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxcompress import checkpoint
+from jaxcompress.cli import _commands
 
 INT8 = "[[quantize]]\nselect = '.*/kernel'\nbits = 8\n"
 DISTIL = INT8 + "[distil]\nepochs = 1\nlearning_rate = 1e-3\nhard_labels = 1\nbatch_size = 2\n"
@@ -294,3 +296,24 @@ def test_the_version(run):
     code, stdout, _ = run("--version")
     assert (code, stdout) == (0, f"jaxcompress {jaxcompress.__version__}\n")
     assert jaxcompress.__version__.count(".") == 2
+
+
+def test_a_folder_named_checkpoint_beside_weights_is_not_a_compressed_model(run, model):
+    """Training programs write such folders."""
+    (model / "checkpoint").mkdir()
+    code, stdout, stderr = run("inspect", model, "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["total"]["dense_bytes"] > 0
+
+
+def test_warnings_are_one_line(run, model, monkeypatch):
+    def load(_):
+        warnings.warn("First line,\nsecond line.", stacklevel=2)
+        raise ValueError("No model.")
+
+    monkeypatch.setattr(_commands, "load_model", load)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        code, _, stderr = run("inspect", model)
+    assert code == 2
+    assert stderr == "jaxcompress: warning: First line, second line.\njaxcompress: error: No model.\n"
