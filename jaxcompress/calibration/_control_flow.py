@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.calibration._values import Value, as_value, bind
-from jaxcompress.trace import as_body, walk
+from jaxcompress.trace import Facts, as_body, walk
 
 
 def _scan(run: Any, eqn: Any, values: list[Value]) -> list[Value]:
@@ -15,7 +15,7 @@ def _scan(run: Any, eqn: Any, values: list[Value]) -> list[Value]:
     consts, first = values[:num_consts], values[num_consts : num_consts + num_carry]
     stacked = values[num_consts + num_carry :]
     run.lose(first, "it is carried through a loop, in which its inputs are not followed")
-    over_stack = any(value.origin is not None for value in stacked)
+    over_stack = any(value.origins for value in stacked)
     outer = run.place
 
     def step(state: Any, sliced: Any) -> Any:
@@ -92,9 +92,5 @@ def _streams(value: Value, count: int) -> tuple[Any, ...]:
 
 def _unstacked(value: Value, streams: tuple[Any, ...], at: Any) -> Value:
     """One iteration's slice of a value that a scan runs over."""
-    if value.origin is None or len(value.origin.axes[0]) > 1:
-        return Value(streams)
-    starts = dict(value.at)
-    for axis in value.origin.axes[0]:
-        starts[axis] = starts[axis] + at if axis in starts else at
-    return Value(streams, value.origin.without(0), tuple(starts.items()))
+    origins = tuple(origin.scanned(at) for origin in value.origins)
+    return Value(streams, Facts(origins, data=value.facts.data))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.interpreters import partial_eval
 
 from jaxcompress.calibration._interpret import Interpreter
+from jaxcompress.calibration._parts import repeated_uses
 from jaxcompress.calibration._statistics import (
     LookupCounts,
     Statistic,
@@ -18,7 +19,7 @@ from jaxcompress.calibration._statistics import (
 )
 from jaxcompress.calibration._values import Tap, Totals, Use, Value
 from jaxcompress.meshes import replicated_beside
-from jaxcompress.trace import Body, LeafLayout, Origin, layouts
+from jaxcompress.trace import Body, Facts, LeafLayout, Origin, layouts
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params, Selector, is_compressed
 
@@ -104,7 +105,12 @@ def build(
     refused = {number: _idle(tap.layout) for number, tap in chosen.items() if not tap.layout.is_weight}
     model = _Model(apply, treedef, tuple(leaf for _, leaf in leaves))
     uses = _uses(model, inputs, {n: tap for n, tap in chosen.items() if n not in refused}, row_mask, refused)
-    loose = {number: tap for number, tap in chosen.items() if number not in refused}
+    skipped = repeated_uses(uses, refused)
+    loose = {
+        number: dataclasses.replace(tap, skipped=skipped.get(number, frozenset()))
+        for number, tap in chosen.items()
+        if number not in refused
+    }
     groups = _groups([use for use in uses if use.leaf in loose], loose, model.leaves, statistics, cross)
     taps = dict(loose)
     for place, group in enumerate(groups):
@@ -253,10 +259,10 @@ def _runner(
         # What reaches no output is no use: `trace.layouts` does not see it either.
         live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
         values = [
-            Value(leaves, Origin(number, tuple((axis,) for axis in range(leaves[-1].ndim))))
+            Value(leaves, Facts((Origin.of(number, leaves[-1].shape),), data=False))
             if number in taps
             # Only tapped leaves differ between the streams.
-            else Value(leaves[-1:])
+            else Value(leaves[-1:], Facts(data=False))
             for number, leaves in zip(model.numbers, zip(*logical, strict=True), strict=True)
         ]
         totals = replicated_beside(totals, (trees, plain))

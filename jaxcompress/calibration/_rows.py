@@ -1,40 +1,124 @@
 """The rows that a contraction multiplies by a leaf, as one matrix, and the weights of those rows."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+import numpy as np
+from jaxtyping import Array, Bool, Int, Shaped
 
-from jaxcompress.trace import LeafLayout, Origin
+from jaxcompress.trace import LeafLayout, Origin, Roles, entries, roles
 
 
-class Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Rows:
     """How to bring the other operand of a contraction into (stack..., rows, features).
 
     Attributes:
-        permutation: of its axes: stack axes in the order of the leaf, rows, features in the order of the leaf.
-        stack: the leaf's axes behind the stack axes.
-        stack_shape: their sizes.
+        permutation: of its axes: stack axes, rows, features.
+        stack_shape: sizes of the stack axes.
         row_shape: of the rows, before they are flattened.
-        width: number of features.
+        width: number of features of the leaf.
+        features: for each column the feature that it is multiplied by, flattened in the order of the leaf; -1 where it
+            is multiplied by something else. None: one after another.
+        entries: for each entry of the flattened stack axes that of the leaf, but for what moves; -1 for none.
+        moving: (distance between stack entries, number of steps) of what loops add to the stack entry.
+        when: traced conditions under which all this happens.
+        outputs: which of the leaf's outputs it makes; None: all.
+        scales: what multiplies the operand.
     """
 
     permutation: tuple[int, ...]
-    stack: tuple[int, ...]
     stack_shape: tuple[int, ...]
     row_shape: tuple[int, ...]
     width: int
+    features: Int[np.ndarray, " F"] | None
+    entries: Int[np.ndarray, " M"]
+    moving: tuple[tuple[int, Any], ...]
+    when: tuple[Any, ...]
+    outputs: Bool[np.ndarray, " R"] | None
+    scales: "tuple[Scale, ...]"
 
-    def matrix(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        """The rows as one matrix for each stack entry."""
-        return x.transpose(self.permutation).reshape(*self.stack_shape, math.prod(self.row_shape), self.width)
+    @property
+    def offset(self) -> Any:
+        """What loops add to the stack entry."""
+        return sum(stride * steps for stride, steps in self.moving)
+
+    @property
+    def inputs(self) -> Bool[np.ndarray, " D"]:
+        """Which of the leaf's inputs it runs over."""
+        covered = np.ones(self.width, bool)
+        if self.features is not None:
+            covered[:] = False
+            covered[self.features[self.features >= 0]] = True
+        return covered
+
+    @property
+    def signature(self) -> Any:
+        """Equal where the same input gives the same matrix, and None where that is not known."""
+        if self.scales or self.when:
+            return None
+        own = None if self.features is None else self.features.tobytes()
+        moving = tuple((stride, Same(steps)) for stride, steps in self.moving)
+        return self.permutation, self.stack_shape, self.row_shape, self.width, own, self.entries.tobytes(), moving
+
+    def matrix(self, x: Shaped[Array, "..."], factors: Sequence[Any] = (), stream: int = 0) -> Shaped[Array, "..."]:
+        """The rows as one matrix for each stack entry; `factors` are the arrays of the scales."""
+        for scale, arrays in zip(self.scales, factors, strict=True):
+            x = x * scale.beside(arrays[stream % len(arrays)], x.ndim)
+        rows = x.transpose(self.permutation).reshape(*self.stack_shape, math.prod(self.row_shape), -1)
+        if self.features is None:
+            return rows
+        if len(self.features) == self.width and np.array_equal(np.sort(self.features), np.arange(self.width)):
+            return rows[..., np.argsort(self.features)]
+        # What meets a feature twice adds up.
+        places = np.where(self.features < 0, self.width, self.features)
+        return jnp.zeros((*rows.shape[:-1], self.width), rows.dtype).at[..., places].add(rows, mode="drop")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scale:
+    """What a leaf is multiplied by, as far as its inputs differ in it.
+
+    Attributes:
+        arrays: it, in the shape of the leaf's operand, for each stream.
+        taken: for each axis of the leaf's operand, the entry to take, or where the axis is in the other operand.
+    """
+
+    arrays: tuple[Any, ...]
+    taken: tuple[tuple[str, int], ...]
+
+    def beside(self, array: Shaped[Array, "..."], rank: int) -> Shaped[Array, "..."]:
+        """One of the arrays, to be multiplied by the other operand, of `rank` axes."""
+        own = array[tuple(number if what == "entry" else slice(None) for what, number in self.taken)]
+        places = [number for what, number in self.taken if what == "axis"]
+        order = sorted(range(len(places)), key=lambda k: places[k])
+        own = own.transpose(order)
+        return jnp.expand_dims(own, tuple(axis for axis in range(rank) if axis not in places))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Same:
+    """Something that is equal to itself only: a traced number, or an array."""
+
+    it: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and (other.it is self.it or _is_same_number(self.it, other.it))
+
+    def __hash__(self) -> int:
+        return 0 if isinstance(self.it, int) else id(self.it)
+
+
+def _is_same_number(one: Any, two: Any) -> bool:
+    return isinstance(one, int) and isinstance(two, int) and one == two
 
 
 def rows_of_dot(
-    parameters: Mapping[str, Any], side: int, shape: Sequence[int], origin: Origin, layout: LeafLayout, width: int
+    parameters: Mapping[str, Any], side: int, shape: Sequence[int], origin: Origin, layout: LeafLayout
 ) -> Rows:
     """The rows of a `dot_general`.
 
@@ -44,25 +128,18 @@ def rows_of_dot(
         shape: of the other operand.
         origin: of the leaf's operand.
         layout: of the leaf.
-        width: number of the leaf's input features.
 
     Raises:
-        ValueError: the contraction is not over all of the input axes, or its batch axes are no stack axes.
+        ValueError: the contraction is not over input axes, or its batch axes are no stack axes.
     """
     contracted, batch = parameters["dimension_numbers"]
-    features = _ordered([origin.axes[axis] for axis in contracted[side]], contracted[1 - side], layout)
-    stacked: dict[int, int] = {}
-    for own, other in zip(batch[side], batch[1 - side], strict=True):
-        axes = origin.axes[own]
-        if axes and (len(axes) > 1 or axes[0] not in layout.stack_axes or axes[0] in stacked):
-            raise ValueError(f"A batched matmul runs over axes {axes}, the stack axes are {layout.stack_axes}.")
-        if axes:
-            stacked[axes[0]] = other
-    return _rows(shape, {axis: stacked[axis] for axis in sorted(stacked)}, features, width, layout)
+    summed = list(zip(contracted[side], contracted[1 - side], strict=True))
+    batched = list(zip(batch[side], batch[1 - side], strict=True))
+    return _rows(origin, layout, shape, summed, batched)
 
 
 def rows_of_conv(
-    parameters: Mapping[str, Any], x: Any, kernel: Sequence[int], origin: Origin, layout: LeafLayout, width: int
+    parameters: Mapping[str, Any], x: Any, kernel: Sequence[int], origin: Origin, layout: LeafLayout
 ) -> tuple[Shaped[Array, "..."], Rows]:
     """The patches that a convolution multiplies by its kernel, and how to flatten them.
 
@@ -85,9 +162,8 @@ def rows_of_conv(
     )
     # The channels of a patch run over (input channel, window...), the order of `in_axes`.
     windows = patches.reshape(patches.shape[0], *(kernel[axis] for axis in in_axes), *patches.shape[2:])
-    places = range(1, 1 + len(in_axes))
-    features = _ordered([origin.axes[axis] for axis in in_axes], places, layout)
-    return windows, _rows(windows.shape, {}, features, width, layout)
+    summed = list(zip(in_axes, range(1, 1 + len(in_axes)), strict=True))
+    return windows, _rows(origin, layout, windows.shape, summed, [])
 
 
 def row_weights(mask: Any, row_shape: tuple[int, ...]) -> Array | None:
@@ -118,29 +194,80 @@ def row_weights(mask: Any, row_shape: tuple[int, ...]) -> Array | None:
     )
 
 
-def _ordered(axes: list[tuple[int, ...]], places: Sequence[int], layout: LeafLayout) -> list[int]:
-    """The other operand's contracted axes, in the order of the leaf's input axes."""
-    covered = {axis for merged in axes for axis in merged}
-    if covered != set(layout.input_axes):
-        raise ValueError(f"A contraction runs over axes {sorted(covered)}, the input axes are {layout.input_axes}.")
-    order = sorted(range(len(axes)), key=lambda place: (axes[place], place))
-    return [places[place] for place in order]
-
-
 def _rows(
-    shape: Sequence[int], stacked: Mapping[int, int], features: Sequence[int], width: int, layout: LeafLayout
+    origin: Origin,
+    layout: LeafLayout,
+    shape: Sequence[int],
+    summed: Sequence[tuple[int, int]],
+    batched: Sequence[tuple[int, int]],
 ) -> Rows:
-    found = math.prod(shape[axis] for axis in features)
-    if found != width:
-        raise ValueError(
-            f"A contraction runs over {found} of the {width} inputs along axes {layout.input_axes}: a part of the "
-            "leaf has no statistics of its own; exclude it, or store the parts as leaves."
-        )
-    free = [axis for axis in range(len(shape)) if axis not in features and axis not in stacked.values()]
+    """The rows of a contraction; `summed` and `batched` are pairs of axes of the leaf's operand and the other one."""
+    free = [axis for axis in range(len(origin.axes)) if axis not in dict(summed) and axis not in dict(batched)]
+    found = roles(origin, [own for own, _ in summed], [own for own, _ in batched], free)
+    _check_roles(found, layout)
+    summed = sorted(summed, key=lambda pair: _major_first(origin, pair[0]))
+    stacked = [pair for pair in batched if origin.axes[pair[0]].tables or origin.axes[pair[0]].present is not None]
+    stacked = sorted(stacked, key=lambda pair: _major_first(origin, pair[0]))
+    width = math.prod(origin.shape[axis] for axis in layout.input_axes)
+    features = entries(origin, [own for own, _ in summed], layout.input_axes)
+    columns, stacks = [axis for _, axis in summed], [axis for _, axis in stacked]
+    rows = [axis for axis in range(len(shape)) if axis not in columns and axis not in stacks]
+    outputs = np.zeros(math.prod(origin.shape[axis] for axis in layout.output_axes), bool)
+    made = entries(origin, free, layout.output_axes)
+    outputs[made[made >= 0]] = True
+    moving = []
+    for k, axis in enumerate(layout.stack_axes):
+        if axis in origin.moving:
+            moving.append((math.prod(origin.shape[later] for later in layout.stack_axes[k + 1 :]), origin.moving[axis]))
     return Rows(
-        permutation=(*stacked.values(), *free, *features),
-        stack=tuple(stacked),
-        stack_shape=tuple(shape[axis] for axis in stacked.values()),
-        row_shape=tuple(shape[axis] for axis in free),
+        permutation=(*stacks, *rows, *columns),
+        stack_shape=tuple(shape[axis] for axis in stacks),
+        row_shape=tuple(shape[axis] for axis in rows),
         width=width,
+        features=None if np.array_equal(features, np.arange(width)) else features,
+        entries=entries(origin, [own for own, _ in stacked], layout.stack_axes),
+        moving=tuple(moving),
+        when=origin.when,
+        outputs=None if outputs.all() else outputs,
+        scales=_scales(origin, free, dict([*summed, *batched])),
+    )
+
+
+def check_mask(mask: Any, row_shape: tuple[int, ...]) -> None:
+    """Raises, as `row_weights` does, without computing anything."""
+    if mask is not None:
+        jax.eval_shape(
+            lambda own: row_weights(own, row_shape), jax.ShapeDtypeStruct(jnp.shape(mask), jnp.result_type(mask))
+        )
+
+
+def _check_roles(found: Roles, layout: LeafLayout) -> None:
+    if not found.inputs or not found.inputs <= set(layout.input_axes):
+        raise ValueError(
+            f"A contraction runs over axes {sorted(found.inputs)}, the input axes are {layout.input_axes}."
+        )
+    if not found.outputs <= set(layout.output_axes):
+        raise ValueError(
+            f"A matmul has outputs along axes {sorted(found.outputs)}, the output axes are {layout.output_axes}."
+        )
+
+
+def _major_first(origin: Origin, place: int) -> tuple[int, int]:
+    """So that columns come in the order of the leaf, where the axes of a value allow it."""
+    tables = origin.axes[place].tables
+    if not tables:
+        return len(origin.shape), 0
+    first = min(tables)
+    return first, -int(np.abs(np.diff(tables[first])).max(initial=0))
+
+
+def _scales(origin: Origin, free: Sequence[int], places: Mapping[int, int]) -> tuple[Scale, ...]:
+    """What differs between outputs stays out: each output has its own multiple of the same rows."""
+    taken = tuple(
+        ("axis", places[k]) if k in places else ("entry", int(np.argmax(axis.mask)))
+        for k, axis in enumerate(origin.axes)
+    )
+    uneven = [{k for k, axis in enumerate(origin.axes) if axis.size > 1} - factor.even for factor in origin.factors]
+    return tuple(
+        Scale(factor.arrays, taken) for factor, axes in zip(origin.factors, uneven, strict=True) if not axes & set(free)
     )

@@ -109,10 +109,7 @@ class _Flow:
 
     def first_uses(self, names: Sequence[str], paths: Sequence[str]) -> dict[str, int]:
         """Path -> the first equation in which a value that depends on inputs meets the leaf; in that order."""
-        origins = {
-            var: Origin(n, tuple((axis,) for axis in range(len(var.aval.shape))))
-            for n, var in enumerate(self.jaxpr.invars[: self.leaf_count])
-        }
+        origins = {var: Origin.of(n, var.aval.shape) for n, var in enumerate(self.jaxpr.invars[: self.leaf_count])}
         used: dict[str, int] = {}
         for i, eqn in enumerate(self.jaxpr.eqns):
             own = [origins[var] for var in _variables(eqn.invars) if var in origins]

@@ -6,12 +6,14 @@ of the leaf), N rows.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from jaxcompress.calibration._histogram import Histogram, add_histograms, empty_histogram, histogram_of
 from jaxcompress.types import exportable
@@ -21,6 +23,9 @@ Statistic = Literal["gram", "squared_sum", "absolute_sum", "absolute_max", "hist
 
 STATISTICS: tuple[Statistic, ...] = ("gram", "squared_sum", "absolute_sum", "absolute_max")
 """What is gathered by default."""
+
+ALL, NONE = -1, -2
+"""Of a group that is gathered in sequence: every stack entry, or nothing."""
 
 
 @exportable
@@ -169,27 +174,47 @@ def add_statistics(total: _Statistics, more: _Statistics) -> _Statistics:
 
 
 def add_at(
-    total: InputStatistics, more: InputStatistics, starts: Sequence[Int[Array, ""] | int], sizes: Sequence[int]
+    total: InputStatistics,
+    more: InputStatistics,
+    entries: Int[np.ndarray, " M"],
+    offset: Int[Array, ""] | int = 0,
+    only: Int[Array, ""] | None = None,
 ) -> InputStatistics:
     """Adds statistics of some stack entries to those of all.
 
     Args:
         total: over the whole stack.
-        more: of a box of entries.
-        starts: the first entry of the box, for each stack axis.
-        sizes: of the box.
+        more: of M entries; one leading axis if there is a stack at all.
+        entries: their numbers in the flattened stack, all different; those below 0 are left out.
+        offset: is added to them.
+        only: the entry to add, or `ALL`; None: all.
     """
-    if not sizes or all(size == whole for size, whole in zip(sizes, total.count.shape, strict=True)):
-        return add_statistics(total, more)
+    stack = total.count.shape
+    if not stack:
+        return add_statistics(total, jax.tree.map(lambda part, whole: part.reshape(whole.shape), more, total))
+    size = math.prod(stack)
+    places = jnp.asarray(np.where(entries < 0, size, entries), jnp.int32)
+    if not isinstance(offset, int) or offset:
+        places = jnp.where(places < size, places + offset, size)
+    if only is not None:
+        due = (only == ALL) | (places == only)
+        more = jax.tree.map(lambda part: jnp.where(_wide(due, part), part, jnp.zeros_like(part)), more)
+    if isinstance(offset, int) and np.array_equal(entries + offset, np.arange(size)):
+        return add_statistics(total, jax.tree.map(lambda part, whole: part.reshape(whole.shape), more, total))
+    flat = jax.tree.map(lambda whole: whole.reshape(size, *whole.shape[len(stack) :]), total)
+    if np.array_equal(entries, entries[0] + np.arange(len(entries))) and entries[0] >= 0:
+        start, count = places[0], len(entries)
+        sums = add_statistics(jax.tree.map(lambda w: jax.lax.dynamic_slice_in_dim(w, start, count), flat), more)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=0)
+        flat = jax.tree.map(put, flat, sums)
+    else:
+        sums = add_statistics(jax.tree.map(lambda w: w.at[places].get(mode="fill", fill_value=0), flat), more)
+        flat = jax.tree.map(lambda w, part: w.at[places].set(part, mode="drop"), flat, sums)
+    return jax.tree.map(lambda part, whole: part.reshape(whole.shape), flat, total)
 
-    def box(leaf: Array) -> Array:
-        return jax.lax.dynamic_slice(leaf, _starts(leaf), (*sizes, *leaf.shape[len(sizes) :]))
 
-    def _starts(leaf: Array) -> list[Array]:
-        return [jnp.asarray(start, jnp.int32) for start in (*starts, *(0,) * (leaf.ndim - len(sizes)))]
-
-    sums = add_statistics(jax.tree.map(box, total), more)
-    return jax.tree.map(lambda leaf, part: jax.lax.dynamic_update_slice(leaf, part, _starts(leaf)), total, sums)
+def _wide(due: Bool[Array, " M"], part: Shaped[Array, "M ..."]) -> Bool[Array, "M ..."]:
+    return due.reshape(-1, *(1,) * (part.ndim - 1))
 
 
 def _histogram(x: Float[Array, "*stack N D"], weights: Float32[Array, " N"] | None) -> Histogram:

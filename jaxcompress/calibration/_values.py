@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jaxcompress.calibration._rows import Rows
+from jaxcompress.calibration._statistics import ALL as ALL
+from jaxcompress.calibration._statistics import NONE as NONE
 from jaxcompress.calibration._statistics import Statistics
-from jaxcompress.trace import LeafLayout, Origin
+from jaxcompress.trace import UNKNOWN, Facts, LeafLayout, Origin, facts_of
 
 Totals = dict[int, Statistics]
 """Number of a group of leaves that share their inputs -> what has been summed up."""
-
-ALL, NONE = -1, -2
-"""Of a group that is gathered in sequence: every stack entry, or nothing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,12 +23,14 @@ class Tap:
         layout: of the leaf.
         width: number of its input features.
         group: where the sums go; None when another leaf of the group gathers them.
+        skipped: places of uses whose rows another use has gathered already.
     """
 
     path: str
     layout: LeafLayout
     width: int
     group: int | None
+    skipped: frozenset[tuple[int | None, ...]] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +42,15 @@ class Use:
         place: of the equation: (position,), inside a loop (position, iteration, position, ...). Loops over stack
             entries write None for the iteration.
         signature: two leaves used once each, of the same input and with the same signature, share their rows.
+        rows: of a contraction; None of a look-up.
+        source: what stands for the input: the same object for the same input, cast or not.
     """
 
     leaf: int
     place: tuple[int | None, ...]
     signature: Any
+    rows: Rows | None = None
+    source: Any = None
 
     @property
     def body(self) -> tuple[int | None, ...]:
@@ -58,26 +64,32 @@ class Value:
 
     Attributes:
         streams: the array in the dense model and in the current one; one entry where they are the same.
-        origin: set for re-arrangements of a tapped leaf.
-        at: (leaf axis, first entry) for axes of the leaf that were sliced.
+        facts: what is known about it without computing it; of the parameters it may come from, the tapped ones.
+        source: the object that stands for the value that it is a cast of; None: for itself.
     """
 
     streams: tuple[Any, ...]
-    origin: Origin | None = None
-    at: tuple[tuple[int, Any], ...] = ()
+    facts: Facts = UNKNOWN
+    source: Any = None
 
     @property
     def last(self) -> Any:
         """The array in the current model."""
         return self.streams[-1]
 
-    def plain(self) -> "Value":
-        """The same array, no leaf any more."""
-        return Value(self.streams)
+    @property
+    def origins(self) -> tuple[Origin, ...]:
+        """The tapped leaves that it is made of."""
+        return self.facts.origins
+
+    @property
+    def identity(self) -> Any:
+        """The same object for all casts of one value."""
+        return self.last if self.source is None else self.source
 
 
 def as_value(value: Any) -> Value:
-    return value if isinstance(value, Value) else Value((value,))
+    return value if isinstance(value, Value) else Value((value,), facts_of(value))
 
 
 def bind(eqn: Any, values: Sequence[Value]) -> list[Value]:

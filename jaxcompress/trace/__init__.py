@@ -1,8 +1,15 @@
 """What a model does with each leaf, read from its jaxpr."""
 
+from jaxcompress.trace._contraction import Roles as Roles
+from jaxcompress.trace._contraction import entries as entries
+from jaxcompress.trace._contraction import roles as roles
 from jaxcompress.trace._coverage import Coverage as Coverage
 from jaxcompress.trace._coverage import LeafCoverage as LeafCoverage
 from jaxcompress.trace._coverage import coverage as coverage
+from jaxcompress.trace._facts import UNKNOWN as UNKNOWN
+from jaxcompress.trace._facts import Facts as Facts
+from jaxcompress.trace._facts import facts_of as facts_of
+from jaxcompress.trace._facts import follow as follow
 from jaxcompress.trace._folds import Fold as Fold
 from jaxcompress.trace._folds import FoldedLeaf as FoldedLeaf
 from jaxcompress.trace._folds import folds as folds

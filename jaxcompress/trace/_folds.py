@@ -139,5 +139,5 @@ def _consumer(graph: Graph, eqn: Any, side: int) -> tuple[int, tuple[int, ...], 
     if origin is None or isinstance(value, core.Literal) or value in graph.origins or batch[side]:
         return None
     pairs = sorted(zip(contracted[1 - side], contracted[side], strict=True))
-    own = graph.whole(origin, [axis for _, axis in pairs], leaf.aval.shape)
+    own = origin.whole([axis for _, axis in pairs])
     return None if own is None else (origin.leaf, own, value, tuple(axis for axis, _ in pairs))

@@ -75,14 +75,6 @@ class Graph:
         """What re-arranged leaf a value is, if any."""
         return None if isinstance(var, core.Literal) else self.origins.get(var)
 
-    def whole(self, origin: Origin, axes: Sequence[int], shape: Sequence[int]) -> tuple[int, ...] | None:
-        """The leaf's axes behind some axes of a value, one behind each and in full length; None if they are not."""
-        own = [origin.axes[axis] for axis in axes]
-        whole = self.views[origin.leaf].aval.shape
-        if any(len(each) != 1 or whole[each[0]] != shape[axis] for each, axis in zip(own, axes, strict=True)):
-            return None
-        return tuple(each[0] for each in own)
-
     def uses(self) -> Counter[str]:
         """How often each leaf is read, in scans too, as anything but a re-arrangement of itself."""
         read = list(self.jaxpr.outvars)
@@ -103,10 +95,10 @@ class Graph:
             view = self.views[origin.leaf]
             if k < consts:
                 found[k] = origin, view.inside(None)
-            elif not origin.axes[0]:
-                found[k] = origin.without(0), view.inside(None)
-            elif (stack := self.whole(origin, (0,), var.aval.shape)) is not None:
-                found[k] = origin.without(0), view.inside(stack[0])
+            elif not origin.axes[0].tables:
+                found[k] = origin.scanned(None), view.inside(None)
+            elif (stack := origin.whole((0,))) is not None:
+                found[k] = origin.scanned(None), view.inside(stack[0])
         return found
 
 
@@ -133,7 +125,7 @@ def _graph(closed: Any, params: Params) -> Graph:
     return Graph(
         jaxpr,
         {
-            var: (Origin(n, tuple((axis,) for axis in range(len(var.aval.shape)))), LeafView(path, var.aval))
+            var: (Origin.of(n, var.aval.shape), LeafView(path, var.aval))
             for n, (var, path) in enumerate(zip(jaxpr.invars, paths, strict=False))
         },
     )

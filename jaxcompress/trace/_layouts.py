@@ -3,15 +3,18 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxcompress.meshes import abstract
+from jaxcompress.trace._contraction import Roles, entries, roles, share
+from jaxcompress.trace._facts import Facts, facts_of, follow
 from jaxcompress.trace._layout import LeafKind, LeafLayout
-from jaxcompress.trace._origin import Origin, rearrange
+from jaxcompress.trace._origin import Origin
 from jaxcompress.trace._walk import Body, as_body, called_body, walk
 from jaxcompress.types import Params, is_compressed
 
@@ -57,8 +60,8 @@ def layouts(apply: Callable[..., Any], params: Params, *inputs: Any) -> Params:
     closed = jax.make_jaxpr(flat_apply)(shapes, [input_leaves[i] for i in dynamic])
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
     recorder = _Recorder(itertools.count())
-    origins = [Origin(i, tuple((axis,) for axis in range(len(leaves[i].shape)))) for i in arrays]
-    values = [*origins, *(next(recorder.ids) for _ in dynamic)]
+    weights = [recorder.new(Facts((Origin.of(i, leaves[i].shape),), data=False)) for i in arrays]
+    values = [*weights, *(recorder.new() for _ in dynamic)]
     recorder.consume(walk(Body(live, closed.consts), values, recorder.visit))
     known = set(arrays)
     found = [
@@ -79,132 +82,220 @@ class _Uses:
     input_id: int | None = None
     reason: str = ""
     spread: bool | None = None
+    refusal: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Value:
+    """What the walk carries.
+
+    Attributes:
+        facts: about the value.
+        source: the same number for the casts of one value.
+        lost: leaves that went into it in ways that nothing here follows, each with what happened to it.
+    """
+
+    facts: Facts
+    source: int
+    lost: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class _Recorder:
-    """Carries, for each value, its `Origin` or the number of its source, and notes the uses of leaves."""
+    """Notes the uses of leaves."""
 
     ids: "itertools.count[int]"
     repeats: int = 1
     uses: dict[int, _Uses] = dataclasses.field(default_factory=dict)
+    inputs: dict[Any, int] = dataclasses.field(default_factory=dict)
+    constants: dict[int, tuple[_Value, Any]] = dataclasses.field(default_factory=dict)
 
-    def visit(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    def visit(self, eqn: Any, values: list[Any]) -> Sequence[_Value]:
+        values = [self.value(value) for value in values]
         handler = _HANDLERS.get(eqn.primitive.name)
-        if handler is not None:
-            return handler(self, eqn, values)
-        if isinstance(values[0] if values else None, Origin):
-            moved = rearrange(eqn, values[0])
-            if moved is not None:
-                return [moved]
-        elif eqn.primitive.name in ("convert_element_type", "copy", "sharding_constraint", "reshard"):
-            return [values[0]]
+        if handler is not None and (found := handler(self, eqn, values)) is not None:
+            return found
         # What is inside sees parts of the leaves, in shapes of their own.
         opaque = eqn.primitive.name in ("shard_map", "pallas_call")
         body = None if opaque else called_body(eqn)
         if body is not None:
-            return walk(body, values, self.visit)
+            return [self.value(value) for value in walk(body, values, self.visit)]
+        found = follow(eqn, [value.facts for value in values])
+        carried = {origin.leaf for facts in found for origin in facts.origins}
         reason = f"it goes into `{eqn.primitive.name}`" + (", which is not looked into" if opaque else "")
         for value, var in zip(values, eqn.invars, strict=True):
-            spread = isinstance(value, Origin) and _is_spread(value, var.aval.shape, eqn.outvars[0].aval.shape)
-            self.consume([value], reason, spread=spread and not opaque)
-        return [next(self.ids) for _ in eqn.outvars]
+            spread = _is_spread(value.facts.origins, var.aval.shape, eqn.outvars[0].aval.shape)
+            self.consume([value], reason, carried, spread=spread and not opaque)
+        lost = {}
+        if not any(facts.data for facts in found):
+            lost = {number: reason for value in values for number in self.leaves(value) - carried}
+            lost |= {number: why for value in values for number, why in value.lost.items()}
+        same = values and eqn.primitive.name in ("convert_element_type", "copy", "sharding_constraint", "reshard")
+        return [_Value(facts, values[0].source if same else next(self.ids), lost) for facts in found]
 
-    def consume(self, values: Sequence[Any], reason: str = "the model returns it", *, spread: bool = False) -> None:
-        """Notes a use that is neither a contraction nor a look-up."""
-        for value in values:
-            if isinstance(value, Origin):
-                use = self._use(value)
-                use.kinds.add("other")
+    def value(self, value: Any) -> _Value:
+        """What is carried of a value, or of a constant of the program."""
+        if isinstance(value, _Value):
+            return value
+        if id(value) not in self.constants:
+            # The constant, too: another one could get its number.
+            self.constants[id(value)] = self.new(facts_of(value)), value
+        return self.constants[id(value)][0]
+
+    def new(self, facts: Facts | None = None) -> _Value:
+        """A value of a source of its own."""
+        return _Value(Facts() if facts is None else facts, next(self.ids))
+
+    def leaves(self, value: _Value) -> set[int]:
+        """That it is a linear function of."""
+        return {origin.leaf for origin in value.facts.origins}
+
+    def consume(
+        self,
+        values: Sequence[Any],
+        reason: str = "the model returns it",
+        carried: Collection[int] = (),
+        *,
+        spread: bool = False,
+    ) -> None:
+        """Notes a use that is neither a contraction nor a look-up, of all leaves but those carried on."""
+        for origin in (origin for value in values for origin in self.value(value).facts.origins):
+            use = self._use(origin.leaf)
+            if origin.leaf not in carried:
+                use.kinds.add("lookup" if origin.gathered and "lookup" in use.axes else "other")
                 use.spread = spread and use.spread is not False
                 use.reason = use.reason or reason
 
     def contract(
-        self, kind: str, origin: Origin, summed: Sequence[int], free: Sequence[int], other: Any, flops: int
+        self, kind: str, values: Sequence[_Value], axes: tuple[Sequence[int], Sequence[int], Sequence[int]], flops: int
     ) -> None:
-        """Notes a matmul or convolution over the axes `summed` of a re-arranged leaf."""
-        use = self._use(origin)
-        use.kinds.add(kind)
-        use.axes.setdefault("contracted", (origin.over(summed), origin.over(free)))
-        use.flops += flops * self.repeats
-        if use.input_id is None and not isinstance(other, Origin):
-            use.input_id = other
+        """Notes a matmul or convolution of the first value, a re-arranged leaf, with the second.
 
-    def look_up(self, origin: Origin, rows: Sequence[int]) -> None:
+        Args:
+            kind: which.
+            values: both.
+            axes: of the first value: summed over, of both operands, the others.
+            flops: of the whole.
+        """
+        value, other = values
+        for number, why in value.lost.items():
+            self._use(number).refusal = f"{why} before a matmul"
+        for origin in value.facts.origins:
+            if origin.gathered and not other.facts.data:
+                self.consume([_Value(Facts((origin,)), 0)], "rows of it are gathered")
+                continue
+            use = self._use(origin.leaf)
+            if value.facts.origin_of(origin.leaf) is None:
+                use.refusal = "it is added to a re-arrangement of itself before a matmul"
+                continue
+            try:
+                found = roles(origin, *axes)
+            except ValueError as err:
+                use.refusal = str(err)
+                continue
+            use.kinds.add(kind)
+            use.axes.setdefault("contracted", (found.inputs, found.outputs))
+            use.flops += round(flops * share(origin)) * self.repeats
+            if use.input_id is None and not other.facts.origins:
+                key = other.source, *_order_of_inputs(origin, axes[0], found)
+                use.input_id = self.inputs.setdefault(key, len(self.inputs))
+
+    def look_up(self, value: _Value, rows: Sequence[int]) -> None:
         """Notes a gather of rows."""
-        use = self._use(origin)
-        use.kinds.add("lookup")
-        others = [axis for axis in range(len(origin.axes)) if axis not in rows]
-        use.axes.setdefault("lookup", (origin.over(others), origin.over(rows)))
+        for origin in value.facts.origins:
+            others = [axis for axis in range(len(origin.axes)) if axis not in rows]
+            numbers = [frozenset(k for place in part for k in origin.axes[place].tables) for part in (others, rows)]
+            self._use(origin.leaf).axes.setdefault("lookup", (numbers[0], numbers[1]))
 
     def inside(self, repeats: int) -> "_Recorder":
         """The same recorder, inside a loop."""
         return dataclasses.replace(self, repeats=self.repeats * repeats)
 
-    def _use(self, origin: Origin) -> _Uses:
-        return self.uses.setdefault(origin.leaf, _Uses(order=len(self.uses)))
+    def _use(self, leaf: int) -> _Uses:
+        return self.uses.setdefault(leaf, _Uses(order=len(self.uses)))
 
 
-def _dot_general(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _order_of_inputs(origin: Origin, summed: Sequence[int], found: Roles) -> tuple[Any, ...]:
+    """Two leaves that meet the same input in different orders, or scaled, do not have the same input."""
+    order = entries(origin, sorted(summed), sorted(found.inputs))
+    scaled = object() if origin.factors or origin.when else None
+    return None if np.array_equal(order, np.arange(len(order))) else order.tobytes(), scaled
+
+
+def _dot_general(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Value]:
     (contracted, batch), shapes = eqn.params["dimension_numbers"], [var.aval.shape for var in eqn.invars]
     flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted[0])
     for side in (0, 1):
-        if isinstance(values[side], Origin):
-            free = [a for a in range(len(shapes[side])) if a not in contracted[side] and a not in batch[side]]
-            recorder.contract("matmul", values[side], contracted[side], free, values[1 - side], flops)
-    return [next(recorder.ids)]
+        free = [a for a in range(len(shapes[side])) if a not in contracted[side] and a not in batch[side]]
+        both = values[side], values[1 - side]
+        recorder.contract("matmul", both, (contracted[side], batch[side], free), flops)
+    return [recorder.new(Facts(data=any(value.facts.data for value in values)))]
 
 
-def _conv(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _conv(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Value]:
     out_axis, *in_axes = eqn.params["dimension_numbers"].rhs_spec
     kernel = eqn.invars[1].aval.shape
     flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[axis] for axis in in_axes)
-    if isinstance(values[1], Origin):
-        recorder.contract("conv", values[1], in_axes, [out_axis], values[0], flops)
+    recorder.contract("conv", values[::-1], (in_axes, (), [out_axis]), flops)
     recorder.consume(values[:1], "a convolution slides over it")
-    return [next(recorder.ids)]
+    return [recorder.new(Facts(data=any(value.facts.data for value in values)))]
 
 
-def _gather(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _gather(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Value] | None:
+    if not values[0].facts.origins:
+        return None
     numbers = eqn.params["dimension_numbers"]
     rows = [axis for axis in numbers.collapsed_slice_dims if axis in numbers.start_index_map]
-    if isinstance(values[0], Origin) and rows:
+    if rows:
         recorder.look_up(values[0], rows)
+    (facts,) = follow(eqn, [value.facts for value in values])
+    if facts.origins:
+        # In a known order: a look-up if it is used as rows, a re-arrangement if it is contracted.
+        return [recorder.new(facts)]
+    if rows:
+        for number in recorder.leaves(values[0]):
+            recorder.uses[number].kinds.add("lookup")
         recorder.consume(values[1:], "it is an index")
     else:
         recorder.consume(values, "entries of it are gathered, not rows")
-    return [next(recorder.ids)]
+    return [recorder.new()]
 
 
-def _scan(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
-    carried = eqn.params["num_consts"] + eqn.params["num_carry"]
+def _scan(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Value]:
+    consts = eqn.params["num_consts"]
+    carried = consts + eqn.params["num_carry"]
     inner = recorder.inside(eqn.params["length"])
-    recorder.consume(values[eqn.params["num_consts"] : carried], "it is carried through a loop")
+    recorder.consume(values[consts:carried], "it is carried through a loop")
     # A carry changes from step to step: a leaf in it is no re-arrangement of itself inside.
-    carry = [next(recorder.ids) for _ in range(eqn.params["num_carry"])]
-    sliced = [v.without(0) if isinstance(v, Origin) else next(recorder.ids) for v in values[carried:]]
-    body = as_body(eqn.params["jaxpr"])
-    inner.consume(walk(body, [*values[: eqn.params["num_consts"]], *carry, *sliced], inner.visit))
-    return [next(recorder.ids) for _ in eqn.outvars]
+    carry = [recorder.new() for _ in range(eqn.params["num_carry"])]
+    sliced = [_scanned(recorder, value) for value in values[carried:]]
+    results = walk(as_body(eqn.params["jaxpr"]), [*values[:consts], *carry, *sliced], inner.visit)
+    inner.consume(results, "a loop returns it")
+    return [recorder.new() for _ in eqn.outvars]
 
 
-def _while(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _scanned(recorder: _Recorder, value: _Value) -> _Value:
+    origins = tuple(origin.scanned(None) for origin in value.facts.origins)
+    return _Value(Facts(origins, value.facts.data), next(recorder.ids), value.lost)
+
+
+def _while(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Value]:
     cond_end = eqn.params["cond_nconsts"]
     body_end = cond_end + eqn.params["body_nconsts"]
     recorder.consume(values[body_end:], "it is carried through a loop")
-    carry = [next(recorder.ids) for _ in values[body_end:]]
-    recorder.consume(walk(as_body(eqn.params["cond_jaxpr"]), [*values[:cond_end], *carry], recorder.visit))
-    recorder.consume(walk(as_body(eqn.params["body_jaxpr"]), [*values[cond_end:body_end], *carry], recorder.visit))
-    return [next(recorder.ids) for _ in eqn.outvars]
+    carry = [recorder.new() for _ in values[body_end:]]
+    for name, consts in (("cond_jaxpr", values[:cond_end]), ("body_jaxpr", values[cond_end:body_end])):
+        recorder.consume(walk(as_body(eqn.params[name]), [*consts, *carry], recorder.visit), "a loop returns it")
+    return [recorder.new() for _ in eqn.outvars]
 
 
-def _cond(recorder: _Recorder, eqn: Any, values: list[Any]) -> Sequence[Any]:
+def _cond(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Value]:
     for branch in eqn.params["branches"]:
-        recorder.consume(walk(as_body(branch), values[1:], recorder.visit))
-    return [next(recorder.ids) for _ in eqn.outvars]
+        recorder.consume(walk(as_body(branch), values[1:], recorder.visit), "a branch returns it")
+    return [recorder.new() for _ in eqn.outvars]
 
 
-_HANDLERS: dict[str, Callable[[_Recorder, Any, list[Any]], Sequence[Any]]] = {
+_HANDLERS: dict[str, Callable[[_Recorder, Any, list[_Value]], Sequence[_Value] | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
     "gather": _gather,
@@ -214,16 +305,18 @@ _HANDLERS: dict[str, Callable[[_Recorder, Any, list[Any]], Sequence[Any]]] = {
 }
 
 
-def _is_spread(origin: Origin, shape: Sequence[int], result: Sequence[int]) -> bool:
+def _is_spread(origins: Sequence[Origin], shape: Sequence[int], result: Sequence[int]) -> bool:
     """Whether a leaf has new axes, or is repeated along its axes of size 1: as biases are to meet activations."""
     repeated = len(shape) == len(result) and any(own < new for own, new in zip(shape, result, strict=True))
-    return repeated or any(not axes for axes in origin.axes)
+    return bool(origins) and (repeated or any(not axis.tables for axis in origins[0].axes))
 
 
 def _layout(use: _Uses | None, leaf: Any) -> LeafLayout:
     every = frozenset(range(len(leaf.shape)))
     if use is None:
         return LeafLayout(kind="unused", output_axes=tuple(sorted(every)))
+    if use.refusal:
+        return LeafLayout(kind="other", output_axes=tuple(sorted(every)), order=use.order, reason=use.refusal)
     contracted = use.kinds & {"matmul", "conv"}
     if not contracted and "lookup" not in use.kinds:
         outputs = tuple(sorted(every))

@@ -23,7 +23,7 @@ class Scaling:
         if isinstance(var, core.Literal):
             return bool((var.val == 0) if not hasattr(var.val, "shape") else (var.val == 0).all())
         if var in self.graph.origins:
-            return self._leaf(self.graph.origins[var], axes, var.aval.shape)
+            return self._leaf(self.graph.origins[var], axes)
         if var in self.scaled:
             return self.scaled[var] == axes
         eqn = self.graph.maker.get(var)
@@ -55,8 +55,8 @@ class Scaling:
         origin = self.graph.origin(var)
         return origin.leaf in self.producers if origin else not isinstance(var, core.Literal) and var in self.scaled
 
-    def _leaf(self, origin: Origin, axes: tuple[int, ...], shape: tuple[int, ...]) -> bool:
-        own = self.graph.whole(origin, axes, shape)
+    def _leaf(self, origin: Origin, axes: tuple[int, ...]) -> bool:
+        own = origin.whole(axes)
         exact = jnp.issubdtype(self.graph.views[origin.leaf].aval.dtype, jnp.floating)
         if own is None or not exact or origin.leaf in self.producers:
             return False

@@ -272,8 +272,8 @@ def test_mistakes_are_named(mlp):
 
 def test_uses_without_statistics_are_named():
     gather, x = calibration.input_statistics, jnp.ones((2, 4))
-    with pytest.raises(ValueError, match=r"'w': .*2 of the 4 inputs"):
-        gather(lambda p, y: y[:, :2] @ p["w"][:2], {"w": jnp.ones((4, 3))}, [(x,)])
+    with pytest.raises(ValueError, match=r"'w': it is split along its inputs"):
+        gather(lambda p, y: (y[:, :2] @ p["w"][:2], y[:, 2:] @ p["w"][2:]), {"w": jnp.ones((4, 3))}, [(x,)])
     with pytest.raises(ValueError, match=r"'w': A contraction runs over axes \[1\], the input axes are \(0,\)"):
         gather(lambda p, y: y @ p["w"] @ p["w"].T, {"w": jnp.ones((4, 3))}, [(x,)])
     module, image = nn.Conv(4, (3,), feature_group_count=2), jnp.ones((1, 5, 4))

@@ -1,0 +1,147 @@
+"""Statistics of leaves that are re-arranged before they meet their inputs, in the order of the leaf itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxcompress as jc
+from jaxcompress import calibration, trace, tree
+from jaxcompress.quantization import QuantSpec, gptq
+
+RNG = np.random.default_rng(0)
+
+
+def _array(*shape):
+    return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+
+
+def effective_rows(apply, leaf, inputs, outputs):
+    """The rows that a linear model multiplies by a leaf, (rows, inputs), read from its derivative in float64.
+
+    Args:
+        apply: `leaf -> array`, linear.
+        leaf: where.
+        inputs: its input axes.
+        outputs: its output axes.
+    """
+    jacobian = np.asarray(jax.jacobian(apply)(leaf), np.float64)
+    made = jacobian.ndim - leaf.ndim
+    order = (*range(made), *(made + axis for axis in outputs), *(made + axis for axis in inputs))
+    sizes = [int(np.prod([leaf.shape[axis] for axis in axes], dtype=int)) for axes in (outputs, inputs)]
+    # Each number that the model writes is of one output: its row is where it depends on the leaf.
+    return jacobian.transpose(order).reshape(-1, *sizes)
+
+
+def gram_of(rows):
+    """Σ x xᵀ over the rows of one output; the same for all outputs that there are."""
+    grams = np.einsum("nod,noe->ode", rows, rows)
+    grams = grams[np.abs(grams).sum(axis=(1, 2)) > 0]
+    assert all(np.allclose(gram, grams[0]) for gram in grams)
+    return grams[0]
+
+
+PERMUTED = {
+    "merge": lambda w: w.reshape(2, 8, 4).transpose(1, 0, 2).reshape(16, 4),
+    "rows": lambda w: w[np.array([3, 1, 2, 0, 7, 6, 5, 4, 8, 10, 9, 11, 15, 14, 13, 12])],
+    "reverse": lambda w: w[::-1],
+    "roll": lambda w: jnp.roll(w, 3, axis=0),
+    "scalar": lambda w: w * 0.5,
+    "negative": lambda w: jnp.concatenate([w[8:], -w[:8]]),
+    "features": lambda w: w * jnp.linspace(0.5, 2, 16)[:, None],
+    "quotient": lambda w: jnp.flip(w / jnp.linspace(0.5, 2, 16)[:, None], 0),
+    "added": lambda w: w + jnp.ones((16, 4)),
+    "masked rows": lambda w: jnp.where((jnp.arange(16) % 3 > 0)[:, None], w, 0.0),
+    "twice": lambda w: jnp.concatenate([w[:8], w[:8]]),
+}
+
+
+@pytest.mark.parametrize("name", PERMUTED)
+def test_the_gram_is_in_the_order_of_the_leaf(name):
+    move, w, x = PERMUTED[name], _array(16, 4), _array(7, 16)
+    layout = trace.layouts(lambda p, y: y @ move(p["w"]), {"w": w}, x)["w"]
+    assert (layout.kind, layout.input_axes, layout.output_axes) == ("matmul", (0,), (1,))
+    found = calibration.input_statistics(lambda p, y: y @ move(p["w"]), {"w": w}, [(x,)])["w"]
+    np.testing.assert_allclose(found.gram, gram_of(effective_rows(lambda v: x @ move(v), w, (0,), (1,))), atol=1e-4)
+    assert found.count == 7
+
+
+def test_tensordot_over_axes_in_another_order():
+    w, x = _array(3, 5, 2), _array(7, 5, 3)
+    apply = lambda p, y: jnp.tensordot(y, p["w"], axes=((2, 1), (0, 1)))  # noqa: E731
+    swapped = lambda p, y: jnp.tensordot(y.swapaxes(1, 2), p["w"], axes=((2, 1), (1, 0)))  # noqa: E731
+    rows = np.asarray(x, np.float64).transpose(0, 2, 1).reshape(7, 15)
+    for model in (apply, swapped):
+        found = calibration.input_statistics(model, {"w": w}, [(x,)])["w"]
+        np.testing.assert_allclose(found.gram, rows.T @ rows, atol=1e-4)
+
+
+def _merged(p, x):
+    return (x * p["scale"][None]) @ PERMUTED["merge"](p["w"])
+
+
+def test_methods_on_a_permuted_merge():
+    params = {"scale": jnp.ones(16), "w": _array(16, 4)}
+    # Correlated inputs of very different sizes: a wrong order costs a lot.
+    x = jnp.asarray(RNG.normal(size=(256, 16)) @ RNG.normal(size=(16, 16)) * np.arange(1.0, 17), jnp.float32)
+    statistics = calibration.input_statistics(_merged, params, [(x,)])
+    folds = trace.folds(_merged, params, x)
+    assert folds == []
+    axes = trace.layouts(_merged, params, x)
+    small, info = gptq(params, statistics, QuantSpec(bits=3), select=tree.by_path("w"), layouts=axes)
+    wanted = _merged(params, x)
+    gap = jnp.linalg.norm(_merged(jc.materialize(small), x) - wanted) / jnp.linalg.norm(wanted)
+    np.testing.assert_allclose(float(gap), info["w"].error, rtol=1e-3)
+    plain = {"scale": params["scale"], "w": PERMUTED["merge"](params["w"])}
+    direct = lambda p, y: (y * p["scale"][None]) @ p["w"]  # noqa: E731
+    sums = calibration.input_statistics(direct, plain, [(x,)])
+    other, _ = gptq(plain, sums, QuantSpec(bits=3), select=tree.by_path("w"))
+    expected = jnp.linalg.norm(direct(jc.materialize(other), x) - wanted) / jnp.linalg.norm(wanted)
+    np.testing.assert_allclose(float(gap), float(expected), rtol=0.02)
+
+
+def test_layers_of_a_pipeline_keep_their_own_statistics():
+    """Stages of layers, split and transposed: layers 1 and 2 change places."""
+    w, x = _array(4, 3, 3) / 2, _array(5, 3)
+
+    def staged(p, y):
+        layers = p["w"].reshape(2, 2, 3, 3).transpose(1, 0, 2, 3).reshape(4, 3, 3)
+        return jax.lax.scan(lambda z, layer: (jnp.tanh(z @ layer), None), y, layers)[0]
+
+    def nested(p, y):
+        def stage(z, layers):
+            return jax.lax.scan(lambda u, layer: (jnp.tanh(u @ layer), None), z, layers)[0], None
+
+        return jax.lax.scan(stage, y, p["w"].reshape(2, 2, 3, 3))[0]
+
+    def indexed(p, y):
+        def layer(k, z):
+            return jnp.tanh(z @ p["w"].reshape(2, 2, 3, 3)[k // 2, k % 2])
+
+        return jax.lax.fori_loop(0, 4, layer, y)
+
+    for apply, order in ((staged, (0, 2, 1, 3)), (nested, range(4)), (indexed, range(4))):
+        grams, rows = np.zeros((4, 3, 3)), np.asarray(x, np.float64)
+        for entry in order:
+            grams[entry], rows = rows.T @ rows, np.tanh(rows @ np.asarray(w[entry], np.float64))
+        layout = trace.layouts(apply, {"w": w}, x)["w"]
+        assert (layout.kind, layout.stack_axes, layout.input_axes, layout.output_axes) == ("matmul", (0,), (1,), (2,))
+        found = calibration.input_statistics(apply, {"w": w}, [(x,)])["w"]
+        np.testing.assert_allclose(found.gram, grams, atol=1e-4, err_msg=apply.__name__)
+        np.testing.assert_array_equal(found.count, [5, 5, 5, 5])
+
+
+def test_a_constant_on_the_other_side():
+    basis = RNG.normal(size=(6, 4)).astype(np.float32)
+    params, x = {"w": _array(4, 3), "v": _array(3, 2)}, _array(5, 6)
+    apply = lambda p, y: (y @ (basis @ p["w"])) @ p["v"]  # noqa: E731
+    found = calibration.input_statistics(apply, params, [(x,)])
+    np.testing.assert_allclose(found["w"].gram, basis.astype(np.float64).T @ basis, atol=1e-4)
+    (fold,) = trace.folds(apply, params, x)
+    assert [(leaf.path, leaf.axes) for leaf in (*fold.producers, *fold.consumers)] == [("w", (1,)), ("v", (0,))]
+    pauses = calibration.stops(apply, params, x)
+    assert [part.path for part in pauses][-1] == "v"
+    left = lambda p, y: jnp.tanh(y @ p["v"].T) @ p["w"].T @ basis.T  # noqa: E731
+    rows = np.tanh(np.asarray(x[:, :2], np.float64) @ np.asarray(params["v"], np.float64).T)
+    found = calibration.input_statistics(left, params, [(x[:, :2],)])
+    np.testing.assert_allclose(found["w"].gram, rows.T @ rows, atol=1e-4)
