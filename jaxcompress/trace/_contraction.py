@@ -51,6 +51,8 @@ def roles(origin: Origin, summed: Sequence[int], batched: Sequence[int], free: S
             raise ValueError(f"a matmul uses one part of its axis {number} as {' and another as '.join(sorted(names))}")
         if number in origin.moving and "stack" not in names:
             raise ValueError(f"a loop goes over parts of its axis {number}, which a matmul has as {''.join(names)}")
+    if not any("inputs" in names for names in found.values()):
+        raise ValueError("none of its axes is summed over")
     for factor in origin.factors:
         uneven = {place for place, axis in enumerate(origin.axes) if axis.size > 1} - factor.even
         if uneven & set(summed) and uneven & set(free) and not factor.is_mask:

@@ -179,7 +179,7 @@ class _Recorder:
         """
         value, other = values
         for number, why in value.lost.items():
-            self._use(number).refusal = f"{why} before a matmul"
+            self._use(number).refusal = why
         for origin in value.facts.origins:
             if origin.gathered and not other.facts.data:
                 self.consume([_Value(Facts((origin,)), 0)], "rows of it are gathered")
