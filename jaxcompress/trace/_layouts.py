@@ -124,7 +124,9 @@ class _Recorder:
         carried = {origin.leaf for facts in found for origin in facts.origins}
         reason = f"it goes into `{eqn.primitive.name}`" + (", which is not looked into" if opaque else "")
         for value, var in zip(values, eqn.invars, strict=True):
-            spread = _is_spread(value.facts.origins, var.aval.shape, eqn.outvars[0].aval.shape)
+            # What is added to activations is a bias, or learned positions.
+            added = eqn.primitive.name in ("add", "add_any", "sub") and any(other.facts.data for other in values)
+            spread = added or _is_spread(value.facts.origins, var.aval.shape, eqn.outvars[0].aval.shape)
             self.consume([value], reason, carried, spread=spread and not opaque)
         lost = {}
         if not any(facts.data for facts in found):
