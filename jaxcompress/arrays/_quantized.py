@@ -18,7 +18,9 @@ from jaxcompress.types import is_compressed
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data", "scale", "zero_point"], meta_fields=["dtype", "levels"]
+    jax.tree_util.register_dataclass,
+    data_fields=["data", "scale", "zero_point"],
+    meta_fields=["dtype", "levels", "partial"],
 )
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class QuantizedArray:
@@ -36,6 +38,8 @@ class QuantizedArray:
         zero_point: unsigned integers (perhaps a `PackedArray` of them) or floats, in logical layout, or None.
         dtype: logical dtype.
         levels: the table of a format such as NF4, or None.
+        partial: None, or `(axis, size)`: on this axis, negative, blocks hold `size` entries and the last one fewer, so
+            that there are ceil(n / size) of them.
     """
 
     data: Any
@@ -43,6 +47,7 @@ class QuantizedArray:
     dtype: jnp.dtype
     zero_point: Any = None
     levels: tuple[float, ...] | None = None
+    partial: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,6 +85,7 @@ class QuantizedArray:
         """The codes as int8 or uint8, of the logical shape; 0 where nothing is stored."""
         return self.data.materialize() if is_compressed(self.data) else self.data
 
+    @on_auto_axes
     def zero_points(self) -> Num[Array, "..."] | None:
         """The zero points as a plain array, or None."""
         return unpacked(self.zero_point)
@@ -87,22 +93,38 @@ class QuantizedArray:
     @on_auto_axes
     def materialize(self) -> jax.Array:
         """The plain array, of the logical shape and dtype."""
-        plain = dequantize(self.codes(), self.scale, self.zero_points(), levels=self.levels, dtype=self.dtype)
+        scale, zero_point = self._spread(self.scale), self._spread(self.zero_points())
+        plain = dequantize(self.codes(), scale, zero_point, levels=self.levels, dtype=self.dtype)
         if isinstance(self.data, SparseArray) and not _zero_is_zero(self):
             plain = jnp.where(self.data.mask(), plain, jnp.zeros((), plain.dtype))
         return plain
 
     @on_auto_axes
+    def with_whole_blocks(self) -> "QuantizedArray":
+        """The same array; where there are partial blocks, with a scale for every entry of their axis instead."""
+        scale, zero_point = self._spread(self.scale), self._spread(self.zero_points())
+        return dataclasses.replace(self, scale=scale, zero_point=zero_point, partial=None) if self.partial else self
+
+    def _spread(self, parameter: Any) -> Any:
+        if self.partial is None or parameter is None or parameter.shape[self.partial[0]] == 1:
+            return parameter
+        axis, size = self.partial
+        at = axis + parameter.ndim
+        return jax.lax.slice_in_dim(jnp.repeat(parameter, size, axis=at), 0, self.shape[axis], axis=at)
+
+    @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> jax.Array:
         """`materialize()[rows]`, dequantizing those rows only; `rows` index the first axis and must be in range."""
+        if self.partial is not None and self.partial[0] == -self.ndim:
+            return self.with_whole_blocks().take_rows(rows)
         if isinstance(self.data, BitmaskSparseArray | NMSparseArray):
             codes, mask = self.data.take_rows(rows), self.data.take_mask_rows(rows)
         else:
             codes, mask = take_code_rows(self.data, rows), None
         plain = dequantize(
             codes.reshape(-1, *self.shape[1:]),
-            take_parameter_rows(self.scale, rows, self.shape[0]),
-            take_parameter_rows(self.zero_point, rows, self.shape[0]),
+            self._spread(take_parameter_rows(self.scale, rows, self.shape[0])),
+            self._spread(take_parameter_rows(self.zero_point, rows, self.shape[0])),
             levels=self.levels,
             dtype=self.dtype,
         ).reshape(*rows.shape, *self.shape[1:])

@@ -22,7 +22,7 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
     blocks: whole bytes of packed codes, whole groups, whole N:M runs. A bit-mask array can be cut along its rows, into
     as many shards as it was built for, and along its stacked axes. The factors of a `LowRankArray` are cut along the
     axes that they have, and hold their whole rank. The runs of an `AdditiveCodebookArray` stay whole. Packed zero
-    points are replicated along an axis where shares would not be whole bytes.
+    points are replicated along an axis where shares would not be whole bytes, and scales along one with partial blocks.
 
     Args:
         leaf: a plain or compressed array, or its abstract form.
@@ -46,9 +46,15 @@ def component_shardings(leaf: Any, sharding: NamedSharding) -> Any:
         P(None, None)
     """
     if isinstance(leaf, QuantizedArray):
+        data = component_shardings(leaf.data, sharding)
+        if leaf.partial is not None:
+            # Shares of an axis with partial blocks do not begin where a block does.
+            entries = _entries(sharding, leaf.ndim)
+            entries[leaf.partial[0]] = None
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*entries))
         return dataclasses.replace(
             leaf,
-            data=component_shardings(leaf.data, sharding),
+            data=data,
             scale=component_shardings(leaf.scale, sharding),
             zero_point=None if leaf.zero_point is None else _cut_zero_points(leaf.zero_point, sharding),
         )

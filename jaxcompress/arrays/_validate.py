@@ -103,8 +103,15 @@ def _validate_bitmask(leaf: BitmaskSparseArray) -> None:
 
 
 def _validate_quantized(leaf: QuantizedArray) -> None:
+    sizes = list(leaf.shape)
+    if leaf.partial is not None:
+        axis, size = leaf.partial
+        _require(-leaf.ndim <= axis < 0 < size, f"Partial blocks are (negative axis, size), got {leaf.partial}.")
+        found, sizes[axis] = leaf.scale.shape[axis], -(-sizes[axis] // size)
+        needed = f"{leaf.shape[axis]} entries in blocks of {size} need {sizes[axis]} scales"
+        _require(found == sizes[axis], f"{needed}, got {found}.")
     divides = len(leaf.scale.shape) == leaf.ndim and all(
-        n % s == 0 if s else n == 0 for n, s in zip(leaf.shape, leaf.scale.shape, strict=True)
+        n % s == 0 if s else n == 0 for n, s in zip(sizes, leaf.scale.shape, strict=True)
     )
     _require(divides, f"Scales of shape {leaf.scale.shape} do not divide codes of shape {leaf.shape}.")
     if leaf.zero_point is not None:

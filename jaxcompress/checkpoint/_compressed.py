@@ -42,10 +42,12 @@ class CompressedType(NamedTuple):
     Attributes:
         cls: the class.
         static: codecs of its static fields, by name; all other fields are parts.
+        later: static fields that older checkpoints do not have, with what stood for them; written where they differ.
     """
 
     cls: type
     static: Mapping[str, Codec]
+    later: Mapping[str, Any] = {}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -120,7 +122,11 @@ COMPRESSED: dict[str, CompressedType] = {
     row.cls.__name__: row
     for row in (
         CompressedType(PackedArray, {"bits": INT, "signed": BOOL, "axis": INT, "width": INT}),
-        CompressedType(QuantizedArray, {"dtype": DTYPE, "levels": _optional(FLOATS)}),
+        CompressedType(
+            QuantizedArray,
+            {"dtype": DTYPE, "levels": _optional(FLOATS), "partial": _optional(INTS)},
+            later={"partial": None},
+        ),
         CompressedType(CodebookArray, {"dtype": DTYPE, "zero": BOOL}),
         CompressedType(AdditiveCodebookArray, {"dtype": DTYPE, "axis": INT, "width": INT}),
         CompressedType(BitmaskSparseArray, {"row_shape": INTS}),

@@ -107,7 +107,11 @@ def _encode_compressed(value: Any, name: str) -> tuple[StoredValue, dict[str, An
         part, found = _encode_part(getattr(value, field), field, f"{name}.{field}")
         parts[field], arrays = part, arrays | found
     try:
-        static = {field: codec.encode(getattr(value, field)) for field, codec in row.static.items()}
+        static = {
+            field: codec.encode(getattr(value, field))
+            for field, codec in row.static.items()
+            if field not in row.later or getattr(value, field) != row.later[field]
+        }
     except TypeError as err:
         raise TypeError(f"a static field of {type(value).__name__}: {err}") from err
     whole = _is_whole(parts)
@@ -134,12 +138,13 @@ def _decode_compressed(value: StoredValue, arrays: Mapping[str, Any]) -> Any:
     row = COMPRESSED.get(value.kind)
     if row is None:
         raise ValueError(f"class {value.kind!r} is unknown; this version knows {', '.join(COMPRESSED)}")
-    if set(value.parts) != set(row.parts) or set(value.static) != set(row.static):
+    known = {**{name: row.static[name].encode(older) for name, older in row.later.items()}, **value.static}
+    if set(value.parts) != set(row.parts) or set(known) != set(row.static):
         raise ValueError(
             f"{value.kind} has parts {sorted(row.parts)} and static fields {sorted(row.static)}, "
             f"found {sorted(value.parts)} and {sorted(value.static)}"
         )
-    fields = {name: codec.decode(value.static[name]) for name, codec in row.static.items()}
+    fields = {name: codec.decode(known[name]) for name, codec in row.static.items()}
     leaf = row.cls(**fields, **{name: decode_leaf(part, arrays) for name, part in value.parts.items()})
     if _is_whole(value.parts):
         _check_logical(leaf, value)

@@ -9,10 +9,10 @@ import numpy as np
 
 from jaxcompress.arrays import CodebookArray, SparseArray, pack, sparsify_like
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
-from jaxcompress.clustering._leaves import checked_importance, checked_leaf
+from jaxcompress.clustering._leaves import checked_importance, checked_leaf, clusterable
 from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.meshes import on_auto_axes
-from jaxcompress.trace import LeafLayout, selected_layouts
+from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import Unselected, is_unselected, map_with_path
 from jaxcompress.types import Params, Selector
 
@@ -91,7 +91,7 @@ def cluster(
         return stored
 
     known = map_with_path(lambda *_: Unselected, params) if importance is None else importance
-    chosen = selected_layouts(params, select=select, layouts=layouts)
+    chosen = clusterable(params, spec, select=select, layouts=layouts)
     return map_with_path(visit, params, chosen, known), info
 
 

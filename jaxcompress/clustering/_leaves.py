@@ -7,8 +7,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import SparseArray
-from jaxcompress.tree import check_finite, is_traced, is_unselected
-from jaxcompress.types import is_compressed
+from jaxcompress.clustering._spec import CodebookSpec
+from jaxcompress.trace import misfits, selected_layouts
+from jaxcompress.tree import Unselected, check_finite, is_traced, is_unselected, leaves_with_paths, map_selected
+from jaxcompress.types import Params, Selector, is_compressed
+
+
+def clusterable(params: Params, spec: CodebookSpec, *, select: Selector | None, layouts: Params | None) -> Params:
+    """The layouts of the leaves that are to share values, without those that the groups of the spec do not divide.
+
+    Raises:
+        ValueError: nothing is selected; `select` asks for a leaf that the groups do not divide (names it).
+    """
+    chosen = selected_layouts(params, select=select, layouts=layouts)
+    shapes = dict(leaves_with_paths(params))
+    places = {path: (shapes[path].shape, layout) for path, layout in leaves_with_paths(chosen)}
+    rest = misfits(places, lambda _, shape, layout: spec.blocks(shape, layout), select)
+    return map_selected(lambda path, layout: Unselected if path in rest else layout, chosen)
 
 
 def checked_leaf(path: str, leaf: Any, *, zero: bool) -> jax.Array:

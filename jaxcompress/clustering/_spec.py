@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from jaxcompress.trace import LeafLayout
+from jaxcompress.trace import BlockError, LeafLayout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class CodebookSpec:
         """The number of tables along every axis.
 
         Raises:
-            ValueError: there are no inputs to group, or the groups do not divide them.
+            trace.BlockError: there are no inputs to group, or the groups do not divide them.
 
         Example:
             >>> layout = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
@@ -70,6 +70,6 @@ class CodebookSpec:
         if self.group_size is not None:
             inputs = [shape[axis] for axis in layout.input_axes]
             if not inputs or inputs[-1] % self.group_size:
-                raise ValueError(f"`group_size` {self.group_size} does not divide the input axes of sizes {inputs}.")
+                raise BlockError(f"`group_size` {self.group_size} does not divide the input axes of sizes {inputs}.")
             found[layout.input_axes[-1]] = inputs[-1] // self.group_size
         return tuple(found)

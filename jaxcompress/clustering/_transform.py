@@ -10,10 +10,9 @@ from jaxtyping import Array, Float, UInt8
 from jaxcompress.arrays import look_up, sparsify
 from jaxcompress.clustering._cluster import store_codes
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
-from jaxcompress.clustering._leaves import checked_importance, checked_leaf, checked_table
+from jaxcompress.clustering._leaves import checked_importance, checked_leaf, checked_table, clusterable
 from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.meshes import transform_on_auto_axes
-from jaxcompress.trace import selected_layouts
 from jaxcompress.transforms import identity
 from jaxcompress.tree import Unselected, is_unselected, map_selected, map_with_path
 from jaxcompress.types import Params, Selector, Transform, TransformState, exportable, is_compressed
@@ -88,7 +87,7 @@ def trained_codebooks(
         raise ValueError(f"`every` must be at least 1 and `until` not negative, got {every} and {until}.")
     if store not in ("dense", "sparse") or (store == "sparse" and not spec.zero):
         raise ValueError(f"`store` must be 'dense', or 'sparse' if the spec has `zero`; got {store!r}.")
-    chosen = functools.partial(selected_layouts, select=select, layouts=layouts)
+    chosen = functools.partial(clusterable, spec=spec, select=select, layouts=layouts)
     return identity()._replace(
         init=functools.partial(_init, spec, importance, chosen),
         apply=functools.partial(_apply, spec, until),

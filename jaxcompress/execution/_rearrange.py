@@ -32,7 +32,11 @@ def transpose(leaf: Any, permutation: Sequence[int]) -> Any:
     if isinstance(leaf, _Coded):
         data = transpose(leaf.data, permutation)
         data = _dense_codes(leaf, lambda codes: codes.transpose(permutation)) if data is None else data
-        return _with_parts(leaf, data, lambda part: part.transpose(permutation))
+        moved = _with_parts(leaf, data, lambda part: part.transpose(permutation))
+        if not isinstance(moved, QuantizedArray) or moved.partial is None:
+            return moved
+        axis, size = moved.partial
+        return dataclasses.replace(moved, partial=(tuple(permutation).index(axis + leaf.ndim) - leaf.ndim, size))
     if isinstance(leaf, AdditiveCodebookArray):
         return transpose_additive(leaf, permutation, transpose)
     if isinstance(leaf, PackedArray | NMSparseArray):
@@ -57,6 +61,7 @@ def transpose(leaf: Any, permutation: Sequence[int]) -> Any:
 def reshape(leaf: Any, shape: Sequence[int]) -> Any:
     """Another shape; scales must stay blocks of it."""
     if isinstance(leaf, _Coded):
+        leaf = _whole_blocks(leaf)
         runs = reshape_runs(leaf.shape, shape)
         sizes = [reshaped_blocks(leaf.shape, shape, part.shape, runs) for part in parameters(leaf)]
         if None in sizes:
@@ -79,6 +84,7 @@ def reshape(leaf: Any, shape: Sequence[int]) -> Any:
 def slice_axis(leaf: Any, axis: int, start: Any, size: int) -> Any:
     """`size` entries along one axis (not negative) from `start`, which may be traced and is not clamped."""
     if isinstance(leaf, _Coded):
+        leaf = _whole_blocks(leaf) if _partial_axis(leaf) == axis else leaf
         if not all(_sliceable(part.shape[axis], leaf.shape[axis], start, size) for part in parameters(leaf)):
             return None
         data = slice_axis(leaf.data, axis, start, size)
@@ -159,6 +165,16 @@ def parameters(leaf: QuantizedArray | CodebookArray) -> list[Any]:
     if isinstance(leaf, CodebookArray):
         return [jax.ShapeDtypeStruct(leaf.table.shape[:-1], leaf.table.dtype)]
     return [leaf.scale] if leaf.zero_point is None else [leaf.scale, leaf.zero_point]
+
+
+def _partial_axis(leaf: QuantizedArray | CodebookArray) -> int | None:
+    """The axis, not negative, whose last block is shorter."""
+    partial = leaf.partial if isinstance(leaf, QuantizedArray) else None
+    return None if partial is None else partial[0] + leaf.ndim
+
+
+def _whole_blocks(leaf: QuantizedArray | CodebookArray) -> QuantizedArray | CodebookArray:
+    return leaf.with_whole_blocks() if isinstance(leaf, QuantizedArray) else leaf
 
 
 def _reshape_low_rank(leaf: LowRankArray, shape: Sequence[int]) -> LowRankArray | None:

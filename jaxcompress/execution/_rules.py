@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.arrays import InputQuantizedArray, LowRankArray, component_shardings, input_rounded
-from jaxcompress.execution._low_rank import can_stay_thin, convolve_low_rank
+from jaxcompress.arrays import InputQuantizedArray, LowRankArray, component_shardings
+from jaxcompress.execution._convolve import convolve
+from jaxcompress.execution._low_rank import can_stay_thin
 from jaxcompress.execution._matmul import dot_general
 from jaxcompress.execution._quantized_inputs import dot_of_quantized_inputs
 from jaxcompress.execution._rearrange import cast, reshape, slice_axis, transpose
@@ -32,16 +33,8 @@ def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 
 def _conv(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    """Low-rank kernels, and those whose inputs are quantized too: there is no rule for others."""
     x, kernel = values
-    if is_compressed(values[0]):
-        return None
-    if isinstance(kernel, LowRankArray):
-        return _one(convolve_low_rank(kernel, x, eqn))
-    if not isinstance(kernel, InputQuantizedArray):
-        return None
-    features = eqn.params["dimension_numbers"].lhs_spec[1]
-    return [eqn.primitive.bind(input_rounded(kernel, x, (features,)), kernel.materialize(), **eqn.params)]
+    return _one(convolve(x, kernel, eqn))
 
 
 def _transpose(eqn: Any, values: list[Any]) -> Sequence[Any] | None:

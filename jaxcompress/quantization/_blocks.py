@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from jaxcompress.arrays import codes_per_block
 from jaxcompress.quantization._spec import QuantSpec
-from jaxcompress.trace import LeafLayout
+from jaxcompress.trace import BlockError, LeafLayout
 
 
 def scale_shape(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tuple[int, ...]:
@@ -22,7 +22,8 @@ def scale_shape(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tu
         One entry per axis; it divides the size of the axis.
 
     Raises:
-        ValueError: the layout has other axes, or the group size does not fit; lists the sizes that would.
+        ValueError: the layout has other axes, or the group size does not fit (`trace.BlockError`); lists the sizes that
+            would. Partial groups count once the leaf is padded, see `padded_shape`.
 
     Example:
         >>> from jaxcompress.trace import LeafLayout
@@ -44,6 +45,46 @@ def scale_shape(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tu
         for axis, size in zip((*inputs, *outputs), sizes, strict=False):
             blocks[axis] = shape[axis] // size
     return tuple(blocks)
+
+
+def padded_shape(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tuple[int, ...]:
+    """The shape in which every group is whole; `shape` itself unless the spec has partial groups.
+
+    One input axis grows, the innermost whose size does not divide what is left of the group size.
+
+    Example:
+        >>> from jaxcompress.trace import LeafLayout
+        >>> layout = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
+        >>> padded_shape((100, 8), QuantSpec(bits=4, group_size=32, partial_groups=True), layout)
+        (128, 8)
+    """
+    padded, left = list(shape), spec.group_size
+    if not spec.partial_groups or left is None or 0 in shape:
+        return tuple(shape)
+    for axis in reversed(layout.input_axes):
+        if left % shape[axis]:
+            padded[axis] = -(-shape[axis] // left) * left
+            break
+        left //= shape[axis]
+    return tuple(padded)
+
+
+PARTIAL = "Give `select` without them, or `QuantSpec(partial_groups=True)` for a last group that may be shorter."
+"""What to do about leaves that cannot be cut."""
+
+
+def cut(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tuple[int, ...]:
+    """The number of blocks on every axis once the leaf is padded; raises as `scale_shape`."""
+    return scale_shape(padded_shape(shape, spec, layout), spec, layout)
+
+
+def partial_axis(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tuple[int, int] | None:
+    """`QuantizedArray.partial` of a leaf: the axis, negative, and the size of its groups; None where all are whole."""
+    padded, blocks = padded_shape(shape, spec, layout), cut(shape, spec, layout)
+    for axis, (size, whole, count) in enumerate(zip(shape, padded, blocks, strict=True)):
+        if size != whole and count > 1:
+            return axis - len(shape), whole // count
+    return None
 
 
 def reduced_axes(shape: Sequence[int], blocks: Sequence[int]) -> tuple[int, ...]:
@@ -88,7 +129,7 @@ def _group_extents(sizes: tuple[int, ...], group_size: int, name: str, axes: str
         return (1,) * len(sizes)
     fitting = _fitting_sizes(sizes)
     if group_size not in fitting:
-        raise ValueError(
+        raise BlockError(
             f"`{name}` {group_size} does not divide the {axes} axes of sizes {sizes}, the innermost last; "
             f"sizes that do: {', '.join(map(str, fitting)) or f'none (the leaf has no {axes} axes)'}."
         )

@@ -11,6 +11,7 @@ from jaxcompress.arrays import dequantize
 from jaxcompress.arrays import straight_through as straight_through
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._blocks import axes_of
+from jaxcompress.quantization._round_to_nearest import cropped, padded
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
@@ -56,7 +57,8 @@ def fake_quantize_array(
 # Compiled as one also outside `jit`: a chain of transforms applies its stages once when it is initialised.
 @functools.partial(jax.jit, static_argnames=("spec", "layout"), inline=True)
 def _rounded(w: Float[Array, "..."], bits: Any, spec: QuantSpec, layout: LeafLayout) -> Float[Array, "..."]:
-    scale, zero_point = block_scales(w, spec, layout, bits=bits)
-    codes = round_to_codes(w, scale, zero_point, spec, bits=bits)
-    rounded = dequantize(codes, scale, zero_point, levels=spec.levels, dtype=w.dtype)
+    whole = padded(w, spec, layout)
+    scale, zero_point = block_scales(whole, spec, layout, bits=bits)
+    codes = round_to_codes(whole, scale, zero_point, spec, bits=bits)
+    rounded = cropped(dequantize(codes, scale, zero_point, levels=spec.levels, dtype=w.dtype), w.shape)
     return jnp.where(w == 0, jnp.zeros_like(rounded), rounded) if spec.bits == 1 else rounded

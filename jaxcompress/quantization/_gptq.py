@@ -14,7 +14,15 @@ from jaxtyping import Array, Float32
 from jaxcompress.calibration import Calibrated, Unseen, check_unseen, nothing_seen, unseen_counts, warn_unseen
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
-from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_new_leaves
+from jaxcompress.quantization._leaf_matrix import (
+    MATRIX,
+    check_blocks,
+    fitting,
+    rounded,
+    stored,
+    with_new_leaves,
+    with_whole_groups,
+)
 from jaxcompress.quantization._range_search import RangeSearch
 from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress.quantization._scales import block_scales
@@ -92,6 +100,9 @@ def gptq(
     check_rule(rule, damping)
     check_unseen(unseen)
     contracted, tables = counted_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
+    kept = {leaf.path for leaf in fitting([*contracted, *tables], spec, select)}
+    contracted = [leaf for leaf in contracted if leaf.path in kept]
+    tables = [leaf for leaf in tables if leaf.path in kept]
     found = {entry.path: _quantize(entry, damping, unseen, rule) for entry in contracted}
     warn_unseen({entry.path: entry.unseen for entry in contracted}, FALLBACKS[unseen])
     found |= {table.path: nearest_table(table, spec, ranges) for table in tables}
@@ -102,9 +113,12 @@ def gptq(
 def _quantize(entry: Calibrated, damping: float, unseen: Unseen, rule: Rule) -> tuple[Any, RoundingInfo]:
     check_blocks(entry, rule.spec)
     statistics = entry.statistics
-    gram = entry.flat(statistics.gram, ndim=2)
-    cross = None if statistics.cross is None else entry.flat(statistics.cross, ndim=2)
-    weights = entry.matrix(entry.weight).astype(jnp.float32)
+    spec = rule.spec
+    gram = with_whole_groups(entry, entry.flat(statistics.gram, ndim=2), spec, 1, 2)
+    cross = None
+    if statistics.cross is not None:
+        cross = with_whole_groups(entry, entry.flat(statistics.cross, ndim=2), spec, 1, 2)
+    weights = with_whole_groups(entry, entry.matrix(entry.weight).astype(jnp.float32), spec, 1)
     parts = weights, gram, cross, statistics.count.reshape(-1)
     solved, before, after = _solve(parts, np.float32(damping), unseen == "zero", rule)
     leaf = stored(entry, solved.codes, solved.scale, solved.zero_point, rule.spec)

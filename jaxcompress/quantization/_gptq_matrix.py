@@ -169,7 +169,7 @@ def _with_updated_groups(
 ) -> tuple[Array, tuple[Array, Array | None]]:
     size = rule.spec.group_size
     assert size is not None  # the caller looked
-    spec = dataclasses.replace(rule.spec, group_size=None)
+    spec = dataclasses.replace(rule.spec, group_size=None, partial_groups=False)
 
     def start(w: Any, first: Any) -> Any:
         own = jax.lax.dynamic_slice_in_dim(importance, first, size)[:, None]

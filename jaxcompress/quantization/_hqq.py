@@ -10,11 +10,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from jaxcompress.arrays import dequantize, split_blocks
 from jaxcompress.calibration import MatrixLeaf, entries, matrices
 from jaxcompress.meshes import on_auto_axes
-from jaxcompress.quantization._blocks import scale_shape
-from jaxcompress.quantization._leaf_matrix import STACK, check_blocks, stored, with_new_leaves
+from jaxcompress.quantization._blocks import reduced_axes, scale_shape
+from jaxcompress.quantization._leaf_matrix import (
+    STACK,
+    check_blocks,
+    fitting,
+    stored,
+    with_new_leaves,
+    with_whole_groups,
+)
+from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._rounding_info import RoundingInfo
+from jaxcompress.quantization._scales import block_scales, cast_scale
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.types import Params, Selector
 
@@ -34,6 +44,7 @@ def hqq(
     beta: float = 10.0,
     kappa: float = 1.01,
     iterate: Iterate = "best",
+    exact_zero: bool = False,
     select: Selector | None = None,
     layouts: Params | None = None,
 ) -> tuple[Params, dict[str, RoundingInfo]]:
@@ -42,6 +53,11 @@ def hqq(
     With scale s from the ranges (which need not contain 0), codes q = round(w / s + z) and errors w - (q - z) s, it
     alternates e = shrink(w - (q - z) s) and z = mean(q - (w - e) / s), where shrink(x) = sign(x) relu(|x| -
     |x|^(p-1) / β), p = `norm`, and β grows by κ each time. No data are used.
+
+    With z a fraction, no code stands for exactly 0: every small weight is off by up to half a step. Where one input
+    carries most of the energy and its weights are small (decoders of the Llama family have such inputs), that error
+    alone makes the outputs worse than rounding to nearest. `exact_zero` is for those: z is the whole number of the
+    range, which then contains 0, and the scale is solved for instead, s = Σ (w - e)(q - z) / Σ (q - z)².
 
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
@@ -53,6 +69,7 @@ def hqq(
         iterate: "best": for each block, of least mean |w - (q - z) s|. "legacy": as the public solver's default: it
             stops at the first step that does not lower the mean over the whole matrix, and takes the zero points after
             that step; as there, ranges below 1e-4 are taken for none, so weights must not be very small.
+        exact_zero: keep weights of 0 exact; no published variant. Zero points then take the bits of a code.
         select: which leaves; see `trace.selected_layouts`.
         layouts: from `trace.layouts`.
 
@@ -74,11 +91,16 @@ def hqq(
         Badri and Shaji 2023, "Half-quadratic quantization of large machine learning models".
     """
     _check_options(spec, iterations, norm, beta, kappa, iterate)
+    if exact_zero and iterate == "legacy":
+        raise ValueError("`iterate='legacy'` is the public solver, whose zero points are fractions: no `exact_zero`.")
     leaves: dict[str, Any] = {}
     info: dict[str, RoundingInfo] = {}
-    for entry in entries(matrices(params, select=select, layouts=layouts)):
+    chosen = list(entries(matrices(params, select=select, layouts=layouts)))
+    for entry in fitting(chosen, spec, select):
         check_blocks(entry, spec)
-        leaves[entry.path], info[entry.path] = _quantize(entry, spec, (iterations, norm, beta, kappa, iterate))
+        leaves[entry.path], info[entry.path] = _quantize(
+            entry, spec, (iterations, norm, beta, kappa, iterate), exact_zero
+        )
     return with_new_leaves(params, leaves), info
 
 
@@ -102,9 +124,14 @@ def _check_options(spec: QuantSpec, iterations: int, norm: float, beta: float, k
         )
 
 
-def _quantize(entry: MatrixLeaf, spec: QuantSpec, options: tuple[Any, ...]) -> tuple[Any, RoundingInfo]:
+def _quantize(
+    entry: MatrixLeaf, spec: QuantSpec, options: tuple[Any, ...], exact_zero: bool
+) -> tuple[Any, RoundingInfo]:
     weights = entry.matrix(entry.weight).astype(jnp.float32)
-    codes, scale, zero_point, before, after = _solve(weights, spec, options)
+    # By the last weight, not by 0, which a range of HQQ need not contain.
+    weights = with_whole_groups(entry, weights, spec, 1, mode="edge")
+    solve = _solve_scales if exact_zero else _solve
+    codes, scale, zero_point, before, after = solve(weights, spec, options)
     leaf = stored(entry, codes, scale, zero_point, spec)
     return leaf, RoundingInfo.of(leaf, error_before=float(before), error=float(after))
 
@@ -132,9 +159,7 @@ def _solve(weights: Float32[Array, "S D R"], spec: QuantSpec, options: tuple[Any
     zero = _zero_points(blocks, inverse, start, codes_at, options).astype(spec.scale_dtype)
 
     def error(zero: Any) -> Any:
-        lost = blocks - (codes_at(zero) - zero) * scale.astype(jnp.float32)
-        total = jnp.sum(jnp.square(blocks))
-        return jnp.where(total > 0, jnp.sqrt(jnp.sum(jnp.square(lost)) / jnp.where(total > 0, total, 1.0)), 0.0)
+        return _relative(blocks, (codes_at(zero) - zero) * scale.astype(jnp.float32))
 
     codes = codes_at(zero.astype(jnp.float32)).astype(jnp.uint8).reshape(weights.shape)
     return codes, scale[:, :, 0], zero[:, :, 0], error(start), error(zero.astype(jnp.float32))
@@ -161,7 +186,7 @@ def _zero_points(
             best_zero = jnp.where(error < best, zero, best_zero)
         else:
             error = size.mean(axis=(1, 2, 3), keepdims=True)
-        shrunk = jnp.sign(gap) * jnp.maximum(size - size ** (norm - 1) / (beta * growth**k), 0.0)
+        shrunk = _shrink(gap, norm, beta * growth**k)
         moved = jnp.mean(codes - (blocks - shrunk) * inverse, axis=2, keepdims=True)
         # The step that no longer helps is still taken, and is the last.
         zero = jnp.where(going, moved, zero)
@@ -174,3 +199,46 @@ def _zero_points(
         return zero
     last = jnp.abs(blocks - (codes_at(zero) - zero) / inverse).mean(axis=2, keepdims=True)
     return jnp.where(last < best, zero, best_zero)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "options"))
+def _solve_scales(weights: Float32[Array, "S D R"], spec: QuantSpec, options: tuple[Any, ...]) -> Any:
+    """Scales for the zero points of rounding to nearest, from whose scales it starts."""
+    iterations, norm, beta, kappa, _ = options
+    start, zero_point = block_scales(weights, spec, STACK)
+    shape = split_blocks(weights, start.shape).shape
+    axes = reduced_axes(weights.shape, start.shape)
+
+    def rounded(scale: Any) -> Any:
+        codes = round_to_codes(weights, scale, zero_point, spec)
+        return codes, dequantize(codes, scale, zero_point).reshape(shape)
+
+    def step(state: Any, k: Any) -> Any:
+        scale, best, best_scale = state
+        codes, values = rounded(scale)
+        levels = dequantize(codes, jnp.ones(scale.shape), zero_point).reshape(shape)
+        gap = weights.reshape(shape) - values
+        error = jnp.abs(gap).mean(axis=axes, keepdims=True).reshape(scale.shape)
+        best, best_scale = jnp.minimum(error, best), jnp.where(error < best, scale, best_scale)
+        wanted = weights.reshape(shape) - _shrink(gap, norm, beta * kappa**k)
+        energy = jnp.square(levels).sum(axis=axes, keepdims=True)
+        moved = (wanted * levels).sum(axis=axes, keepdims=True) / jnp.where(energy > 0, energy, 1.0)
+        usable = jnp.isfinite(moved) & (moved > jnp.finfo(jnp.float32).tiny)
+        moved = cast_scale(jnp.where(usable, moved, 1.0).reshape(scale.shape), spec)
+        return (jnp.where(usable.reshape(scale.shape), moved, scale), best, best_scale), None
+
+    state = start, jnp.full(start.shape, jnp.inf), start
+    (_, _, scale), _ = jax.lax.scan(step, state, jnp.arange(iterations + 1))
+    (codes, values), (_, nearest) = rounded(scale), rounded(start)
+    dense = weights.reshape(shape)
+    return codes, scale, zero_point, _relative(dense, nearest), _relative(dense, values)
+
+
+def _shrink(gap: Float32[Array, "..."], norm: float, beta: Any) -> Float32[Array, "..."]:
+    size = jnp.abs(gap)
+    return jnp.sign(gap) * jnp.maximum(size - size ** (norm - 1) / beta, 0.0)
+
+
+def _relative(dense: Float32[Array, "..."], found: Float32[Array, "..."]) -> Float32[Array, ""]:
+    lost, total = jnp.sum(jnp.square(dense - found)), jnp.sum(jnp.square(dense))
+    return jnp.where(total > 0, jnp.sqrt(lost / jnp.where(total > 0, total, 1.0)), 0.0)

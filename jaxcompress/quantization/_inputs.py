@@ -1,6 +1,7 @@
 """Quantization of what weights are multiplied with, on an unmodified model."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ from jaxcompress.quantization._learned import Gradient, learned_quantize_array, 
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
-from jaxcompress.trace import LeafLayout, selected_layouts
-from jaxcompress.tree import Unselected, is_unselected, map_selected, map_with_path
+from jaxcompress.trace import BlockError, LeafLayout, misfits, selected_layouts
+from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths, map_selected, map_with_path
 from jaxcompress.types import Params, Selector
 
 
@@ -112,13 +113,17 @@ def quantize_inputs(
     check_input_spec(spec, static=ranges is not None)
     rounding = InputRounding(spec=spec)
     chosen = multiplied_layouts(params, select=select, layouts=layouts)
+    if ranges is None and spec.group_size is not None:
+        shapes = dict(leaves_with_paths(params))
+        places = {path: (shapes[path].shape, layout) for path, layout in leaves_with_paths(chosen)}
+        rest = misfits(places, functools.partial(_check_groups, spec=spec), select)
+        chosen = map_selected(lambda path, layout: Unselected if path in rest else layout, chosen)
     entries = map_selected(lambda *_: None, chosen) if ranges is None else ranges
 
     def visit(path: str, leaf: Any, layout: Any, entry: Any) -> Any:
         if is_unselected(layout):
             return leaf
         if ranges is None:
-            _check_groups(path, leaf, layout, spec)
             return with_input_rounding(leaf, rounding)
         if not isinstance(entry, InputRange):
             raise ValueError(f"Leaf {path!r} is selected, but `ranges` has none for it; got {entry!r}.")
@@ -146,6 +151,8 @@ def check_input_spec(spec: QuantSpec, *, static: bool) -> None:
     """Raises for specs that inputs cannot have."""
     if spec.group_outputs > 1:
         raise ValueError(f"Inputs have no outputs to group: leave `group_outputs` at 1, got {spec.group_outputs}.")
+    if spec.partial_groups:
+        raise ValueError("Groups of inputs are whole ones: leave `partial_groups` at False.")
     if static and not spec.per_tensor:
         raise ValueError("Static ranges are one for all inputs of a leaf: set `per_tensor=True` in the spec.")
     if not static and spec.range_rule == "entropy":
@@ -165,10 +172,10 @@ def check_stack(path: str, leaf: Any, layout: LeafLayout, entry: InputRange) -> 
         )
 
 
-def _check_groups(path: str, leaf: Any, layout: LeafLayout, spec: QuantSpec) -> None:
-    sizes = [leaf.shape[axis] for axis in layout.input_axes]
+def _check_groups(path: str, shape: Sequence[int], layout: LeafLayout, spec: QuantSpec) -> None:
+    sizes = [shape[axis] for axis in layout.input_axes]
     if spec.group_size is not None and sizes and sizes[-1] % spec.group_size:
-        raise ValueError(f"`group_size` {spec.group_size} does not divide the inputs {sizes} of leaf {path!r}.")
+        raise BlockError(f"`group_size` {spec.group_size} does not divide the inputs {sizes} of leaf {path!r}.")
 
 
 def _whole(zero_point: Any, spec: QuantSpec) -> Any:

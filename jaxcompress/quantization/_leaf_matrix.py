@@ -3,21 +3,24 @@
 Shape letters: S stack entries, D inputs, R outputs, G groups of inputs.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from jaxcompress.arrays import QuantizedArray, dequantize
 from jaxcompress.calibration import LeafPart, MatrixLeaf, stops
-from jaxcompress.quantization._blocks import packing_axis, scale_shape
-from jaxcompress.quantization._round_to_nearest import store_codes, store_zero_points
+from jaxcompress.quantization._blocks import PARTIAL, cut, packing_axis, padded_shape, partial_axis
+from jaxcompress.quantization._round_to_nearest import cropped, padded, store_codes, store_zero_points
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._spec import QuantSpec
-from jaxcompress.trace import LeafLayout, layouts
+from jaxcompress.trace import LeafLayout, layouts, misfits
 from jaxcompress.tree import is_traced, leaves_with_paths, map_with_path
-from jaxcompress.types import Params
+from jaxcompress.types import Params, Selector
+
+_Leaf = TypeVar("_Leaf", bound=MatrixLeaf)
 
 MATRIX = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
 """Of one matrix, (D, R)."""
@@ -58,14 +61,15 @@ def stored(
 
     Args:
         entry: the leaf.
-        codes: as `round_to_codes` gives them.
+        codes: as `round_to_codes` gives them; of whole groups, as `with_whole_groups` makes them.
         scale: blocks of the matrix; those of the leaf in the order of its flattened axes.
         zero_point: likewise, or None.
         spec: bits.
     """
     shape = entry.weight.shape
-    blocks = scale_shape(shape, spec, entry.layout)
-    own = entry.leaf(codes)
+    blocks = cut(shape, spec, entry.layout)
+    whole = dataclasses.replace(entry, weight=padded(entry.weight, spec, entry.layout))
+    own = cropped(whole.leaf(codes), shape)
     data = store_codes(own, bits=spec.bits, axis=packing_axis(shape, spec.bits, entry.layout))
     zeros = None if zero_point is None else _blocks_of_leaf(entry.layout, entry.ungrouped(zero_point), blocks)
     return QuantizedArray(
@@ -74,7 +78,46 @@ def stored(
         zero_point=store_zero_points(zeros, spec.bits, entry.layout),
         dtype=jnp.dtype(entry.weight.dtype),
         levels=spec.levels,
+        partial=partial_axis(shape, spec, entry.layout),
     )
+
+
+def fitting(leaves: Sequence[_Leaf], spec: QuantSpec, select: Selector | None) -> list[_Leaf]:
+    """The leaves that the blocks of `spec` divide: others are left out, with a warning, unless `select` asked for them.
+
+    Raises:
+        trace.BlockError: see `trace.misfits`.
+    """
+    places = {leaf.path: (leaf.weight.shape, leaf.layout) for leaf in leaves}
+    rest = misfits(places, lambda _, shape, layout: cut(shape, spec, layout), select, advice=PARTIAL)
+    return [leaf for leaf in leaves if leaf.path not in rest]
+
+
+def with_whole_groups(
+    entry: MatrixLeaf, x: Shaped[Array, "..."], spec: QuantSpec, *axes: int, mode: str = "constant", fill: float = 0.0
+) -> Shaped[Array, "..."]:
+    """An array over the inputs of a leaf, continued up to the end of its partial groups.
+
+    Args:
+        entry: the leaf, as it is.
+        x: has D entries on each of `axes`, one for each input: weights, a Gram matrix, factors.
+        spec: gives the groups.
+        axes: those.
+        mode: of `jnp.pad`: zeros are inputs that never occur; "edge" repeats the last weight of a group.
+        fill: the constant.
+    """
+    shape, whole = entry.weight.shape, padded_shape(entry.weight.shape, spec, entry.layout)
+    if whole == shape:
+        return x
+    sizes = [shape[axis] for axis in entry.layout.input_axes]
+    more = [(0, whole[axis] - shape[axis]) for axis in entry.layout.input_axes]
+    options = {"constant_values": fill} if mode == "constant" else {}
+    for axis in axes:
+        before, after = x.shape[:axis], x.shape[axis + 1 :]
+        parts = x.reshape(*before, *sizes, *after)
+        parts = jnp.pad(parts, [*[(0, 0)] * len(before), *more, *[(0, 0)] * len(after)], mode=mode, **options)
+        x = parts.reshape(*before, -1, *after)
+    return x
 
 
 def check_blocks(entry: MatrixLeaf, spec: QuantSpec) -> None:
@@ -89,7 +132,7 @@ def check_blocks(entry: MatrixLeaf, spec: QuantSpec) -> None:
             "spec without `per_tensor` and `group_outputs`, or exclude it."
         )
     try:
-        scale_shape(entry.weight.shape, spec, entry.layout)
+        cut(entry.weight.shape, spec, entry.layout)
     except ValueError as err:
         err.add_note(f"at leaf {entry.path!r}")
         raise

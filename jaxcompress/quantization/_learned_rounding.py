@@ -139,6 +139,8 @@ def _check(kept: list[Any], paths: list[str], leaves: Mapping[str, Any], schedul
     for path in paths:
         if leaves[path].levels is not None or not isinstance(leaves[path].data, PackedArray | jax.Array):
             raise ValueError(f"Leaf {path!r} has a table of levels, or sparse codes: only dense integers are learned.")
+        if leaves[path].partial is not None:
+            raise ValueError(f"Leaf {path!r} has groups that are not whole: quantize it without `partial_groups`.")
     if schedule.steps < 0 or not schedule.rate > 0 or schedule.scale_rate < 0 or schedule.strength < 0:
         raise ValueError(f"`schedule` needs a positive rate, and steps and strengths of at least 0, got {schedule}.")
 

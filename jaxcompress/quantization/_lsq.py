@@ -79,11 +79,13 @@ def lsq(
         raise ValueError(f"`start` must be one of {get_args(Start)}, got {start!r}.")
     if spec.format == "fixed_point":
         raise ValueError("Fixed point has no scale to learn; take `quantization_aware`.")
+    if spec.partial_groups:
+        raise ValueError("Steps are learned for whole groups only: leave `partial_groups` at False.")
     if start == "mean" and (spec.format != "int" or not spec.signed):
         raise ValueError(f"`start` 'mean' is for symmetric integers; with {spec} take 'range'.")
 
     def chosen(params: Params) -> Params:
-        return weight_layouts(params, select=select, layouts=layouts)
+        return weight_layouts(params, select=select, layouts=layouts, spec=spec)
 
     def init(params: Params, *, key: Any, statistics: Any = None) -> TransformState:
         del key, statistics

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, SparseArray
 from jaxcompress.meshes import on_auto_axes
-from jaxcompress.quantization._blocks import packing_axis
+from jaxcompress.quantization._blocks import PARTIAL, cut, packing_axis
 from jaxcompress.quantization._fake_quant import fake_quantize_array
 from jaxcompress.quantization._fixed_point import Overflow, check_bits, fixed_point_codes, fixed_point_encode
 from jaxcompress.quantization._round_to_nearest import quantize_array, store_codes
 from jaxcompress.quantization._spec import QuantSpec
-from jaxcompress.trace import LeafLayout, selected_layouts
-from jaxcompress.tree import Unselected, check_finite, is_unselected, map_selected, map_with_path
+from jaxcompress.trace import LeafLayout, misfits, selected_layouts
+from jaxcompress.tree import Unselected, check_finite, is_unselected, leaves_with_paths, map_selected, map_with_path
 from jaxcompress.types import Params, Selector, is_compressed
 
 
@@ -33,7 +33,8 @@ def quantize(
     Args:
         params: the tree.
         spec: format, granularity, range.
-        select: which leaves; by default every weight (see `trace.selected_layouts`).
+        select: which leaves; by default every weight (see `trace.selected_layouts`) that the group size divides: one
+            `trace.LeftOutWarning` names the others.
         layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
 
     Returns:
@@ -53,7 +54,7 @@ def quantize(
         check_finite(path, dense_array(leaf))
         return quantize_array(leaf if isinstance(leaf, SparseArray) else dense_array(leaf), spec, layout)
 
-    return _map_weights(visit, params, select, layouts)
+    return _map_weights(visit, params, select, layouts, spec)
 
 
 @on_auto_axes
@@ -94,6 +95,7 @@ def fake_quantize(
         params,
         select,
         layouts,
+        spec,
     )
 
 
@@ -141,11 +143,15 @@ def fixed_point(
     return _map_weights(visit, params, select, layouts)
 
 
-def weight_layouts(params: Params, *, select: Selector | None, layouts: Params | None) -> Params:
+def weight_layouts(
+    params: Params, *, select: Selector | None, layouts: Params | None, spec: QuantSpec | None = None
+) -> Params:
     """The layouts of the selected leaves that are not quantized yet, `Unselected` elsewhere.
 
+    With `spec`, a default selection goes without the leaves that its groups do not divide; one warning names them.
+
     Raises:
-        ValueError: nothing is selected; a selected leaf is no float array.
+        ValueError: nothing is selected; a selected leaf is no float array, or cannot be cut into groups.
     """
 
     def visit(path: str, layout: LeafLayout, leaf: Any) -> Any:
@@ -159,7 +165,13 @@ def weight_layouts(params: Params, *, select: Selector | None, layouts: Params |
             )
         return layout
 
-    return map_selected(visit, selected_layouts(params, select=select, layouts=layouts), params)
+    chosen = map_selected(visit, selected_layouts(params, select=select, layouts=layouts), params)
+    if spec is None or spec.group_size is None:
+        return chosen
+    shapes = dict(leaves_with_paths(params))
+    places = {path: (shapes[path].shape, layout) for path, layout in leaves_with_paths(chosen)}
+    rest = misfits(places, lambda _, shape, layout: cut(shape, spec, layout), select, advice=PARTIAL)
+    return map_selected(lambda path, layout: Unselected if path in rest else layout, chosen)
 
 
 def dense_array(leaf: Any) -> jax.Array:
@@ -175,11 +187,15 @@ def on_weight(leaf: Any, fn: Callable[[Any], Any]) -> Any:
 
 
 def _map_weights(
-    fn: Callable[[str, Any, LeafLayout], Any], params: Params, select: Selector | None, layouts: Params | None
+    fn: Callable[[str, Any, LeafLayout], Any],
+    params: Params,
+    select: Selector | None,
+    layouts: Params | None,
+    spec: QuantSpec | None = None,
 ) -> Params:
     """`fn(path, leaf, layout)` on the selected leaves that are not quantized yet; the others as they are."""
 
     def visit(path: str, leaf: Any, layout: Any) -> Any:
         return leaf if is_unselected(layout) else on_weight(leaf, lambda weight: fn(path, weight, layout))
 
-    return map_with_path(visit, params, weight_layouts(params, select=select, layouts=layouts))
+    return map_with_path(visit, params, weight_layouts(params, select=select, layouts=layouts, spec=spec))

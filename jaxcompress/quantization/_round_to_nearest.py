@@ -20,7 +20,7 @@ from jaxcompress.arrays import (
     sparsify_like,
 )
 from jaxcompress.meshes import on_auto_axes
-from jaxcompress.quantization._blocks import axes_of, packing_axis
+from jaxcompress.quantization._blocks import axes_of, packing_axis, padded_shape, partial_axis
 from jaxcompress.quantization._rounding import round_to_codes as round_to_codes
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
@@ -79,7 +79,19 @@ def quantize_array_at(
         layout: gives the axes.
     """
     dense: Any = w.materialize() if is_compressed(w) else w
-    return _stored(w, dense, round_to_codes(dense, scale, zero_point, spec), scale, zero_point, spec, layout)
+    codes = cropped(round_to_codes(padded(dense, spec, layout), scale, zero_point, spec), dense.shape)
+    return _stored(w, dense, codes, scale, zero_point, spec, layout)
+
+
+def padded(w: Shaped[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> Shaped[Array, "..."]:
+    """A leaf with zeros behind its last group, if that is a partial one: they change no range that contains 0."""
+    shape = padded_shape(w.shape, spec, layout)
+    return w if shape == w.shape else jnp.pad(w, [(0, more - n) for n, more in zip(w.shape, shape, strict=True)])
+
+
+def cropped(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, "..."]:
+    """What `padded` has put behind `shape` taken off again."""
+    return x if x.shape == tuple(shape) else jax.lax.slice(x, (0,) * x.ndim, shape)
 
 
 @on_auto_axes
@@ -132,8 +144,9 @@ def store_zero_points(zero_point: Num[Array, "..."] | None, bits: int, layout: L
 # Compiled as one: op by op, the first leaf of each shape costs some thirty compilations.
 @functools.partial(jax.jit, static_argnames=("spec", "layout"), inline=True)
 def _scales_and_codes(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> tuple[Array, Array | None, Array]:
-    scale, zero_point = block_scales(w, spec, layout)
-    return scale, zero_point, round_to_codes(w, scale, zero_point, spec)
+    whole = padded(w, spec, layout)
+    scale, zero_point = block_scales(whole, spec, layout)
+    return scale, zero_point, cropped(round_to_codes(whole, scale, zero_point, spec), w.shape)
 
 
 def _stored(
@@ -149,6 +162,7 @@ def _stored(
         zero_point=store_zero_points(zero_point, spec.bits, layout),
         dtype=jnp.dtype(dense.dtype),
         levels=spec.levels,
+        partial=partial_axis(dense.shape, spec, layout),
     )
 
 

@@ -24,7 +24,15 @@ from jaxcompress.calibration import (
 )
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._folded import as_matrix_inputs, by_stack, features, fold_statistic, moved, sizes
-from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_new_leaves
+from jaxcompress.quantization._leaf_matrix import (
+    MATRIX,
+    check_blocks,
+    fitting,
+    rounded,
+    stored,
+    with_new_leaves,
+    with_whole_groups,
+)
 from jaxcompress.quantization._range_search import RangeSearch, searched_scales
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
@@ -144,7 +152,7 @@ def awq(
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
     chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
-    by_path: dict[str, Calibrated] = {entry.path: entry for entry in entries(chosen)}
+    by_path: dict[str, Calibrated] = {entry.path: entry for entry in fitting(list(entries(chosen)), spec, select)}
     for entry in by_path.values():
         check_blocks(entry, spec)
     leaves, factors = dict(leaves_with_paths(params)), {}
@@ -172,9 +180,9 @@ def _best_factor(
         factor = factor / jnp.sqrt(factor.max(axis=1, keepdims=True) * factor.min(axis=1, keepdims=True))
         lost = [
             _lost(
-                entry.matrix(entry.weight).astype(jnp.float32),
-                entry.flat(entry.statistics.gram, ndim=2),
-                as_matrix_inputs(factor, entry.weight, place),
+                with_whole_groups(entry, entry.matrix(entry.weight).astype(jnp.float32), spec, 1),
+                with_whole_groups(entry, entry.flat(entry.statistics.gram, ndim=2), spec, 1, 2),
+                with_whole_groups(entry, as_matrix_inputs(factor, entry.weight, place), spec, 1, fill=1.0),
                 spec,
             )
             for entry, place in own
@@ -208,8 +216,11 @@ def _rounded_leaf(
     own = gram * inverse[:, :, None] * inverse[:, None]
     weights = entry.matrix(leaf).astype(jnp.float32)
     importance = fill_unseen(jnp.diagonal(own, axis1=1, axis2=2), entry.unseen)
+    dense = entry.matrix(entry.weight).astype(jnp.float32)
+    weights, dense, importance = (with_whole_groups(entry, x, spec, 1) for x in (weights, dense, importance))
+    gram, own = (with_whole_groups(entry, x, spec, 1, 2) for x in (gram, own))
     codes, scale, zero_point, found = _nearest(weights, own, importance, spec, ranges)
-    before = _nearest(entry.matrix(entry.weight).astype(jnp.float32), gram, importance, spec, None)[-1]
+    before = _nearest(dense, gram, importance, spec, None)[-1]
     small = stored(entry, codes, scale, zero_point, spec)
     unknown = nothing_seen(entry.unseen)
     return small, RoundingInfo.of(

@@ -37,6 +37,9 @@ class QuantSpec:
         format: see the table.
         group_size: inputs that share a scale. Groups run along the flattened input axes, the innermost last.
         group_outputs: output units that share the scale of a group.
+        partial_groups: the last group along an axis may be shorter, where `group_size` divides nothing. Otherwise such
+            a leaf is an error where it was selected, and left out with a warning where it was not. Not for learned
+            steps or rounding, inputs, and the range rule "percentile".
         symmetric: codes are signed and zero is code 0; otherwise unsigned with an integer zero point, and the range of
             a block is widened to contain 0. Either way a weight that is 0 stays exactly 0.
         per_tensor: one scale for the leaf, or for each stacked copy of it.
@@ -79,6 +82,7 @@ class QuantSpec:
     convention: Convention = "narrow"
     format: Format = "int"
     group_outputs: int = 1
+    partial_groups: bool = False
     range_rule: RangeRule = "min-max"
     percentile: float = 99.99
     error_norm: float = 2.0
@@ -158,6 +162,10 @@ def _check_blocks(spec: QuantSpec) -> None:
         raise ValueError(f"`group_outputs` must be a positive integer, got {spec.group_outputs!r}.")
     if spec.group_outputs > 1 and spec.group_size is None:
         raise ValueError(f"Tiles need a `group_size`, got None with group_outputs={spec.group_outputs}.")
+    if spec.partial_groups and spec.group_size is None:
+        raise ValueError("`partial_groups` needs a `group_size`, got None.")
+    if spec.partial_groups and spec.range_rule == "percentile":
+        raise ValueError("A partial group is filled up with zeros, which moves its percentiles: take another rule.")
     if spec.format in BLOCK_SCALED and spec.scale_dtype != "e8m0":
         raise ValueError(f"Scales of {spec.format!r} are of dtype 'e8m0', got `scale_dtype` {spec.scale_dtype!r}.")
     if spec.format == "fixed_point" and (spec.group_size is not None or spec.scale_dtype != "float32"):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jaxcompress.calibration import Calibrated, LookupCounts, MatrixLeaf, calibrated, checked_weight, entries
-from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored
+from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_whole_groups
 from jaxcompress.quantization._range_search import RangeSearch, searched_scales
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._rounding_info import RoundingInfo
@@ -80,7 +80,7 @@ def nearest_table(table: Table, spec: QuantSpec, ranges: RangeSearch | None) -> 
         ranges: how to search for scales.
     """
     check_blocks(table, spec)
-    matrix = table.matrix(table.weight).astype(jnp.float32)
+    matrix = with_whole_groups(table, table.matrix(table.weight).astype(jnp.float32), spec, 1)
     scale, zero_point, codes, before, after = _nearest(matrix[0], table.counts.rows, spec, ranges)
     zero_point = None if zero_point is None else zero_point[None]
     leaf = stored(table, codes[None], scale[None], zero_point, spec)

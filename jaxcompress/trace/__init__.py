@@ -21,6 +21,8 @@ from jaxcompress.trace._left_out import LeftOutWarning as LeftOutWarning
 from jaxcompress.trace._left_out import large_left_out as large_left_out
 from jaxcompress.trace._left_out import listed as listed
 from jaxcompress.trace._left_out import warn_left_out as warn_left_out
+from jaxcompress.trace._misfits import BlockError as BlockError
+from jaxcompress.trace._misfits import misfits as misfits
 from jaxcompress.trace._origin import Origin as Origin
 from jaxcompress.trace._origin import rearrange as rearrange
 from jaxcompress.trace._origin import reshape_runs as reshape_runs
