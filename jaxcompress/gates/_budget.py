@@ -10,7 +10,7 @@ from jaxcompress.gates._penalty import by_name, check_known
 from jaxcompress.gates._targets import check_shape
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
-from jaxcompress.units import UnitGroup, UnitSlices, check_groups
+from jaxcompress.units import UnitGroup, UnitSlices, check_groups, index_owners
 
 Keep = dict[str, np.ndarray]
 
@@ -133,11 +133,9 @@ def _left(shape: tuple[int, ...], parts: list[tuple[UnitSlices, np.ndarray]]) ->
     for axis, length in enumerate(shape):
         along = np.ones(length, bool)
         for part, kept in parts:
-            if part.axis == axis and part.unit is not None:
-                along &= kept[part.unit]
-            elif part.axis == axis:
-                runs = np.tile(np.repeat(kept, part.size), part.repeat)
-                along[part.start : part.start + len(runs)] &= runs
+            if part.axis == axis:
+                owners = index_owners(part, len(kept), length)
+                along &= (owners < 0) | kept[owners]
         left *= along.sum()
     return left
 

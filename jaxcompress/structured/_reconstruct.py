@@ -12,7 +12,7 @@ from jaxcompress.structured._least_squares import fit_gates, fit_rows
 from jaxcompress.structured._shrink import check_keep, mask_units
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
-from jaxcompress.units import UnitGroup, UnitSlices, unit_masks
+from jaxcompress.units import UnitGroup, UnitSlices, index_owners, unit_masks
 
 Form = Literal["rows", "gates"]
 
@@ -187,10 +187,8 @@ def _owners(
 
 def _unit_of_row(group: UnitGroup, part: UnitSlices, rows: int) -> np.ndarray:
     """The unit of every row; rows of none are units of their own."""
-    units = group.count + np.arange(rows)
-    owned = np.tile(np.repeat(np.arange(group.count), part.size), part.repeat)
-    units[part.start : part.start + len(owned)] = owned
-    return units
+    owners = index_owners(part, group.count, rows)
+    return np.where(owners >= 0, owners, group.count + np.arange(rows))
 
 
 def _check_options(form: str, ridge: float, limit: float) -> None:

@@ -50,6 +50,7 @@ def select_units(
     share: float,
     costs: Mapping[str, float] | None = None,
     within: Within = "all",
+    uniform: bool = False,
 ) -> Selection:
     """The units with the highest total score whose cost, with all that stays anyway, is within a budget.
 
@@ -67,6 +68,8 @@ def select_units(
             By default every weight of the tree costs 1.
         within: "all": units compete with all others. "kind" or "group": every kind, or group, keeps the same share of
             its units (for scores that cannot be compared across them, such as magnitudes).
+        uniform: all groups of a kind keep the same number of units: equal widths in all layers, as one configuration
+            for all of them (Hugging Face) and a scan over layers need. Each group keeps its best.
 
     Returns:
         The selection. Units cannot be split: its cost is at most the budget, and less than one unit below it (where
@@ -74,7 +77,8 @@ def select_units(
 
     Raises:
         ValueError: `share` is not in [0, 1], or below what stays when all units go (names that least share); scores
-            are missing, of the wrong length, negative or not finite; two groups own the same leaf.
+            are missing, of the wrong length, negative or not finite; two groups own the same leaf; with `uniform`,
+            groups of one kind with different numbers of units, or units of different sizes in one group.
 
     Example:
         >>> import jax.numpy as jnp
@@ -99,7 +103,9 @@ def select_units(
     _check_share(share, least, total)
     # The product may be an ulp below the size that the share was computed from.
     budget = share * total * (1 + 1e-12) - least
-    if within == "all":
+    if uniform:
+        kept, exact = _equal_widths(values, sizes, budget, groups, within)
+    elif within == "all":
         kept, exact = _best(values, sizes, budget)
     else:
         kept, exact = _same_share(values, sizes, _pools(groups, within), budget), False
@@ -159,6 +165,37 @@ def _same_share(values: np.ndarray, sizes: np.ndarray, pools: list[np.ndarray], 
             kept[members[number]] = True
             budget -= float(sizes[members[number]])
     return kept
+
+
+def _equal_widths(
+    values: np.ndarray, sizes: np.ndarray, budget: float, groups: Sequence[UnitGroup], within: Within
+) -> tuple[np.ndarray, bool]:
+    """The same number of units in all groups of a kind: what is selected is the n-th best of each, together."""
+    members = np.split(np.arange(len(values)), np.cumsum([group.count for group in groups])[:-1])
+    ranked = [own[np.argsort(-values[own], kind="stable")] for own in members]
+    kinds: dict[str, list[np.ndarray]] = {}
+    for group, order in zip(groups, ranked, strict=True):
+        together = kinds.setdefault(group.kind or group.name, [])
+        if together and len(together[0]) != len(order):
+            raise ValueError(
+                f"`uniform`: unit group {group.name!r} has {len(order)} units, another of kind {group.kind!r} has "
+                f"{len(together[0])}."
+            )
+        if len(set(sizes[order])) > 1:
+            raise ValueError(f"`uniform`: the units of group {group.name!r} differ in size.")
+        together.append(order)
+    levels = [np.stack(orders) for orders in kinds.values()]
+    gains = np.concatenate([values[level].sum(axis=0) for level in levels])
+    prices = np.concatenate([sizes[level].sum(axis=0) for level in levels])
+    borders = np.cumsum([level.shape[1] for level in levels])[:-1]
+    if within == "all":
+        chosen, exact = _best(gains, prices, budget)
+    else:
+        chosen, exact = _same_share(gains, prices, np.split(np.arange(len(gains)), borders), budget), False
+    kept = np.zeros(len(values), bool)
+    for level, own in zip(levels, np.split(chosen, borders), strict=True):
+        kept[level[:, own]] = True
+    return kept, exact
 
 
 def _pools(groups: Sequence[UnitGroup], within: Within) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
-from jaxcompress.units._group import UnitGroup, UnitSlices
+from jaxcompress.units._group import UnitGroup, UnitSlices, index_owners
 from jaxcompress.units._slicing import spread_units
 
 
@@ -65,16 +65,8 @@ def unit_parameters(group: UnitGroup, params: Params) -> int:
         >>> unit_parameters(group, {"down": jnp.ones((2, 3))})
         3
     """
-    shapes = {path: leaf.shape for path, leaf in leaves_with_paths(params) if hasattr(leaf, "shape")}
-    total = 0
-    for part in group.slices:
-        size = math.prod(shapes[part.path])
-        if part.unit is None and part.axis is not None:
-            total += size // max(shapes[part.path][part.axis], 1) * part.size * part.repeat
-        elif part.unit in (None, 0):
-            # Units that own whole leaves are alike: those of the first are counted.
-            total += size
-    return total
+    # Units that own whole leaves are alike: those of the first are counted.
+    return int(unit_sizes(group, params)[0])
 
 
 def unit_sizes(group: UnitGroup, params: Params, *, weights: Mapping[str, float] | None = None) -> np.ndarray:
@@ -102,7 +94,9 @@ def unit_sizes(group: UnitGroup, params: Params, *, weights: Mapping[str, float]
         if part.unit is not None:
             sizes[part.unit] += size
         elif part.axis is not None:
-            sizes += size / max(shapes[part.path][part.axis], 1) * part.size
+            length = shapes[part.path][part.axis]
+            owners = index_owners(part, group.count, length)
+            sizes += size / max(length, 1) * np.bincount(owners[owners >= 0], minlength=group.count)
     return sizes
 
 

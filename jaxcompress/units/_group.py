@@ -94,6 +94,31 @@ class UnitGroup:
         return tuple(part for part in self.slices if part.gated)
 
 
+def index_owners(part: UnitSlices, count: int, length: int) -> np.ndarray:
+    """The unit that owns each index of the slices' axis, -1 where none does.
+
+    Everything that spreads over units, or sums, counts or takes them, goes by this.
+
+    Args:
+        part: slices with an axis.
+        count: units of their group.
+        length: of the axis.
+
+    Returns:
+        int (length,).
+
+    Example:
+        >>> index_owners(UnitSlices(path="w", axis=0, start=1, size=2, repeat=2), 2, 10).tolist()
+        [-1, 0, 0, 1, 1, 0, 0, 1, 1, -1]
+    """
+    if part.unit is not None:
+        return np.full(length, part.unit)
+    owners = np.full(length, -1)
+    runs = np.tile(np.repeat(np.arange(count), part.size), part.repeat)
+    owners[part.start : part.start + len(runs)] = runs
+    return owners
+
+
 def check_groups(groups: Sequence[UnitGroup], params: Params) -> None:
     """Checks that groups fit the parameters and one another.
 
@@ -122,7 +147,10 @@ def check_groups(groups: Sequence[UnitGroup], params: Params) -> None:
     for (path, axis), owners in claims.items():
         for place, (group, part) in enumerate(owners):
             for other, other_part in owners[:place]:
-                if _cut_each_other(_owners(part, group.count), _owners(other_part, other.count)):
+                if _cut_each_other(
+                    index_owners(part, group.count, shapes[path][axis]),
+                    index_owners(other_part, other.count, shapes[path][axis]),
+                ):
                     raise ValueError(
                         f"Unit groups {other.name!r} and {group.name!r} are in conflict on axis {axis} of {path!r}: "
                         "a unit of one holds only a part of a unit of the other."
@@ -144,16 +172,8 @@ def _check_slices(group: UnitGroup, part: UnitSlices, shapes: dict[str, tuple[in
         )
 
 
-def _owners(part: UnitSlices, count: int) -> np.ndarray:
-    """The unit that owns each index of the axis, -1 for none, up to the last index that has one."""
-    runs = np.tile(np.repeat(np.arange(count), part.size), part.repeat)
-    return np.concatenate([np.full(part.start, -1), runs])
-
-
 def _cut_each_other(first: np.ndarray, second: np.ndarray) -> bool:
     """Whether some unit of one and some unit of the other overlap, and neither holds the other."""
-    length = max(len(first), len(second))
-    first, second = (np.pad(owners, (0, length - len(owners)), constant_values=-1) for owners in (first, second))
     pairs, shared = np.unique(np.stack([first, second]), axis=1, return_counts=True)
     sizes = [np.bincount(owners[owners >= 0]) for owners in (first, second)]
     for (one, other), common in zip(pairs.T, shared, strict=True):

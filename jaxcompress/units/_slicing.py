@@ -11,7 +11,7 @@ import numpy as np
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
-from jaxcompress.units._group import UnitGroup, UnitSlices
+from jaxcompress.units._group import UnitGroup, UnitSlices, index_owners
 
 Values = Mapping[str, Any]
 """Name of a group -> one number for each of its units: an array, or a list."""
@@ -101,8 +101,9 @@ def sum_units(group: UnitGroup, tree: Params, *, gated_only: bool = False) -> ja
             total = total.at[part.unit].add(entries.sum())
             continue
         along = entries.sum(axis=tuple(axis for axis in range(entries.ndim) if axis != part.axis))
-        owned = along[part.start : part.start + part.repeat * group.count * part.size]
-        total = total + owned.reshape(part.repeat, group.count, part.size).sum(axis=(0, 2))
+        # What nobody owns goes to one unit more, which is left out.
+        owners = index_owners(part, group.count, len(along)) % (group.count + 1)
+        total = total + jax.ops.segment_sum(along, owners, group.count + 1)[:-1]
     return total
 
 
@@ -162,10 +163,8 @@ def spread_units(part: UnitSlices, own: Any, length: int) -> jax.Array:
         length: of the axis.
     """
     own = jnp.asarray(own)
-    if part.unit is not None:
-        return jnp.broadcast_to(own[part.unit], (length,))
-    repeated = jnp.tile(jnp.repeat(own, part.size), part.repeat)
-    return jnp.ones((length,), own.dtype).at[part.start : part.start + len(repeated)].set(repeated)
+    owners = index_owners(part, len(own), length)
+    return jnp.where(owners >= 0, own[owners], jnp.ones((), own.dtype))
 
 
 Factor = Callable[[tuple[int, ...]], jax.Array]

@@ -1,7 +1,9 @@
 """Selection against brute force; budgets met as closely as units allow."""
 
+import dataclasses
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress import trace, tree
-from jaxcompress.models import bert_units
-from jaxcompress.structured import flop_costs, parameter_costs, select_units, shrink
+from jaxcompress.models import BertConfig, bert_units, from_pretrained, make_module, resized, save_pretrained
+from jaxcompress.structured import flop_costs, magnitude_unit_scores, parameter_costs, select_units, shrink
 from jaxcompress.units import UnitGroup, UnitSlices, unit_sizes
 
 
@@ -182,3 +184,83 @@ def test_groups_that_share_a_leaf_are_refused(config, params):
         select_units(scores, groups, params, share=0.5)
     with pytest.raises(ValueError, match="`groups` is empty"):
         select_units({}, [], params, share=0.5)
+
+
+def test_channels_behind_a_flatten_cost_a_row_for_every_position():
+    """The share that was asked for is the share that is left."""
+    parts = (UnitSlices(path="conv", axis=3, gated=True), UnitSlices(path="dense", axis=0, repeat=36))
+    group = UnitGroup(name="channels", count=4, slices=parts)
+    rng = np.random.default_rng(0)
+    params = {"conv": jnp.asarray(rng.normal(size=(3, 3, 1, 4))), "dense": jnp.asarray(rng.normal(size=(144, 5)))}
+    assert unit_sizes(group, params).tolist() == [9 + 180] * 4
+    for share, kept in ((0.95, 3), (0.75, 3), (0.5, 2), (0.25, 1)):
+        found = select_units(magnitude_unit_scores(params, [group]), [group], params, share=share)
+        small = shrink(params, [group], found.keep)
+        left = sum(leaf.size for leaf in small.values()) / (36 + 720)
+        assert found.keep["channels"].sum() == kept
+        assert found.share == pytest.approx(left)
+        assert left <= share
+    # What a channel owns is 9 weights of the one kernel and 36 rows of the other.
+    norms = [
+        np.sqrt(((np.asarray(params["conv"], np.float64)[..., i] ** 2).sum() + (rows**2).sum()) / 189)
+        for i, rows in enumerate(np.asarray(params["dense"], np.float64).reshape(36, 4, 5).swapaxes(0, 1))
+    ]
+    np.testing.assert_allclose(magnitude_unit_scores(params, [group])["channels"], norms, rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(share=st.floats(0.0, 1.0), scores=st.lists(st.integers(0, 5), min_size=14, max_size=14), wide=st.integers(1, 5))
+def test_equal_widths_against_brute_force(share, scores, wide):
+    """Two layers of three heads and of four columns."""
+    counts, widths = [3, 3, 4, 4], [wide, wide, 2, 2]
+    groups, params = _problem(counts, widths, fixed=0)
+    groups = [dataclasses.replace(group, kind="heads" if i < 2 else "columns") for i, group in enumerate(groups)]
+    values = _split(np.array(scores, float), counts)
+    found = select_units(values, groups, params, share=share, uniform=True)
+    numbers = [int(found.keep[f"g{i}"].sum()) for i in range(4)]
+    assert numbers[0] == numbers[1]
+    assert numbers[2] == numbers[3]
+    total = 6 * wide + 16
+    best = {name: np.cumsum([0, *sorted(own, reverse=True)]) for name, own in values.items()}
+    wanted = max(
+        sum(best[f"g{i}"][heads if i < 2 else columns] for i in range(4))
+        for heads, columns in itertools.product(range(4), range(5))
+        if 2 * heads * wide + 4 * columns <= share * total * (1 + 1e-12)
+    )
+    assert sum(values[name][kept].sum() for name, kept in found.keep.items()) == wanted
+    assert found.cost == 2 * numbers[0] * wide + 4 * numbers[2] <= share * total * (1 + 1e-12)
+    pools = select_units(values, groups, params, share=share, uniform=True, within="kind")
+    assert pools.keep["g0"].sum() == pools.keep["g1"].sum()
+    assert pools.cost <= share * total * (1 + 1e-12)
+
+
+def test_a_tree_of_equal_widths_goes_back_into_a_scan_and_into_hugging_face(draw, tmp_path):
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=10,
+        max_position_embeddings=8,
+    )
+    params, groups = draw(config), bert_units(config, heads=False)
+    keep = select_units(magnitude_unit_scores(params, groups), groups, params, share=0.9, uniform=True).keep
+    assert 0 < keep["encoder/layer/0/columns"].sum() == keep["encoder/layer/1/columns"].sum() < 10
+    small = shrink(params, groups, keep)
+    layers = small.get("bert", small)["encoder"]["layer"]
+    jax.tree.map(lambda *same: jnp.stack(same), layers["0"], layers["1"])
+    save_pretrained(tmp_path / "small", resized(make_module(config), small), small)
+    module, restored = from_pretrained(tmp_path / "small")
+    assert set(module.config.intermediate_size) == {int(keep["encoder/layer/0/columns"].sum())}
+    jax.tree.map(np.testing.assert_array_equal, restored, small)
+
+
+def test_equal_widths_that_cannot_be_are_named():
+    groups, params = _problem([3, 4], [2, 2])
+    scores = {"g0": np.ones(3), "g1": np.ones(4)}
+    with pytest.raises(ValueError, match="'g1' has 4 units, another of kind 'k2' has 3"):
+        select_units(scores, groups, params, share=0.5, uniform=True)
+    slices = (UnitSlices(path="w0", axis=0, unit=0), UnitSlices(path="fixed", axis=0, unit=1))
+    layers = [UnitGroup(name="layers", count=2, slices=slices)]
+    with pytest.raises(ValueError, match="the units of group 'layers' differ in size"):
+        select_units({"layers": np.ones(2)}, layers, params, share=0.9, uniform=True)

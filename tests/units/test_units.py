@@ -1,8 +1,11 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress.gates import kept_size
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.units import (
     UnitGroup,
@@ -14,6 +17,7 @@ from jaxcompress.units import (
     sum_units,
     unit_masks,
     unit_parameters,
+    unit_sizes,
 )
 
 HEADS = UnitGroup(
@@ -206,3 +210,31 @@ def test_units_of_repeated_runs_may_nest_in_pixels_but_not_cut_pairs():
     check_groups([channels, _group("all", path="dense", axis=0, count=1, size=12)], params)
     with pytest.raises(ValueError, match="in conflict"):
         check_groups([channels, _group("pairs", path="dense", axis=0, count=6, size=2)], params)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        UnitSlices(path="w", axis=0, start=2, size=3, repeat=2, gated=True),
+        UnitSlices(path="w", axis=1, gated=True, repeat=5),
+    ],
+)
+def test_sizes_sums_masks_and_removal_agree_for_any_slices(part):
+    """One weight after another, by the definition of slices."""
+    count, w = 2, np.random.default_rng(3).normal(size=(16, 10))
+    params, group = {"w": jnp.asarray(w, jnp.float32)}, UnitGroup(name="units", count=count, slices=(part,))
+    sizes, sums = np.zeros(count), np.zeros(count)
+    for place in itertools.product(range(16), range(10)):
+        run, within = divmod(place[part.axis] - part.start, count * part.size)
+        if place[part.axis] >= part.start and run < part.repeat:
+            sizes[within // part.size] += 1
+            sums[within // part.size] += w[place]
+    np.testing.assert_array_equal(unit_sizes(group, params), sizes)
+    assert unit_parameters(group, params) == sizes[0]
+    np.testing.assert_allclose(sum_units(group, params), sums, rtol=1e-5)
+    small = remove_units(params, [group], {"units": [True, False]})
+    assert small["w"].size == w.size - sizes[1]
+    assert float(expected_parameters(params, [group], {"units": [1.0, 0.0]})) == small["w"].size
+    assert kept_size(params, [group], {"w": 1.0})({"units": np.array([True, False])}) == small["w"].size
+    masked = np.broadcast_to(unit_masks(params, [group], {"units": np.array([True, False])})["w"], w.shape)
+    assert masked.sum() == w.size - sizes[1]
