@@ -30,13 +30,28 @@ def teacher_outputs(apply: Apply | None, params: Params, batch: Mapping[str, Any
 
 
 def task_loss(
-    losses: WeightedLosses, step: jax.Array, student: Outputs, teacher: Outputs, batch: Mapping[str, Any]
+    losses: WeightedLosses,
+    step: jax.Array,
+    student: Outputs,
+    teacher: Outputs,
+    batch: Mapping[str, Any],
+    counts: Mapping[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, Metrics]:
-    """`Σ weight · sum / count`, and the sums and counts by name."""
+    """`Σ weight · sum / count`, and the sums and counts by name.
+
+    Args:
+        losses: by name.
+        step: for weights that are schedules.
+        student: outputs.
+        teacher: outputs.
+        batch: a batch, or a micro-batch.
+        counts: by name, of the whole batch, if this is a part of it.
+    """
     total, figures = jnp.zeros((), jnp.float32), {}
     for name, (weight, loss) in losses.items():
         figures[name] = _figure(loss(student, teacher, batch))
-        total = total + (weight(step) if callable(weight) else weight) * mean(*figures[name])
+        count = figures[name][1] if counts is None else counts[name]
+        total = total + (weight(step) if callable(weight) else weight) * mean(figures[name][0], count)
     return total, figures
 
 
@@ -47,7 +62,6 @@ def reported(
     if metrics is None:
         mask = "attention_mask" if "attention_mask" in batch else None
         metrics = {"agreement": agreement(mask=mask)} if "logits" in student and "logits" in teacher else {}
-    student = jax.lax.stop_gradient(student)
     return {name: _figure(figure(student, teacher, batch)) for name, figure in metrics.items()}
 
 

@@ -150,6 +150,8 @@ def train(
             loss = float(metrics["loss"][0])
             if not np.isfinite(loss):
                 raise ValueError(f"{name}: the loss became {loss} at step {int(state.step)}; lower `learning_rate`.")
+            if float(metrics["skipped"][0]):
+                raise ValueError(f"{name}: a gradient is NaN or Inf at step {int(state.step)}; lower `learning_rate`.")
             task.advance(loss=loss)
     return state.params, state.transform_state
 

@@ -6,6 +6,8 @@ import pytest
 import toys
 
 from jaxcompress.distillation import hard_labels, hidden_states, make_train_step, soft_targets
+from jaxcompress.pruning import movement, rigl
+from jaxcompress.schedules import constant
 from jaxcompress.transforms import chain, identity
 from jaxcompress.tree import Unselected, by_path
 
@@ -152,7 +154,7 @@ def test_metrics_of_ones_own():
     losses = {"soft": soft_targets()}
     init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), losses=losses, metrics={"width": widths})
     _, metrics = step(init_state(_params(), key=_key()), _params(1), {"x": X})
-    assert sorted(metrics) == ["loss", "penalty", "soft", "width"]
+    assert sorted(metrics) == ["loss", "penalty", "skipped", "soft", "width"]
     assert float(metrics["width"][0]) == 4.0
 
 
@@ -196,11 +198,65 @@ def test_bfloat16_parameters_stay_bfloat16():
     assert float(last["loss"][0]) < 0.5 * float(first["loss"][0])
 
 
-def test_nan_is_not_hidden():
-    init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), losses={"soft": soft_targets()})
-    state, metrics = step(init_state(_params(), key=_key()), _params(1), {"x": X.at[3, 0].set(jnp.nan)})
-    assert np.isnan(metrics["loss"][0])
-    assert np.isnan(state.params["head"]["kernel"]).any()
+def test_a_step_that_is_not_finite_is_skipped_and_counted():
+    """By the loss, or by a gradient alone. RigL would rewire on NaN, BatchNorm would average it."""
+
+    def apply(params, batch, *, key, train):
+        logits = batch["x"] @ params["w"] + jnp.sqrt(0.0 * params["b"] + 1.0 - batch["s"])
+        return {"logits": logits, "stats": {"mean": 0.5 * params["stats"]["mean"] + batch["x"].mean()}}
+
+    init_state, step = make_train_step(
+        apply,
+        apply,
+        optax.adam(0.1),
+        losses={"soft": soft_targets()},
+        transform=chain(rigl(sparsity=0.5, until=10, every=1, fraction=1.0), movement(schedule=constant(0.25))),
+        transform_optimizer=optax.adam(0.1),
+        mutable=("stats",),
+    )
+    params = {
+        "w": jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32),
+        "b": jnp.zeros(()),
+        "stats": {"mean": jnp.ones(())},
+    }
+    state = init_state(params, key=_key())
+    teacher = jax.tree.map(lambda leaf: leaf + 1.0, params)
+    good = {"x": X, "s": jnp.float32(0.0)}
+    skipped = []
+
+    def on_host(state):
+        return jax.tree.map(np.array, state._replace(key=jax.random.key_data(state.key)))
+
+    # The square root at 0 has no derivative, and a finite value.
+    batches = (good, good | {"x": X.at[3, 0].set(jnp.nan)}, good | {"s": jnp.float32(1.0)}, good)
+    for done, batch in enumerate(batches, start=1):
+        before = on_host(state)
+        state, metrics = step(state, teacher, batch)
+        after = on_host(state)
+        assert int(after.step) == done
+        assert not np.array_equal(after.key, before.key)
+        skipped.append(float(metrics["skipped"][0]))
+        changed = [
+            any(not np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, pair), strict=True))
+            for pair in zip(before[:4], after[:4], strict=True)
+        ]
+        assert changed == [not skipped[-1]] * 4
+        assert np.isfinite(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(after[:4])])).all()
+    assert skipped == [0.0, 1.0, 1.0, 0.0]
+    assert float(metrics["skipped"][1]) == 1.0
+
+
+def test_a_frozen_leaf_without_a_derivative_skips_nothing():
+    def apply(params, batch, *, key, train):
+        return {"logits": batch["x"] @ params["w"] + jnp.sqrt(params["b"])}
+
+    losses = {"soft": soft_targets()}
+    init_state, step = make_train_step(apply, apply, optax.sgd(0.1), losses=losses, trainable=by_path("w"))
+    state = init_state({"w": jnp.ones((6, 4)), "b": jnp.zeros(())}, key=_key())
+    teacher = {"w": jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32), "b": jnp.zeros(())}
+    state, metrics = step(state, teacher, {"x": X})
+    assert float(metrics["skipped"][0]) == 0.0
+    assert bool((state.params["w"] != 1).any())
 
 
 def test_optimizers_that_want_the_loss_get_it():
