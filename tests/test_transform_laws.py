@@ -1,5 +1,7 @@
 """The laws of the contract, on every transform there is."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +12,11 @@ from jax.sharding import PartitionSpec as P
 from transform_table import TABLE, batch, model, params, run, trained
 
 import jaxcompress as jc
+from jaxcompress.arrays import InputQuantizedArray, QuantizedArray
 from jaxcompress.checkpoint import restore, save
-from jaxcompress.quantization import QuantSpec, quantization_aware
-from jaxcompress.tree import is_unselected, leaf_paths, leaves_with_paths
+from jaxcompress.quantization import QuantSpec, quantization_aware, quantize
+from jaxcompress.schedules import UnfinishedScheduleWarning
+from jaxcompress.tree import by_path, is_unselected, leaf_paths, leaves_with_paths
 from jaxcompress.types import TransformState
 
 pytestmark = pytest.mark.parametrize("name", TABLE)
@@ -57,6 +61,48 @@ def test_apply_keeps_structure_shapes_and_dtypes(name):
     assert {leaf.dtype for leaf in _leaves(narrow)} == {jnp.dtype("bfloat16")}
     for x, y in zip(_weights(narrow), _weights(effective), strict=True):
         assert bool((x[y == 0] == 0).all())
+
+
+def test_a_leaf_that_is_compressed_before_goes_through_untouched(name):
+    """Through every function. Traced, a leaf that is passed on is the same object, and nothing is compiled."""
+    row = TABLE[name]
+    transform, tree = row.make(), quantize(params(), QuantSpec(bits=8), select=by_path("second/kernel"))
+    stored = tree["second"]["kernel"]
+
+    def assert_untouched(found, given):
+        leaf = found["second"]["kernel"]
+        leaf = leaf.weight if isinstance(leaf, InputQuantizedArray) else leaf
+        assert jax.tree.structure(leaf) == jax.tree.structure(given["second"]["kernel"])
+        assert all(x is y for x, y in zip(*map(jax.tree.leaves, (leaf, given["second"]["kernel"])), strict=True))
+
+    if "per leaf" in name:
+        with pytest.raises(ValueError, match="has an entry where there is nothing to prune"):
+            _updated(transform, tree, transform.init(tree, key=jax.random.key(3)))
+        return
+    state = transform.init(tree, key=jax.random.key(3), statistics=row.statistics())
+
+    def step(tree, state):
+        assert_untouched(transform.apply(tree, state), tree)
+        assert_untouched(transform.apply(tree, state, key=jax.random.key(1)), tree)
+        transform.penalty(state, tree, loss=jnp.float32(0.3))
+        state, _ = _updated(transform, tree, state)
+        projected, state = transform.project(tree, state)
+        assert_untouched(projected, tree)
+        return projected, state
+
+    assert isinstance(stored, QuantizedArray)
+    after = jax.eval_shape(step, tree, state)
+    assert jax.tree.structure(after) == jax.tree.structure((tree, state))
+    assert [leaf.shape for leaf in jax.tree.leaves(after)] == [leaf.shape for leaf in jax.tree.leaves((tree, state))]
+    with warnings.catch_warnings():
+        # Nothing was trained, so that schedules have not ended.
+        warnings.simplefilter("ignore", UnfinishedScheduleWarning)
+        assert_untouched(transform.finalize(tree, state), tree)
+
+
+def _updated(transform, tree, state):
+    grads = (tree,) * len(transform.stages) if transform.stages else tree
+    return transform.update(grads, state, tree, key=jax.random.key(6), loss=jnp.float32(0.3))
 
 
 def test_zeros_are_as_many_as_asked(name):

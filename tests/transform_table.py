@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
-from jaxcompress import lowrank, pruning
+from jaxcompress import gates, lowrank, pruning
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import (
@@ -26,6 +26,7 @@ from jaxcompress.quantization import (
 from jaxcompress.schedules import constant, cubic
 from jaxcompress.tree import Unselected
 from jaxcompress.types import Transform
+from jaxcompress.units import UnitGroup, UnitSlices
 
 STEPS = 5
 SHAPE = (16, 24)
@@ -91,6 +92,13 @@ TABLE: dict[str, Row] = {
     "rank gates": Row(
         make=lambda: lowrank.rank_gates(strength=0.01, drop_rate=0.4), zeros=None, trains=True, exact=False
     ),
+    "hard concrete gates": Row(
+        make=lambda: gates.hard_concrete([UNITS], penalty=gates.lambda_penalty(10.0, examples=100)),
+        zeros=None,
+        trains=True,
+        exact=False,
+        rate=2.0,
+    ),
     "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
     "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
     "codebooks of 3 bits": Row(
@@ -155,6 +163,9 @@ TABLE: dict[str, Row] = {
     ),
 }
 
+
+# Units of the first kernel only.
+UNITS = UnitGroup(name="inputs", count=SHAPE[0], slices=(UnitSlices(path="first/kernel", axis=0, gated=True),))
 
 KERNELS = jc.tree.by_path(".*kernel")
 

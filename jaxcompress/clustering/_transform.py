@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from jaxcompress.arrays import look_up, sparsify
+from jaxcompress.arrays import SparseArray, look_up, sparsify
 from jaxcompress.clustering._cluster import store_codes
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
 from jaxcompress.clustering._leaves import checked_importance, checked_leaf, checked_table, clusterable
 from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.meshes import transform_on_auto_axes
+from jaxcompress.schedules import warn_unfinished
 from jaxcompress.transforms import identity
-from jaxcompress.tree import Unselected, is_unselected, map_selected, map_with_path
+from jaxcompress.tree import Unselected, is_traced, is_unselected, map_selected, map_with_path, without_compressed
 from jaxcompress.types import Params, Selector, Transform, TransformState, exportable, is_compressed
 
 
@@ -54,10 +55,14 @@ def trained_codebooks(
 
     Args:
         spec: how many values, which weights share a table, and what a code costs.
-        every: updates between assignments; they happen when step % every == 0, the first update being step 0.
-        until: the first update from which codes stand still. 0: they are those of the start.
+        every: updates between assignments; they happen when step % every == 0, the first update being step 0, and in
+            any case at the last update before `until`.
+        until: the first update from which codes stand still. 0: they are those of the start. If training ended before,
+            weights may have moved since they got their codes: `finalize` keeps those, as `apply` does, and warns
+            (`UnfinishedScheduleWarning`).
         importance: as for `cluster`.
-        select: which leaves; by default every weight.
+        select: which leaves; by default every weight. Those that are compressed when the training begins stay as they
+            are (of sparse ones, the values that are there get codes).
         layouts: from `trace.layouts`.
         store: what `finalize` does with codes of 0: keeps them ("dense", smaller in the file and at low sparsity in
             memory) or leaves them out under a bit mask ("sparse").
@@ -92,13 +97,13 @@ def trained_codebooks(
         init=functools.partial(_init, spec, importance, chosen),
         apply=functools.partial(_apply, spec, until),
         update=functools.partial(_update, spec, every, until),
-        finalize=functools.partial(_finalize, spec, store, chosen),
+        finalize=functools.partial(_finalize, spec, store, until, chosen),
     )
 
 
 def _init(spec: CodebookSpec, importance: Params | None, chosen: Any, params: Params, *, key: Any, statistics=None):
     del key, statistics
-    layouts = chosen(params)
+    layouts = without_compressed(chosen(params), params, but=(SparseArray,))
     known = map_with_path(lambda *_: Unselected, params) if importance is None else importance
     h = map_selected(
         lambda path, _, leaf, own: Unselected if (found := checked_importance(path, leaf, own)) is None else found,
@@ -144,14 +149,20 @@ def _update(
     fixed = state.fixed
     codes = fixed.codes
     if until:
-        due = (fixed.step % every == 0) & (fixed.step < until)
+        # What weights have learned since the last assignment would be lost without one at the very end.
+        due = ((fixed.step % every == 0) | (fixed.step == until - 1)) & (fixed.step < until)
         assign = functools.partial(_assign, spec, state.trainable, params)
         codes = jax.lax.cond(due, assign, lambda _: fixed.codes, fixed.importance)
     return TransformState(state.trainable, CodebookState(codes, fixed.importance, fixed.step + 1)), None
 
 
-def _finalize(spec: CodebookSpec, store: str, chosen: Any, params: Params, state: TransformState) -> Params:
-    layouts = chosen(params)
+def _finalize(spec: CodebookSpec, store: str, until: int, chosen: Any, params: Params, state: TransformState) -> Params:
+    layouts, step = chosen(params), state.fixed.step
+    if not is_traced(step) and 0 < int(step) < until:
+        warn_unfinished(
+            f"Training ended after {int(step)} updates; weights were to move, and to be assigned to values, for "
+            f"{until}. What they have learned since the last assignment is not in their codes."
+        )
 
     def visit(path: str, table: Any, codes: Any, layout: Any, leaf: Any) -> Any:
         if is_unselected(table):

@@ -38,11 +38,14 @@ class Penalty(NamedTuple):
         init: `gated -> multipliers`, a tree of float32, trained with the gates; checks what is asked, outside `jit`.
         value: `(gated, multipliers) -> scalar`, added to the loss.
         project: `multipliers -> multipliers`: constraints on them, after every optimizer step.
+        shortfall: `gated -> message`, of gates that are open or not (probabilities 0 and 1), after training: in which
+            way they are not what was asked for; empty if they are.
     """
 
     init: Callable[[Gated], Any]
     value: Callable[[Gated, Any], Any]
     project: Callable[[Any], Any] = lambda multipliers: multipliers
+    shortfall: Callable[[Gated], str] = lambda gated: ""
 
 
 def lambda_penalty(strength: float | Mapping[str, float], *, examples: int, weight_decay: float = 0.0) -> Penalty:

@@ -5,12 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.gates._measure import Measure, expected_size, full_size, parameters
 from jaxcompress.gates._penalty import Gated, Penalty, check_known
-from jaxcompress.schedules import constant
+from jaxcompress.schedules import constant, final_value, is_at
 from jaxcompress.solvers import ascending, steer
 from jaxcompress.types import Schedule
+from jaxcompress.units import unit_sizes
 
 Multipliers = dict[str, Any]
 
@@ -26,7 +28,9 @@ def lagrangian(
     """λ1 (ŝ - t) + λ2 (ŝ - t)², with ŝ the expected sparsity and t the target.
 
     ŝ = 1 - E[size] / full size. The gradient of λ1 and λ2 is reversed, so that the optimizer that minimises everything
-    else makes them ascend: λ1 grows while the model is too small and falls while it is too large, until ŝ = t.
+    else makes them ascend: λ1 grows while the model is too small and falls while it is too large, until ŝ = t. That is
+    an expectation, and met about: `units_within` chooses units that meet it exactly. `finalize` of `hard_concrete`
+    warns where its gates miss the target by more than a hundredth of the full size (or one unit).
 
     Args:
         sparsity: t, in [0, 1]; either this or `size`.
@@ -61,6 +65,7 @@ def lagrangian(
         raise ValueError(f"`sparsity` must be in [0, 1], got {sparsity}.")
     if size is not None and not size >= 0:
         raise ValueError(f"`size` must be at least 0, got {size}.")
+    goal = final_value(warm_up, name="warm_up")
 
     def sizes(gated: Gated) -> tuple[Mapping[str, float], float, float]:
         """What a weight counts, the full size, the target."""
@@ -78,7 +83,14 @@ def lagrangian(
         found = 1 - expected_size(gated.params, gated.groups, gated.probabilities, weights) / full
         return _steer(found - warm_up(gated.step) * (1 - target / full), multipliers)
 
-    return Penalty(init, value)
+    def shortfall(gated: Gated) -> str:
+        weights, full, target = sizes(gated)
+        share = float(expected_size(gated.params, gated.groups, gated.probabilities, weights)) / full
+        wanted = 1 - goal * (1 - target / full)
+        units = [unit_sizes(group, gated.params, weights=weights).max(initial=0.0) for group in gated.groups]
+        return _unfinished(gated, warm_up, goal) + _missed(share, wanted, max(0.01, max(units, default=0.0) / full))
+
+    return Penalty(init, value, shortfall=shortfall)
 
 
 def shape_lagrangian(
@@ -109,6 +121,7 @@ def shape_lagrangian(
     """
     if not shape:
         raise ValueError("`shape` is empty: name at least one kind of units.")
+    goal = final_value(warm_up, name="warm_up")
 
     def init(gated: Gated) -> Multipliers:
         check_shape(gated.groups, shape)
@@ -128,7 +141,15 @@ def shape_lagrangian(
             total = total + sum(found) / len(found)
         return total
 
-    return Penalty(init, value)
+    def shortfall(gated: Gated) -> str:
+        message = _unfinished(gated, warm_up, goal)
+        for group in gated.groups:
+            found = int(np.sum(np.asarray(gated.probabilities[group.name])))
+            if group.kind in shape and goal == 1 and found != shape[group.kind]:
+                message += f"The unit group {group.name!r} keeps {found} units, and {shape[group.kind]} are asked for. "
+        return message
+
+    return Penalty(init, value, shortfall=shortfall)
 
 
 def smallest_with(
@@ -195,8 +216,10 @@ def check_size(gated: Gated, weights: Mapping[str, float], target: float) -> Non
     """
     check_counted(gated, weights)
     full = full_size(gated.params, weights)
-    closed = {name: jnp.zeros_like(p) for name, p in gated.probabilities.items()}
-    least = float(expected_size(gated.params, gated.groups, closed, weights))
+    # Sizes are known where values are traced, too.
+    with jax.ensure_compile_time_eval():
+        closed = {name: np.zeros(p.shape, np.float32) for name, p in gated.probabilities.items()}
+        least = float(expected_size(gated.params, gated.groups, closed, weights))
     # Targets may be computed, and the size is counted in float32.
     slack = 1e-6 * full
     if target < least - slack:
@@ -220,6 +243,19 @@ def check_shape(groups: tuple[Any, ...], shape: Mapping[str, int]) -> None:
             raise ValueError(
                 f"`shape` asks for {shape[group.kind]} {group.kind}; the unit group {group.name!r} has {group.count}."
             )
+
+
+def _unfinished(gated: Gated, warm_up: Schedule, goal: float) -> str:
+    share = float(warm_up(gated.step))
+    if is_at(share, goal):
+        return ""
+    return f"Training ended after {int(gated.step)} updates, where `warm_up` is {share:.4g} and goes on to {goal:.4g}. "
+
+
+def _missed(share: float, wanted: float, slack: float) -> str:
+    if abs(share - wanted) <= slack:
+        return ""
+    return f"The open gates leave {share:.4g} of the size, and {wanted:.4g} are asked for. "
 
 
 def _pair(initial: tuple[float, float]) -> Multipliers:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxcompress.gates._penalty import Gated, Penalty, by_name, check_known
 from jaxcompress.gates._values import gate_values
 from jaxcompress.meshes import transform_on_auto_axes
+from jaxcompress.schedules import warn_unfinished
 from jaxcompress.solvers import (
     STANDARD,
     Form,
@@ -20,7 +21,7 @@ from jaxcompress.solvers import (
     sample_gates,
 )
 from jaxcompress.transforms import identity
-from jaxcompress.tree import is_unselected, leaves_with_paths, map_with_path
+from jaxcompress.tree import is_traced, is_unselected, leaves_with_paths, map_with_path
 from jaxcompress.types import Params, Selector, Transform, TransformState, is_compressed
 from jaxcompress.units import UnitGroup, check_groups, multiply_units
 
@@ -56,7 +57,8 @@ def hard_concrete(
 
     `apply` draws one sample for each gate and call, or takes the deterministic form without a key; `penalty` prices
     open gates; `project` clamps log alpha. `finalize` folds the deterministic gates into the weights they multiply:
-    closed units are exactly zero there, and `units.remove_units` with `kept_units(...)` takes them out for good.
+    closed units are exactly zero there, and `units.remove_units` with `kept_units(...)` takes them out for good. It
+    warns (`UnfinishedScheduleWarning`) where they are not what the penalty was asked for.
 
     Args:
         groups: units with gates; each needs gated slices.
@@ -109,7 +111,7 @@ def hard_concrete(
         penalty=functools.partial(_penalty, setup),
         update=_update,
         project=functools.partial(_project, setup),
-        finalize=apply,
+        finalize=functools.partial(_finalize, setup),
     )
 
 
@@ -178,6 +180,17 @@ def _project(setup: _Setup, params: Params, state: TransformState) -> tuple[Para
         "multipliers": setup.penalty.project(state.trainable["multipliers"]),
     }
     return params, state._replace(trainable=inner)
+
+
+def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
+    log_alpha = state.trainable["log_alpha"]
+    values = gate_values(log_alpha, form=setup.form, distribution=setup.distribution)
+    if not any(is_traced(leaf) for leaf in jax.tree.leaves(state)) and int(state.fixed) > 0:
+        switches = {name: (value > 0).astype(jnp.float32) for name, value in values.items()}
+        gated = Gated(params=params, groups=setup.groups, probabilities=switches, step=state.fixed, loss=jnp.zeros(()))
+        if message := setup.penalty.shortfall(gated):
+            warn_unfinished(f"{message}Choose units by `units_within`, which is exact, or train on.")
+    return multiply_gates(params, setup.groups, values)
 
 
 def _gated(setup: _Setup, params: Params, log_alpha: Mapping[str, Any], step: Any, loss: Any) -> Gated:

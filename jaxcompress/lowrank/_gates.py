@@ -17,7 +17,7 @@ from jaxcompress.calibration import MatrixLeaf, entries, matrices, with_leaves
 from jaxcompress.lowrank._leaves import low_rank_leaf, shape_of
 from jaxcompress.lowrank._targets import activation_targets, plain_targets
 from jaxcompress.meshes import transform_on_auto_axes
-from jaxcompress.schedules import constant
+from jaxcompress.schedules import constant, final_value, is_at, warn_unfinished
 from jaxcompress.solvers import (
     STANDARD,
     HardConcrete,
@@ -27,8 +27,9 @@ from jaxcompress.solvers import (
     sample_gates,
     steer,
 )
+from jaxcompress.trace import selected_layouts
 from jaxcompress.transforms import identity
-from jaxcompress.tree import map_with_path
+from jaxcompress.tree import is_unselected, map_with_path, without_compressed
 from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState
 
 _CLAMP = (-4.605170185988091, 4.605170185988092)
@@ -65,7 +66,9 @@ def rank_gates(
     is the best projection of every rank; see `activation_svd`), and stays as it is. W and the gates are trained: the
     weights go on learning, within the directions that are open. The entries of a stack share their gates.
 
-    `finalize` gives a `LowRankArray` of the open directions, W V z and V, where that is smaller than the leaf.
+    `finalize` gives a `LowRankArray` of the open directions, W V z and V, where that is smaller than the leaf. It warns
+    (`UnfinishedScheduleWarning`) if training ended before `warm_up` did, or if the open directions miss `share` by more
+    than a hundredth (or one direction).
 
     Args:
         share: steer towards this share of the leaves' parameters, with two multipliers that ascend: λ1 (s - t) + λ2
@@ -73,7 +76,8 @@ def rank_gates(
         strength: λ: a fixed price, λ s.
         warm_up: step -> how far towards t: the target is 1 - warm_up (1 - t).
         drop_rate: 1 - P(z != 0) at the start, in (0, 1).
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; see `trace.selected_layouts`. Those that are compressed when the training begins stay as
+            they are.
         layouts: from `trace.layouts`.
         distribution: constants of the hard concrete distribution.
 
@@ -114,6 +118,7 @@ def rank_gates(
         layouts=layouts,
         distribution=distribution,
     )
+    final_value(warm_up, name="warm_up")
     return identity()._replace(
         init=functools.partial(_init, setup),
         apply=functools.partial(_apply, setup),
@@ -133,8 +138,11 @@ def expected_ranks(state: TransformState, *, distribution: HardConcrete = STANDA
 
 
 def _init(setup: _Setup, params: Params, *, key: jax.Array, statistics: Any = None) -> TransformState:
+    layouts = selected_layouts(params, select=setup.select, layouts=setup.layouts)
+    layouts = without_compressed(layouts, params)
+    marks = map_with_path(lambda _, entry: not is_unselected(entry), layouts, is_leaf=is_unselected)
     if statistics is None:
-        _, targets = plain_targets(params, select=setup.select, layouts=setup.layouts)
+        _, targets = plain_targets(params, select=lambda _: marks, layouts=setup.layouts)
     else:
         _, targets = activation_targets(
             params,
@@ -142,7 +150,7 @@ def _init(setup: _Setup, params: Params, *, key: jax.Array, statistics: Any = No
             fisher=None,
             damping=0.0,
             whitening="cholesky",
-            select=setup.select,
+            select=lambda _: marks,
             layouts=setup.layouts,
         )
     found = {target.leaf.path: target.directions().outputs for target in targets}
@@ -196,6 +204,8 @@ def _project(params: Params, state: TransformState) -> tuple[Params, TransformSt
 
 def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
     gates = _gates(setup, state, None)
+    if setup.share is not None and int(state.fixed["step"]) > 0:
+        _warn_of_a_shortfall(setup, params, state, gates)
 
     def store(leaf: MatrixLeaf, along: jax.Array) -> Any:
         kept = np.flatnonzero(np.asarray(gates[leaf.path]) > 0)
@@ -206,6 +216,22 @@ def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
         return low_rank_leaf(leaf, _opened(leaf, along, gates[leaf.path][kept]), along)
 
     return _map(setup, params, state, store)
+
+
+def _warn_of_a_shortfall(setup: _Setup, params: Params, state: TransformState, gates: dict[str, jax.Array]) -> None:
+    shapes = {leaf.path: shape_of(leaf) for leaf in entries(_chosen(setup, params, state))}
+    total = max(sum(stack * depth * width for stack, depth, width in shapes.values()), 1)
+    prices = {path: stack * (depth + width) / total for path, (stack, depth, width) in shapes.items()}
+    found = sum(price * int((np.asarray(gates[path]) > 0).sum()) for path, price in prices.items())
+    step, goal = int(state.fixed["step"]), final_value(setup.warm_up, name="warm_up")
+    wanted, now = 1 - goal * (1 - (setup.share or 1.0)), float(setup.warm_up(step))
+    message = ""
+    if not is_at(now, goal):
+        message = f"Training ended after {step} updates, where `warm_up` is {now:.4g} and goes on to {goal:.4g}. "
+    if abs(found - wanted) > max(0.01, *prices.values()):
+        message += f"The open directions have a share of {found:.4g}, and {wanted:.4g} is asked for."
+    if message:
+        warn_unfinished(message.strip())
 
 
 def _chosen(setup: _Setup, params: Params, state: TransformState) -> Params:

@@ -38,13 +38,18 @@ def gradual(
     Raw weights live on underneath their mask, so that a weight may come back at the next ranking. Where the schedule
     stands still, as at its end, the masks do too. The sparsity is a traced number: a schedule compiles once.
 
+    What the schedule ends at is what `finalize` gives, whatever the number of updates. If training ended before the
+    schedule did, `finalize` ranks once more, which `apply` has not seen, and warns (`UnfinishedScheduleWarning`).
+
     Args:
-        schedule: step -> sparsity, such as `schedules.cubic`.
-        every: updates between rankings; the ranking happens when step % every == 0, the first update being step 0.
-        freeze_at: the first update from which the masks stay as they are.
+        schedule: step -> sparsity, such as `schedules.cubic`; it must stand still in the end.
+        every: updates between rankings; the ranking happens when step % every == 0, the first update being step 0, and
+            in any case at the last update before the schedule stands at its end: with `end=9`, at the ninth.
+        freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
         rerank: also rank where the sparsity has not changed since the last time, so that weights go on swapping places
             (a ranking costs 20 to 45 reads of the weights).
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; see `trace.selected_layouts`. Those that are compressed when the training begins stay as
+            they are, in every function of the transform.
         layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.
         pattern: see `masks_from_scores`; under `n_of_m` the schedule runs up to 1 - n/m.
@@ -57,7 +62,8 @@ def gradual(
         The transform; its fixed state is a `MaskState`.
 
     Raises:
-        ValueError: `every` below 1, an unknown `store`; from `init`: nothing selected, or NaN, Inf or no floats in a
+        ValueError: `every` below 1, an unknown `store`, a schedule that never stands still or ends at what the pattern
+            does not allow, `freeze_at` before its end; from `init`: nothing selected, or NaN, Inf or no floats in a
             selected leaf.
 
     Example:
@@ -82,7 +88,7 @@ def gradual(
         init=functools.partial(_init, masks),
         apply=apply_state_masks,
         update=functools.partial(_update, masks, score),
-        finalize=functools.partial(_finalize, leaves),
+        finalize=functools.partial(_finalize, masks, score),
     )
 
 
@@ -108,9 +114,10 @@ def _update(
     loss: Any,
 ) -> tuple[TransformState, None]:
     del grads, key, loss
-    weights = masks.leaves.weights(params)
+    weights = masks.leaves.weights_at(state.fixed.masks, params)
     return TransformState((), masks.advance(state.fixed, weights, params, score=score)), None
 
 
-def _finalize(leaves: RankedLeaves, params: Params, state: TransformState) -> Params:
-    return leaves.finalize(params, state.fixed.masks)
+def _finalize(masks: ScheduledMasks, score: ScoreFn, params: Params, state: TransformState) -> Params:
+    weights = masks.leaves.weights_at(state.fixed.masks, params)
+    return masks.leaves.finalize(params, masks.finish(state.fixed, weights, params, score=score))

@@ -13,11 +13,11 @@ from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.pruning._masks import apply_masks, overlay
 from jaxcompress.pruning._patterns import Block
 from jaxcompress.pruning._ranked_leaves import RankedLeaves, Store
-from jaxcompress.schedules import constant
+from jaxcompress.schedules import constant, warn_unfinished
 from jaxcompress.trace import LeafLayout
 from jaxcompress.transforms import identity
-from jaxcompress.tree import is_unselected, map_selected, map_with_path
-from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, exportable, is_compressed
+from jaxcompress.tree import is_traced, map_selected
+from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, exportable
 
 Groups = Literal["outputs", "inputs"] | Block
 """The weights of one output unit, those of one input feature, or tiles."""
@@ -66,7 +66,8 @@ def group_lasso(
         strength: t, or step -> t (multiply λ by the schedule of the learning rate).
         groups: "outputs" (all inputs of one output unit), "inputs" (all outputs of one input feature), or a `block`.
         freeze_at: the update from which groups that are zero stay zero, and the others are no longer shrunk: the
-            fine-tuning that takes the bias of the penalty away.
+            fine-tuning that takes the bias of the penalty away. After a training that ended before, `finalize` warns
+            (`UnfinishedScheduleWarning`).
         select: which leaves; see `trace.selected_layouts`.
         layouts: from `trace.layouts`; stacked layers have groups of their own.
         store: what `finalize` makes of leaves: "sparse" under a bit mask, or "dense" with zeros.
@@ -146,15 +147,13 @@ def _project(setup: _Setup, params: Params, state: TransformState) -> tuple[Para
         strength = jnp.where(step <= setup.freeze_at, strength, 0.0)
     layouts = setup.leaves.chosen(params)
 
-    def shrink(_: str, layout: Any, leaf: Any, own: Any) -> Any:
-        if is_unselected(layout) or is_compressed(leaf):
-            return layout
+    def shrink(_: str, own: Any, leaf: Any, layout: Any) -> Any:
         leaf = jnp.where(_spread(setup, own, leaf.shape, layout), leaf, jnp.zeros((), leaf.dtype))
         norms, sizes = _norms(setup, leaf, layout), _sizes(setup, leaf.shape, layout)
         least = _spread(setup, strength * jnp.sqrt(sizes), leaf.shape, layout)
         return shrink_groups(leaf, _spread(setup, norms, leaf.shape, layout), least)
 
-    projected = overlay(map_with_path(shrink, layouts, params, alive, is_leaf=is_unselected), params)
+    projected = overlay(map_selected(shrink, alive, params, layouts), params)
     if setup.freeze_at is not None:
         left = map_selected(lambda _, own, w, layout: _norms(setup, w, layout) > 0, alive, projected, layouts)
         alive = map_selected(lambda _, own, now: jnp.where(step == setup.freeze_at, now, own), alive, left)
@@ -162,11 +161,17 @@ def _project(setup: _Setup, params: Params, state: TransformState) -> tuple[Para
 
 
 def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
+    step = state.fixed.step
+    if setup.freeze_at is not None and not is_traced(step) and 0 < int(step) < setup.freeze_at:
+        warn_unfinished(
+            f"Training ended after {int(step)} updates, before the groups were frozen at {setup.freeze_at}: the bias "
+            "of the penalty was not trained away."
+        )
     params = _apply(setup, params, state)
     layouts = setup.leaves.chosen(params)
     masks = map_selected(
         lambda _, w, layout: _spread(setup, _norms(setup, w, layout) > 0, w.shape, layout),
-        setup.leaves.weights(params),
+        setup.leaves.weights_at(state.fixed.alive, params),
         layouts,
     )
     return setup.leaves.finalize(params, masks)

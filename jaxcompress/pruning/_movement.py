@@ -39,9 +39,10 @@ def movement(
     collecting score; they get no gradient themselves.
 
     Args:
-        schedule: step -> sparsity. Begin at 0 and stay there for some steps: equal scores keep the lowest index.
-        every: updates between rankings.
-        freeze_at: the first update from which the masks stay as they are.
+        schedule: step -> sparsity; see `gradual` for what `finalize` makes of it. Begin at 0 and stay there for some
+            steps: equal scores keep the lowest index.
+        every: updates between rankings; see `gradual`.
+        freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
         select: which leaves; see `trace.selected_layouts`.
         layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.
@@ -76,7 +77,7 @@ def movement(
         init=functools.partial(_init, masks),
         apply=apply_with_scores,
         update=functools.partial(_update, masks),
-        finalize=functools.partial(_finalize, leaves),
+        finalize=functools.partial(_finalize, masks),
     )
 
 
@@ -94,7 +95,7 @@ def apply_with_scores(params: Params, state: TransformState, *, key: jax.Array |
 
 def blank_scores(leaves: RankedLeaves, params: Params) -> Params:
     """Scores of zero, float32."""
-    return map_selected(lambda _, leaf: jnp.zeros(leaf.shape, jnp.float32), leaves.weights(params))
+    return map_selected(lambda _, leaf: jnp.zeros_like(leaf, jnp.float32), leaves.weights(params))
 
 
 @jax.custom_jvp
@@ -127,5 +128,5 @@ def _update(
     return TransformState(state.trainable, new), None
 
 
-def _finalize(leaves: RankedLeaves, params: Params, state: TransformState) -> Params:
-    return leaves.finalize(params, state.fixed.masks)
+def _finalize(masks: ScheduledMasks, params: Params, state: TransformState) -> Params:
+    return masks.leaves.finalize(params, masks.finish(state.fixed, state.trainable, params, score=as_it_is))

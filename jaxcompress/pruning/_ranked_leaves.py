@@ -14,7 +14,7 @@ from jaxcompress.pruning._patterns import Pattern, unstructured
 from jaxcompress.pruning._ranking import Scope, check_sparsity, ranked_masks
 from jaxcompress.pruning._store import store_masked
 from jaxcompress.trace import selected_layouts
-from jaxcompress.tree import map_selected
+from jaxcompress.tree import map_selected, without_compressed
 from jaxcompress.types import Params, Selector, is_compressed
 
 Store = Literal["sparse", "dense"]
@@ -26,6 +26,9 @@ ScoreFn = Callable[[jax.Array], jax.Array]
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RankedLeaves:
     """Settings of a transform.
+
+    Leaves that are compressed before the training begins stay as they are, through every function of a transform; those
+    that an earlier stage compresses in the end are pruned in `finalize`.
 
     Attributes:
         select: which leaves; see `trace.selected_layouts`.
@@ -55,11 +58,20 @@ class RankedLeaves:
         return selected_layouts(params, select=self.select, layouts=self.layouts)
 
     def weights(self, params: Params) -> Params:
-        """The leaves as plain arrays, `Unselected` elsewhere; concrete ones are checked."""
-        return map_selected(lambda path, _, leaf: checked_weight(path, leaf), self.chosen(params), params)
+        """The leaves to prune, where the training begins; concrete ones are checked.
+
+        Raises:
+            ValueError: every selected leaf is compressed already.
+        """
+        return self.weights_at(without_compressed(self.chosen(params), params), params)
+
+    def weights_at(self, entries: Params, params: Params) -> Params:
+        """The leaves as plain arrays where a partial tree, such as masks, has entries; concrete ones are checked."""
+        return map_selected(lambda path, _, leaf: checked_weight(path, leaf), entries, params)
 
     def whole(self, params: Params) -> Params:
         """Masks that prune nothing."""
+        # `ones_like`, not `ones`: a mask lies where its leaf does.
         return map_selected(lambda _, leaf: jnp.ones_like(leaf, bool), self.weights(params))
 
     def masks(self, leaves: Params, params: Params, share: ArrayLike, *, score: ScoreFn) -> Params:

@@ -15,10 +15,10 @@ from jaxcompress.pruning._gradual import apply_state_masks
 from jaxcompress.pruning._masks import masks_from_scores
 from jaxcompress.pruning._ranked_leaves import RankedLeaves, Store
 from jaxcompress.pruning._ranking import check_sparsity, is_tree
-from jaxcompress.schedules import constant
+from jaxcompress.schedules import constant, warn_unfinished
 from jaxcompress.solvers import count_true, keep_largest, share_of
 from jaxcompress.transforms import identity
-from jaxcompress.tree import is_unselected, leaves_with_paths, map_selected, map_with_path, split_key
+from jaxcompress.tree import is_traced, is_unselected, leaves_with_paths, map_selected, map_with_path, split_key
 from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, exportable, is_compressed
 
 
@@ -64,6 +64,11 @@ class Rewiring:
         check_sparsity(self.sparsity)
         if self.every < 1 or self.until < 1:
             raise ValueError(f"`every` and `until` must be at least 1, got {self.every} and {self.until}.")
+        if self.every >= self.until:
+            raise ValueError(
+                f"`every` is {self.every} and `until` {self.until}: the masks would stay before they change for the "
+                "first time."
+            )
 
 
 @transform_on_auto_axes
@@ -99,7 +104,7 @@ def rewiring(
         apply=apply_state_masks,
         update=functools.partial(_update, setup),
         project=_project,
-        finalize=functools.partial(_finalize, setup.leaves),
+        finalize=functools.partial(_finalize, setup),
     )
 
 
@@ -156,13 +161,14 @@ def _among_dropped(leaf: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 def _init(setup: Rewiring, params: Params, *, key: jax.Array, statistics: Any = None) -> TransformState:
     del statistics
-    options = {"select": setup.leaves.select, "layouts": setup.leaves.layouts}
     weights = setup.leaves.weights(params)
+    marks = map_with_path(lambda _, leaf: not is_unselected(leaf), weights, is_leaf=is_unselected)
+    options = {"select": lambda _: marks, "layouts": setup.leaves.layouts}
     shares = setup.sparsity
     if not is_tree(shares):
         shares = setup.allocation(params, sparsity=shares, **options)
     masks = masks_from_scores(random_scores(params, key=key, **options), sparsity=shares)
-    grown = map_selected(lambda _, leaf: jnp.zeros(leaf.shape, bool), weights)
+    grown = map_selected(lambda _, leaf: jnp.zeros_like(leaf, bool), weights)
     return TransformState((), RewiringState(masks, grown, jnp.zeros((), jnp.int32)))
 
 
@@ -174,7 +180,7 @@ def _update(
     step = before + 1
     due = (step % setup.every == 0) & (step < setup.until)
     fraction = jnp.asarray(setup.fraction(step), jnp.float32)
-    weights = setup.leaves.weights(params)
+    weights = setup.leaves.weights_at(masks, params)
 
     def change(operands: tuple[Params, Params]) -> Params:
         return _rewired(setup, masks, *operands, fraction, key)
@@ -215,5 +221,11 @@ def _like(weights: Params, grads: Params) -> Params:
     return map_selected(lambda _, leaf, own: own, weights, grads)
 
 
-def _finalize(leaves: RankedLeaves, params: Params, state: TransformState) -> Params:
-    return leaves.finalize(params, state.fixed.masks)
+def _finalize(setup: Rewiring, params: Params, state: TransformState) -> Params:
+    step = state.fixed.step
+    if not is_traced(step) and 0 < int(step) < setup.every:
+        warn_unfinished(
+            f"Training ended after {int(step)} updates, and the masks change every {setup.every}: they are those that "
+            "were drawn at random at the start."
+        )
+    return setup.leaves.finalize(params, state.fixed.masks)

@@ -33,7 +33,8 @@ def rigl(
     Args:
         sparsity: of all chosen leaves together, or a partial tree of sparsities.
         until: masks stay from this update on; 3/4 of the training in the paper.
-        every: updates between two changes; update t = 1 is the first.
+        every: updates between two changes; update t = 1 is the first. After a training too short for any change,
+            `finalize` warns (`UnfinishedScheduleWarning`).
         fraction: share of the kept weights replaced at first, decaying by the cosine; or update -> share. The paper
             uses 0.3, its code 0.1 by default.
         allocation: how a single sparsity is spread over leaves.
@@ -45,7 +46,8 @@ def rigl(
         The transform; its fixed state is a `RewiringState`. Masks are drawn at random in `init`.
 
     Raises:
-        ValueError: a sparsity or fraction outside [0, 1], `every` or `until` below 1; from `init` as `gradual`.
+        ValueError: a sparsity or fraction outside [0, 1], `every` below 1 or not below `until`; from `init` as
+            `gradual`.
 
     Example:
         >>> import jax, jax.numpy as jnp

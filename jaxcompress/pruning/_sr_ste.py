@@ -75,7 +75,7 @@ def sr_ste(
 
 def _init(leaves: RankedLeaves, params: Params, *, key: jax.Array, statistics: Any = None) -> TransformState:
     del key, statistics
-    return TransformState((), _state(leaves, params, jnp.zeros((), jnp.int32)))
+    return TransformState((), _state(leaves, leaves.weights(params), params, jnp.zeros((), jnp.int32)))
 
 
 def _penalty(strength: float, state: TransformState, params: Params, *, loss: Any) -> jax.Array:
@@ -95,15 +95,16 @@ def _update(
     leaves: RankedLeaves, grads: Params, state: TransformState, params: Params, *, key: jax.Array, loss: Any
 ) -> tuple[TransformState, None]:
     del grads, key, loss
-    return TransformState((), _state(leaves, params, state.fixed.step + 1)), None
+    weights = leaves.weights_at(state.fixed.masks, params)
+    return TransformState((), _state(leaves, weights, params, state.fixed.step + 1)), None
 
 
 def _finalize(leaves: RankedLeaves, params: Params, state: TransformState) -> Params:
     return leaves.finalize(params, state.fixed.masks)
 
 
-def _state(leaves: RankedLeaves, params: Params, step: jax.Array) -> MaskState:
+def _state(leaves: RankedLeaves, weights: Params, params: Params, step: jax.Array) -> MaskState:
     sparsity = leaves.pattern.allowed
     # At its full sparsity the pattern compares within runs only, and ranks nothing.
-    masks = leaves.masks(leaves.weights(params), params, sparsity, score=jnp.abs)
+    masks = leaves.masks(weights, params, sparsity, score=jnp.abs)
     return MaskState(masks, step, jnp.asarray(sparsity, jnp.float32))

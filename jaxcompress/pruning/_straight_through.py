@@ -39,10 +39,10 @@ def straight_through_magnitude(
     underneath drift on, which nobody sees).
 
     Args:
-        schedule: step -> sparsity; `schedules.constant` for a fixed one.
-        every: updates between rankings. At 1 the mask is always that of the present weights, which costs 20 to 45
-            reads of them at every step (two to three under `n_of_m` with a constant sparsity).
-        freeze_at: the first update from which the masks stay as they are.
+        schedule: step -> sparsity; `schedules.constant` for a fixed one. See `gradual` for what `finalize` makes of it.
+        every: updates between rankings; see `gradual`. At 1 the mask is always that of the present weights, which costs
+            20 to 45 reads of them at every step (two to three under `n_of_m` with a constant sparsity).
+        freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
         select: which leaves; see `trace.selected_layouts`.
         layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.

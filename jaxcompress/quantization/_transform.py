@@ -6,8 +6,9 @@ from jaxcompress.meshes import transform_on_auto_axes
 from jaxcompress.quantization._fake_quant import straight_through
 from jaxcompress.quantization._quantize import fake_quantize, quantize
 from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.schedules import final_value, warn_unfinished
 from jaxcompress.transforms import identity
-from jaxcompress.tree import map_with_path
+from jaxcompress.tree import is_traced, map_with_path
 from jaxcompress.types import Params, Schedule, Selector, Transform, TransformState, is_compressed
 
 
@@ -26,6 +27,8 @@ def quantization_aware(
 
     `apply` rounds by `fake_quantize`, `finalize` stores by `quantize`, so that both give the same weights; the scales
     follow the weights. It can stand behind a pruning transform: zeros stay zero, and sparse leaves keep their index.
+    If training ended before `begin` or before the last of `bits`, `finalize` stores the bits of the spec nevertheless,
+    which no step has seen, and warns (`UnfinishedScheduleWarning`).
 
     Args:
         spec: format, granularity, range.
@@ -40,7 +43,8 @@ def quantization_aware(
         The transform. Its state is empty, but for a counter of updates (int32) with `begin` > 0 or `bits`.
 
     Raises:
-        ValueError: `begin` is negative; `bits` with a format that has no choice of bits.
+        ValueError: `begin` is negative; `bits` with a format that has no choice of bits, or with an end at others than
+            those of the spec.
 
     Example:
         >>> from jaxcompress.types import TransformState
@@ -60,9 +64,12 @@ def quantization_aware(
 
     if bits is not None and (spec.format != "int" or spec.bits < 2):
         raise ValueError(f"A schedule of `bits` is for integers of 2 bits or more, got {spec}.")
+    if bits is not None and round(final_value(bits, name="bits")) != spec.bits:
+        end = final_value(bits, name="bits")
+        raise ValueError(f"`bits` must end at the {spec.bits} bits of the spec, which are stored; it ends at {end:g}.")
 
     def finalize(params: Params, state: TransformState) -> Params:
-        del state
+        _warn_before_the_end(spec, begin, bits, state)
         return quantize(params, spec, select=select, layouts=layouts)
 
     def apply(params: Params, state: TransformState, *, key=None) -> Params:
@@ -74,6 +81,22 @@ def quantization_aware(
     if begin == 0 and bits is None:
         return identity()._replace(apply=apply, finalize=finalize)
     return identity()._replace(init=_count_from_zero, apply=apply, update=_count, finalize=finalize)
+
+
+def _warn_before_the_end(spec: QuantSpec, begin: int, bits: Schedule | None, state: TransformState) -> None:
+    if (begin == 0 and bits is None) or is_traced(state.fixed) or int(state.fixed) == 0:
+        return
+    steps = int(state.fixed)
+    if steps < begin:
+        warn_unfinished(
+            f"Training ended after {steps} updates, and rounding begins after {begin}: `finalize` rounds weights to "
+            f"{spec.bits} bits that were never trained so."
+        )
+    if bits is not None and (now := round(float(bits(steps)))) != spec.bits:
+        warn_unfinished(
+            f"Training ended after {steps} updates, at {now} bits; `finalize` rounds to {spec.bits}, which were never "
+            "trained."
+        )
 
 
 def _count_from_zero(params: Params, *, key, statistics=None) -> TransformState:

@@ -197,10 +197,10 @@ def _parts(recipe: Recipe, layouts: Params) -> list[_Part]:
 
 
 def _pruning(step: PruneStep, layouts: Params, steps: int) -> Transform:
-    begin, end = round(step.begin * steps), round(step.end * steps)
-    schedule = (
-        constant(step.sparsity) if steps == 0 else cubic(0.0, step.sparsity, begin=begin, end=max(end, begin + 1))
-    )
+    # The end is at least one step away, and never behind the last step: what is asked for is always reached.
+    end = max(round(step.end * steps), 1)
+    begin = min(round(step.begin * steps), end - 1)
+    schedule = constant(step.sparsity) if steps == 0 else cubic(0.0, step.sparsity, begin=begin, end=end)
     return gradual(
         schedule=schedule,
         every=1 if steps == 0 else step.every,
@@ -219,7 +219,7 @@ def _sharing(step: ClusterStep, layouts: Params, steps: int) -> Transform:
     return trained_codebooks(
         step.spec(),
         every=step.every,
-        until=round(step.until * steps),
+        until=max(round(step.until * steps), 1) if step.until and steps else 0,
         select=tree.by_path(step.select),
         layouts=layouts,
         store=step.store,

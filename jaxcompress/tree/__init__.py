@@ -19,3 +19,4 @@ from jaxcompress.tree._selectors import exclude as exclude
 from jaxcompress.tree._unselected import Unselected as Unselected
 from jaxcompress.tree._unselected import is_unselected as is_unselected
 from jaxcompress.tree._unselected import map_selected as map_selected
+from jaxcompress.tree._unselected import without_compressed as without_compressed

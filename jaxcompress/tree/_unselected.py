@@ -65,3 +65,32 @@ def map_selected(fn: Callable[..., Any], selected: Params, *rest: Params) -> Par
         return Unselected if is_unselected(entry) else fn(path, entry, *others)
 
     return map_with_path(visit, selected, *rest, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf))
+
+
+def without_compressed(selected: Params, params: Params, *, but: tuple[Any, ...] = ()) -> Params:
+    """A partial tree without the entries of leaves that are compressed already: they stay as they are.
+
+    Args:
+        selected: a partial tree.
+        params: the leaves.
+        but: compressed classes that count as plain, such as sparse arrays where values are quantized.
+
+    Raises:
+        ValueError: no entry is left.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> without_compressed({"a": 1, "b": Unselected}, {"a": jnp.ones(2), "b": jnp.ones(2)})
+        {'a': 1, 'b': Unselected}
+    """
+    left, compressed = [], []
+
+    def visit(path: str, entry: Any, leaf: Any) -> Any:
+        done = is_compressed(leaf) and not isinstance(leaf, but)
+        (compressed if done else left).append(path)
+        return Unselected if done else entry
+
+    kept = map_selected(visit, selected, params)
+    if compressed and not left:
+        raise ValueError(f"Every selected leaf is compressed already: {', '.join(compressed)}. Nothing is left to do.")
+    return kept

@@ -89,7 +89,7 @@ def _trained(params, batch, steps=4):
     return placed, state
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto])
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_state_of_sharded_parameters(axis_type):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     shardings = _shardings(mesh)
