@@ -16,6 +16,7 @@ from jaxcompress.recipe import (
     check_labels,
     companion_files,
     described,
+    has_tokenizer,
     head_of,
     holds_compressed,
     load_model,
@@ -116,8 +117,7 @@ def run_evaluate(
         figures |= {} if known.all() else {"rows_with_label": int(known.sum())}
     if other is not None:
         figures |= _compared(screen, loaded, found, tokens, other, others, labels)
-    rows = [(name, f"{value:.4f}" if isinstance(value, float) else str(value)) for name, value in figures.items()]
-    screen.table(str(model), ("figure", "value"), rows)
+    screen.table(str(model), ("figure", "value"), [(name, _written(value)) for name, value in figures.items()])
     screen.result(figures)
 
 
@@ -173,12 +173,16 @@ def _token_pair(
     """The rows as each model reads them, cut at the same length."""
     tokens = others = _tokenized(loaded, texts, max_length)
     if other is not None:
-        others = _tokenized(other, texts, max_length)
+        directory = other.directory
+        if not has_tokenizer(directory):
+            screen.note(f"{directory} has no tokenizer: it reads the rows by that of {loaded.directory}.")
+            directory = loaded.directory
+        others = _tokenized(other, texts, max_length, directory)
         limit = min(tokens.max_length, others.max_length)
         if tokens.max_length > limit:
             tokens = _tokenized(loaded, texts, limit)
         if others.max_length > limit:
-            others = _tokenized(other, texts, limit)
+            others = _tokenized(other, texts, limit, directory)
         if head_of(loaded.module) == "masked_lm" and tokens.ids != others.ids:
             raise ValueError(
                 f"{str(loaded.directory)!r} and {str(other.directory)!r} split texts into different tokens: "
@@ -188,9 +192,9 @@ def _token_pair(
     return tokens, others
 
 
-def _tokenized(loaded: LoadedModel, texts: Texts, max_length: int | None) -> Tokens:
+def _tokenized(loaded: LoadedModel, texts: Texts, max_length: int | None, directory: Path | None = None) -> Tokens:
     config = loaded.module.config  # pyright: ignore[reportAttributeAccessIssue]
-    return tokenize(loaded.directory, texts, max_length=max_length, config=config)
+    return tokenize(directory or loaded.directory, texts, max_length=max_length, config=config)
 
 
 def _say_cut(screen: Screen, tokens: Tokens, data: Path) -> None:
@@ -220,6 +224,12 @@ def _check_labels(loaded: LoadedModel, texts: Texts, data: Path) -> None:
             check_labels(loaded.module, texts.labels)
         except ValueError as err:
             raise ValueError(f"{str(data)!r}: {err}") from err
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def _show_sizes(screen: Screen, title: str, sizes: report.SizeReport) -> None:

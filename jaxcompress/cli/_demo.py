@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jaxcompress import report
 from jaxcompress.cli._figures import compare_logits
-from jaxcompress.cli._paths import check_output_file, check_writable
+from jaxcompress.cli._paths import check_output_directory, check_output_file
 from jaxcompress.cli._screen import Screen
 from jaxcompress.recipe import (
     MINILM,
@@ -61,7 +61,7 @@ def run_demo(
     name = "demo-full" if full else "demo"
     steps = read_recipe(name if recipe is None else recipe)
     out = cache_directory() / name if out is None else out
-    check_writable(out)
+    check_output_directory(out, None, overwrite=True)
     if plot is not None:
         check_output_file(plot, "--plot", begins=b"\x89PNG")
     setting = _setting(screen, steps, rows=None if full else _QUICK_ROWS, validation=validation)

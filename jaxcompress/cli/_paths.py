@@ -9,19 +9,20 @@ from jaxcompress.recipe import companion_files
 _TAKEN = ("config.json", "model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 
 
-def check_output_directory(out: Path, model: Path, *, overwrite: bool) -> None:
+def check_output_directory(out: Path, model: Path | None, *, overwrite: bool) -> None:
     """Checks that a compressed model can be written into `out`.
 
     Args:
         out: the directory.
-        model: of the original model.
+        model: directory of the original model, if it is a user's.
         overwrite: whether an older compressed model may be replaced.
 
     Raises:
         OSError: it cannot be written, holds another model, or shares a folder with the original; the message says what
             to do.
     """
-    _check_apart(out, model)
+    if model is not None:
+        _check_apart(out, model)
     path = out / "checkpoint"
     if path.exists() or path.is_symlink():
         if not _is_ours(path):

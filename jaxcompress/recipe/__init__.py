@@ -44,6 +44,7 @@ from jaxcompress.recipe._text import read_texts as read_texts
 from jaxcompress.recipe._text import rotten_tomatoes as rotten_tomatoes
 from jaxcompress.recipe._tokens import Tokens as Tokens
 from jaxcompress.recipe._tokens import evaluation_batches as evaluation_batches
+from jaxcompress.recipe._tokens import has_tokenizer as has_tokenizer
 from jaxcompress.recipe._tokens import row_widths as row_widths
 from jaxcompress.recipe._tokens import tokenize as tokenize
 from jaxcompress.recipe._train import check_labels as check_labels

@@ -84,6 +84,11 @@ def tokenize(
     )
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether there are files that `tokenize` can read."""
+    return any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+
+
 def row_widths(tokens: Tokens, *, most: int | None = None) -> tuple[int, ...]:
     """Few widths to pad rows to: 24, 32, 48, 64, 128, 256, ..., as far as the longest row.
 
@@ -177,7 +182,7 @@ def batch(tokens: Tokens, rows: np.ndarray, *, width: int) -> dict[str, Any]:
 
 
 def _tokenizer(directory: Path) -> Any:
-    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")):
+    if not has_tokenizer(directory):
         raise FileNotFoundError(f"{str(directory)!r} has neither tokenizer.json nor vocab.txt.")
     from transformers import AutoTokenizer
 

@@ -135,6 +135,14 @@ def test_losses_that_a_head_lacks_altogether_are_an_error(run, heads, rows, tmp_
     assert "give a weight to `pooled` or `hidden`" in stderr
 
 
+def test_a_reference_without_a_tokenizer_reads_the_rows_by_that_of_the_model(run, heads, rows, tmp_path):
+    bare = shutil.copytree(heads["encoder"], tmp_path / "bare", ignore=shutil.ignore_patterns("vocab*", "tokenizer*"))
+    code, stdout, stderr = run("evaluate", heads["encoder"], "--against", bare, "--data", rows, "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["vector_error"] == 0
+    assert "has no tokenizer" in stderr
+
+
 def test_models_that_differ_in_kind_are_not_compared(run, heads, rows):
     code, _, stderr = run("evaluate", heads["encoder"], "--against", heads["masked_lm"], "--data", rows)
     assert (code, stderr.count("\n")) == (2, 1)
