@@ -1,12 +1,13 @@
 """BertConfig to and from `config.json`."""
 
 import json
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcompress.models import BertConfig, config_from_huggingface, config_to_huggingface
+from jaxcompress.models import BertConfig, config_from_huggingface, config_to_huggingface, read_config
 
 SETTINGS = {
     "architectures": ["BertModel"],
@@ -144,3 +145,32 @@ def test_missing_sizes_are_listed():
 
 def test_untied_setting_does_not_matter_without_a_decoder():
     assert config_from_huggingface(SETTINGS | {"tie_word_embeddings": False}).head == "encoder"
+
+
+ODD = [
+    None, True, False, 0, -1, 5, 2**70, 1.5, math.nan, math.inf, "", "x", "5", [], [5], [[1]], [{}], {}, {"a": 1},
+    {"0": 5}, {"0": [9] * 99},
+]  # fmt: skip
+
+
+def test_any_value_of_any_setting_is_read_or_refused_with_the_name_of_the_file(tmp_path):
+    own = {"pooling": "mean", "head_size": 32, "num_attention_heads": [2], "intermediate_size": [8]}
+    settings = {
+        "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 60, "hidden_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 9,
+        "type_vocab_size": 2, "hidden_act": "gelu", "layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.1,
+        "attention_probs_dropout_prob": 0.1, "classifier_dropout": None, "initializer_range": 0.02, "num_labels": 2,
+        "id2label": {"0": "a", "1": "b"}, "pruned_heads": {}, "is_decoder": False, "tie_word_embeddings": True,
+        "position_embedding_type": "absolute", "jaxcompress": own,
+    }  # fmt: skip
+    changed = [settings | {name: value} for name in settings for value in ODD]
+    changed += [settings | {"jaxcompress": own | {name: value}} for name in own for value in ODD]
+    refused = []
+    for odd in changed:
+        (tmp_path / "config.json").write_text(json.dumps(odd))
+        try:
+            hash(read_config(tmp_path))
+        except ValueError as err:
+            refused.append(str(err))
+    assert len(refused) > len(changed) / 2
+    assert all("config.json" in message for message in refused)

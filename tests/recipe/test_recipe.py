@@ -1,5 +1,8 @@
 """Recipes read from TOML: what they mean, and every way they can be wrong."""
 
+import dataclasses
+import itertools
+
 import pytest
 
 from jaxcompress import recipe
@@ -155,3 +158,34 @@ def test_mistakes_are_named(tmp_path, text, message):
 def test_a_recipe_that_does_not_exist_lists_those_that_do():
     with pytest.raises(FileNotFoundError, match="recipes of the library: deep-compression, demo, demo-full, int4"):
         recipe.read_recipe("int5")
+
+
+ODD = [
+    "true", "0", "-1", "5", "99999999999999999999", "1.5", "-0.5", "nan", "inf", "-inf", "1e400", "1e-320", "''", "'x'",
+    "'.*'", "[]", "[5]", "[5, 4]", "[-1]", "['x']", "[[1]]", "[nan]", "{}", "{a = 1}", "1979-05-27", "07:32:00",
+]  # fmt: skip
+STEPS = {
+    "prune": ("[[prune]]", {"select": "'.*'", "sparsity": "0.5"}, recipe.PruneStep, ""),
+    "quantize": ("[[quantize]]", {"select": "'.*'", "bits": "4"}, recipe.QuantizeStep, ""),
+    "cluster": ("[[cluster]]", {"select": "'.*'", "values": "4"}, recipe.ClusterStep, ""),
+    "distil": ("[distil]", {"epochs": "1", "learning_rate": "0.1", "pooled": "1"}, recipe.Training, QUANTIZE),
+    "save": ("[save]", {}, recipe.Saving, QUANTIZE),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_any_value_of_any_option_is_read_or_named(tmp_path, step):
+    """Integers may stand for floats; nothing else stands for another type, and the option is in the message."""
+    header, needed, kind, before = STEPS[step]
+    refused = []
+    fields = [field.name for field in dataclasses.fields(kind)]
+    for option, value in itertools.product(fields, ODD):
+        options = "".join(f"{name} = {given}\n" for name, given in (needed | {option: value}).items())
+        try:
+            _read(tmp_path, f"{before}{header}\n{options}")
+        except ValueError as err:
+            refused.append((option, value, str(err)))
+    assert len(refused) > 0.6 * len(ODD) * len(fields)
+    for option, value, message in refused:
+        assert header in message, (option, value)
+        assert option in message, (option, value, message)
