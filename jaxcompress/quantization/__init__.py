@@ -16,6 +16,7 @@ from jaxcompress.quantization._fixed_point import fixed_point_encode as fixed_po
 from jaxcompress.quantization._gptq import gptq as gptq
 from jaxcompress.quantization._gptq_matrix import Groups as Groups
 from jaxcompress.quantization._gptq_matrix import Order as Order
+from jaxcompress.quantization._gptq_sequential import gptq_sequential as gptq_sequential
 from jaxcompress.quantization._hqq import hqq as hqq
 from jaxcompress.quantization._input_ranges import input_ranges as input_ranges
 from jaxcompress.quantization._input_transforms import lsq_inputs as lsq_inputs
@@ -32,8 +33,8 @@ from jaxcompress.quantization._lsq import lsq as lsq
 from jaxcompress.quantization._quantize import fake_quantize as fake_quantize
 from jaxcompress.quantization._quantize import fixed_point as fixed_point
 from jaxcompress.quantization._quantize import quantize as quantize
+from jaxcompress.quantization._range_search import BEST_RANGES as BEST_RANGES
 from jaxcompress.quantization._range_search import RangeSearch as RangeSearch
-from jaxcompress.quantization._reconstruct import BEST_RANGES as BEST_RANGES
 from jaxcompress.quantization._reconstruct import reconstruct as reconstruct
 from jaxcompress.quantization._round_to_nearest import quantize_array as quantize_array
 from jaxcompress.quantization._round_to_nearest import store_codes as store_codes

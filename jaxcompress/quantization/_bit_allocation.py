@@ -72,7 +72,7 @@ def fisher_sensitivity(
         >>> fisher = {"a": jnp.ones((2, 1)), "b": 9 * jnp.ones((2, 1))}
         >>> found = fisher_sensitivity(params, fisher, [QuantSpec(bits=2), QuantSpec(bits=8)])
         >>> found.losses["a"].round(3).tolist(), found.losses["b"].round(3).tolist()
-        ([0.045, 0.0], [0.405, 0.0])
+        ([0.101, 0.0], [0.905, 0.0])
     """
 
     def loss(path: str, weight: jax.Array, leaf: QuantizedArray) -> float:
@@ -115,7 +115,7 @@ def measured_sensitivity(
         ...     return jnp.sum((p["a"] - params["a"]) ** 2) + 9 * jnp.sum((p["b"] - params["b"]) ** 2)
         >>> found = measured_sensitivity(loss, params, [0.0], [QuantSpec(bits=2), QuantSpec(bits=8)])
         >>> found.losses["a"].round(2).tolist(), found.losses["b"].round(2).tolist()
-        ([0.09, 0.0], [0.81, 0.0])
+        ([0.2, 0.0], [1.81, 0.0])
     """
     if not batches:
         raise ValueError("`batches` is empty: sensitivities need at least one batch.")

@@ -43,7 +43,7 @@ def fake_quantize_array(
     Example:
         >>> from jaxcompress.trace import LeafLayout
         >>> layout = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
-        >>> fake_quantize_array(jnp.array([[7.0, 0.5], [-3.2, -3.5]]), QuantSpec(bits=4), layout)
+        >>> fake_quantize_array(jnp.array([[7.0, 0.5], [-3.2, -3.5]]), QuantSpec(bits=4, convention="narrow"), layout)
         Array([[ 7. ,  0.5],
                [-3. , -3.5]], dtype=float32)
     """

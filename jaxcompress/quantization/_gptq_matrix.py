@@ -116,7 +116,7 @@ def refined(
 ) -> tuple[Float32[Array, "D R"], Array]:
     """Least-squares scales for the codes, then coordinate descent of the codes, in turn; no output gets worse.
 
-    Scales that are shared by several outputs stay as they are.
+    Scales that are shared by several outputs, and those that the format fixes, stay as they are.
 
     Args:
         weights: weights that can be stored with these scales.
@@ -128,6 +128,7 @@ def refined(
         rounds: how often.
     """
     depth, width = weights.shape
+    fits = scale.shape[1] == width and spec.format != "fixed_point"
 
     def loss(weights: Any) -> Any:
         gap = weights - targets
@@ -136,7 +137,7 @@ def refined(
     def turn(state: Any, _: Any) -> Any:
         weights, scale, before = state
         fitted, start = scale, weights
-        if scale.shape[1] == width:
+        if fits:
             values = values_of(weights, scale, zero_point, spec)
             found = least_squares_scales(values, targets, hessian, scale.astype(jnp.float32))
             usable = jnp.isfinite(found) & (found > jnp.finfo(jnp.float32).tiny)
@@ -145,7 +146,7 @@ def refined(
         start = coordinate_descent(start, targets, hessian, _round_input(fitted, zero_point, depth, spec))
         after = loss(start)
         better = after < before
-        scale = jnp.where(better[None] if scale.shape[1] == width else True, fitted, scale)
+        scale = jnp.where(better[None] if fits else True, fitted, scale)
         return (jnp.where(better[None], start, weights), scale, jnp.where(better, after, before)), None
 
     (weights, scale, _), _ = jax.lax.scan(turn, (weights, scale, loss(weights)), length=rounds)

@@ -102,7 +102,7 @@ def quantize_inputs(
 
     Example:
         >>> import jaxcompress as jc
-        >>> params = quantize_inputs({"kernel": jnp.eye(2)}, QuantSpec(bits=2))
+        >>> params = quantize_inputs({"kernel": jnp.eye(2)}, QuantSpec(bits=2, convention="narrow"))
         >>> jc.execute(lambda p, x: x @ p["kernel"])(params, jnp.array([[4.0, 1.0], [1.0, 0.9]]))
         Array([[4., 0.],
                [1., 1.]], dtype=float32)

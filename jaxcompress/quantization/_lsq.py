@@ -67,7 +67,7 @@ def lsq(
     Example:
         >>> import jax
         >>> params = {"kernel": jnp.array([[0.7], [-0.32]])}
-        >>> transform = lsq(QuantSpec(bits=4))
+        >>> transform = lsq(QuantSpec(bits=4, convention="narrow"))
         >>> state = transform.init(params, key=jax.random.key(0))
         >>> state.trainable.scale["kernel"], transform.apply(params, state)["kernel"].tolist()
         (Array([[0.1]], dtype=float32), [[0.699999988079071], [-0.30000001192092896]])

@@ -87,7 +87,7 @@ def fake_quantize(
         ValueError: as `quantize`, but for NaN and Inf, which spread over their block.
 
     Example:
-        >>> fake_quantize({"kernel": jnp.array([[7.0], [-3.2]])}, QuantSpec(bits=4))["kernel"]
+        >>> fake_quantize({"kernel": jnp.array([[7.0], [-3.2]])}, QuantSpec(bits=4, convention="narrow"))["kernel"]
         Array([[ 7.], [-3.]], dtype=float32)
     """
     return _map_weights(

@@ -27,7 +27,8 @@ class RangeSearch:
         shrink: the range is cut by less than this.
         norm: 2 for squares; GPTQ's code uses 2.4.
         weighted: m is the mean square of the weight's input (where statistics are at hand), else 1.
-        two_sided: both ends of the range have shares of their own: steps² ranges. Only asymmetric codes gain.
+        two_sided: both ends of the range have shares of their own: steps² ranges. Symmetric codes, whose range has one
+            end only, get 2 steps instead.
 
     Raises:
         ValueError: an attribute is out of range.
@@ -54,6 +55,10 @@ class RangeSearch:
             )
 
 
+BEST_RANGES = RangeSearch(steps=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
+"""Both ends of every range, weighted by the inputs."""
+
+
 def searched_scales(
     w: Float[Array, "D R"],
     spec: QuantSpec,
@@ -75,9 +80,11 @@ def searched_scales(
     """
     if search is None or spec.bits == 1:
         return block_scales(w, spec, layout)
-    shares = 1 - search.shrink * jnp.arange(search.steps) / search.steps
+    both = search.two_sided and not spec.symmetric
+    steps = search.steps * (2 if search.two_sided and not both else 1)
+    shares = 1 - search.shrink * jnp.arange(steps) / steps
     pairs = jnp.stack([shares, shares], axis=1)
-    if search.two_sided:
+    if both:
         pairs = jnp.stack(jnp.meshgrid(shares, shares, indexing="ij"), axis=-1).reshape(-1, 2)
 
     def attempt(pair: Any) -> Any:

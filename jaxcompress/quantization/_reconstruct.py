@@ -32,7 +32,7 @@ from jaxcompress.calibration import (
 )
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress.quantization._leaf_matrix import check_blocks, plain_kernels, stored, with_new_leaves
-from jaxcompress.quantization._range_search import RangeSearch
+from jaxcompress.quantization._range_search import BEST_RANGES, RangeSearch
 from jaxcompress.quantization._round_to_nearest import quantize_array
 from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
@@ -42,9 +42,6 @@ from jaxcompress.types import Params, Selector
 
 Targets = Literal["dense", "weights"]
 """What a kernel comes close to: what the dense model writes, or its own weights on the inputs that it gets."""
-
-BEST_RANGES = RangeSearch(steps=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
-"""Both ends of every range, weighted by the inputs."""
 
 
 def reconstruct(

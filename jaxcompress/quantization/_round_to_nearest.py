@@ -52,7 +52,7 @@ def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, la
     Example:
         >>> from jaxcompress.trace import LeafLayout
         >>> layout = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
-        >>> leaf = quantize_array(jnp.array([[7.0, 0.5], [-3.2, -3.5]]), QuantSpec(bits=4), layout)
+        >>> leaf = quantize_array(jnp.array([[7.0, 0.5], [-3.2, -3.5]]), QuantSpec(bits=4, convention="narrow"), layout)
         >>> leaf.codes(), leaf.scale
         (Array([[ 7,  1],
                [-3, -7]], dtype=int8), Array([[1. , 0.5]], dtype=float32))

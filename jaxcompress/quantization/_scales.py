@@ -55,7 +55,7 @@ def block_scales(
     Example:
         >>> from jaxcompress.trace import LeafLayout
         >>> layout = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
-        >>> block_scales(jnp.array([[7.0, 0.5], [-3.0, -3.5]]), QuantSpec(bits=4), layout)
+        >>> block_scales(jnp.array([[7.0, 0.5], [-3.0, -3.5]]), QuantSpec(bits=4, convention="narrow"), layout)
         (Array([[1. , 0.5]], dtype=float32), None)
     """
     shape = scale_shape(w.shape, spec, layout)

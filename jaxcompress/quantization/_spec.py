@@ -47,7 +47,8 @@ class QuantSpec:
             scales cost one bit per weight, bfloat16 half a bit, e8m0 (powers of two) a quarter.
         convention: of symmetric codes. "narrow": scale = max|w| / (2^(b-1) - 1), codes in ±(2^(b-1) - 1), so that
             q(-w) = -q(w). "full": scale = max|w| / (2^(b-1) - 1/2), codes in [-2^(b-1), 2^(b-1) - 1], as in GPTQ,
-            compressed-tensors and qwix.
+            compressed-tensors and qwix. By default "full" below 8 bits, where the code that "narrow" leaves out costs
+            much (one of four at 2 bits), and "narrow" at 8.
         range_rule: how the range of a block is found. "min-max": its extreme values. "percentile": the `percentile` of
             |w| (symmetric), or that of both signs. "mse": the extreme values times the factor among 1, 0.99, ..., 0.21
             of least error Σ|w - q(w)|^`error_norm`. "entropy": of inputs only, see `input_ranges`.
@@ -59,6 +60,8 @@ class QuantSpec:
 
     Example:
         >>> QuantSpec(bits=4, group_size=32).code_range
+        (-8, 7)
+        >>> QuantSpec(bits=4, convention="narrow").code_range
         (-7, 7)
         >>> mx = QuantSpec(format="mxfp4")
         >>> mx.bits, mx.group_size, mx.scale_dtype
@@ -79,7 +82,7 @@ class QuantSpec:
     symmetric: bool = True
     per_tensor: bool = False
     scale_dtype: ScaleDtype = "float32"
-    convention: Convention = "narrow"
+    convention: Convention | None = None
     format: Format = "int"
     group_outputs: int = 1
     partial_groups: bool = False
@@ -89,7 +92,7 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         for name, literal in _NAMES.items():
-            if getattr(self, name) not in get_args(literal):
+            if getattr(self, name) not in get_args(literal) and (name, self.convention) != ("convention", None):
                 raise ValueError(f"`{name}` must be one of {get_args(literal)}, got {getattr(self, name)!r}.")
         self._complete()
         _check_bits(self)
@@ -111,6 +114,10 @@ class QuantSpec:
                 object.__setattr__(self, "scale_dtype", "e8m0")
             if self.group_size is None and not self.per_tensor:
                 object.__setattr__(self, "group_size", 32)
+        if self.convention is None:
+            few = isinstance(self.bits, int) and 1 < self.bits < 8
+            full = few and self.symmetric and self.format == "int"
+            object.__setattr__(self, "convention", "full" if full else "narrow")
 
     @property
     def signed(self) -> bool:

@@ -72,7 +72,8 @@ def counted_leaves(
 def nearest_table(table: Table, spec: QuantSpec, ranges: RangeSearch | None) -> tuple[Any, RoundingInfo]:
     """Rounds a table to nearest; scales that several rows share suit the rows that are looked up most.
 
-    Rows that were never looked up count as if they had been once.
+    Rows that were never looked up count a thousandth of a look-up: enough for a search of their own scales, too little
+    to spoil those that they share.
 
     Args:
         table: the leaf.
@@ -89,7 +90,7 @@ def nearest_table(table: Table, spec: QuantSpec, ranges: RangeSearch | None) -> 
 
 @functools.partial(jax.jit, static_argnames=("spec", "ranges"))
 def _nearest(w: Float32[Array, "D R"], counts: Float[Array, " R"], spec: QuantSpec, ranges: RangeSearch | None) -> Any:
-    scale, zero_point = searched_scales(w, spec, MATRIX, ranges, jnp.where(counts > 0, counts, 1.0)[None])
+    scale, zero_point = searched_scales(w, spec, MATRIX, ranges, jnp.where(counts > 0, counts, 1e-3)[None])
     plain = searched_scales(w, spec, MATRIX, None)
     total = jnp.sum(counts * jnp.square(w).sum(axis=0))
 

@@ -49,7 +49,7 @@ def quantization_aware(
     Example:
         >>> from jaxcompress.types import TransformState
         >>> params, state = {"kernel": jnp.array([[7.0], [-3.2]])}, TransformState((), ())
-        >>> transform = quantization_aware(QuantSpec(bits=4))
+        >>> transform = quantization_aware(QuantSpec(bits=4, convention="narrow"))
         >>> transform.apply(params, state)["kernel"]
         Array([[ 7.], [-3.]], dtype=float32)
         >>> transform.finalize(params, state)["kernel"].codes()

@@ -80,7 +80,7 @@ class QuantizeStep:
     group_size: int | None = None
     symmetric: bool = True
     scale_dtype: Literal["float32", "bfloat16", "e8m0"] = "bfloat16"
-    convention: Literal["narrow", "full"] = "narrow"
+    convention: Literal["narrow", "full"] | None = None
 
     def __post_init__(self) -> None:
         """Checks the options."""

@@ -143,7 +143,7 @@ def test_factors_of_what_was_not_seen_are_those_of_the_weights():
     _check(info)
 
 
-def test_rows_of_tables_that_were_never_looked_up_share_a_scale_with_the_others():
+def test_rows_of_tables_that_were_never_looked_up_get_the_best_scales_of_their_own():
     table = {"t": jnp.asarray(W[0], jnp.float32)}
     lookup = {"t": LeafLayout(kind="lookup", input_axes=(1,), output_axes=(0,))}
     search = quantization.RangeSearch(norm=2.0, weighted=True)

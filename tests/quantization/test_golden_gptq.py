@@ -29,6 +29,7 @@ def test_equal_to_the_reference(case):
         order=order,
         groups=groups,
         ranges=RangeSearch(steps=80, shrink=0.8, norm=2.4) if mse else None,
+        refine=0,
         block_size=block,
         unseen="zero",
     )

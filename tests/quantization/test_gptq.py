@@ -17,7 +17,8 @@ from jaxcompress.trace import LeafLayout
 
 RNG = np.random.default_rng(0)
 DEPTH, WIDTH = 12, 5
-SPEC = QuantSpec(bits=3, group_size=4, symmetric=False, convention="full")
+SPEC = QuantSpec(bits=3, group_size=4, symmetric=False)
+PUBLISHED = {"ranges": None, "refine": 0}
 X = RNG.normal(size=(60, DEPTH)) @ (RNG.normal(size=(DEPTH, DEPTH)) / np.sqrt(DEPTH) + 0.5)
 W = RNG.normal(size=(DEPTH, WIDTH))
 
@@ -55,7 +56,7 @@ def _by_hand(w, gram, spec, damping=0.01):
 
 
 def test_weights_and_errors_are_those_of_the_algorithm():
-    found, info = gptq(PARAMS, STATISTICS, SPEC)
+    found, info = gptq(PARAMS, STATISTICS, SPEC, **PUBLISHED)
     expected = _by_hand(W, X.T @ X, SPEC)
     np.testing.assert_allclose(found["kernel"].materialize(), expected, rtol=1e-4, atol=1e-5)
     nearest = quantization.quantize({"kernel": PARAMS["kernel"]}, SPEC)["kernel"].materialize()
@@ -75,7 +76,7 @@ def test_no_float_weights_are_left():
 def test_refining_and_better_ranges_lower_the_error():
     search = RangeSearch(steps=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
     errors = [
-        gptq(PARAMS, STATISTICS, SPEC, **options)[1]["kernel"].error
+        gptq(PARAMS, STATISTICS, SPEC, **PUBLISHED | options)[1]["kernel"].error
         for options in ({}, {"refine": 3}, {"ranges": search, "refine": 3})
     ]
     assert errors[0] > errors[1]
@@ -89,12 +90,18 @@ def test_updated_groups_weigh_their_ranges_by_their_own_inputs():
     search = RangeSearch(steps=20, shrink=0.8, norm=2.0, weighted=True)
     params = {"kernel": PARAMS["kernel"]}
     for spec in (SPEC, dataclasses.replace(SPEC, symmetric=True)):
-        options = {"order": "natural", "ranges": search}
+        options = {"order": "natural", "ranges": search, "refine": 0}
         updated, static = (
             gptq(params, statistics, spec, groups=g, **options)[0]["kernel"] for g in ("updated", "static")
         )
         plain, _ = gptq(
-            params, statistics, spec, groups="updated", order="natural", ranges=RangeSearch(norm=2.0, steps=20)
+            params,
+            statistics,
+            spec,
+            groups="updated",
+            order="natural",
+            ranges=RangeSearch(norm=2.0, steps=20),
+            refine=0,
         )
         np.testing.assert_array_equal(updated.codes(), static.codes())
         np.testing.assert_array_equal(updated.scale, static.scale)
@@ -102,15 +109,15 @@ def test_updated_groups_weigh_their_ranges_by_their_own_inputs():
 
 
 def test_any_layout_gives_the_same_codes():
-    expected, _ = gptq({"kernel": PARAMS["kernel"]}, {"kernel": STATISTICS["kernel"]}, SPEC)
+    expected, _ = gptq({"kernel": PARAMS["kernel"]}, {"kernel": STATISTICS["kernel"]}, SPEC, **PUBLISHED)
     out_in = LeafLayout(kind="matmul", input_axes=(1,), output_axes=(0,))
-    turned, _ = gptq({"w": PARAMS["kernel"].T}, {"w": STATISTICS["kernel"]}, SPEC, layouts={"w": out_in})
+    turned, _ = gptq({"w": PARAMS["kernel"].T}, {"w": STATISTICS["kernel"]}, SPEC, layouts={"w": out_in}, **PUBLISHED)
     np.testing.assert_array_equal(turned["w"].codes(), np.asarray(expected["kernel"].codes()).T)
     # Two input axes, two output axes, between them a stack of two; groups of 4 run along the second input axis.
     stacked = np.stack([W.reshape(3, 4, WIDTH), 2 * W.reshape(3, 4, WIDTH)], axis=2)[..., None]
     layout = LeafLayout(kind="matmul", stack_axes=(2,), input_axes=(0, 1), output_axes=(3, 4))
     both = jax.tree.map(lambda part: jnp.stack([part, part]), STATISTICS["kernel"])
-    found, _ = gptq({"w": jnp.asarray(stacked, jnp.float32)}, {"w": both}, SPEC, layouts={"w": layout})
+    found, _ = gptq({"w": jnp.asarray(stacked, jnp.float32)}, {"w": both}, SPEC, layouts={"w": layout}, **PUBLISHED)
     for entry in (0, 1):
         got = np.asarray(found["w"].materialize())[:, :, entry].reshape(DEPTH, WIDTH)
         np.testing.assert_allclose(got, (1 + entry) * expected["kernel"].materialize(), rtol=1e-5, atol=1e-6)
@@ -168,8 +175,8 @@ def test_equal_on_one_and_on_eight_devices():
     placed = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(None, "model")))
     statistics = {"kernel": STATISTICS["kernel"]}
     everywhere = jax.device_put(statistics, NamedSharding(mesh, PartitionSpec()))
-    expected, _ = gptq({"kernel": kernel}, statistics, SPEC)
-    found, _ = gptq({"kernel": placed}, everywhere, SPEC)
+    expected, _ = gptq({"kernel": kernel}, statistics, SPEC, **PUBLISHED)
+    found, _ = gptq({"kernel": placed}, everywhere, SPEC, **PUBLISHED)
     np.testing.assert_array_equal(found["kernel"].codes(), expected["kernel"].codes())
 
 
@@ -192,7 +199,7 @@ def test_targets_that_undo_earlier_errors_come_closer_to_the_dense_model():
     params, rows = _layers(), jnp.asarray(RNG.normal(size=(400, 12)), jnp.float32)
     spec = dataclasses.replace(SPEC, bits=2)
     wanted = _two_layers(params, rows)
-    published = {"targets": "weights", "bias": False, "ranges": None, "refine": 0}
+    published = {"targets": "weights", "bias": False, **PUBLISHED}
     gaps = []
     for options in (published, {"ridge": 0.01}):
         found, info = reconstruct(_two_layers, params, [(rows[:200],), (rows[200:],)], spec, **options)
@@ -203,7 +210,7 @@ def test_targets_that_undo_earlier_errors_come_closer_to_the_dense_model():
     alone = {"up": params["up"]}
     statistics = input_statistics(lambda p, x: x @ p["up"], alone, [(rows,)])
     first = reconstruct(_two_layers, params, [(rows,)], spec, **published)[0]["up"]
-    np.testing.assert_array_equal(gptq(alone, statistics, spec)[0]["up"].codes(), first.codes())
+    np.testing.assert_array_equal(gptq(alone, statistics, spec, **PUBLISHED)[0]["up"].codes(), first.codes())
 
 
 def test_reconstruction_names_what_it_cannot_do():
@@ -238,3 +245,62 @@ def test_descent_and_scales_against_float64():
             columns[4 * g : 4 * g + 4, g] = values[4 * g : 4 * g + 4, r]
         best = np.linalg.lstsq(X @ columns, X @ W[:, r], rcond=None)[0]
         np.testing.assert_allclose(scales[:, r], best, rtol=2e-3)
+
+
+def _correlated(seed, depth=128, width=16):
+    """Inputs that share a direction, and weights with heavy tails."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(512, depth)) @ (rng.normal(size=(depth, depth)) / np.sqrt(depth) + 0.5)
+    return rows, rng.standard_t(4, size=(depth, width))
+
+
+def _as_published(w, gram, bits, group=32, damping=0.01):
+    """The defaults of llm-compressor: scales of max|w| / (2^b - 1) / 2, all codes, inputs by energy, static groups."""
+    hessian = gram + damping * np.diag(gram).mean() * np.eye(len(gram))
+    order = np.argsort(-np.diag(gram), kind="stable")
+    upper = np.linalg.cholesky(np.linalg.inv(hessian[np.ix_(order, order)])).T
+    scale = np.abs(w.reshape(-1, group, w.shape[1])).max(1) / (2 ** (bits - 1) - 0.5)
+    left, found = w[order].copy(), np.zeros_like(w)
+    for i, at in enumerate(order):
+        own = scale[at // group]
+        found[at] = np.clip(np.round(left[i] / own), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * own
+        left[i:] -= upper[i, i:][:, None] * ((left[i] - found[at]) / upper[i, i])[None]
+    return found
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "asymmetric"), [(4, 0.88, 0.7), (3, 0.86, 0.7), (2, 0.7, 0.58)])
+def test_the_defaults_lose_less_than_those_of_the_public_tools(bits, symmetric, asymmetric):
+    ratios = []
+    for seed in range(2):
+        rows, weights = _correlated(seed)
+        lost = _error(_as_published(weights, rows.T @ rows, bits), rows, weights)
+        params, statistics = {"kernel": jnp.asarray(weights, jnp.float32)}, {"kernel": _statistics(rows)}
+        specs = [QuantSpec(bits=bits, group_size=32, symmetric=s) for s in (True, False)]
+        found = [gptq(params, statistics, spec)[0]["kernel"].materialize() for spec in specs]
+        ratios.append([_error(values, rows, weights) / lost for values in found])
+    means = np.mean(ratios, axis=0)
+    assert means[0] < symmetric, ratios
+    assert means[1] < asymmetric, ratios
+
+
+def test_block_by_block_beats_the_statistics_of_the_dense_model():
+    rng, depth = np.random.default_rng(0), 16
+    shape = (4, depth, depth)
+    params = {name: jnp.asarray(rng.normal(size=shape) / np.sqrt(depth), jnp.float32) for name in ("up", "down")}
+
+    def apply(params, x):
+        def layer(x, w):
+            return x + jnp.tanh(x @ w["up"]) @ w["down"], None
+
+        return jax.lax.scan(layer, x, params)[0]
+
+    mixing = rng.normal(size=(depth, depth)) / np.sqrt(depth) + 0.2
+    x, held_out = (jnp.asarray(rng.normal(size=(256, depth)) @ mixing, jnp.float32) for _ in range(2))
+    spec = QuantSpec(bits=2, group_size=8)
+    layouts = jc.trace.layouts(apply, params, x)
+    plain, _ = gptq(params, input_statistics(apply, params, [(x,)]), spec, layouts=layouts)
+    found, info = quantization.gptq_sequential(apply, params, [(x,)], spec)
+    assert set(info) == {f"{name}[{i}]" for name in params for i in range(4)}
+    for rows in (x, held_out):
+        gaps = [float(jnp.linalg.norm(apply(jc.materialize(p), rows) - apply(params, rows))) for p in (plain, found)]
+        assert gaps[1] < 0.85 * gaps[0]

@@ -54,7 +54,7 @@ def values():
 
 @functools.cache
 def ranges(rule, symmetric=True, **options):
-    spec = QuantSpec(bits=4, per_tensor=True, symmetric=symmetric, range_rule=rule, **options)
+    spec = QuantSpec(bits=4, per_tensor=True, symmetric=symmetric, convention="narrow", range_rule=rule, **options)
     return input_ranges(apply, params(), batches(), spec)["first"], spec
 
 

@@ -38,7 +38,8 @@ def test_wrong_types_are_named(settings, message):
 def test_code_ranges(bits):
     half = 2 ** (bits - 1)
     if bits > 1:
-        assert QuantSpec(bits=bits).code_range == (1 - half, half - 1)
+        assert QuantSpec(bits=bits, convention="narrow").code_range == (1 - half, half - 1)
+        assert QuantSpec(bits=bits).code_range == (1 - half if bits == 8 else -half, half - 1)
         assert QuantSpec(bits=bits, convention="full").code_range == (-half, half - 1)
     assert QuantSpec(bits=bits, symmetric=False).code_range == (0, 2 * half - 1)
     assert QuantSpec(bits=bits).signed == (bits > 1)
