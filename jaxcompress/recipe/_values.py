@@ -70,6 +70,9 @@ def _check_number(name: str, value: int | float) -> None:
 
 def _value(name: str, hint: Any, value: Any) -> Any:
     kinds = typing.get_args(hint) or (hint,)
+    if typing.get_origin(kinds[0]) is Literal:
+        # A choice that may be left out; a file cannot say None.
+        return _value(name, kinds[0], value)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"`{name}` must be a list, such as [32, 64], found {value!r}.")
