@@ -71,7 +71,7 @@ def reference(w, axis, group, spec):
 )
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_last_group_is_shorter(shape, layout, axis, group, blocks, symmetric):
-    spec = QuantSpec(bits=4, group_size=8, partial_groups=True, symmetric=symmetric)
+    spec = QuantSpec(bits=4, group_size=8, partial_groups=True, symmetric=symmetric, convention="narrow")
     w = weights(*shape)
     leaf = quantize_array(w, spec, layout)
     validate_array(leaf)
