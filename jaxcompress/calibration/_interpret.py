@@ -6,6 +6,7 @@ for a backward pass, and maxima are as easy as sums.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.calibration._control_flow import CONTROL
-from jaxcompress.calibration._rows import Rows, check_mask, row_weights, rows_of_conv, rows_of_dot
+from jaxcompress.calibration._rows import (
+    Rows,
+    check_mask,
+    members,
+    row_weights,
+    rows_of_conv,
+    rows_of_dot,
+    rows_of_ragged,
+)
 from jaxcompress.calibration._statistics import (
     InputStatistics,
     LookupCounts,
@@ -24,7 +33,7 @@ from jaxcompress.calibration._statistics import (
 )
 from jaxcompress.calibration._values import ALL, NONE, Tap, Totals, Use, Value, as_value, bind
 from jaxcompress.meshes import on_auto_axes_as
-from jaxcompress.trace import Body, Facts, Origin, called_body, entries, follow, walk
+from jaxcompress.trace import Body, Facts, Origin, called_body, entries, follow, is_by_expert, walk
 
 
 @dataclasses.dataclass
@@ -94,23 +103,28 @@ class Interpreter:
     def gather(self, origin: Origin, rows: Rows, other: Value, matrices: Callable[[], list[jax.Array]]) -> None:
         """Adds the rows that a leaf multiplies to its sums."""
         tap = self.taps[origin.leaf]
+        if self.mask is not None and rows.sizes is not None:
+            raise ValueError("its rows are in the order of the experts: which of them `row_mask` means is not known")
         check_mask(self.mask, rows.row_shape)
         signature = rows.signature and (rows.signature, tap.layout.stack_axes)
         self.note(Use(origin.leaf, self.place, signature, rows, other.identity))
         if tap.group is None or self.place in tap.skipped:
             return
 
-        def add(total: InputStatistics, mask: Any, offset: Any, only: Any, factors: Any, streams: Any) -> Any:
+        def add(total: Any, mask: Any, offset: Any, only: Any, factors: Any, streams: Any, sizes: Any) -> Any:
             weights = row_weights(mask, rows.row_shape)
             found = [rows.matrix(jnp.asarray(x), factors, stream) for stream, x in enumerate(streams)]
-            more = statistics_of(found[-1], weights, total, dense=found[0])
-            flat = jax.tree.map(
-                lambda part: part.reshape(len(rows.entries), *part.shape[len(rows.stack_shape) :]), more
-            )
+            if sizes is None:
+                more, stacked = statistics_of(found[-1], weights, total, dense=found[0]), len(rows.stack_shape)
+            else:
+                # One after another: a copy of the rows for each expert would take that many times their memory.
+                runs = members(sizes, math.prod(rows.row_shape))
+                more, stacked = jax.lax.map(lambda w: statistics_of(found[-1], w, total, dense=found[0]), runs), 1
+            flat = jax.tree.map(lambda part: part.reshape(len(rows.entries), *part.shape[stacked:]), more)
             return add_at(total, flat, rows.entries, offset, only)
 
         def added(total: InputStatistics, only: Any) -> InputStatistics:
-            traced = self.mask, rows.offset, only, [scale.arrays for scale in rows.scales], matrices()
+            traced = self.mask, rows.offset, only, [scale.arrays for scale in rows.scales], matrices(), rows.sizes
             return on_auto_axes_as([], add, total, *traced)
 
         self._add(tap.group, rows, added)
@@ -177,6 +191,17 @@ def _conv(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
     return _made(eqn, values)
 
 
+def _ragged_dot(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
+    x, leaf, sizes = values[:3]
+    for origin in leaf.origins if is_by_expert(eqn) else ():
+        with run.tapping(origin.leaf):
+            layout = run.taps[origin.leaf].layout
+            rows = rows_of_ragged(eqn.params, eqn.invars[0].aval.shape, origin, layout, sizes.last)
+            run.gather(origin, rows, x, lambda: list(x.streams))
+    run.lose([x] if is_by_expert(eqn) else values, "it goes into a ragged matmul, but not as a stack of experts")
+    return _made(eqn, values)
+
+
 def _made(eqn: Any, values: list[Value]) -> list[Value]:
     facts = Facts(data=any(value.facts.data for value in values))
     return [dataclasses.replace(value, facts=facts) for value in bind(eqn, values)]
@@ -205,6 +230,7 @@ def _gather(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value] | No
 _HANDLERS: dict[str, Callable[[Interpreter, Any, list[Value]], list[Value] | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged_dot,
     "gather": _gather,
     **CONTROL,
 }

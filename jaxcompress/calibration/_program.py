@@ -103,6 +103,9 @@ def build(
         if number in _chosen(params, found, select)
     }
     refused = {number: _idle(tap.layout) for number, tap in chosen.items() if not tap.layout.is_weight}
+    if "histogram" in statistics:
+        grouped = {number for number, tap in chosen.items() if tap.layout.groups > 1}
+        refused |= dict.fromkeys(grouped, "the groups of its convolution have no histogram in common")
     model = _Model(apply, treedef, tuple(leaf for _, leaf in leaves))
     uses = _uses(model, inputs, {n: tap for n, tap in chosen.items() if n not in refused}, row_mask, refused)
     skipped = repeated_uses(uses, refused)
@@ -220,7 +223,8 @@ def _groups(
 
 
 def _stack_shape(leaf: Any, tap: Tap) -> tuple[int, ...]:
-    return tuple(leaf.shape[axis] for axis in tap.layout.stack_axes)
+    sizes = tuple(leaf.shape[axis] for axis in tap.layout.stack_axes)
+    return sizes if tap.layout.groups == 1 else (*sizes, tap.layout.groups)
 
 
 def _empty(leaf: Any, tap: Tap, statistics: Sequence[Statistic], cross: bool) -> Statistics:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float32, Int, Shaped
 
 from jaxcompress.trace import LeafLayout, Origin, Roles, entries, roles
 
@@ -29,6 +29,7 @@ class Rows:
         when: traced conditions under which all this happens.
         outputs: which of the leaf's outputs it makes; None: all.
         scales: what multiplies the operand.
+        sizes: of a ragged matmul: how many of the rows, one after another, each of `entries` gets; None: all of them.
     """
 
     permutation: tuple[int, ...]
@@ -41,6 +42,7 @@ class Rows:
     when: tuple[Any, ...]
     outputs: Bool[np.ndarray, " R"] | None
     scales: "tuple[Scale, ...]"
+    sizes: Any = None
 
     @property
     def offset(self) -> Any:
@@ -63,7 +65,16 @@ class Rows:
             return None
         own = None if self.features is None else self.features.tobytes()
         moving = tuple((stride, Same(steps)) for stride, steps in self.moving)
-        return self.permutation, self.stack_shape, self.row_shape, self.width, own, self.entries.tobytes(), moving
+        return (
+            self.permutation,
+            self.stack_shape,
+            self.row_shape,
+            self.width,
+            own,
+            self.entries.tobytes(),
+            moving,
+            Same(self.sizes),
+        )
 
     def matrix(self, x: Shaped[Array, "..."], factors: Sequence[Any] = (), stream: int = 0) -> Shaped[Array, "..."]:
         """The rows as one matrix for each stack entry; `factors` are the arrays of the scales."""
@@ -143,12 +154,18 @@ def rows_of_conv(
 ) -> tuple[Shaped[Array, "..."], Rows]:
     """The patches that a convolution multiplies by its kernel, and how to flatten them.
 
+    The groups of a grouped convolution come as the last stack axis.
+
     Raises:
-        ValueError: a grouped convolution.
+        ValueError: the leaf has other groups elsewhere, or its outputs are not in the order of the groups; the batch is
+            grouped.
     """
-    groups = {name: parameters[name] for name in ("feature_group_count", "batch_group_count")}
-    if any(count != 1 for count in groups.values()):
-        raise ValueError(f"Inputs of grouped convolutions are not gathered, got {groups}; exclude the leaf.")
+    groups = parameters["feature_group_count"]
+    if parameters["batch_group_count"] != 1 or groups != layout.groups:
+        raise ValueError(
+            f"it is convolved in {groups} groups of channels, {parameters['batch_group_count']} of the batch, and "
+            f"elsewhere in {layout.groups} groups of channels"
+        )
     numbers = parameters["dimension_numbers"]
     in_axes = numbers.rhs_spec[1:]
     patches = jax.lax.conv_general_dilated_patches(
@@ -161,9 +178,65 @@ def rows_of_conv(
         precision=jax.lax.Precision.HIGHEST,
     )
     # The channels of a patch run over (input channel, window...), the order of `in_axes`.
-    windows = patches.reshape(patches.shape[0], *(kernel[axis] for axis in in_axes), *patches.shape[2:])
+    windows = patches.reshape(patches.shape[0], groups, *(kernel[axis] for axis in in_axes), *patches.shape[2:])
     summed = list(zip(in_axes, range(1, 1 + len(in_axes)), strict=True))
-    return windows, _rows(origin, layout, windows.shape, summed, [])
+    rows = _rows(origin, layout, windows[:, 0].shape, summed, [])
+    if groups == 1:
+        return windows[:, 0], rows
+    made = entries(origin, [numbers.rhs_spec[0]], layout.output_axes)
+    if not np.array_equal(made, np.arange(len(made))) or rows.outputs is not None or rows.scales:
+        raise ValueError("its outputs are split, re-ordered or scaled before a convolution in groups")
+    return windows, _of_groups(rows, groups)
+
+
+def _of_groups(rows: Rows, groups: int) -> Rows:
+    """The rows of one group as those of all; the operand has one more axis, the second one, for them."""
+    own = np.where(rows.entries[:, None] < 0, -1, rows.entries[:, None] * groups + np.arange(groups))
+    return dataclasses.replace(
+        rows,
+        permutation=(1, *(axis + (axis > 0) for axis in rows.permutation)),
+        stack_shape=(groups, *rows.stack_shape),
+        entries=own.reshape(-1),
+        moving=tuple((stride * groups, steps) for stride, steps in rows.moving),
+    )
+
+
+def rows_of_ragged(
+    parameters: Mapping[str, Any], shape: Sequence[int], origin: Origin, layout: LeafLayout, sizes: Any
+) -> Rows:
+    """The rows of a ragged matmul: each stack entry multiplies a run of them.
+
+    Args:
+        parameters: of the equation.
+        shape: of the operand with the rows.
+        origin: of the leaf's operand.
+        layout: of the leaf.
+        sizes: lengths of the runs.
+
+    Raises:
+        ValueError: as for `rows_of_dot`; the runs do not belong to stack entries; the leaf is scaled.
+    """
+    numbers = parameters["ragged_dot_dimension_numbers"]
+    left, right = numbers.dot_dimension_numbers[0]
+    (stack,) = numbers.rhs_group_dimensions
+    # As if each entry had an operand of its own, along a new first axis.
+    summed = [(own, other + 1) for own, other in zip(right, left, strict=True)]
+    found = _rows(origin, layout, (origin.axes[stack].size, *shape), summed, [(stack, 0)])
+    if not found.stack_shape or found.scales:
+        raise ValueError("the parts of a ragged matmul do not multiply stack entries of it, or it is scaled before")
+    permutation = tuple(axis - 1 for axis in found.permutation[1:])
+    return dataclasses.replace(found, permutation=permutation, stack_shape=(), row_shape=found.row_shape, sizes=sizes)
+
+
+def members(sizes: Int[Array, " E"], rows: int) -> Float32[Array, "E N"]:
+    """Which rows are whose: 1 along runs of the given lengths, one after another; what is left is nobody's.
+
+    Example:
+        >>> members(jnp.array([2, 0, 1]), 4).tolist()
+        [[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
+    """
+    ends, place = jnp.cumsum(sizes)[:, None], jnp.arange(rows)[None]
+    return ((place < ends) & (place >= ends - sizes[:, None])).astype(jnp.float32)
 
 
 def row_weights(mask: Any, row_shape: tuple[int, ...]) -> Array | None:

@@ -148,7 +148,7 @@ def _turns(program: Program) -> list[_Turn]:
     turns = []
     for number, group in enumerate(program.groups):
         layout, leaf = program.layouts[group.leaves[0]], program.leaves[group.leaves[0]][1]
-        if None not in group.place or len(layout.stack_axes) != 1:
+        if None not in group.place or len(layout.stack_axes) != 1 or layout.groups > 1:
             turns.append((_filled(group, 0), number, _Turn(number, None)))
             continue
         for entry in range(leaf.shape[layout.stack_axes[0]]):

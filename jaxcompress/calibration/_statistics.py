@@ -1,7 +1,7 @@
 """What is kept of the inputs of a leaf: sums that can be streamed.
 
-Shape letters: S the leaf's stack axes (none, usually), D input features (the leaf's input axes, flattened in the order
-of the leaf), N rows.
+Shape letters: S the leaf's stack axes (none, usually) and, of a grouped convolution, its groups; D input features (the
+leaf's input axes, flattened in the order of the leaf), N rows.
 """
 
 import dataclasses

@@ -2,6 +2,7 @@
 
 from jaxcompress.trace._contraction import Roles as Roles
 from jaxcompress.trace._contraction import entries as entries
+from jaxcompress.trace._contraction import is_by_expert as is_by_expert
 from jaxcompress.trace._contraction import roles as roles
 from jaxcompress.trace._coverage import Coverage as Coverage
 from jaxcompress.trace._coverage import LeafCoverage as LeafCoverage

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -87,3 +87,15 @@ def entries(origin: Origin, places: Sequence[int], axes: Sequence[int]) -> Int[n
 def share(origin: Origin) -> float:
     """How much of a value is of the parameter, from 0 to 1."""
     return math.prod((float(axis.mask.mean()) for axis in origin.axes if axis.present is not None), start=1.0)
+
+
+def is_by_expert(eqn: Any) -> bool:
+    """Whether a ragged matmul has one matrix, of its second operand, for each part of the rows of the first.
+
+    Others contract along the ragged axis (as derivatives do), have batches, or see a part of the experts.
+    """
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (left, _), (batch, _) = numbers.dot_dimension_numbers
+    ragged, stack = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    whole = eqn.params.get("group_offset") is None and len(eqn.invars) == 3
+    return whole and len(ragged) == len(stack) == 1 and ragged[0] not in left and not batch

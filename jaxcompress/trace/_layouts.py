@@ -11,7 +11,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxcompress.meshes import abstract
-from jaxcompress.trace._contraction import Roles, entries, roles, share
+from jaxcompress.trace._contraction import Roles, entries, is_by_expert, roles, share
 from jaxcompress.trace._facts import Facts, facts_of, follow
 from jaxcompress.trace._layout import LeafKind, LeafLayout
 from jaxcompress.trace._origin import Origin
@@ -82,6 +82,7 @@ class _Uses:
     input_id: int | None = None
     reason: str = ""
     spread: bool | None = None
+    groups: int | None = None
     refusal: str = ""
 
 
@@ -91,12 +92,12 @@ class _Value:
 
     Attributes:
         facts: about the value.
-        source: the same number for the casts of one value.
+        source: the same number, or pair of numbers, for the casts of one value.
         lost: leaves that went into it in ways that nothing here follows, each with what happened to it.
     """
 
     facts: Facts
-    source: int
+    source: Any
     lost: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
@@ -239,7 +240,27 @@ def _conv(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Valu
     kernel = eqn.invars[1].aval.shape
     flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel[axis] for axis in in_axes)
     recorder.contract("conv", values[::-1], (in_axes, (), [out_axis]), flops)
+    for number in recorder.leaves(values[1]):
+        use = recorder.uses[number]
+        use.groups = use.groups or eqn.params["feature_group_count"]
     recorder.consume(values[:1], "a convolution slides over it")
+    return [recorder.new(Facts(data=any(value.facts.data for value in values)))]
+
+
+def _ragged_dot(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Value]:
+    numbers, shape = eqn.params["ragged_dot_dimension_numbers"], eqn.invars[1].aval.shape
+    summed = numbers.dot_dimension_numbers[0][1]
+    name = f"it goes into `{eqn.primitive.name}`"
+    recorder.consume([values[0], *values[2:]], f"{name}, as the ragged operand or the sizes of its parts")
+    if not is_by_expert(eqn):
+        recorder.consume(values[1:2], f"{name}, but not as one matrix for each part of the rows")
+    else:
+        stack = numbers.rhs_group_dimensions
+        flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in summed)
+        # The same rows in other parts are another input.
+        other = dataclasses.replace(values[0], source=(values[0].source, values[2].source))
+        free = [axis for axis in range(len(shape)) if axis not in (*summed, *stack)]
+        recorder.contract("matmul", (values[1], other), (summed, stack, free), flops)
     return [recorder.new(Facts(data=any(value.facts.data for value in values)))]
 
 
@@ -300,6 +321,7 @@ def _cond(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Valu
 _HANDLERS: dict[str, Callable[[_Recorder, Any, list[_Value]], Sequence[_Value] | None]] = {
     "dot_general": _dot_general,
     "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged_dot,
     "gather": _gather,
     "scan": _scan,
     "while": _while,
@@ -337,6 +359,7 @@ def _layout(use: _Uses | None, leaf: Any) -> LeafLayout:
         flops=use.flops,
         order=use.order,
         input_id=use.input_id,
+        groups=(use.groups or 1) if kind == "conv" else 1,
     )
 
 
