@@ -70,6 +70,14 @@ def is_compressed(leaf: Any) -> TypeGuard[CompressedArray]:
     return hasattr(type(leaf), "materialize") and hasattr(type(leaf), "nbits")
 
 
+def is_entry(leaf: Any) -> bool:
+    """Whether `leaf` stands where a tree of parameters has one leaf, although JAX sees a tree.
+
+    Those are compressed arrays, and what is known of a leaf: input statistics, whose classes say `is_entry = True`.
+    """
+    return is_compressed(leaf) or getattr(type(leaf), "is_entry", False)
+
+
 def exportable(cls: _Node) -> _Node:
     """Class decorator: functions that take or return this node survive `jax.export(...).serialize()`.
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,8 @@ class InputStatistics:
         histogram: of all values of x, whatever their feature.
     """
 
+    is_entry: ClassVar[bool] = True
+
     count: Any
     gram: Any = None
     squared_sum: Any = None
@@ -76,6 +78,8 @@ class LookupCounts:
         count: scalar, number of look-ups.
         rows: (rows of the table,).
     """
+
+    is_entry: ClassVar[bool] = True
 
     count: Any
     rows: Any

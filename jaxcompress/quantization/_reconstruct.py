@@ -30,6 +30,7 @@ from jaxcompress.calibration import (
     unseen_counts,
     warn_unseen,
 )
+from jaxcompress.quantization._blocks import scale_shape
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress.quantization._leaf_matrix import check_blocks, plain_kernels, stored, with_new_leaves
 from jaxcompress.quantization._range_search import BEST_RANGES, RangeSearch
@@ -37,6 +38,7 @@ from jaxcompress.quantization._round_to_nearest import quantize_array
 from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import layouts as traced_layouts
+from jaxcompress.trace import misfits, warn_left_out
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, Selector
 
@@ -92,8 +94,8 @@ def reconstruct(
         bias: fit the bias too, where one is added to the output and nothing else reads it; it stays a float.
         row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs (each token), 0 where it does not
             count; by default all count alike.
-        select: which leaves; by default every kernel of a plain matmul; tables that are looked up, tied ones, experts
-            and convolutions stay.
+        select: which leaves; by default every kernel of a plain matmul. Other weights (tables that are looked up, tied
+            ones, experts, convolutions) stay, and a `trace.LeftOutWarning` names them.
 
     Returns:
         `(params, info)`: a `QuantizedArray` for every kernel, new biases, and a `RoundingInfo` by path (`path[entry]`
@@ -121,6 +123,9 @@ def reconstruct(
     check_unseen(unseen)
     kernels = _kernels(apply, params, kept[0], select)
     rules = {path: Rule(spec(path) if callable(spec) else spec, order, groups, ranges, refine) for path in kernels}
+    places = {path: (kernel.weight.shape, kernel.layout) for path, kernel in kernels.items()}
+    for path in misfits(places, lambda path, *place: scale_shape(place[0], rules[path].spec, place[1]), select):
+        del kernels[path], rules[path]
     for path, kernel in kernels.items():
         check_rule(rules[path], damping)
         check_blocks(kernel, rules[path].spec)
@@ -165,6 +170,14 @@ def _kernels(
     chosen = {part.path for part in plain_kernels(apply, params, inputs)}
     if not chosen:
         raise ValueError("No leaf is in a plain matmul: for experts and convolutions use `gptq`.")
+    rest = {path: layout.kind for path, layout in leaves_with_paths(found) if layout.is_weight and path not in chosen}
+    reasons = {"lookup": "its rows are looked up", "tied": "it is looked up and contracted"}
+    warn_left_out(
+        {path: reasons.get(kind, "it is not in one plain matmul") for path, kind in rest.items()},
+        "`reconstruct` stops at plain matmuls and leaves as they are",
+        advice="Round them by `gptq` or `quantize`, or give `select` to say that it is meant.",
+        stacklevel=4,
+    )
 
     def plain(params: Params) -> Params:
         return map_with_path(lambda path, _: path in chosen, params)

@@ -72,6 +72,7 @@ class QuantizeStep:
         symmetric: see `QuantSpec`.
         scale_dtype: see `QuantSpec`.
         convention: see `QuantSpec`.
+        partial_groups: see `QuantSpec`.
     """
 
     select: str
@@ -81,6 +82,7 @@ class QuantizeStep:
     symmetric: bool = True
     scale_dtype: Literal["float32", "bfloat16", "e8m0"] = "bfloat16"
     convention: Literal["narrow", "full"] | None = None
+    partial_groups: bool = False
 
     def __post_init__(self) -> None:
         """Checks the options."""
@@ -90,7 +92,7 @@ class QuantizeStep:
 
     def spec(self) -> QuantSpec:
         """The specification of the numbers."""
-        names = ("bits", "group_size", "symmetric", "scale_dtype", "convention")
+        names = ("bits", "group_size", "symmetric", "scale_dtype", "convention", "partial_groups")
         return QuantSpec(**{name: getattr(self, name) for name in names})
 
 

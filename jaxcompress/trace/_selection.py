@@ -16,8 +16,8 @@ def selected_layouts(params: Params, *, select: Selector | None = None, layouts:
 
     Args:
         params: the tree.
-        select: which leaves; by default every weight (contracted or looked up) when `layouts` are given, otherwise
-            every array with at least two axes.
+        select: which leaves; by default every weight (contracted, looked up, or both: a tied table is one in all
+            methods) when `layouts` are given, otherwise every array with at least two axes.
         layouts: from `layouts`; a leaf without known axes, and every leaf without `layouts`, gets `default_layout`.
 
     Returns:

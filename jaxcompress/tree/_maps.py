@@ -1,4 +1,4 @@
-"""Maps whose errors name the leaf; a compressed array is one leaf."""
+"""Maps whose errors name the leaf; a compressed array is one leaf, and so are the statistics of one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 import jax
 
 from jaxcompress.tree._paths import path_string
-from jaxcompress.types import Params, is_compressed
+from jaxcompress.types import Params, is_entry
 
 
-def leaves_with_paths(tree: Params, *, is_leaf: Callable[[Any], bool] = is_compressed) -> list[tuple[str, Any]]:
-    """All leaves with their paths, in the order of `jax.tree.leaves`.
+def leaves_with_paths(tree: Params, *, is_leaf: Callable[[Any], bool] = is_entry) -> list[tuple[str, Any]]:
+    """All leaves with their paths, in the order of `jax.tree.leaves`; see `types.is_entry`.
 
     Example:
         >>> leaves_with_paths({"dense": {"bias": 1, "kernel": 2}})
@@ -25,13 +25,13 @@ def leaf_paths(tree: Params) -> list[str]:
 
 
 def map_with_path(
-    fn: Callable[..., Any], tree: Params, *rest: Params, is_leaf: Callable[[Any], bool] = is_compressed
+    fn: Callable[..., Any], tree: Params, *rest: Params, is_leaf: Callable[[Any], bool] = is_entry
 ) -> Params:
     """`fn(path, leaf, *leaves_of_rest)` on every leaf; an error in `fn` carries the path as a note.
 
     Args:
         fn: called as `fn(path, leaf, *others)`.
-        tree: gives the structure. Compressed arrays are leaves.
+        tree: gives the structure. Compressed arrays are leaves, and so are the statistics of a leaf.
         *rest: trees that have at least that structure.
         is_leaf: what else counts as a leaf of `tree`.
 

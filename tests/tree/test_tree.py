@@ -154,3 +154,17 @@ def test_cubic_schedule_against_the_formula():
             jc.schedules.cubic(**bad, begin=0, end=1)
     with pytest.raises(ValueError, match="`end` must be greater"):
         jc.schedules.cubic(0.0, 0.5, begin=5, end=5)
+
+
+def test_the_statistics_of_a_leaf_are_one_leaf():
+    params = {"dense": {"kernel": jnp.ones((4, 3))}, "table": jnp.ones((5, 4))}
+    ids = jnp.array([1, 2])
+    statistics = jc.calibration.input_statistics(lambda p, i: p["table"][i] @ p["dense"]["kernel"], params, [(ids,)])
+    found = dict(tree.leaves_with_paths(statistics))
+    assert {path: type(leaf) for path, leaf in found.items()} == {
+        "dense/kernel": jc.calibration.InputStatistics,
+        "table": jc.calibration.LookupCounts,
+    }
+    assert tree.leaf_paths(statistics) == tree.leaf_paths(params)
+    counts = tree.map_with_path(lambda path, leaf: (path, float(leaf.count)), statistics)
+    assert counts["dense"]["kernel"] == ("dense/kernel", 2.0)
