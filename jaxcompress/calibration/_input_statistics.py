@@ -30,15 +30,17 @@ def input_statistics(
 
     The model runs once over each batch, forward only, compiled once for each shape of a batch; sums stay on the
     device, in float32. A leaf that is used several times (tied, a constant of a scan) adds its uses up; leaves that
-    multiply the same rows (query, key, value) share one object. A stack that a scan runs over has one statistic for
-    each entry; an entry that no row reached (an expert without tokens, a branch that was never taken) counts 0. Of a
-    convolution the rows are its patches; of a table that is looked up, the rows are counted (`LookupCounts`). With
-    sharded batches or params the sums are those of the whole batch.
+    multiply the same rows (query, key, value) in one branch or loop share one object. A stack that a scan runs over,
+    or the experts of a ragged matmul, has one statistic for each entry; an entry that no row reached (an expert
+    without tokens, a layer whose branch was never taken) counts 0. Of a convolution the rows are its patches; the
+    groups of a grouped or depthwise one (`LeafLayout.groups`) have one statistic each, as one more stack axis behind
+    the others. Of a table that is looked up, the rows are counted (`LookupCounts`). With sharded batches or params the
+    sums are those of the whole batch.
 
-    Some leaves have no such sums: they are contracted over other axes elsewhere (`x @ w` and `y @ w.T`), or inside
-    `shard_map`, a kernel or the condition of a loop, or they get no rows at all. Where `select` asks for such leaves,
-    one error names all of them; a default selection leaves them out, and one `trace.LeftOutWarning` names them,
-    together with large leaves that are used in a way that is not followed.
+    Some leaves have no such sums: they are contracted over other axes elsewhere (`x @ w` and `y @ w.T`, as gradients
+    inside `apply` do), or inside `shard_map`, a kernel or the condition of a loop, or they get no rows at all. Where
+    `select` asks for such leaves, one error names all of them; a default selection leaves them out, and one
+    `trace.LeftOutWarning` names them, together with large leaves that are used in a way that is not followed.
 
     Args:
         apply: `(params, *inputs) -> outputs`, pure.
@@ -48,7 +50,8 @@ def input_statistics(
         statistics: what to gather of contracted leaves; leave "gram" out where memory is short. "histogram" is there
             on request.
         row_mask: `(*inputs) -> weights` of shape (B, L), say, so that padding does not count. It weights rows of shape
-            (B, L), (B, L, ...) and (B * L,); rows of shape (B,) count where any token does.
+            (B, L), (B, L, ...) and (B * L,); rows of shape (B,) count where any token does. Leaves whose rows it does
+            not fit have no statistics; nor do experts of ragged matmuls, whose rows are in an order of their own.
         memory_limit: bytes that all statistics together may take; see `statistics_nbytes`.
         strict: True: a leaf without statistics is an error. False: it is left out, with the warning. None: an error
             with `select`, the warning without.

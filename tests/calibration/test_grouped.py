@@ -106,6 +106,8 @@ def test_what_groups_cannot_have_is_said():
         quantization.gptq(params, statistics, quantization.QuantSpec(bits=4, per_tensor=True), layouts=layouts)
     with pytest.raises(ValueError, match="'kernel' is the kernel of a grouped convolution, whose groups have inputs"):
         lowrank.activation_svd(params, statistics, rank=1, layouts=layouts, select=tree.by_path("kernel"))
+    with pytest.raises(ValueError, match="'kernel': the groups of its convolution have no histogram in common"):
+        calibration.input_statistics(_convolution(2), params, [(X,)], statistics=("histogram",))
     with pytest.raises(ValueError, match=r"has stack \[\] and .*give `layouts`"):
         pruning.wanda(params, statistics, sparsity=0.5)
 
