@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.experimental.shard_alike import shard_alike
 
+from jaxcompress.distillation._placement import put
 from jaxcompress.tree import is_traced, is_unselected, map_with_path, path_string
 from jaxcompress.types import Params, TransformState, exportable, is_compressed
 
@@ -69,8 +70,8 @@ def placed(state: TrainState) -> TrainState:
     def place(keys: Any, leaf: jax.Array) -> jax.Array:
         owner = _owner(path_string(keys), leaf, owners)
         if owner is None:
-            return leaf if leaf.committed else jax.device_put(leaf, replicated)
-        return leaf if leaf.sharding == owner.sharding else jax.device_put(leaf, owner.sharding)
+            return leaf if leaf.committed else put(leaf, replicated)
+        return leaf if leaf.sharding == owner.sharding else put(leaf, owner.sharding)
 
     return jax.tree_util.tree_map_with_path(place, state)
 

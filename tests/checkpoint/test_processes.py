@@ -1,0 +1,75 @@
+"""Two JAX processes of four devices each do what one of eight does: train, save, restore, and fail together."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import several_processes
+
+from jaxcompress.checkpoint import restore
+
+SCRIPT = Path(several_processes.__file__)
+SECONDS = 240
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What two processes saved."""
+    folder, address = tmp_path_factory.mktemp("two"), f"127.0.0.1:{free_port()}"
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path])),
+    }
+    # Files, because a pipe that nobody reads fills and stops its writer.
+    logs = [folder / f"log{number}" for number in range(2)]
+    processes = []
+    try:
+        for number, log in enumerate(logs):
+            command = [sys.executable, str(SCRIPT), str(number), address, str(folder)]
+            with log.open("w") as file:
+                processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+        codes = [process.wait(SECONDS) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    return folder
+
+
+@pytest.mark.parametrize("storage", ["orbax", "entropy"])
+def test_the_saved_tree_is_that_of_one_process(folder, assert_same, storage):
+    found, info = restore(folder / storage)
+    assert info.metadata == {"process": 0}
+    assert_same(found, several_processes.mixed(several_processes.mesh()))
+    assert len(list((folder / storage).iterdir())) == 2
+
+
+def test_the_trained_state_is_that_of_one_process(folder):
+    expected = several_processes.train(several_processes.mesh())
+    found, _ = restore(folder / "state", like=expected)
+    for path, new in jax.tree_util.tree_leaves_with_path(found):
+        old = expected
+        for key in path:
+            old = (
+                old[key.key] if hasattr(key, "key") else old[key.idx] if hasattr(key, "idx") else getattr(old, key.name)
+            )
+        if jax.numpy.issubdtype(new.dtype, jax.dtypes.prng_key):
+            new, old = jax.random.key_data(new), jax.random.key_data(old)
+        assert (new.shape, new.dtype) == (old.shape, old.dtype), path
+        np.testing.assert_allclose(np.asarray(new), np.asarray(old), rtol=1e-5, atol=1e-6, err_msg=str(path))
+
+
+def test_nothing_is_left_behind(folder):
+    assert sorted(path.name for path in folder.iterdir()) == ["damaged", "entropy", "log0", "log1", "orbax", "state"]

@@ -1,0 +1,164 @@
+"""What `checkpoint/test_processes.py` does in one process and in two; run as a script, it is one of the two."""
+
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxcompress as jc
+from jaxcompress.arrays import QuantizedArray, component_shardings, pack
+from jaxcompress.checkpoint import restore, save
+
+
+def mesh() -> Mesh:
+    return jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def spread(array: Any, sharding: Any) -> jax.Array:
+    """An array of all processes, from the whole of it in each."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def weights(mesh: Mesh) -> dict[str, Any]:
+    """Small numbers, so that sums are exact in whatever order."""
+    kernel = np.arange(128, dtype=np.float32).reshape(16, 8) % 13 - 6
+    return {
+        "kernel": spread(kernel, NamedSharding(mesh, P("data", "model"))),
+        "bias": spread(np.arange(8, dtype=np.float32), NamedSharding(mesh, P())),
+    }
+
+
+def mixed(mesh: Mesh) -> dict[str, Any]:
+    """Leaves of every kind and placement: sharded, replicated, of one device, of NumPy, compressed, empty, keys."""
+    codes = jnp.asarray(np.arange(256).reshape(32, 8) % 15 - 7, jnp.int8)
+    leaf = QuantizedArray(data=pack(codes, bits=4, axis=0), scale=jnp.ones((4, 8)) / 4, dtype=jnp.dtype("float32"))
+    shardings = component_shardings(leaf, NamedSharding(mesh, P("data", "model")))
+    key = jax.random.key(3)
+    return weights(mesh) | {
+        "quantized": jax.tree.map(spread, leaf, shardings),
+        "local": jnp.arange(5.0),
+        "numpy": np.arange(6, dtype=np.int16),
+        "number": 0.5,
+        "empty": jnp.zeros((0, 3)),
+        "local key": key,
+        "key": jax.random.wrap_key_data(spread(jax.random.key_data(key), NamedSharding(mesh, P()))),
+    }
+
+
+def apply(params: Any, batch: Any, *, key: Any, train: bool) -> dict[str, jax.Array]:
+    return {"logits": batch["x"] @ params["kernel"] + params["bias"][None]}
+
+
+def train(mesh: Mesh, seed: int = 0) -> Any:
+    """The state after two steps of distillation, with pruning and quantization inside."""
+    params = weights(mesh)
+    transform = jc.chain(
+        jc.pruning.gradual(schedule=jc.schedules.cubic(0.0, 0.5, begin=0, end=1), every=1),
+        jc.quantization.lsq(jc.quantization.QuantSpec(bits=4)),
+    )
+    init_state, step = jc.distillation.make_train_step(
+        apply,
+        apply,
+        optax.adam(0.125),
+        losses={"soft": jc.distillation.soft_targets()},
+        transform=transform,
+        transform_optimizer=optax.sgd(1e-3),
+    )
+    x = np.eye(16, dtype=np.float32)
+    batch = {"x": spread(x, NamedSharding(mesh, P("data")))}
+    state = init_state(params, key=jax.random.key(seed))
+    for _ in range(2):
+        state, _ = step(state, params, batch)
+    return state
+
+
+def main(number: int, address: str, folder: Path) -> None:
+    jax.distributed.initialize(address, 2, number, local_device_ids=range(4), initialization_timeout=60)
+    assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 8, 4)
+    grid = mesh()
+    tree = mixed(grid)
+    for storage in ("orbax", "entropy"):
+        save(folder / storage, {"old": 1})
+        # Of the first process; the tree must be the same everywhere.
+        save(folder / storage, tree, metadata={"process": number}, overwrite=True, storage=storage)
+        check_restored(folder / storage, grid, tree)
+    save(folder / "state", train(grid))
+    check_errors(folder, grid)
+
+
+def check_restored(path: Path, mesh: Mesh, tree: Any) -> None:
+    def place(name: str, _: Any) -> Any:
+        return NamedSharding(mesh, P("data", "model")) if name in ("kernel", "quantized") else None
+
+    found, info = restore(path, sharding=place)
+    assert info.metadata == {"process": 0}
+    assert not found["kernel"].is_fully_addressable
+    assert not found["quantized"].data.data.is_fully_addressable
+    assert found["bias"].devices() == {jax.local_devices()[0]}
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    for new, old in zip(jax.tree.leaves(found), jax.tree.leaves(tree), strict=True):
+        assert getattr(new, "dtype", None) == getattr(old, "dtype", None)
+        np.testing.assert_array_equal(whole(new), whole(old))
+
+
+def whole(leaf: Any) -> np.ndarray:
+    from jax.experimental import multihost_utils
+
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    return np.asarray(leaf if local else multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def check_errors(folder: Path, mesh: Mesh) -> None:
+    """An error in one process is an error in both, and nobody waits for the other."""
+    number = jax.process_index()
+    with fails(FileExistsError, "pass `overwrite=True`"):
+        save(folder / "state", {"a": 1})
+    with fails(ValueError, "Leaf 'a/1' is an array of each JAX process"):
+        save(folder / "other", {"a": [np.zeros(2), np.full(2, number)]})
+    with fails(ValueError, "other leaves, shapes or numbers"):
+        save(folder / "other", {"a": number})
+    with fails(TypeError, "Leaf 'a'"):
+        save(folder / "other", {"a": object() if number else 1})
+    with fails(ValueError, "give all of them the same `key`"):
+        train(mesh, seed=number)
+    with fails(FileNotFoundError, "There is no checkpoint"):
+        restore(folder / "nothing")
+    with fails(ValueError, "no entry for leaf 'bias'"):
+        restore(folder / "orbax", sharding={"kernel": None} if number else None)
+    jax.experimental.multihost_utils.sync_global_devices("damage")
+    if number == 0:
+        shutil.copytree(folder / "entropy", folder / "damaged")
+        damaged = next((folder / "damaged").glob("arrays-*.bin"))
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    jax.experimental.multihost_utils.sync_global_devices("damaged")
+    with fails(jc.checkpoint.CheckpointError, "SHA-256"):
+        restore(folder / "damaged")
+
+
+@contextlib.contextmanager
+def fails(error: type[Exception], message: str) -> Iterator[None]:
+    try:
+        yield
+    except error as err:
+        if message not in str(err):
+            raise
+    else:
+        raise AssertionError(f"no {error.__name__}: {message}")
+
+
+if __name__ == "__main__":
+    os.environ["JAX_NUM_CPU_DEVICES"] = "4"
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
