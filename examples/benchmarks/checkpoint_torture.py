@@ -3,8 +3,9 @@
 Readers: restores in one process, while another saves to the same path without a pause, with both storages in turn.
 Kills: a process that saves is killed just before and just after every operation on files with which it publishes, and
 at random times; what is at the path must then be the old tree or the new one, and the next save must clean up. Damage:
-changed, cut, swapped, emptied, linked and special files, of both storages and of the older formats; a restore must fail
-with `CheckpointError` or give back the same bits, and end within seconds.
+changed, cut, swapped, emptied, linked and special files, of both storages; a restore must fail with `CheckpointError`
+or give back the same bits, and end within seconds. Older formats have no checksum of the manifest, so that a change may
+go unnoticed there; they must fail with the same error, if they fail.
 
     python examples/benchmarks/checkpoint_torture.py [--quick]
 
@@ -58,6 +59,7 @@ def main() -> None:
             "readers": readers(folder / "readers", 8 if quick else 500),
             "kills": kills(folder / "kills", rng, quick=quick),
             "damage": in_child(damage, folder / "damage", 60 if quick else 2000, arguments.seed),
+            "damage of older formats": in_child(damage_older, folder / "older", 20 if quick else 1000, arguments.seed),
         }
     for name, found in figures.items():
         print(f"{name}: {found}")
@@ -254,7 +256,6 @@ def watch(call: Callable[[str, str, bool], None], folder: str) -> None:
 
 def damage(folder: Path, count: int, seed: int) -> dict[str, int]:
     """Restores of `count` damaged checkpoints."""
-    rng = random.Random(seed)
     folder.mkdir()
     originals = []
     for storage in STORAGES:
@@ -262,6 +263,25 @@ def damage(folder: Path, count: int, seed: int) -> dict[str, int]:
         save_number(folder / storage, 3, storage)
         originals.append((folder / storage, folder / f"{storage}-other"))
     found = collections.Counter(refused=0, equal=0, other=0, raw=0, hangs=0)
+    found.update(damage_each(folder, originals, count, seed, lambda *restored: which(*restored) == 3))
+    return dict(found)
+
+
+def damage_older(folder: Path, count: int, seed: int) -> dict[str, int]:
+    """The same, of the checkpoints that the tests keep."""
+    golden = Path(__file__).parents[2] / "tests" / "checkpoint" / "golden"
+    originals = [(golden / name, golden / name) for name in ("format_1", "format_2")]
+    found = collections.Counter(refused=0, restored=0, raw=0, hangs=0)
+    found.update(damage_each(folder, originals, count, seed, lambda *_: True))
+    found["restored"] = found.pop("equal")
+    return dict(found)
+
+
+def damage_each(
+    folder: Path, originals: list[tuple[Path, Path]], count: int, seed: int, is_right: Callable[..., bool]
+) -> collections.Counter[str]:
+    rng, found = random.Random(seed), collections.Counter[str]()
+    warnings.simplefilter("ignore")
     signal.signal(signal.SIGALRM, hang)
     for at in range(count):
         original, foreign = originals[at % len(originals)]
@@ -271,9 +291,9 @@ def damage(folder: Path, count: int, seed: int) -> dict[str, int]:
         what(path, foreign, rng)
         signal.alarm(SECONDS)
         try:
-            number = which(*restore(path))
-            found["equal" if number == 3 else "other"] += 1
-            if number != 3:
+            right = is_right(*restore(path))
+            found["equal" if right else "other"] += 1
+            if not right:
                 print("other:", what.__name__)
         except (CheckpointError, FileNotFoundError):
             found["refused"] += 1
@@ -285,7 +305,7 @@ def damage(folder: Path, count: int, seed: int) -> dict[str, int]:
             traceback.print_exc()
         signal.alarm(0)
         shutil.rmtree(folder / "damaged", ignore_errors=True)
-    return dict(found)
+    return found
 
 
 def hang(*_: Any) -> None:
@@ -376,7 +396,23 @@ def edit_json(path: Path, foreign: Path, rng: random.Random) -> None:
     while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.9:
         place = place[key]
         key = rng.choice(sorted(place)) if isinstance(place, dict) else rng.randrange(len(place))
-    choices = [None, 0, 1, -1, 2**70, 0.5, "", "float32", [], {}, [1] * 70, [2**40, 2**40], {"leaf": 0}, True]
+    choices = [
+        None,
+        0,
+        1,
+        -1,
+        2**70,
+        0.5,
+        "",
+        "float32",
+        [],
+        {},
+        [[1], {}],
+        [1] * 70,
+        [2**40, 2**40],
+        {"leaf": 0},
+        True,
+    ]
     if rng.random() < 0.2:
         del place[key]
     else:

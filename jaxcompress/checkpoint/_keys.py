@@ -43,7 +43,8 @@ def decode_key(encoded: Any) -> Any:
     Raises:
         ValueError: not a pair of a known class name and a value of its type.
     """
-    if not isinstance(encoded, list | tuple) or len(encoded) != 2 or encoded[0] not in _FIELDS:
+    known = isinstance(encoded, list | tuple) and len(encoded) == 2 and isinstance(encoded[0], str)
+    if not known or encoded[0] not in _FIELDS:
         raise ValueError(f"a key is a pair of one of {', '.join(_FIELDS)} and its value, found {encoded!r}")
     cls, _, kinds = _FIELDS[encoded[0]]
     if type(encoded[1]) not in kinds:

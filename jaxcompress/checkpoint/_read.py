@@ -17,6 +17,9 @@ from jaxcompress.checkpoint._versions import aside, pinned
 _T = TypeVar("_T")
 _ATTEMPTS = 100
 
+CONTRADICTIONS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What is raised where fields do not fit together: a manifest without a checksum may say anything."""
+
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """The manifest of a checkpoint, without loading an array.
@@ -111,12 +114,13 @@ def _parse(path: str, raw: RawManifest) -> Manifest:
             f"{_writer(content)}; this version reads up to {FORMAT_VERSION}. Upgrade jaxcompress."
         )
     try:
-        manifest = manifest_from_json(content)
-        if manifest.checksum is not None and manifest.checksum != (found := checksum(content)):
-            raise ValueError(f"its checksum is {found}, {manifest.checksum[:32]!r} was written")
-    except (ValueError, RecursionError) as err:
+        # Before anything is made of it. One that is missing, where it must not be, is found below.
+        written = content.get("checksum")
+        if isinstance(written, str) and written != (found := checksum(content)):
+            raise ValueError(f"its checksum is {found}, {written:.32} was written")
+        return manifest_from_json(content)
+    except CONTRADICTIONS as err:
         raise CheckpointError(f"The manifest of the checkpoint {path!r} is damaged: {err}.") from err
-    return manifest
 
 
 def _read_raw(path: str) -> RawManifest:

@@ -19,14 +19,11 @@ from jaxcompress.checkpoint._leaves import decode_leaf
 from jaxcompress.checkpoint._manifest import LeafRecord, Manifest, StoredValue
 from jaxcompress.checkpoint._manifest_file import MANIFEST_NAME, SHORT_NAME
 from jaxcompress.checkpoint._processes import is_first, place, together
-from jaxcompress.checkpoint._read import read_whole
+from jaxcompress.checkpoint._read import CONTRADICTIONS, read_whole
 from jaxcompress.checkpoint._shardings import ShardingChoice, array_shardings
 from jaxcompress.checkpoint._store import read_arrays
 from jaxcompress.checkpoint._structure import check_rebuildable, order_like, rebuild_structure
 from jaxcompress.checkpoint._versions import remove_leftovers
-
-# What leaves raise whose fields do not fit together: a manifest without a checksum may say anything.
-_CONTRADICTIONS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +135,7 @@ def _plan(path: str, manifest: Manifest, sharding: Any, like: Any) -> tuple[Call
 def _checkpoint_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except _CONTRADICTIONS as err:
+    except CONTRADICTIONS as err:
         raise CheckpointError(f"Cannot restore the checkpoint {path!r}: {err}.") from err
 
 
@@ -190,7 +187,7 @@ def _damaged(path: str, what: str) -> CheckpointError:
 def _decode(record: LeafRecord, arrays: Mapping[str, Any]) -> Any:
     try:
         return decode_leaf(record.value, arrays)
-    except _CONTRADICTIONS as err:
+    except CONTRADICTIONS as err:
         raise ValueError(f"leaf {record.name!r}: {err}") from err
 
 

@@ -101,7 +101,7 @@ def _read_shards(directory: Path) -> dict[str, np.ndarray]:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         files = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as err:
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
         raise ValueError(f"{str(path)!r} is not an index of shards with a `weight_map`.") from err
     for file in files.values():
         # A name from outside must not lead outside the directory.

@@ -41,6 +41,10 @@ def from_pretrained(
     are ignored. A head that is asked for by `head`, `num_labels` or `pooling`, and that the files do not have at all,
     is initialised with `key`; so is the pooler that it needs.
 
+    Hugging Face files hold no checksums: sizes, names, shapes and dtypes are compared with `config.json`, but a flipped
+    bit in a weight cannot be seen. Compare the files with the checksums of where they came from, or keep models with
+    `jaxcompress.checkpoint`, which has them.
+
     Args:
         directory: where the files are.
         head: "encoder", "sequence_classification" or "masked_lm"; by default, what `config.json` says.

@@ -28,7 +28,10 @@ def test_no_config(model_dir):
         from_pretrained(model_dir)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", r"is not JSON"), ("[]", r"must hold a JSON object, found list")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", r"is not JSON"), ("[" * 10**5, r"is not JSON"), ("[]", r"must hold a JSON object, found list")],
+)
 def test_config_that_is_not_an_object(model_dir, text, message):
     (model_dir / "config.json").write_text(text)
     with pytest.raises(ValueError, match=rf"config.json' {message}"):
