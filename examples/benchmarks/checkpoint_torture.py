@@ -273,7 +273,7 @@ def damage_older(folder: Path, count: int, seed: int) -> dict[str, int]:
     originals = [(golden / name, golden / name) for name in ("format_1", "format_2")]
     found = collections.Counter(refused=0, restored=0, raw=0, hangs=0)
     found.update(damage_each(folder, originals, count, seed, lambda *_: True))
-    found["restored"] = found.pop("equal")
+    found["restored"] = found.pop("equal", 0)
     return dict(found)
 
 
