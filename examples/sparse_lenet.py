@@ -167,7 +167,7 @@ def train(
 
 def transforms(method: str, sparsity: float, steps: int, options: dict[str, Any]) -> Any:
     """All see the same number of steps; the last two fifths are at the final sparsity and fixed masks, or nearly."""
-    schedule = cubic(0.0, sparsity, begin=steps // 10, end=3 * steps // 5)
+    schedule, until = cubic(0.0, sparsity, begin=steps // 10, end=3 * steps // 5), 3 * steps // 4
     match method:
         case "gradual":
             return pruning.gradual(**{"schedule": schedule, "every": 50, "scope": "global", **options})
@@ -180,9 +180,11 @@ def transforms(method: str, sparsity: float, steps: int, options: dict[str, Any]
                 **{"schedule": schedule, "every": 20, "scope": "global", "freeze_at": 4 * steps // 5, **options}
             )
         case "rigl":
-            return pruning.rigl(**{"sparsity": sparsity, "until": 3 * steps // 4, "every": 100, **options})
+            every = min(100, until // 4)
+            return pruning.rigl(**{"sparsity": sparsity, "until": until, "every": every, **options})
         case "sparse_evolution":
-            return pruning.sparse_evolution(**{"sparsity": sparsity, "until": 3 * steps // 4, "every": 400, **options})
+            every = min(400, until // 4)
+            return pruning.sparse_evolution(**{"sparsity": sparsity, "until": until, "every": every, **options})
         case _:
             return jc.identity()
 

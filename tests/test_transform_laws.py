@@ -100,6 +100,26 @@ def test_a_leaf_that_is_compressed_before_goes_through_untouched(name):
         assert_untouched(transform.finalize(tree, state), tree)
 
 
+def test_a_state_can_be_made_without_values(name):
+    """`jax.eval_shape` gives its structure, for a sharded start; values to share are found on the host only."""
+    row = TABLE[name]
+    if row.variant:
+        return
+    transform, statistics = row.make(), row.statistics()
+
+    def init(params, key):
+        return transform.init(params, key=key, statistics=statistics)
+
+    if "codebooks" in name:
+        with pytest.raises(TypeError, match="on the host only"):
+            jax.eval_shape(init, params(), jax.random.key(3))
+        return
+    abstract, state = jax.eval_shape(init, params(), jax.random.key(3)), init(params(), jax.random.key(3))
+    assert jax.tree.structure(abstract) == jax.tree.structure(state)
+    for shape, leaf in zip(*map(jax.tree.leaves, (abstract, state)), strict=True):
+        assert (shape.shape, shape.dtype) == (leaf.shape, leaf.dtype)
+
+
 def _updated(transform, tree, state):
     grads = (tree,) * len(transform.stages) if transform.stages else tree
     return transform.update(grads, state, tree, key=jax.random.key(6), loss=jnp.float32(0.3))
