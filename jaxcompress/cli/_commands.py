@@ -11,6 +11,7 @@ from jaxcompress.cli._paths import check_output_directory, check_output_file
 from jaxcompress.cli._screen import Screen
 from jaxcompress.recipe import (
     LoadedModel,
+    SentencePooling,
     Texts,
     Tokens,
     check_labels,
@@ -59,9 +60,8 @@ def run_compress(
             _check_labels(loaded, texts, data)
         tokens = _tokenized(loaded, texts, max_length)
         _say_cut(screen, tokens, data)
-    compressed = run_recipe(
-        steps, loaded.module, loaded.params, tokens, pooling=sentence_pooling(model), progress=screen
-    )
+    pooling = "mean" if tokens is None else _pooling(loaded)
+    compressed = run_recipe(steps, loaded.module, loaded.params, tokens, pooling=pooling, progress=screen)
     path = save_compressed(out, loaded.module, compressed, source=model, recipe=steps, overwrite=overwrite)
     sizes = report.size_report(compressed, disk_path=path)
     _show_sizes(screen, f"{model} → {out}", sizes)
@@ -122,9 +122,13 @@ def run_evaluate(
 
 
 def _predicted(screen: Screen, loaded: LoadedModel, tokens: Tokens) -> dict[str, np.ndarray]:
-    pooling = sentence_pooling(loaded.directory)
+    pooling = _pooling(loaded)
     name = f"Running {loaded.directory}"
     return predict(loaded.module, loaded.params, tokens, pooling=pooling, progress=screen, name=name)
+
+
+def _pooling(loaded: LoadedModel) -> SentencePooling:
+    return sentence_pooling(loaded.directory) if head_of(loaded.module) == "encoder" else "mean"
 
 
 def _compared(

@@ -281,6 +281,14 @@ def test_arguments(fails, model, tmp_path):
         assert message in fails(*arguments)
 
 
+def test_a_pooling_that_is_not_known_is_named_where_sentences_are_compared(fails, heads, tmp_path):
+    encoder = shutil.copytree(heads["encoder"], tmp_path / "encoder")
+    (encoder / "1_Pooling" / "config.json").write_text('{"pooling_mode_max_tokens": true}')
+    data = _write(tmp_path / "rows.csv", "text\ngood\nbad\n")
+    line = fails("evaluate", encoder, "--data", data)
+    assert "1_Pooling/config.json': sentence vectors by mean or first token are supported" in line
+
+
 def test_a_failure_while_writing_leaves_no_folder(fails, model, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
