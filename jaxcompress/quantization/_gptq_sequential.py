@@ -1,14 +1,18 @@
 """GPTQ block by block: each kernel sees the inputs that the rounded model gives it."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxcompress.calibration import Unseen, sequential
+from jaxcompress.quantization._blocks import PARTIAL
 from jaxcompress.quantization._gptq import gptq
 from jaxcompress.quantization._gptq_matrix import Groups, Order
 from jaxcompress.quantization._range_search import BEST_RANGES, RangeSearch
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.trace import BlockError, warn_left_out
+from jaxcompress.tree import leaf_paths, map_with_path
 from jaxcompress.types import Params, Selector
 
 
@@ -78,21 +82,31 @@ def gptq_sequential(
         Frantar et al. 2022, "GPTQ", section 4 (blocks are quantized one by one, on the outputs of those before); Li et
         al. 2025, "GPTAQ" (targets of the dense model).
     """
+    rounded = functools.partial(
+        gptq,
+        spec=spec,
+        order=order,
+        groups=groups,
+        ranges=ranges,
+        refine=refine,
+        damping=damping,
+        block_size=block_size,
+        unseen=unseen,
+    )
+
+    def everything(group: Params) -> Params:
+        return map_with_path(lambda *_: True, group)
 
     def compress(params: Params, statistics: Params, layouts: Params) -> tuple[Params, dict[str, RoundingInfo]]:
-        return gptq(
-            params,
-            statistics,
-            spec,
-            order=order,
-            groups=groups,
-            ranges=ranges,
-            refine=refine,
-            damping=damping,
-            block_size=block_size,
-            unseen=unseen,
-            layouts=layouts,
-        )
+        try:
+            return rounded(params, statistics, select=None if select is None else everything, layouts=layouts)
+        except BlockError as err:
+            # Of a group that consists of such leaves only; of others `gptq` leaves them out itself.
+            if select is not None:
+                raise
+            reasons = {path: str(err) for path in leaf_paths(params)}
+            warn_left_out(reasons, "The default selection leaves out", advice=PARTIAL, stacklevel=4)
+            return params, {}
 
     return sequential(
         apply,
