@@ -69,7 +69,7 @@ class Place:
         )
         x = jnp.tanh(x @ params["tensor"]["kernel"])
         kernel = self.reshard(params["both"]["kernel"], "model", None)
-        out = {"out_sharding": NamedSharding(self.mesh, ROWS)} if self.kind == AxisType.Explicit else {}
+        out: Any = {"out_sharding": NamedSharding(self.mesh, ROWS)} if self.kind == AxisType.Explicit else {}
         x = jnp.einsum("ni,io->no", x, kernel, **out)
         return (jnp.tanh(x) * params["whole"]["scale"][None]) @ params["whole"]["kernel"]
 

@@ -1,5 +1,7 @@
 """Every public function on meshes with Auto and with Explicit axes gives what one device does."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,9 @@ def test_a_mesh_and_one_device_agree(name, place, alone):
         elif isinstance(y, str):
             assert x == y
     # What comes back is on the mesh that went in, not on a copy of it with other axes.
-    spread = [x for x in jax.tree.leaves(found) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1]
+    spread: list[Any] = [
+        x for x in jax.tree.leaves(found) if isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+    ]
     assert {x.sharding.mesh for x in spread} <= {place.mesh}
 
 

@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax.extend import core
@@ -13,11 +14,13 @@ from jaxcompress.calibration._pending import (
     Output,
     Weight,
     adds_bias,
+    cut,
     is_float,
     is_open,
     moved,
     multiply,
     plain_value,
+    rows_first,
 )
 from jaxcompress.calibration._site import LeafPart, Site
 from jaxcompress.meshes import as_typed, on_auto_axes
@@ -26,17 +29,28 @@ from jaxcompress.trace import Body, as_body, called_body
 Steps = Generator[Site, "tuple[Any, Any]", list[Any]]
 Key = tuple[str, tuple[tuple[int, int], ...]]
 
+Repeated = Literal["refuse", "first", "each"]
+"""A kernel in several matmuls is refused, or stops the model once, or each time."""
+
 
 class PausingRun:
     """The interpreter. It is a generator all the way down, so that it can stop inside of nested functions."""
 
-    def __init__(self, paths: frozenset[str], read_once: frozenset[str], passed: set[str] | None) -> None:
+    def __init__(
+        self,
+        paths: frozenset[str],
+        read_once: frozenset[str],
+        repeated: Repeated = "refuse",
+        refused: dict[str, str] | None = None,
+    ) -> None:
         self.paths = paths
         # A leaf that something else reads, too, is no bias: another value would change that as well.
         self.read_once = read_once
-        self.passed = passed
-        self.seen: set[Key] = set()
-        self.replies: dict[Key, tuple[LeafPart | None, Any, Any]] = {}
+        self.repeated = repeated
+        # Path -> why it cannot stop there; None: it raises.
+        self.refused = refused
+        self.uses: Counter[Key] = Counter()
+        self.replies: dict[tuple[Key, int], tuple[LeafPart | None, Any, Any]] = {}
 
     def body(self, body: Body, values: Sequence[Any]) -> Steps:
         jaxpr = body.jaxpr
@@ -63,6 +77,9 @@ class PausingRun:
             return [(yield from self.add(eqn, *values))]
         if name == "convert_element_type" and isinstance(first, Output) and is_float(eqn.params["new_dtype"]):
             return [dataclasses.replace(first, dtype=eqn.params["new_dtype"], written=[])]
+        if name == "transpose" and isinstance(first, Output) and is_open(first):
+            axes = tuple(first.axes[axis] for axis in eqn.params["permutation"])
+            return [dataclasses.replace(first, axes=axes, aval=eqn.outvars[0].aval, written=[])]
         if name == "scan" and eqn.params["length"] and any(self.is_kernel(value) for value in values):
             return (yield from self.scan(eqn, values))
         if name in _WHOLE:
@@ -73,6 +90,8 @@ class PausingRun:
         for value in values:
             plain.append((yield from self.plain(value)))
         results = _bind(eqn, plain)
+        if isinstance(first, Weight) and name == "slice" and (entry := cut(eqn, first)) is not None:
+            return [dataclasses.replace(entry, value=results[0])]
         if isinstance(first, Weight) and (axes := moved(eqn, first.axes)) is not None:
             return [dataclasses.replace(first, value=results[0], axes=axes)]
         return results
@@ -106,27 +125,34 @@ class PausingRun:
         contracted, batch = eqn.params["dimension_numbers"]
         inputs = tuple(weight.axes[axis] for axis in contracted[place])
         outputs = tuple(axis for i, axis in enumerate(weight.axes) if i not in contracted[place])
-        # With the weight on the left, the output's first axis is the kernel's: rows would be columns.
-        if batch[place] or place == 0 or not inputs or -1 in weight.axes or list(outputs) != sorted(outputs):
+        if batch[place] or not inputs or -1 in weight.axes:
             return self.refuse(
                 weight.path,
-                f"Leaf {weight.path!r} must be the second operand of a plain matmul; found a shape of "
-                f"{tuple(jnp.shape(weight.value))}, contracted over {tuple(contracted[place])}, batched over "
-                f"{tuple(batch[place])}, as operand {place}.",
+                f"Leaf {weight.path!r} must be in a plain matmul; found a shape of {tuple(jnp.shape(weight.value))}, "
+                f"contracted over {tuple(contracted[place])}, batched over {tuple(batch[place])}.",
             )
-        if (weight.path, weight.entry) in self.seen:
+        key = weight.path, weight.entry
+        if self.uses[key] and self.repeated == "refuse":
             return self.refuse(
                 weight.path, f"Leaf {weight.path!r} is in more than one matmul: it cannot be fitted to all of them."
             )
-        self.seen.add((weight.path, weight.entry))
+        self.uses[key] += 1
         order = sorted(range(len(inputs)), key=lambda i: inputs[i])
         summed = [contracted[1 - place][i] for i in order]
         other = yield from self.plain(values[1 - place])
-        kernel = LeafPart(path=weight.path, entry=weight.entry, input_axes=tuple(sorted(inputs)), output_axes=outputs)
+        kernel = LeafPart(
+            path=weight.path, entry=weight.entry, input_axes=tuple(sorted(inputs)), output_axes=tuple(sorted(outputs))
+        )
         site = Site(kernel=kernel, inputs=_rows(summed, other), residual=None, bias=None)
         written = eqn.outvars[0].aval
         times = functools.partial(multiply, weight.value.dtype, eqn.params["precision"], written.dtype)
-        return Output(site, times, written, written.dtype)
+        rank = len(written.shape) - len(outputs)
+        own = tuple(rank + sorted(outputs).index(axis) for axis in outputs)
+        # The axes of the first operand come first.
+        axes = (*own, *range(rank)) if place == 0 else (*range(rank), *own)
+        shape = tuple(written.shape[axes.index(axis)] for axis in range(len(axes)))
+        use = self.uses[key] - 1 if self.repeated == "each" else 0
+        return Output(site, times, shape, axes, written, written.dtype, use)
 
     def add(self, eqn: Any, left: Any, right: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
         """A bias and a residual may come in either order, once; of two outputs the first is the other's residual."""
@@ -136,14 +162,16 @@ class PausingRun:
         if not is_open(output):
             return _bind(eqn, [(yield from self.plain(left)), (yield from self.plain(right))])[0]
         if output.site.bias is None and isinstance(other, Weight) and self.is_bias(other, output):
-            axes = tuple(axis for axis in other.axes if axis >= 0)
+            ordered = rows_first(other, output)
+            axes = tuple(axis for axis in ordered.axes if axis >= 0)
             bias = LeafPart(path=other.path, entry=other.entry, output_axes=axes)
-            value = _matrix(output.outputs, plain_value(other), 0)
+            value = _matrix(output.outputs, ordered.value, 0)
             site = dataclasses.replace(output.site, bias=bias)
             return dataclasses.replace(output, site=site, bias=value, written=[])
         added = yield from self.plain(other)
-        if output.site.residual is None and jnp.shape(added) == output.shape:
-            site = dataclasses.replace(output.site, residual=_matrix(output.outputs, added))
+        if output.site.residual is None and jnp.shape(added) == output.aval.shape:
+            residual = _matrix(output.outputs, on_auto_axes(jnp.transpose)(added, output.order))
+            site = dataclasses.replace(output.site, residual=residual)
             return dataclasses.replace(output, site=site, written=[])
         written = yield from self.plain(output)
         return _bind(eqn, [written, added] if output is left else [added, written])[0]
@@ -157,12 +185,12 @@ class PausingRun:
         kernel, bias = yield from self.reply(value)
         site = value.site
         parts = site.inputs, kernel, None if site.bias is None else bias, site.residual
-        value.written.append(as_typed(_write(value.multiply, value.shape, value.dtype, *parts), value.aval))
+        value.written.append(as_typed(_write(value.multiply, value.shape, value.axes, value.dtype, *parts), value.aval))
         return value.written[0]
 
     def reply(self, value: Output) -> Generator[Site, "tuple[Any, Any]", tuple[Any, Any]]:
         """The kernel and bias to go on with; what is read in several ways stops the model at the first of them."""
-        key = value.site.kernel.path, value.site.kernel.entry
+        key = (value.site.kernel.path, value.site.kernel.entry), value.use
         if key not in self.replies:
             # Not the site: it would hold the inputs of every kernel to the end.
             self.replies[key] = (value.site.bias, *(yield value.site))
@@ -173,12 +201,13 @@ class PausingRun:
         return isinstance(value, Weight) and value.path in self.paths
 
     def is_bias(self, other: Weight, output: Output) -> bool:
-        return other.path in self.read_once and adds_bias(other, output)
+        same_rank = len(other.axes) == len(output.axes)
+        return same_rank and other.path in self.read_once and adds_bias(rows_first(other, output), output)
 
     def refuse(self, path: str, message: str) -> None:
-        if self.passed is None:
+        if self.refused is None:
             raise ValueError(message)
-        self.passed.add(path)
+        self.refused.setdefault(path, message)
 
     def check_outside(self, name: str, values: list[Any]) -> None:
         for value in values:
@@ -221,7 +250,14 @@ def _matrix(outputs: int, x: Any, row: Any = slice(None)) -> Any:
 
 @on_auto_axes
 def _write(
-    times: Callable[..., Any], shape: tuple[int, ...], dtype: Any, inputs: Any, kernel: Any, bias: Any, residual: Any
+    times: Callable[..., Any],
+    shape: tuple[int, ...],
+    axes: tuple[int, ...],
+    dtype: Any,
+    inputs: Any,
+    kernel: Any,
+    bias: Any,
+    residual: Any,
 ) -> Any:
     """What a kernel writes: product, bias, residual."""
     written = times(inputs, kernel)
@@ -231,7 +267,7 @@ def _write(
         written = written + jnp.asarray(bias, written.dtype)[None, :]
     if residual is not None:
         written = written + residual
-    return written.astype(dtype).reshape(shape)
+    return written.astype(dtype).reshape(shape).transpose(axes)
 
 
 _WHOLE = frozenset({"scan", "while", "cond", "shard_map"})

@@ -36,7 +36,8 @@ def correct_biases(
 
     Returns:
         `(params, shifts)`: `compressed` with other biases, as plain arrays, and the root mean square of what was added
-        to each, by the path of its kernel (`path[entry]` of a stack).
+        to each, by the path of its kernel (`path[entry]` of a stack); where several matmuls share a kernel and have
+        biases of their own, by both paths.
 
     Raises:
         ValueError: no batches; no compressed kernel; as `calibration.pausing`.
@@ -57,13 +58,13 @@ def correct_biases(
     if not kept:
         raise ValueError("`batches` is empty: biases need inputs.")
     small = {path for path, leaf in leaves_with_paths(compressed) if is_compressed(leaf)}
-    parts = [part for part in plain_kernels(apply, params, kept[0]) if part.path in small]
+    parts = [part for part in plain_kernels(apply, params, kept[0])[0] if part.path in small]
     if not parts:
         raise ValueError("No kernel of a plain matmul is compressed: there is nothing to correct.")
     paths = sorted({part.path for part in parts})
     plain = map_with_path(lambda _, leaf: leaf.materialize() if is_compressed(leaf) else leaf, compressed)
     rows = flat_weights(row_mask, kept)
-    run = side_by_side(apply, paths, (params, plain), kept)
+    run = side_by_side(apply, paths, (params, plain), kept, repeated="each")
     dense, current, changed, shifts = dict(leaves_with_paths(params)), dict(leaves_with_paths(plain)), {}, {}
     replies: Any = None
     for _ in parts:
@@ -78,7 +79,9 @@ def correct_biases(
         sums = moments(pairs, kernels[0], bias, rows)
         after = (sums.targets - sums.inputs @ np.asarray(kernels[1], np.float64)) / sums.count
         before = np.asarray(site.bias.matrix(current[place])[0], np.float64)
-        shifts[site.kernel.name] = float(np.sqrt(np.mean((after - before) ** 2)))
+        name, uses = site.kernel.name, sum(part == site.kernel for part in parts)
+        name = name if uses == 1 else f"{name}, {place}"
+        shifts[name] = float(np.sqrt(np.mean((after - before) ** 2)))
         changed[place] = site.bias.put(changed.get(place, current[place]), after)
         replies = (kernels[0], bias), (kernels[1], jnp.asarray(site.bias.matrix(changed[place])[0]))
     return with_new_leaves(compressed, {path: jnp.asarray(leaf) for path, leaf in changed.items()}), shifts

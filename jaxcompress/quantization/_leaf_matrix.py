@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from jaxcompress.arrays import QuantizedArray, dequantize
-from jaxcompress.calibration import LeafPart, MatrixLeaf, stops
+from jaxcompress.calibration import LeafPart, MatrixLeaf, stops_and_refusals
 from jaxcompress.quantization._blocks import PARTIAL, cut, packing_axis, padded_shape, partial_axis
 from jaxcompress.quantization._round_to_nearest import cropped, padded, store_codes, store_zero_points
 from jaxcompress.quantization._rounding import round_to_codes
@@ -29,10 +29,18 @@ STACK = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=
 """Of a stack of them, (S, D, R)."""
 
 
-def plain_kernels(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> list[LeafPart]:
-    """Every kernel (or stack entry) that only one plain matmul reads, in the order of the model."""
+def plain_kernels(
+    apply: Callable[..., Any], params: Params, inputs: Sequence[Any]
+) -> tuple[list[LeafPart], dict[str, str]]:
+    """Every kernel (or stack entry) that plain matmuls read, once for each of them, in the order of the model.
+
+    Other kernels, of experts and of convolutions, say, come second, by path, with a sentence that says why.
+    """
     kinds = {path: layout.kind for path, layout in leaves_with_paths(layouts(apply, params, *inputs))}
-    return [part for part in stops(apply, params, *inputs) if kinds[part.path] == "matmul"]
+    parts, refused = stops_and_refusals(apply, params, *inputs, repeated="each")
+    others = {path: refused[path] for path in refused if kinds[path] == "matmul"}
+    others |= {path: f"Leaf {path!r} is the kernel of a convolution." for path, kind in kinds.items() if kind == "conv"}
+    return [part for part in parts if kinds[part.path] == "matmul"], others
 
 
 def rounded(

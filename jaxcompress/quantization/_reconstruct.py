@@ -4,6 +4,7 @@ Shape letters: D inputs of a kernel, R outputs.
 """
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -36,6 +37,7 @@ from jaxcompress.quantization._leaf_matrix import check_blocks, plain_kernels, s
 from jaxcompress.quantization._range_search import BEST_RANGES, RangeSearch
 from jaxcompress.quantization._round_to_nearest import quantize_array
 from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
+from jaxcompress.quantization._shared_kernels import pooled_moments
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.trace import layouts as traced_layouts
 from jaxcompress.trace import misfits, warn_left_out
@@ -76,8 +78,10 @@ def reconstruct(
     errors in the residual stream that it adds to. Both models run side by side, once.
 
     Args:
-        apply: `(params, *inputs) -> outputs`; each kernel must be in one plain matmul, as its second operand. The
-            layers of a scan are rounded one after another.
+        apply: `(params, *inputs) -> outputs`; kernels may be on either side of their matmul (`x @ w`, `w @ x`). The
+            layers of a scan, and the entries `w[i]` of a stack, are rounded one after another. A kernel that several
+            matmuls share (ALBERT) is fitted to all of them at once: to the rows of all, as they are when the model has
+            been rounded so far; its biases stay.
         params: the dense tree, plain arrays.
         batches: tuples of inputs; no labels are needed. All wait at the same kernel: memory for what one layer holds
             for all of them, twice.
@@ -95,17 +99,19 @@ def reconstruct(
         row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs (each token), 0 where it does not
             count; by default all count alike.
         select: which leaves; by default every kernel of a plain matmul. Other weights (tables that are looked up, tied
-            ones, experts, convolutions) stay, and a `trace.LeftOutWarning` names them.
+            ones, experts, convolutions, kernels inside branches and `while` loops) stay, and a `trace.LeftOutWarning`
+            names them.
 
     Returns:
         `(params, info)`: a `QuantizedArray` for every kernel, new biases, and a `RoundingInfo` by path (`path[entry]`
-        for each entry of a stack). Its errors are
-        relative output errors, sqrt(Σ |x W' + b' + r - t|² / Σ |t - r - b|²), before with the weights rounded to
-        nearest. With the inputs and the bias of the dense model that is ||X W' - X W|| / ||X W||.
+        for each entry of a stack), also of kernels that a default selection leaves as they are: its `note` says why.
+        Its errors are relative output errors, sqrt(Σ |x W' + b' + r - t|² / Σ |t - r - b|²), before with the weights
+        rounded to nearest. With the inputs and the bias of the dense model that is ||X W' - X W|| / ||X W||.
 
     Raises:
         ValueError: options out of range; no batches, or no row that counts; a kernel that `calibration.pausing` cannot
-            stop at, or with axes that the group size does not divide; inputs with NaN or Inf. Names the leaf.
+            stop at, or with axes that the group size does not divide; inputs with NaN or Inf. Names the leaf; of
+            selected kernels at which the model cannot stop, all.
 
     Example:
         >>> params = {"w": jnp.array([[0.6], [0.6], [7.0]]), "b": jnp.zeros(1)}
@@ -121,30 +127,40 @@ def reconstruct(
     kept = list(batches)
     _check(kept, targets, ridge)
     check_unseen(unseen)
-    kernels = _kernels(apply, params, kept[0], select)
+    kernels, uses, left = _kernels(apply, params, kept[0], select)
     rules = {path: Rule(spec(path) if callable(spec) else spec, order, groups, ranges, refine) for path in kernels}
     places = {path: (kernel.weight.shape, kernel.layout) for path, kernel in kernels.items()}
     for path in misfits(places, lambda path, *place: scale_shape(place[0], rules[path].spec, place[1]), select):
         del kernels[path], rules[path]
+    uses = {part: count for part, count in uses.items() if part.path in kernels}
     for path, kernel in kernels.items():
         check_rule(rules[path], damping)
         check_blocks(kernel, rules[path].spec)
     rows, held = flat_weights(row_mask, kept), ridge if targets == "dense" else None
-    run = side_by_side(apply, list(kernels), (params, params), kept)
+    run = side_by_side(apply, list(kernels), (params, params), kept, repeated="first")
     replies: Any = None
     visited: list[_Rounded] = []
-    for _ in range(sum(kernel.stack for kernel in kernels.values())):
+    for _ in uses:
         pairs = run.send(replies)
         site = pairs[0][0]
         kernel, before = _entry(kernels, site.kernel), _bias(params, site)
         weights = np.asarray(kernel.matrix(kernel.weight)[0], np.float64)
-        sums = moments(pairs, jnp.asarray(weights, jnp.float32), before.astype(jnp.float32), rows)
-        fit = _Fit(weights, np.asarray(before, np.float64), held, damping, bias and site.bias is not None, unseen)
+        dense = jnp.asarray(weights, jnp.float32)
+        if uses[site.kernel] > 1:
+            trees = params, _so_far(params, kernels, rules, visited)
+            sums = pooled_moments(apply, trees, site.kernel, kept, rows)
+            fit = _Fit(weights, np.zeros(before.shape), held, damping, False, unseen)
+        else:
+            sums = moments(pairs, dense, before.astype(jnp.float32), rows)
+            fit = _Fit(weights, np.asarray(before, np.float64), held, damping, bias and site.bias is not None, unseen)
         found, new = _rounded_kernel(kernel, site, sums, fit, rules[site.kernel.path])
         visited.append(found)
         dense_reply = kernel.matrix(kernel.weight)[0], before
-        replies = dense_reply, (new, jnp.asarray(found.values, before.dtype))
+        replies = dense_reply, (new, jnp.asarray(found.values, before.dtype) if fit.free_bias else before)
     leaves, info = _assembled(kernels, rules, visited)
+    plain = dict(leaves_with_paths(params))
+    bits = {path: 8.0 * jnp.dtype(plain[path].dtype).itemsize for path in left}
+    info |= {path: RoundingInfo(bits_per_weight=bits[path], note=reason) for path, reason in left.items()}
     warn_unseen({found.kernel.name: found.unseen[None] for found in visited}, FALLBACKS[unseen])
     return with_new_leaves(params, _fitted_biases(params, visited) | leaves), info
 
@@ -160,20 +176,26 @@ def _check(kept: list[Any], targets: Targets, ridge: float) -> None:
 
 def _kernels(
     apply: Callable[..., Any], params: Params, inputs: tuple[Any, ...], select: Selector | None
-) -> dict[str, MatrixLeaf]:
-    """The kernels to round, by path; raises, naming it, where the model does not stop at one that is selected."""
+) -> tuple[dict[str, MatrixLeaf], Counter[LeafPart], dict[str, str]]:
+    """The kernels to round by path, how many matmuls read each entry, and what a default selection leaves, and why.
+
+    Raises, naming all of them, where the model does not stop at what is selected.
+    """
     found = traced_layouts(apply, params, *inputs)
     if select is not None:
         kernels = {entry.path: entry for entry in entries(matrices(params, select=select, layouts=found))}
-        stops(apply, params, *inputs, paths=list(kernels))
-        return kernels
-    chosen = {part.path for part in plain_kernels(apply, params, inputs)}
+        return kernels, Counter(stops(apply, params, *inputs, paths=list(kernels), repeated="each")), {}
+    parts, refused = plain_kernels(apply, params, inputs)
+    chosen = {part.path for part in parts}
     if not chosen:
-        raise ValueError("No leaf is in a plain matmul: for experts and convolutions use `gptq`.")
+        reasons = "".join(f"\n  {reason}" for reason in refused.values())
+        raise ValueError(f"No leaf is in a plain matmul: for experts and convolutions use `gptq`.{reasons}")
     rest = {path: layout.kind for path, layout in leaves_with_paths(found) if layout.is_weight and path not in chosen}
-    reasons = {"lookup": "its rows are looked up", "tied": "it is looked up and contracted"}
+    phrases = {path: f"it {reason.removeprefix(f'Leaf {path!r} ')}" for path, reason in refused.items()}
+    kinds = {"lookup": "its rows are looked up", "tied": "it is looked up and contracted"}
+    left = {path: phrases.get(path) or kinds.get(kind, "it is not in a plain matmul") for path, kind in rest.items()}
     warn_left_out(
-        {path: reasons.get(kind, "it is not in one plain matmul") for path, kind in rest.items()},
+        left,
         "`reconstruct` stops at plain matmuls and leaves as they are",
         advice="Round them by `gptq` or `quantize`, or give `select` to say that it is meant.",
         stacklevel=4,
@@ -182,7 +204,8 @@ def _kernels(
     def plain(params: Params) -> Params:
         return map_with_path(lambda path, _: path in chosen, params)
 
-    return {entry.path: entry for entry in entries(matrices(params, select=plain, layouts=found))}
+    kernels = {entry.path: entry for entry in entries(matrices(params, select=plain, layouts=found))}
+    return kernels, Counter(parts), phrases
 
 
 def _entry(kernels: Mapping[str, MatrixLeaf], part: LeafPart) -> MatrixLeaf:
@@ -242,7 +265,20 @@ def _rounded_kernel(
         **unseen_counts(marks[None]),
     }
     stored_parts = solved.codes, solved.scale, solved.zero_point
-    return _Rounded(site.kernel, *stored_parts, site.bias, after, marks, figures), weights
+    return _Rounded(site.kernel, *stored_parts, site.bias if fit.free_bias else None, after, marks, figures), weights
+
+
+def _so_far(
+    params: Params, kernels: Mapping[str, MatrixLeaf], rules: Mapping[str, Rule], visited: Sequence[_Rounded]
+) -> Params:
+    """The model with what has been rounded, as plain arrays."""
+    leaves, changed = dict(leaves_with_paths(params)), dict[str, Any](_fitted_biases(params, visited))
+    for found in visited:
+        path = found.kernel.path
+        kernel = _entry(kernels, found.kernel)
+        weights = kernel.matrix(_stored(kernel, [found], rules[path].spec).materialize())[0]
+        changed[path] = found.kernel.put(changed.get(path, leaves[path]), weights)
+    return with_new_leaves(params, {path: jnp.asarray(leaf) for path, leaf in changed.items()})
 
 
 def _fitted_biases(params: Params, visited: Sequence[_Rounded]) -> dict[str, jax.Array]:

@@ -23,6 +23,7 @@ class RoundingInfo:
         retries: how often the damping had to grow; above 0 the matrix was singular beyond the damping asked for.
         unseen_inputs: number of inputs that are 0 in every row, over all stack entries; see the argument `unseen`.
         unseen_entries: number of stack entries whose inputs are all such (an expert that no row reached).
+        note: why the leaf was left as it is; empty otherwise.
     """
 
     bits_per_weight: float
@@ -32,6 +33,7 @@ class RoundingInfo:
     retries: int = 0
     unseen_inputs: int = 0
     unseen_entries: int = 0
+    note: str = ""
 
     @classmethod
     def of(cls, leaf: CompressedArray, **figures: Any) -> "RoundingInfo":
