@@ -51,6 +51,7 @@ def on_auto_axes(fn: Callable[P, R]) -> Callable[P, R]:
         if mesh is None:
             return fn(*args, **kwargs)
         if any(isinstance(leaf, core.Tracer) for leaf in leaves):
+            leaves = [_onto(mesh, leaf) for leaf in leaves]
             with jax.sharding.use_abstract_mesh(_auto_axes(mesh)):
                 plain_args, plain_kwargs = treedef.unflatten(map(_entering, leaves))
                 results = call(*plain_args, **plain_kwargs)
@@ -206,6 +207,13 @@ def _concrete_mesh(leaf: Any) -> Mesh | None:
 def _auto_axes(mesh: AbstractMesh) -> AbstractMesh:
     explicit = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return mesh.update_axis_types({name: AxisType.Auto for name, kind in explicit if kind == AxisType.Explicit})
+
+
+def _onto(mesh: AbstractMesh, leaf: Any) -> Any:
+    """A traced array on no mesh, replicated: its derivatives would come back on Auto axes."""
+    if not isinstance(leaf, core.Tracer) or not jax.typeof(leaf).sharding.mesh.empty:
+        return leaf
+    return reshard(leaf, NamedSharding(mesh, PartitionSpec(*[None] * leaf.ndim)))
 
 
 def _entering(leaf: Any) -> Any:

@@ -76,8 +76,8 @@ class Place:
     def loss(self, params: Any, batch: Any) -> Any:
         return jnp.square(jc.execute(self.apply)(params, batch[0])).mean()
 
-    def trained(self, params: Any) -> Any:
-        return jnp.square(self.apply(jc.quantization.fake_quantize(params, SPEC), self.x)).mean()
+    def trained(self, params: Any, x: Any) -> Any:
+        return jnp.square(self.apply(jc.quantization.fake_quantize(params, SPEC), x)).mean()
 
     @functools.cached_property
     def layouts(self) -> Any:
@@ -114,6 +114,7 @@ KEEP = {"hidden": np.arange(SIZE) % 3 > 0}
 
 ONE = jc.tree.by_path("both/kernel")
 UNEVEN = dataclasses.replace(SPEC, symmetric=False)
+LEARNING = jc.quantization.RoundingSchedule(steps=2)
 PER_TENSOR = QuantSpec(bits=8, per_tensor=True)
 
 CALLS: dict[str, Callable[[Place], Any]] = {
@@ -148,7 +149,7 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     ),
     "quantize": lambda m: m.quantized,
     "fake_quantize": lambda m: jc.quantization.fake_quantize(m.params, SPEC),
-    "fake_quantize, gradient": lambda m: jax.jit(jax.grad(m.trained))(m.params),
+    "fake_quantize, gradient": lambda m: jax.jit(jax.grad(m.trained))(m.params, m.x),
     "fixed_point": lambda m: jc.quantization.fixed_point(m.params, 8, select=ONE),
     "gptq": lambda m: jc.quantization.gptq(m.params, m.statistics, SPEC, select=ONE),
     "awq": lambda m: jc.quantization.awq(m.params, m.statistics, SPEC, steps=2, select=ONE),
@@ -157,6 +158,9 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     "smooth": lambda m: jc.quantization.smooth(m.params, m.statistics, jc.trace.folds(m.apply, m.params, m.x)),
     "reconstruct": lambda m: jc.quantization.reconstruct(m.apply, m.params, m.batches, SPEC, select=ONE),
     "correct_biases": lambda m: jc.quantization.correct_biases(m.apply, m.params, m.quantized, m.batches),
+    "learned_rounding": lambda m: jc.quantization.learned_rounding(
+        m.apply, m.params, m.quantized, m.batches, together=lambda path: 0, schedule=LEARNING
+    ),
     "rounding_errors": lambda m: jc.quantization.rounding_errors(m.params, m.quantized, m.statistics),
     "quantize_inputs": lambda m: jc.execute(m.apply)(
         jc.quantization.quantize_inputs(
@@ -172,6 +176,9 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     "execute, jit": lambda m: jax.jit(jc.execute(m.apply))(m.quantized, m.x),
     "materialize": lambda m: jc.materialize(m.quantized),
     "unit scores": lambda m: jc.structured.magnitude_unit_scores(m.params, units()),
+    "gate gradients": lambda m: jc.structured.fisher_matrix(
+        jc.structured.gate_gradients(m.loss, m.params, units(), m.batches, per_example=False)
+    ),
     "shrink": lambda m: jc.structured.shrink(m.params, units(), KEEP),
     "structured.reconstruct": lambda m: jc.structured.reconstruct(m.apply, m.params, units(), KEEP, m.batches),
     "size_report": lambda m: [str(jc.report.size_report(m.quantized))],

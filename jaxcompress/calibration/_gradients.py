@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress.meshes import replicated_beside
 from jaxcompress.tree import combine, leaves_with_paths, partition_trainable
 from jaxcompress.types import Params
 
@@ -113,4 +114,5 @@ def _squares_by_example(loss: Loss, floats: Params, batch: Any) -> tuple[Params,
         return jax.tree.map(jnp.add, total, _squares(loss, floats, one)[0]), None
 
     start = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), floats)
-    return jax.lax.scan(step, start, batch)[0], size
+    # A scan cannot run over an axis that an Explicit mesh cuts.
+    return jax.lax.scan(step, start, replicated_beside(batch, batch))[0], size

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxcompress.meshes import as_typed
 from jaxcompress.trace import Body, Origin, as_body, called_body, rearrange, walk
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
@@ -30,7 +31,8 @@ class Segment:
 
     def __call__(self, params: Params, values: Sequence[Any]) -> list[Any]:
         """The values that live behind this part, from those that live before it. Pure; may be compiled."""
-        return walk(self.body, [*jax.tree.leaves(params), *values], _bind)
+        operands = zip([*jax.tree.leaves(params), *values], self.body.jaxpr.invars, strict=True)
+        return walk(self.body, [as_typed(value, var.aval) for value, var in operands], _bind)
 
 
 def segments(

@@ -11,6 +11,7 @@ import optax
 
 from jaxcompress.arrays import PackedArray, QuantizedArray
 from jaxcompress.calibration import Segment, checked_weight, segments
+from jaxcompress.meshes import on_auto_axes_as
 from jaxcompress.quantization._leaf_matrix import with_new_leaves
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._soft_rounding import choice_of, decision, first_state, hard_leaf, soft_leaf
@@ -218,18 +219,21 @@ def _energies(part: Segment, params: Params, data: tuple[Any, Any, Any], *, cent
     inputs, targets, rows = data
     lost, count = jnp.float32(0), 0
     for found, wanted, counts in zip(part(params, inputs), targets, part.floats, strict=True):
-        if not counts:
-            continue
-        wanted = wanted.astype(jnp.float32)
-        weight = jnp.ones((), jnp.float32)
-        if rows is not None and wanted.shape[: rows.ndim] == rows.shape:
-            weight = rows.reshape(*rows.shape, *(1,) * (wanted.ndim - rows.ndim))
-        weight = jnp.broadcast_to(weight, wanted.shape)
-        total = jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)
-        mean = jnp.sum(weight * wanted) / total if centred else 0.0
-        variance = jnp.maximum(jnp.sum(weight * jnp.square(wanted - mean)), jnp.finfo(jnp.float32).tiny)
-        lost, count = lost + jnp.sum(weight * jnp.square(found.astype(jnp.float32) - wanted)) / variance, count + 1
+        if counts:
+            lost, count = lost + on_auto_axes_as([], _energy, found, wanted, rows, centred), count + 1
     return lost, max(count, 1)
+
+
+def _energy(found: Any, wanted: Any, rows: Any, centred: bool) -> Any:
+    wanted = wanted.astype(jnp.float32)
+    weight = jnp.ones((), jnp.float32)
+    if rows is not None and wanted.shape[: rows.ndim] == rows.shape:
+        weight = rows.reshape(*rows.shape, *(1,) * (wanted.ndim - rows.ndim))
+    weight = jnp.broadcast_to(weight, wanted.shape)
+    total = jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)
+    mean = jnp.sum(weight * wanted) / total if centred else 0.0
+    variance = jnp.maximum(jnp.sum(weight * jnp.square(wanted - mean)), jnp.finfo(jnp.float32).tiny)
+    return jnp.sum(weight * jnp.square(found.astype(jnp.float32) - wanted)) / variance
 
 
 def _error(block: _Block, leaves: Mapping[str, QuantizedArray]) -> float:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jaxcompress.arrays import PackedArray, QuantizedArray, pack, per_block, split_blocks, straight_through
+from jaxcompress.meshes import on_auto_axes
 
 
 class Choice(NamedTuple):
@@ -23,6 +24,7 @@ class Choice(NamedTuple):
     free: Float32[Array, ""]
 
 
+@on_auto_axes
 def choice_of(leaf: QuantizedArray, dense: Any) -> Choice:
     """Between the code of each weight and its neighbour on the side of the dense weight."""
     codes = leaf.codes().astype(jnp.float32)
@@ -32,6 +34,7 @@ def choice_of(leaf: QuantizedArray, dense: Any) -> Choice:
     return Choice(codes, other - codes, leaf, jnp.any(mantissa != 0.5).astype(jnp.float32))
 
 
+@on_auto_axes
 def first_state(choice: Choice, dense: Any) -> dict[str, Any]:
     """What is learned: `v` decides between the codes, `u` moves the logarithms of the scales."""
     gap = jnp.abs(_gap(choice.leaf, dense))
@@ -46,6 +49,7 @@ def decision(v: Any) -> Any:
     return jnp.clip(1.2 * jax.nn.sigmoid(v) - 0.1, 0.0, 1.0)
 
 
+@on_auto_axes
 def soft_leaf(choice: Choice, state: Mapping[str, Any], scale_rate: float) -> Float[Array, "..."]:
     """The weights while codes are in between."""
     leaf, scale = choice.leaf, _scale(choice, state["u"], scale_rate)
@@ -57,6 +61,7 @@ def soft_leaf(choice: Choice, state: Mapping[str, Any], scale_rate: float) -> Fl
     return (values * per_block(scale, leaf.shape, scale.shape)).reshape(leaf.shape).astype(leaf.dtype)
 
 
+@on_auto_axes
 def hard_leaf(choice: Choice, state: Mapping[str, Any], scale_rate: float) -> QuantizedArray:
     """The leaf with the code that is nearer."""
     leaf = choice.leaf

@@ -242,7 +242,10 @@ def _looped(params, x):
         ({"apply": _looped}, "'0/down' is used as a whole inside a `scan`"),
         ({"apply": lambda p, x: x}, "'0/down' is in no matmul of the model"),
         ({"apply": lambda p, x: (x @ p["0"]["up"] @ p["0"]["down"]) @ p["0"]["down"].T}, "more than one matmul"),
-        ({"apply": lambda p, x: p["0"]["down"].T @ x.reshape(-1, 6).T}, "second operand of a plain matmul"),
+        (
+            {"apply": lambda p, x: jnp.einsum("nio,io->on", jnp.ones((2, *p["0"]["down"].shape)), p["0"]["down"])},
+            "must be in a plain matmul; found .* batched over",
+        ),
         ({"batches": []}, "`batches` is empty"),
         ({"ridge": -1.0}, "`ridge` must not be negative, got -1.0"),
         ({"limit": 0.0}, "`limit` must be above 0, got 0.0"),
