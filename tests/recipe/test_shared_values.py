@@ -118,7 +118,7 @@ def test_the_teacher_reads_rows_as_each_part_cuts_them(tokens, monkeypatch):
     monkeypatch.setattr(_compress, "train", untrained)
     for first, second, expected in ((narrow, None, [(8,)]), (narrow, wide, [(8,), (8, 12)])):
         asked.clear()
-        parts = Recipe(prune=(PRUNE,), cluster=(SHARE,), distil=first, distil_shared=second)
+        parts = Recipe(quantize=(INT4,), cluster=(SHARE,), distil=first, distil_shared=second)
         recipe.compress(parts, small, params, tokens)
         assert asked == expected
 
