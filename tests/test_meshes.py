@@ -53,7 +53,7 @@ def test_a_mesh_and_one_device_agree(name, place, alone):
     assert {x.sharding.mesh for x in spread} <= {place.mesh}
 
 
-@pytest.mark.parametrize("name", ["quantize", "masks, global", "input_statistics", "execute, jit", "correct_biases"])
+@pytest.mark.parametrize("name", ["quantize", "input_statistics", "execute, jit", "correct_biases"])
 def test_inside_set_mesh(name, alone):
     place = Place(AxisType.Explicit)
     with jax.set_mesh(place.mesh):
@@ -151,7 +151,7 @@ def test_every_kind_of_compressed_array_multiplies_on_an_explicit_mesh():
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["movement", "RigL", "learned steps, 3 bits", "codebooks of 3 bits"])
+@pytest.mark.parametrize("name", ["movement", "codebooks of 3 bits"])
 def test_transforms_train_on_an_explicit_mesh(name, monkeypatch):
     mesh = jax.make_mesh((8,), ("data",))
     split, whole, rows = (NamedSharding(mesh, spec) for spec in (P(None, "data"), P(), P("data")))
