@@ -145,3 +145,82 @@ def test_a_constant_on_the_other_side():
     rows = np.tanh(np.asarray(x[:, :2], np.float64) @ np.asarray(params["v"], np.float64).T)
     found = calibration.input_statistics(left, params, [(x[:, :2],)])
     np.testing.assert_allclose(found["w"].gram, rows.T @ rows, atol=1e-4)
+
+
+def test_leaves_side_by_side_keep_their_own_inputs():
+    """Concatenated along inputs, along outputs, and stacked for a scan or a batched matmul."""
+    params = {"a": _array(2, 4), "b": _array(3, 4), "c": _array(5, 2), "one": _array(4, 4), "two": _array(4, 4)}
+    x, y = _array(7, 5), _array(2, 6, 4)
+
+    def apply(p, x, y):
+        rows = jnp.concatenate([jnp.concatenate([p["b"][::-1], p["a"]]), p["c"]], axis=1)
+        layers = jnp.stack([p["two"], p["one"]])
+        scanned = jax.lax.scan(lambda z, layer: (z, z @ layer), y[0], layers)[1]
+        batched = jnp.einsum("sni,sio->sno", y, jnp.stack([p["one"], p["one"] * 2]))
+        return x @ rows, scanned, batched
+
+    layouts = trace.layouts(apply, params, x, y)
+    assert {name: layout.kind for name, layout in layouts.items()} == dict.fromkeys(params, "matmul")
+    assert layouts["a"].flops + layouts["b"].flops + layouts["c"].flops == 2 * 7 * 5 * 6
+    found = calibration.input_statistics(apply, params, [(x, y)])
+    rows, layers = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    np.testing.assert_allclose(found["a"].gram, rows[:, 3:].T @ rows[:, 3:], atol=1e-4)
+    turned = rows[:, [2, 1, 0]]
+    np.testing.assert_allclose(found["b"].gram, turned.T @ turned, atol=1e-4)
+    np.testing.assert_allclose(found["c"].gram, rows.T @ rows, atol=1e-4)
+    np.testing.assert_allclose(found["two"].gram, layers[0].T @ layers[0], atol=1e-4)
+    # Once in the scan, and twice in the batch, where it counts double the second time.
+    expected = 2 * layers[0].T @ layers[0] + 4 * layers[1].T @ layers[1]
+    np.testing.assert_allclose(found["one"].gram, expected, rtol=1e-5, atol=1e-4)
+    assert [float(found[name].count) for name in ("a", "b", "c", "two", "one")] == [7, 7, 7, 6, 18]
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_fused_kernel_that_is_split_counts_its_rows_once(separate):
+    w, x = _array(4, 9), _array(7, 4)
+
+    def apply(p, x):
+        query, key, value = jnp.split(p["w"], 3, axis=1)
+        return x @ query, x @ key, (2 * x if separate else x.astype(jnp.float32)) @ value
+
+    if separate:
+        with pytest.raises(ValueError, match="'w': it is split along its outputs, and its parts multiply different"):
+            calibration.input_statistics(apply, {"w": w}, [(x,)])
+        return
+    found = calibration.input_statistics(apply, {"w": w}, [(x,)])["w"]
+    np.testing.assert_allclose(found.gram, np.asarray(x, np.float64).T @ np.asarray(x, np.float64), atol=1e-4)
+    assert found.count == 7
+
+
+def test_products_that_are_no_matrix_of_the_leaf_are_refused_with_a_reason():
+    reasons = {
+        "entry by entry": lambda w: w * jnp.arange(12.0).reshape(4, 3),
+        "re-arrangement of itself": lambda w: w + w[::-1],
+        "`reduce_sum`": lambda w: w * jnp.sum(w),
+        "`tanh`": lambda w: jnp.tanh(w),
+        "`convert_element_type`": lambda w: w.astype(jnp.int8).astype(jnp.float32),
+    }
+    for reason, move in reasons.items():
+        layout = trace.layouts(lambda p, x, move=move: x @ move(p["w"]), {"w": _array(4, 3)}, _array(2, 4))["w"]
+        assert layout.kind == "other"
+        assert reason in layout.reason
+
+
+def test_a_convolution_with_a_turned_kernel():
+    """As transposed convolutions have it: patches come in the order of the leaf."""
+    w, x = _array(3, 2, 4), _array(1, 6, 2)
+
+    def apply(p, x):
+        return jax.lax.conv_general_dilated(x, p["w"][::-1], (1,), "VALID", dimension_numbers=("NHC", "HIO", "NHC"))
+
+    found = calibration.input_statistics(apply, {"w": w}, [(x,)])["w"]
+    image = np.asarray(x, np.float64)[0]
+    rows = np.stack([image[at : at + 3][::-1].reshape(-1) for at in range(4)])
+    np.testing.assert_allclose(found.gram, rows.T @ rows, atol=1e-4)
+
+
+def test_look_ups_count_the_rows_of_the_leaf():
+    table, ids = _array(5, 3), jnp.array([0, 1, 1, 4])
+    found = calibration.input_statistics(lambda p, ids: p["t"][::-1][ids] + p["t"].T[:, ids].T, {"t": table}, [(ids,)])
+    assert found["t"].rows.tolist() == [2, 2, 0, 2, 2]
+    assert trace.layouts(lambda p, x: x + p["t"][jnp.arange(4)], {"t": table}, _array(4, 3))["t"].kind == "lookup"
