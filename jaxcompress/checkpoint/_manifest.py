@@ -27,7 +27,7 @@ class StoredValue:
         kind: `jax.Array`, `numpy.ndarray`, `numpy.generic`, `prng_key`, `python`, `None`, `Unselected`, or the class
             name of a compressed array.
         shape: logical shape; None where there is none (`None`, a compressed array with unselected parts).
-        dtype: name of the logical dtype, likewise.
+        dtype: name of the logical dtype; None where there is no shape.
         array: the name under which Orbax holds the elements; None for everything that is no array. An array without
             elements has a name too, but Orbax, which cannot store it, does not know it.
         static: static fields, as JSON.

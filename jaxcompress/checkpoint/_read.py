@@ -62,7 +62,7 @@ def read_whole(path: str, read: Callable[[Manifest], _T]) -> _T:
     Raises:
         CheckpointError: newer versions were published faster than one could be read; or as `read` and
             `read_manifest` say.
-        OSError: likewise.
+        OSError: the file system does not let it be read.
     """
     for attempt in range(_ATTEMPTS):
         raw = _agreed_raw(path)

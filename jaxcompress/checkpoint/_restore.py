@@ -32,7 +32,7 @@ class RestoreInfo:
 
     Attributes:
         config: of the model, as given to `save`; empty if none was.
-        metadata: likewise.
+        metadata: as given to `save`; empty if none was.
         versions: of `jaxcompress`, `jax` and, where it holds the arrays, `orbax` that wrote it.
         format_version: of the layout of the checkpoint.
         disk_bytes: size of all its files.
