@@ -95,8 +95,8 @@ def with_collections(params: Params, collections: Collections) -> Params:
     """The parameters with new values for some leaves.
 
     Example:
-        >>> with_collections({"params": {"w": 1}, "stats": {"mean": 2}}, {"stats/mean": 3})
-        {'params': {'w': 1}, 'stats': {'mean': 3}}
+        >>> with_collections({"params": {"w": 1}, "stats": {"mean": 2}}, {"stats/mean": jax.numpy.asarray(3)})
+        {'params': {'w': 1}, 'stats': {'mean': Array(3, dtype=int32, weak_type=True)}}
     """
     return map_with_path(lambda path, leaf: collections.get(path, leaf), params) if collections else params
 

@@ -5,12 +5,11 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxcompress.meshes import transform_on_auto_axes
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.tree import is_unselected, map_with_path
 from jaxcompress.types import Params, is_compressed
 
 
-@transform_on_auto_axes
 def sparse_updates(masks: Params) -> optax.GradientTransformation:
     """An optax transformation that zeroes the updates of pruned weights: those that are zero stay exactly zero.
 
@@ -36,6 +35,7 @@ def sparse_updates(masks: Params) -> optax.GradientTransformation:
         Array([1.5, 0. ], dtype=float32)
     """
 
+    @on_auto_axes
     def update(updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         del params
         return map_with_path(_masked, updates, masks, is_leaf=_is_leaf), state

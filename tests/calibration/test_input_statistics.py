@@ -276,10 +276,6 @@ def test_uses_without_statistics_are_named():
         gather(lambda p, y: (y[:, :2] @ p["w"][:2], y[:, 2:] @ p["w"][2:]), {"w": jnp.ones((4, 3))}, [(x,)])
     with pytest.raises(ValueError, match=r"'w': A contraction runs over axes \[1\], the input axes are \(0,\)"):
         gather(lambda p, y: y @ p["w"] @ p["w"].T, {"w": jnp.ones((4, 3))}, [(x,)])
-    module, image = nn.Conv(4, (3,), feature_group_count=2), jnp.ones((1, 5, 4))
-    params = module.init(jax.random.key(0), image)["params"]
-    with pytest.raises(ValueError, match="grouped convolutions"):
-        gather(lambda p, y: module.apply({"params": p}, y), params, [(image,)])
 
 
 def test_a_leaf_that_only_shard_map_sees_is_an_error():

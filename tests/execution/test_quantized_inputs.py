@@ -135,7 +135,12 @@ def test_whole_numbers_are_exact(weights, inputs):
 
 @pytest.mark.parametrize(
     ("weights", "inputs", "most"),
-    [(UINT8, UINT8, 33025), (INT8, UINT8, 65793), (INT8, INT8, 131071), (QuantSpec(bits=4), UINT8, 1052688)],
+    [
+        (UINT8, UINT8, 33025),
+        (INT8, UINT8, 65793),
+        (INT8, INT8, 131071),
+        (QuantSpec(bits=4, convention="narrow"), UINT8, 1052688),
+    ],
 )
 @pytest.mark.parametrize("terms", ["most", "more"])
 def test_sums_that_int32_does_not_hold_run_on_rounded_floats(weights, inputs, most, terms):

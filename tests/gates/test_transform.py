@@ -154,7 +154,10 @@ def test_single_weights_have_gates_of_their_own():
     np.testing.assert_allclose(transform.penalty(state, params, loss=0.0), 3 * (1 - total / full - 0.5), rtol=1e-4)
 
 
-@pytest.mark.parametrize("spec", [QuantSpec(bits=4, group_size=2), QuantSpec(bits=3, symmetric=False)])
+# Narrow: with the full range the largest negative weight of a group is a tie, which jit and eager may round apart.
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(bits=4, group_size=2, convention="narrow"), QuantSpec(bits=3, symmetric=False)]
+)
 def test_zeros_survive_the_quantizer(spec):
     params = make_params()
     transform = jc.chain(transform_of(), quantization_aware(spec, select=by_path(".*kernel")))

@@ -242,7 +242,7 @@ def test_empty_leaves(shape, spec):
     assert jax.eval_shape(lambda w: fake_quantize_array(w, spec, layout), jnp.zeros(shape)).shape == shape
 
 
-@pytest.mark.parametrize("variant", [{}, {"symmetric": False}])
+@pytest.mark.parametrize("variant", [{"convention": "narrow"}, {"symmetric": False}])
 def test_quantizing_twice_changes_nothing(variant):
     """Where the extreme code stands for the extreme value: narrow, asymmetric; not with full-range codes."""
     layout, w = layout_of("stacked heads"), weights((2, 4, 3, 5))
@@ -259,7 +259,7 @@ def test_quantizing_twice_changes_nothing(variant):
 
 def test_narrow_codes_are_odd():
     layout = layout_of("in, out")
-    w, spec = weights((12, 5)), QuantSpec(bits=4)
+    w, spec = weights((12, 5)), QuantSpec(bits=4, convention="narrow")
     np.testing.assert_array_equal(quantize_array(-w, spec, layout).codes(), -quantize_array(w, spec, layout).codes())
 
 
