@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Shaped, UInt8
 
 from jaxcompress.clustering._spec import CodebookSpec
-from jaxcompress.solvers import kmeans_line
+from jaxcompress.solvers import kmeans_line, unit_of
 
 _ITERATIONS = 30
 _ROUNDS = 4
@@ -49,7 +49,10 @@ def fit_tables(
         Array([[[-2. ,  1.1]]], dtype=float32)
     """
     rows = to_blocks(weights.astype(jnp.float32), blocks)
-    spread = jnp.ones_like(rows) if importance is None else to_blocks(_broadcast(importance, weights), blocks)
+    # Near 1, so that squares in float32 neither vanish nor overflow; a power of two rounds nothing.
+    unit = unit_of(rows)
+    rows = rows / unit
+    spread = _spread(importance, weights, blocks)
     x, h = np.asarray(rows, np.float64), np.asarray(spread, np.float64)
     tables = np.zeros((len(x), spec.entries))
     for table, values, counts in zip(tables, x, h, strict=True):
@@ -59,7 +62,7 @@ def fit_tables(
     if spec.rate and rows.size:
         # A value that is dear may lose all its weights to others, stay where it was, and be overtaken.
         fitted = jnp.sort(_refit(*_condensed(x, h), fitted, spec.rate, spec.zero), axis=1)
-    return fitted.astype(spec.dtype).reshape(*blocks, spec.entries)
+    return (fitted * unit).astype(spec.dtype).reshape(*blocks, spec.entries)
 
 
 def nearest_codes(
@@ -90,7 +93,9 @@ def nearest_codes(
     """
     blocks = tables.shape[:-1]
     rows, values = to_blocks(weights.astype(jnp.float32), blocks), tables.astype(jnp.float32).reshape(-1, spec.entries)
-    spread = jnp.ones_like(rows) if importance is None else to_blocks(_broadcast(importance, weights), blocks)
+    unit = unit_of(rows)
+    rows, values = rows / unit, values / unit
+    spread = _spread(importance, weights, blocks)
     codes = _assign(rows, spread, values, _price(rows, spread, values, spec.rate, spec.zero), spec.zero)
     return from_blocks(codes, weights.shape, blocks)
 
@@ -110,8 +115,14 @@ def from_blocks(rows: Shaped[Array, "B N"], shape: Sequence[int], blocks: Sequen
     return rows.reshape([*blocks, *sizes]).transpose(order).reshape(shape)
 
 
-def _broadcast(importance: Shaped[Array, "..."], weights: Shaped[Array, "..."]) -> Float32[Array, "..."]:
-    return jnp.broadcast_to(jnp.asarray(importance, jnp.float32), weights.shape)
+def _spread(
+    importance: Shaped[Array, "..."] | None, weights: Shaped[Array, "..."], blocks: Sequence[int]
+) -> Float32[Array, "B N"]:
+    """How much each weight counts, near 1."""
+    if importance is None:
+        return to_blocks(jnp.ones(weights.shape, jnp.float32), blocks)
+    spread = jnp.broadcast_to(jnp.asarray(importance, jnp.float32), weights.shape)
+    return to_blocks(spread / unit_of(spread), blocks)
 
 
 def _condensed(x: np.ndarray, h: np.ndarray) -> tuple[jax.Array, jax.Array]:

@@ -17,7 +17,7 @@ from jaxcompress.arrays import LowRankArray
 from jaxcompress.calibration import MatrixLeaf, nothing_seen, unseen_counts, with_leaves
 from jaxcompress.lowrank._factorize import Directions, apply_norm, directions, output_scale, truncate
 from jaxcompress.lowrank._ranks import RankRule, Spectrum, as_rule, spectrum
-from jaxcompress.solvers import output_error
+from jaxcompress.solvers import output_error, unit_of
 from jaxcompress.types import Params, is_compressed
 
 
@@ -175,6 +175,7 @@ def _info(target: Target, losses: Spectrum, rank: int | None, leaf: Any) -> LowR
 def _weighted_error(
     weights: jax.Array, changed: jax.Array, inputs: jax.Array | None, outputs: jax.Array | None
 ) -> jax.Array:
-    scale = output_scale(weights, outputs)
-    total, lost = (jnp.linalg.norm(apply_norm(part, inputs, scale)) for part in (weights, weights - changed))
+    scale, unit = output_scale(weights, outputs), unit_of(weights)
+    parts = weights / unit, (weights - changed) / unit
+    total, lost = (jnp.linalg.norm(apply_norm(part, inputs, scale)) for part in parts)
     return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1.0), 0.0)

@@ -34,6 +34,7 @@ from jaxcompress.solvers import (
     inverse_factor,
     keep_in_runs,
     keep_largest,
+    not_worse,
     output_error,
     problem,
     solve_columns,
@@ -246,6 +247,10 @@ def _solve_matrix(
         group_size=rule.group_size,
         **hooks,
     )
+    if rule.quantize_column is None:
+        # Where hardly anything holds the weights, they may run away along directions that no input has.
+        risky, masked = (factor.retries > 0) | (numbers.damping < 1e-4), jnp.where(solved == 0, 0.0, targets)
+        solved = jax.lax.cond(risky, lambda: not_worse(solved, masked, targets, hessian), lambda: solved)
     return _Solved(solved, factor.damping, factor.retries), targets
 
 
@@ -283,9 +288,10 @@ def _cheapest(
 def _scores(
     weights: Float32[Array, "B R"], diagonal: Float32[Array, " B"], *, beyond: float = jnp.inf
 ) -> Float32[Array, "B R"]:
-    """(w / U_ii)²; `beyond` for inputs that fill up the last block."""
+    """|w / U_ii|; `beyond` for inputs that fill up the last block."""
     real = diagonal > 0
-    scores = jnp.square(weights / jnp.where(real, diagonal, 1.0)[:, None])
+    # In order of the squares, which would vanish or overflow for very small or large weights.
+    scores = jnp.abs(weights / jnp.where(real, diagonal, 1.0)[:, None])
     return jnp.where(real[:, None], scores, beyond)
 
 

@@ -30,6 +30,7 @@ from jaxcompress.solvers import (
     keep_in_runs,
     keep_largest,
     masked_least_squares,
+    not_worse,
     output_error,
     problem,
 )
@@ -234,7 +235,8 @@ def _tune(
         found = problem(weights, gram, cross, count, damping)
         hessian, share, retries = damped(found.hessian, damping)
         tuned = masked_least_squares(found.targets, hessian, mask, most=most, batch_size=batch)
-        return tuned, found.targets, share, retries
+        plain = jnp.where(mask, found.targets, 0.0)
+        return not_worse(tuned, plain, found.targets, hessian), found.targets, share, retries
 
     tuned, targets, share, retries = jax.lax.map(one, (weights, gram, cross, count, masks))
     before = output_error(gram, targets, jnp.where(masks, targets, 0.0))

@@ -20,8 +20,10 @@ from jaxcompress.solvers import (
     damped,
     inverse_factor,
     least_squares_scales,
+    not_worse,
     solve_columns,
     solve_groups,
+    unit_of,
 )
 
 Order = Literal["natural", "activation"]
@@ -33,6 +35,9 @@ Groups = Literal["static", "updated"]
 Updated weights carry the errors of those before them, and their ranges grow: with symmetric codes of 2 bits the model
 as a whole can end up worse than rounded to nearest.
 """
+
+# Damping below this does not hold weights along directions that no input has.
+_LITTLE = 1e-4
 
 
 class Rule(NamedTuple):
@@ -98,6 +103,10 @@ def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], 
             quantize_column=lambda w, _, i: column(w, order[jnp.minimum(i, len(order) - 1)]),
         )
         weights = jnp.zeros_like(found).at[order].set(found)
+    nearest = rounded(targets, scale, zero_point, spec)
+    # Published GPTQ stays what it is, but for inputs that are linearly dependent and hardly damped.
+    risky = (factor.retries > 0) | (jnp.asarray(damping) < _LITTLE) | (rule.refine > 0)
+    weights = jax.lax.cond(risky, lambda: not_worse(weights, nearest, targets, hessian), lambda: weights)
     if rule.refine:
         whole = damped(hessian, factor.damping).hessian
         weights, scale = refined(weights, scale, zero_point, targets, whole, spec, rule.refine)
@@ -128,10 +137,11 @@ def refined(
         rounds: how often.
     """
     depth, width = weights.shape
+    unit = unit_of(targets)
     fits = scale.shape[1] == width and spec.format != "fixed_point"
 
     def loss(weights: Any) -> Any:
-        gap = weights - targets
+        gap = (weights - targets) / unit
         return jnp.sum(gap * jnp.matmul(hessian, gap, precision=jax.lax.Precision.HIGHEST), axis=0)
 
     def turn(state: Any, _: Any) -> Any:

@@ -15,6 +15,7 @@ from jaxcompress.quantization._blocks import reduced_axes
 from jaxcompress.quantization._leaf_matrix import rounded
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.solvers import unit_of
 from jaxcompress.trace import LeafLayout
 
 
@@ -87,9 +88,11 @@ def searched_scales(
     if both:
         pairs = jnp.stack(jnp.meshgrid(shares, shares, indexing="ij"), axis=-1).reshape(-1, 2)
 
+    unit = unit_of(w)
+
     def attempt(pair: Any) -> Any:
         scale, zero_point = block_scales(jnp.where(w < 0, pair[0] * w, pair[1] * w), spec, layout)
-        lost = jnp.abs(rounded(w, scale, zero_point, spec) - w) ** search.norm
+        lost = (jnp.abs(rounded(w, scale, zero_point, spec) - w) / unit) ** search.norm
         if search.weighted and importance is not None:
             lost = lost * importance
         axes = reduced_axes(w.shape, scale.shape)

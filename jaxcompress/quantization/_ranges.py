@@ -11,6 +11,7 @@ from jaxcompress.arrays import dequantize, split_blocks
 from jaxcompress.quantization._blocks import reduced_axes
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.solvers import unit_of
 
 GRID = tuple(1 - step / 100 for step in range(80))
 """The factors of the range that "mse" tries, as GPTQ's code does."""
@@ -61,12 +62,13 @@ def least_error_range(
     """
     if 0 in w.shape:
         return low, high
+    unit = unit_of(w)
 
     def error(factor: Any) -> Array:
         scale, zero_point = scales(factor * low, factor * high)
         codes = round_to_codes(w, scale, zero_point, spec)
         off = jnp.abs(dequantize(codes, scale, zero_point, levels=spec.levels) - w.astype(jnp.float32))
-        blocks = split_blocks(off**spec.error_norm, scale.shape)
+        blocks = split_blocks((off / unit) ** spec.error_norm, scale.shape)
         return blocks.sum(axis=reduced_axes(w.shape, scale.shape), keepdims=True).reshape(low.shape)
 
     def better(best: Any, factor: Any) -> Any:

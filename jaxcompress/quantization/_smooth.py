@@ -37,7 +37,7 @@ from jaxcompress.quantization._range_search import RangeSearch, searched_scales
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
-from jaxcompress.solvers import output_error
+from jaxcompress.solvers import output_error, unit_of
 from jaxcompress.trace import Fold, FoldedLeaf
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params, Selector
@@ -53,7 +53,8 @@ def smooth(
 ) -> tuple[Params, dict[str, jax.Array]]:
     """SmoothQuant: the inputs of some kernels are divided, and their weights multiplied, by s_j for each feature j.
 
-    s_j = max|x_j|^α / max|w_j|^(1 - α), the maximum of the weights over all consumers, both at least 1e-5. Outliers of
+    s_j = max|x_j|^α / max|w_j|^(1 - α), the maximum of the weights over all consumers, both at least
+    1e-5 of the largest feature. Outliers of
     the inputs, which suffer when activations are rounded, become outliers of weights, which suffer less. The function
     of the model stays the same. Stacked layers (`nn.scan`) get factors of their own, entry by entry.
 
@@ -94,7 +95,7 @@ def smooth(
         largest = fold_statistic(fold, statistics, "absolute_max", leaves)
         weights = [jnp.abs(matrix).max(axis=2).astype(jnp.float32) for matrix in plain]
         of_weights = functools.reduce(jnp.maximum, weights)
-        factor = jnp.maximum(largest, 1e-5) ** strength / jnp.maximum(of_weights, 1e-5) ** (1 - strength)
+        factor = _floored(largest) ** strength / _floored(of_weights) ** (1 - strength)
         factors |= {place.path: by_stack(factor, leaves[place.path], place) for place in fold.consumers}
         leaves |= moved(fold, leaves, factor)
     return with_new_leaves(params, leaves), factors
@@ -171,12 +172,19 @@ def awq(
     return with_new_leaves(params, leaves), info
 
 
+def _floored(largest: Float[Array, "S D"]) -> Float[Array, "S D"]:
+    """At least 1e-5 of the largest: not of 1, or it would depend on the scale of weights and inputs."""
+    top = largest.max(axis=1, keepdims=True)
+    return jnp.maximum(largest, jnp.where(top > 0, 1e-5 * top, 1.0))
+
+
 def _best_factor(
     own: Sequence[tuple[Calibrated, FoldedLeaf]], mean: Float[Array, "S D"], spec: QuantSpec, steps: int
 ) -> Float32[Array, "S D"]:
     candidates, losses = [], []
     for r in np.arange(steps, dtype=np.float32) / steps:
-        factor = jnp.maximum(mean, 1e-4) ** r
+        # A share of the mean, not a fixed size: the rule must not depend on the scale of the inputs.
+        factor = jnp.maximum(mean / mean.mean(axis=1, keepdims=True), 1e-4) ** r
         factor = factor / jnp.sqrt(factor.max(axis=1, keepdims=True) * factor.min(axis=1, keepdims=True))
         lost = [
             _lost(
@@ -197,11 +205,13 @@ def _best_factor(
 def _lost(
     weights: Float32[Array, "S D R"], gram: Float[Array, "S D D"], factor: Float[Array, "S D"], spec: QuantSpec
 ) -> Float32[Array, " S"]:
+    unit = unit_of(weights)
+
     def one(parts: Any) -> Any:
         w, own, s = parts
         scaled = w * s[:, None]
         scale, zero_point = searched_scales(scaled, spec, MATRIX, None)
-        gap = rounded(scaled, scale, zero_point, spec) / s[:, None] - w
+        gap = (rounded(scaled, scale, zero_point, spec) / s[:, None] - w) / unit
         return jnp.sum(gap * jnp.matmul(own, gap, precision=jax.lax.Precision.HIGHEST))
 
     return jax.lax.map(one, (weights, gram, factor))

@@ -18,6 +18,7 @@ from jaxcompress.quantization._range_search import RangeSearch, searched_scales
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
+from jaxcompress.solvers import unit_of
 from jaxcompress.trace import LeafLayout, default_layout
 from jaxcompress.tree import map_with_path
 from jaxcompress.types import Params, Selector
@@ -92,10 +93,11 @@ def nearest_table(table: Table, spec: QuantSpec, ranges: RangeSearch | None) -> 
 def _nearest(w: Float32[Array, "D R"], counts: Float[Array, " R"], spec: QuantSpec, ranges: RangeSearch | None) -> Any:
     scale, zero_point = searched_scales(w, spec, MATRIX, ranges, jnp.where(counts > 0, counts, 1e-3)[None])
     plain = searched_scales(w, spec, MATRIX, None)
-    total = jnp.sum(counts * jnp.square(w).sum(axis=0))
+    unit = unit_of(w)
+    total = jnp.sum(counts * jnp.square(w / unit).sum(axis=0))
 
     def error(scale: Any, zero_point: Any) -> Any:
-        lost = jnp.sum(counts * jnp.square(rounded(w, scale, zero_point, spec) - w).sum(axis=0))
+        lost = jnp.sum(counts * jnp.square((rounded(w, scale, zero_point, spec) - w) / unit).sum(axis=0))
         return jnp.where(total > 0, jnp.sqrt(lost / jnp.where(total > 0, total, 1.0)), 0.0)
 
     return scale, zero_point, round_to_codes(w, scale, zero_point, spec), error(*plain), error(scale, zero_point)

@@ -11,17 +11,57 @@ from jaxtyping import Array, Float, Float32
 from jaxcompress.solvers._cholesky import damped_cholesky
 
 
+def unit_of(values: Float[Array, "..."]) -> Float32[Array, ""]:
+    """A power of two near the largest magnitude: divided by it, squares neither overflow nor vanish, exactly.
+
+    1 where all values are 0, or one is not finite; between 2^-100 and 2^100.
+
+    Example:
+        >>> unit_of(jnp.array([-5e-21, 3e-21])) == 2.0**-67
+        Array(True, dtype=bool)
+    """
+    largest = jnp.abs(values.astype(jnp.float32)).max(initial=0)
+    known = (largest > 0) & jnp.isfinite(largest)
+    _, exponent = jnp.frexp(jnp.where(known, largest, 1.0))
+    return jnp.where(known, jnp.ldexp(jnp.float32(1), jnp.clip(exponent, -100, 100)), 1.0)
+
+
+def not_worse(
+    found: Float[Array, "D R"],
+    plain: Float[Array, "D R"],
+    targets: Float[Array, "D R"],
+    hessian: Float[Array, "D D"],
+) -> Float[Array, "D R"]:
+    """Output by output, the better of two: `plain` where `found` has the larger error, or NaN.
+
+    Where the inputs are linearly dependent, what makes up for errors may run away along directions that nothing holds,
+    and is then cut off by the range of the codes.
+
+    Example:
+        >>> not_worse(jnp.array([[3.0, 1.0]]), jnp.array([[2.0, 2.0]]), jnp.ones((1, 2)), jnp.eye(1)).tolist()
+        [[2.0, 1.0]]
+    """
+    unit = unit_of(targets)
+
+    def loss(weights: Float[Array, "D R"]) -> Float32[Array, " R"]:
+        gap = (weights - targets) / unit
+        return jnp.sum(gap * jnp.matmul(hessian, gap, precision=jax.lax.Precision.HIGHEST), axis=0)
+
+    return jnp.where((loss(found) <= loss(plain))[None], found, plain)
+
+
 def output_error(
     gram: Float[Array, "S D D"], weights: Float[Array, "S D R"], changed: Float[Array, "S D R"]
 ) -> Float32[Array, ""]:
     """sqrt(tr(ΔᵀGΔ) / tr(WᵀGW)), Δ = W - W'; 0 where W has no output at all."""
 
     def energy(matrix: Float[Array, "S D R"]) -> Float32[Array, ""]:
-        matrix = matrix.astype(jnp.float32)
+        matrix = matrix.astype(jnp.float32) / unit
         outputs = jnp.einsum("sij,sjr->sir", gram, matrix, precision=jax.lax.Precision.HIGHEST)
         # Rounding can make a sum of squares that is nearly 0 negative.
         return jnp.maximum(jnp.sum(matrix * outputs), 0.0)
 
+    unit, gram = unit_of(weights), gram / unit_of(gram)
     total = energy(weights)
     lost = energy(weights.astype(jnp.float32) - changed.astype(jnp.float32))
     return jnp.where(total > 0, jnp.sqrt(lost / jnp.where(total > 0, total, 1.0)), 0.0)
