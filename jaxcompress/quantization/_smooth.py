@@ -182,15 +182,17 @@ def _best_factor(
     own: Sequence[tuple[Calibrated, FoldedLeaf]], mean: Float[Array, "S D"], spec: QuantSpec, steps: int
 ) -> Float32[Array, "S D"]:
     candidates, losses = [], []
+    # One for all consumers, whose losses are added.
+    unit = functools.reduce(jnp.maximum, [unit_of(entry.weight) for entry, _ in own])
     for r in np.arange(steps, dtype=np.float32) / steps:
-        # A share of the mean, not a fixed size: the rule must not depend on the scale of the inputs.
-        factor = jnp.maximum(mean / mean.mean(axis=1, keepdims=True), 1e-4) ** r
+        factor = jnp.maximum(mean, 1e-4) ** r
         factor = factor / jnp.sqrt(factor.max(axis=1, keepdims=True) * factor.min(axis=1, keepdims=True))
         lost = [
             _lost(
                 with_whole_groups(entry, entry.matrix(entry.weight).astype(jnp.float32), spec, 1),
                 with_whole_groups(entry, entry.flat(entry.statistics.gram, ndim=2), spec, 1, 2),
                 with_whole_groups(entry, as_matrix_inputs(factor, entry.weight, place), spec, 1, fill=1.0),
+                unit,
                 spec,
             )
             for entry, place in own
@@ -203,10 +205,12 @@ def _best_factor(
 
 @functools.partial(jax.jit, static_argnames="spec")
 def _lost(
-    weights: Float32[Array, "S D R"], gram: Float[Array, "S D D"], factor: Float[Array, "S D"], spec: QuantSpec
+    weights: Float32[Array, "S D R"],
+    gram: Float[Array, "S D D"],
+    factor: Float[Array, "S D"],
+    unit: Float32[Array, ""],
+    spec: QuantSpec,
 ) -> Float32[Array, " S"]:
-    unit = unit_of(weights)
-
     def one(parts: Any) -> Any:
         w, own, s = parts
         scaled = w * s[:, None]
