@@ -41,3 +41,7 @@ from jaxcompress.calibration._unseen import nothing_seen as nothing_seen
 from jaxcompress.calibration._unseen import unseen_counts as unseen_counts
 from jaxcompress.calibration._unseen import unseen_inputs as unseen_inputs
 from jaxcompress.calibration._unseen import warn_unseen as warn_unseen
+from jaxcompress.calibration._unstack import entries_of as entries_of
+from jaxcompress.calibration._unstack import entry_paths as entry_paths
+from jaxcompress.calibration._unstack import unstacked as unstacked
+from jaxcompress.calibration._unstack import whole_stacks as whole_stacks

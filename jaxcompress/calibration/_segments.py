@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxcompress.calibration._unstack import bind, visit
 from jaxcompress.meshes import as_typed
-from jaxcompress.trace import Body, Origin, as_body, called_body, rearrange, walk
+from jaxcompress.trace import Body, Origin, as_body, rearrange, walk
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
 
@@ -32,7 +33,7 @@ class Segment:
     def __call__(self, params: Params, values: Sequence[Any]) -> list[Any]:
         """The values that live behind this part, from those that live before it. Pure; may be compiled."""
         operands = zip([*jax.tree.leaves(params), *values], self.body.jaxpr.invars, strict=True)
-        return walk(self.body, [as_typed(value, var.aval) for value, var in operands], _bind)
+        return walk(self.body, [as_typed(value, var.aval) for value, var in operands], bind)
 
 
 def segments(
@@ -46,7 +47,7 @@ def segments(
     """Cuts a model where the first leaf of the next group is first used; one part after another is the whole model.
 
     What lives at a cut (the residual stream, masks) is found from the jaxpr. Loops are never cut: the layers of a scan
-    are one part.
+    are one part, but for stacks that `unstacked` gives entry by entry.
 
     Args:
         apply: `(params, *inputs) -> outputs`.
@@ -157,21 +158,7 @@ def _cuts(used: dict[str, int], together: Callable[[str], Any]) -> tuple[list[in
 
 def _inlined(closed: Any) -> Any:
     """The same program without the calls that only wrap."""
-
-    def visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
-        body = called_body(eqn) if eqn.primitive.name in _WRAPPERS else None
-        return _bind(eqn, values) if body is None else walk(body, values, visit)
-
     return jax.make_jaxpr(lambda *values: walk(as_body(closed), list(values), visit))(*closed.in_avals)
-
-
-_WRAPPERS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})
-
-
-def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:

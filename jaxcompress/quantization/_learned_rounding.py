@@ -10,11 +10,20 @@ import numpy as np
 import optax
 
 from jaxcompress.arrays import PackedArray, QuantizedArray
-from jaxcompress.calibration import Segment, checked_weight, segments
+from jaxcompress.calibration import (
+    Segment,
+    checked_weight,
+    entries_of,
+    entry_paths,
+    segments,
+    unstacked,
+    whole_stacks,
+)
 from jaxcompress.meshes import on_auto_axes_as
 from jaxcompress.quantization._leaf_matrix import with_new_leaves
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._soft_rounding import choice_of, decision, first_state, hard_leaf, soft_leaf
+from jaxcompress.trace import layouts as traced_layouts
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
 
@@ -67,14 +76,16 @@ def learned_rounding(
         rounded: the same with `QuantizedArray` leaves (from `quantize`, `gptq`, `reconstruct`), and other biases, if
             they changed.
         batches: tuples of arrays; all are kept, with what each block passes on.
-        together: path of a rounded leaf -> its block, such as the number of the layer. Blocks are cut where the next
-            one's first leaf is used (see `calibration.segments`); the layers of a scan are one block.
+        together: path of a rounded leaf -> its block, such as the number of the layer; `path[i]` for each entry of a
+            stack (the layers of a scan). Blocks are cut where the next one's first leaf is used (see
+            `calibration.segments`). A stack whose entries share a scale stays one leaf, in one block.
         schedule: steps, rates, penalty.
         row_mask: `(*inputs) -> weights` of shape (B, L), say: what each row counts, 0 for padding, in values with these
             leading axes; by default all count alike.
 
     Returns:
-        `(params, info)`: as `rounded`, with other codes and scales, and a `RoundingInfo` by path with the relative
+        `(params, info)`: as `rounded`, with other codes and scales, and a `RoundingInfo` by path (`path[i]` for each
+            entry of a stack) with the relative
         output error of the leaf's block: ||Y' - Y|| / ||Y||, Y being what it passes on.
 
     Raises:
@@ -102,24 +113,44 @@ def learned_rounding(
     _check(kept, paths, dict(leaves_with_paths(rounded)), schedule)
     _check_dense(paths, dict(leaves_with_paths(rounded)), dict(leaves_with_paths(params)))
     rows = [None if row_mask is None else jnp.maximum(jnp.asarray(row_mask(*b), jnp.float32), 0.0) for b in kept]
-    dense, current = (map_with_path(lambda _, leaf: _plain(leaf), tree) for tree in (params, rounded))
+    dense = map_with_path(lambda _, leaf: _plain(leaf), params)
+    stacks = _stacks(traced_layouts(apply, dense, *kept[0]), rounded)
+    # Entry by entry: the layers of a scan are leaves of their own.
+    by_entry, names = unstacked(apply, dense), entry_paths(rounded, stacks)
+    dense, split = entries_of(dense, stacks), entries_of(rounded, stacks)
+    current = map_with_path(lambda _, leaf: _plain(leaf), split)
+    leaves, info = dict(leaves_with_paths(split)), {}
+    paths = [path for path, leaf in leaves.items() if isinstance(leaf, QuantizedArray)]
     # Batches of different shapes have programs of their own, cut at the same leaves.
-    cut = functools.partial(segments, apply, dense, paths=paths, together=together)
+    cut = functools.partial(segments, by_entry, dense, paths=paths, together=lambda path: together(names[path]))
     programs = _by_shape(kept, cut)
     values = [(jax.tree.leaves(batch), jax.tree.leaves(batch)) for batch in kept]
-    leaves, info = dict(leaves_with_paths(rounded)), {}
     for k in range(len(programs[0])):
         parts = [program[k] for program in programs]
         own = {path: leaves[path] for path in parts[0].paths}
         targets = [_run(part)(dense, old) for part, (old, _) in zip(parts, values, strict=True)]
         block = _Block(parts, current, [new for _, new in values], targets, rows)
         learned, before, after = _learn(block, own, dict(leaves_with_paths(dense)), schedule)
+        if not np.isfinite(before):
+            raise ValueError(f"What the block of leaf {names[next(iter(own))]!r} passes on holds NaN or Inf.")
         leaves |= learned
         current = with_new_leaves(current, {path: _plain(leaf) for path, leaf in learned.items()})
-        info |= {path: RoundingInfo.of(leaf, error_before=before, error=after) for path, leaf in learned.items()}
+        info |= {names[path]: RoundingInfo.of(leaf, error_before=before, error=after) for path, leaf in learned.items()}
         moved = [_run(part)(current, new) for part, (_, new) in zip(parts, values, strict=True)]
         values = list(zip(targets, moved, strict=True))
-    return with_new_leaves(rounded, leaves), info
+    return whole_stacks(rounded, with_new_leaves(split, leaves)), info
+
+
+def _stacks(layouts: Params, rounded: Params) -> dict[str, int]:
+    """How many leading axes of a rounded leaf are stacked; leaves alone that can be cut there, part by part."""
+    depths = {path: len(layout.stack_axes) for path, layout in leaves_with_paths(layouts)}
+    found = {}
+    for path, leaf in leaves_with_paths(rounded):
+        depth = depths[path]
+        leading = isinstance(leaf, QuantizedArray) and [part.shape[:depth] for part in jax.tree.leaves(leaf)]
+        if depth and leading and set(leading) == {leaf.shape[:depth]}:
+            found[path] = depth
+    return found
 
 
 class _Block(NamedTuple):
@@ -182,8 +213,6 @@ def _learn(
         updates, moments = _update(optimizer, gradient, moments)
         state = optax.apply_updates(state, updates)
     before = _error(block, own)
-    if not np.isfinite(before):
-        raise ValueError(f"What the block of leaf {next(iter(own), '')!r} passes on holds NaN or Inf.")
     learned = {path: hard_leaf(choice, state[path], schedule.scale_rate) for path, choice in choices.items()}
     after = _error(block, learned)
     return (learned, before, after) if after < before else (own, before, before)

@@ -1,5 +1,7 @@
 """Learned rounding, and the parts that a model is cut into."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -131,3 +133,78 @@ def test_what_cannot_be_learned_is_named():
         )
     with pytest.raises(ValueError, match="the block of leaf 'one/up' passes on holds NaN"):
         learned_rounding(_model, params, small, [(batch[0].at[0, 0].set(jnp.nan), batch[1])], together=str)
+
+
+def _scanned(params, x, mask):
+    def layer(x, own):
+        return x + mask[..., None] * (jnp.tanh(x @ own["up"].T) @ own["down"]), x.sum()
+
+    return jax.lax.scan(layer, x, params)[0]
+
+
+def _indexed(params, x, mask):
+    for i in range(2):
+        x = x + mask[..., None] * (jnp.tanh(x @ params["up"][i].T) @ params["down"][i])
+    return x
+
+
+@pytest.mark.parametrize("model", [_scanned, jax.checkpoint(_scanned), _indexed])
+def test_layers_of_a_stack_are_blocks(model):
+    params, batch = _params(), _batch()
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), params["one"], params["two"])
+    start = quantize(stacked, SPEC, layouts=jc.trace.layouts(model, stacked, *batch))
+    flat = quantize(params, SPEC, layouts=jc.trace.layouts(_model, params, *batch))
+    options = {"schedule": RoundingSchedule(steps=60, rate=0.03), "row_mask": lambda x, mask: mask}
+    asked = []
+    found, info = learned_rounding(
+        model, stacked, start, [batch], together=lambda path: asked.append(path) or path.split("[")[1], **options
+    )
+    wanted, known = learned_rounding(_model, params, flat, [batch], together=lambda path: path.split("/")[0], **options)
+    assert set(asked) == set(info) == {"up[0]", "up[1]", "down[0]", "down[1]"}
+    for i, layer in enumerate(("one", "two")):
+        for name in ("up", "down"):
+            assert info[f"{name}[{i}]"].error == pytest.approx(known[f"{layer}/{name}"].error, rel=1e-4)
+            assert info[f"{name}[{i}]"].error < info[f"{name}[{i}]"].error_before
+            np.testing.assert_array_equal(found[name].codes()[i], wanted[layer][name].codes())
+    assert jax.tree.structure(found) == jax.tree.structure(start)
+
+
+def test_stacks_in_stacks_and_reversed_scans():
+    rng = np.random.default_rng(2)
+    params = {"w": jnp.asarray(rng.normal(size=(2, 3, 4, 4)) / 2, jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(20, 4)), jnp.float32)
+
+    def model(params, x):
+        def inner(x, w):
+            return jnp.tanh(x @ w.astype(jnp.bfloat16).astype(jnp.float32)), x
+
+        def outer(x, w):
+            return jax.lax.scan(inner, x, w, reverse=True)[0], None
+
+        return jax.lax.scan(outer, x, params["w"])[0]
+
+    start = quantize(params, QuantSpec(bits=3), layouts=jc.trace.layouts(model, params, x))
+    order = []
+    found, info = learned_rounding(
+        model,
+        params,
+        start,
+        [(x,)],
+        together=lambda path: order.append(path) or path,
+        schedule=RoundingSchedule(steps=40, rate=0.05),
+    )
+    assert list(info) == [f"w[{i},{j}]" for i in range(2) for j in reversed(range(3))]
+    gaps = [float(jnp.linalg.norm(jc.execute(model)(tree, x) - model(params, x))) for tree in (start, found)]
+    assert gaps[1] < gaps[0]
+
+
+def test_a_scale_that_all_layers_share_keeps_them_together():
+    params, batch = _params(), _batch()
+    stacked = jax.tree.map(lambda *parts: jnp.stack(parts), params["one"], params["two"])
+    start = quantize(stacked, QuantSpec(bits=4))
+    start["down"] = dataclasses.replace(start["down"], scale=start["down"].scale.max(axis=0, keepdims=True))
+    found, info = learned_rounding(
+        _scanned, stacked, start, [batch], together=lambda path: path, schedule=RoundingSchedule(steps=3)
+    )
+    assert "down" in info
+    assert found["down"].scale.shape == start["down"].scale.shape
