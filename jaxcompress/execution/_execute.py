@@ -8,9 +8,11 @@ import jax
 
 from jaxcompress.execution._rearrange import can_unstack
 from jaxcompress.execution._rules import RULES
+from jaxcompress.execution._runs import boundaries, cut, sliced_runs
 from jaxcompress.execution._values import (
     Fallback,
     Note,
+    Runs,
     Weight,
     holds_compressed_weight,
     ignore,
@@ -113,13 +115,17 @@ def _interpret(body: Body, values: Sequence[Any], note: Note) -> list[Any]:
 
 
 def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
-    if not any(isinstance(value, Weight) for value in values):
+    if not any(isinstance(value, Weight | Runs) for value in values):
         return _bind(eqn, values)
     name = eqn.primitive.name
+    if name == "concatenate" and eqn.params["dimension"] == 0:
+        return [Runs(tuple(values))]
     if name in _CONTROL:
         return _CONTROL[name](eqn, values, note)
     if name in _INLINED and (body := called_body(eqn)) is not None:
         return walk(body, values, functools.partial(_visit, note=note))
+    if any(isinstance(value, Runs) for value in values):
+        return _visit_runs(eqn, values, note=note)
     if name in RULES:
         path = next(value.path for value in values if isinstance(value, Weight))
         results = _by_rule(eqn, values)
@@ -129,6 +135,20 @@ def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
         if results is not None:
             return [Weight(out, path) if is_compressed(out) else out for out in results]
     return _bind(eqn, _plain(eqn.invars, values, name, note))
+
+
+def _visit_runs(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
+    """What only casts or cuts a stack leaves its runs in their stored forms."""
+    name, first = eqn.primitive.name, values[0]
+    if isinstance(first, Runs) and name == "convert_element_type":
+        return [Runs(tuple(_visit(eqn, [part], note=note)[0] for part in first.parts))]
+    if isinstance(first, Runs) and name == "slice" and (found := sliced_runs(eqn, first, note)) is not None:
+        return [found]
+    whole = [
+        as_typed(plain(value, name, note), var.aval) if isinstance(value, Runs) else value
+        for value, var in zip(values, eqn.invars, strict=True)
+    ]
+    return _visit(eqn, whole, note=note)
 
 
 def _plain(variables: Sequence[Any], values: Sequence[Any], name: str, note: Note) -> list[Any]:
@@ -166,22 +186,37 @@ def _remat(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
 
 
 def _scan(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-    consts = values[:num_consts]
-    ends = num_consts + num_carry
-    carry = _plain(eqn.invars[num_consts:ends], values[num_consts:ends], "scan", note)
+    """Once, or run by run where a stack is stored in several forms."""
+    begin, length = eqn.params["num_consts"], eqn.params["length"]
+    end = begin + eqn.params["num_carry"]
+    carry, stacks = _plain(eqn.invars[begin:end], values[begin:end], "scan", note), values[end:]
+    runs = boundaries(stacks, length) or [(0, 0)]
+    written: dict[tuple[int, int], list[Any]] = {}
+    for run in reversed(runs) if eqn.params["reverse"] else runs:
+        own = [cut(stack, *run, note) for stack in stacks]
+        carry, written[run] = _scan_run(eqn, values[:begin], carry, own, run[1] - run[0], note)
+    if len(runs) == 1:
+        return [*carry, *written[runs[0]]]
+    columns = zip(*(written[run] for run in runs), strict=True)
+    joined = [on_auto_axes(jax.numpy.concatenate)(list(column)) for column in columns]
+    return [*carry, *(as_typed(out, var.aval) for out, var in zip(joined, eqn.outvars[len(carry) :], strict=True))]
+
+
+def _scan_run(
+    eqn: Any, consts: list[Any], carry: list[Any], stacks: list[Any], length: int, note: Note
+) -> tuple[list[Any], list[Any]]:
+    variables = eqn.invars[len(consts) + len(carry) :]
     stacked = [
-        value if not isinstance(value, Weight) or can_unstack(value.array) else _plain([var], [value], "scan", note)[0]
-        for var, value in zip(eqn.invars[ends:], values[ends:], strict=True)
+        stack if not isinstance(stack, Weight) or can_unstack(stack.array) else _plain([var], [stack], "scan", note)[0]
+        for var, stack in zip(variables, stacks, strict=True)
     ]
 
     def step(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any]]:
         results = _interpret(as_body(eqn.params["jaxpr"]), [*consts, *carry, *sliced], note)
-        return results[:num_carry], results[num_carry:]
+        return results[: len(carry)], results[len(carry) :]
 
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    carry, collected = jax.lax.scan(step, carry, stacked, **options)
-    return [*carry, *collected]
+    options = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    return jax.lax.scan(step, carry, stacked, length=length, **options)
 
 
 def _while(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:

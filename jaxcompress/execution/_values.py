@@ -1,12 +1,14 @@
 """What the interpreter carries, and what it notes."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from jaxcompress.arrays import InputQuantizedArray
+from jaxcompress.meshes import on_auto_axes
 from jaxcompress.types import CompressedArray, is_compressed
 
 
@@ -36,6 +38,24 @@ class Weight:
     path: str = dataclasses.field(metadata={"static": True})
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Consecutive runs of a stack, along the first axis; each a `Weight` or a plain array."""
+
+    parts: tuple[Any, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many layers each part has."""
+        return tuple((part.array if isinstance(part, Weight) else part).shape[0] for part in self.parts)
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """The first layer of each part."""
+        return tuple(itertools.accumulate((0, *self.sizes[:-1])))
+
+
 Note = Callable[[Fallback], None]
 """Told about every fall-back."""
 
@@ -51,6 +71,8 @@ def plain(value: Any, primitive: str, note: Note) -> Any:
     Raises:
         ValueError: the leaf's inputs are to be quantized, and never would be.
     """
+    if isinstance(value, Runs):
+        return on_auto_axes(jax.numpy.concatenate)([plain(part, primitive, note) for part in value.parts])
     if not isinstance(value, Weight):
         return value
     if isinstance(value.array, InputQuantizedArray) and primitive != "output":

@@ -31,9 +31,15 @@ from jaxcompress.calibration import (
     unseen_counts,
     warn_unseen,
 )
-from jaxcompress.quantization._blocks import scale_shape
+from jaxcompress.quantization._blocks import PARTIAL, cut
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
-from jaxcompress.quantization._leaf_matrix import check_blocks, plain_kernels, stored, with_new_leaves
+from jaxcompress.quantization._leaf_matrix import (
+    check_blocks,
+    plain_kernels,
+    stored,
+    with_new_leaves,
+    with_whole_groups,
+)
 from jaxcompress.quantization._range_search import BEST_RANGES, RangeSearch
 from jaxcompress.quantization._round_to_nearest import quantize_array
 from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
@@ -130,7 +136,8 @@ def reconstruct(
     kernels, uses, left = _kernels(apply, params, kept[0], select)
     rules = {path: Rule(spec(path) if callable(spec) else spec, order, groups, ranges, refine) for path in kernels}
     places = {path: (kernel.weight.shape, kernel.layout) for path, kernel in kernels.items()}
-    for path in misfits(places, lambda path, *place: scale_shape(place[0], rules[path].spec, place[1]), select):
+    rest = misfits(places, lambda path, shape, layout: cut(shape, rules[path].spec, layout), select, advice=PARTIAL)
+    for path in rest:
         del kernels[path], rules[path]
     uses = {part: count for part, count in uses.items() if part.path in kernels}
     for path, kernel in kernels.items():
@@ -252,7 +259,11 @@ def _rounded_kernel(
 ) -> tuple[_Rounded, Float[Array, "D R"]]:
     """What is stored, and the weights that it stands for, in the dtype of the leaf."""
     targets, hessian, marks = _problem(sums, fit)
-    solved = _solve(targets.astype(np.float32), hessian.astype(np.float32), np.float32(fit.damping), rule)
+    whole = with_whole_groups(kernel, jnp.asarray(targets, jnp.float32), rule.spec, 0)
+    metric = with_whole_groups(kernel, jnp.asarray(hessian, jnp.float32), rule.spec, 0, 1)
+    # What fills up a partial group meets no input: its errors cost nothing, and nothing makes up for them.
+    metric = metric + jnp.diag(jnp.where(jnp.diag(metric) == 0, 1.0, 0.0))
+    solved = _solve(whole, metric, np.float32(fit.damping), rule)
     weights = kernel.matrix(_stored(kernel, [solved], rule.spec).materialize())[0]
     found = np.asarray(weights, np.float64)
     nearest = quantize_array(kernel.weight, rule.spec, kernel.layout).materialize()

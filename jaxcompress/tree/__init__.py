@@ -16,6 +16,8 @@ from jaxcompress.tree._selectors import any_of as any_of
 from jaxcompress.tree._selectors import by_ndim as by_ndim
 from jaxcompress.tree._selectors import by_path as by_path
 from jaxcompress.tree._selectors import exclude as exclude
+from jaxcompress.tree._stacks import join_stacks as join_stacks
+from jaxcompress.tree._stacks import split_stacks as split_stacks
 from jaxcompress.tree._unselected import Unselected as Unselected
 from jaxcompress.tree._unselected import is_unselected as is_unselected
 from jaxcompress.tree._unselected import map_selected as map_selected

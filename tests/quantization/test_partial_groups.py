@@ -25,6 +25,7 @@ from jaxcompress.quantization import (
     quantize,
     quantize_array,
     quantize_inputs,
+    reconstruct,
 )
 from jaxcompress.trace import BlockError, LeafLayout, LeftOutWarning
 from jaxcompress.tree import by_path
@@ -198,3 +199,28 @@ def calls_plain(params):
 def test_partial_groups_that_are_not_offered_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_reconstruct_rounds_partial_groups_as_gptq_does(symmetric):
+    def apply(params, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, params["layers"])[0] @ params["out"]
+
+    params = {"layers": weights(2, 10, 10) / 3, "out": weights(10, 6, seed=1)}
+    x = weights(40, 10, seed=2) * jnp.linspace(0.5, 2, 10)[None]
+    spec = QuantSpec(bits=4, group_size=8, symmetric=symmetric, partial_groups=True)
+    found, info = reconstruct(apply, params, [(x,)], spec)
+    assert found["layers"].scale.shape == (2, 2, 10)
+    assert set(info) == {"layers[0]", "layers[1]", "out"}
+    for entry in info.values():
+        assert entry.error < entry.error_before
+    # Targets that are the weights make it GPTQ, one kernel after another, on the inputs that the rounded ones give.
+    plain = {"targets": "weights", "bias": False}
+    found, info = reconstruct(apply, params, [(x,)], spec, **plain)
+    first = input_statistics(lambda p, x: x @ p["w"], {"w": params["layers"][0]}, [(x,)])
+    wanted, known = gptq({"w": params["layers"][0]}, first, spec)
+    np.testing.assert_array_equal(found["layers"].codes()[0], wanted["w"].codes())
+    np.testing.assert_allclose(found["layers"].scale[0], wanted["w"].scale, rtol=1e-4)
+    assert info["layers[0]"].error == pytest.approx(known["w"].error, rel=1e-3)
+    with pytest.raises(BlockError, match="partial_groups=True"):
+        reconstruct(apply, params, [(x,)], QuantSpec(bits=4, group_size=8), select=by_path("out"))
