@@ -180,12 +180,17 @@ def _reconstruct(params: Any, batches: Any, bits: int) -> Any:
     return quantization.reconstruct(apply, params, batches, spec_of(bits, symmetric=False), select=KERNELS)[0]
 
 
+def _sequential(params: Any, batches: Any, bits: int) -> Any:
+    return quantization.gptq_sequential(apply, params, batches, spec_of(bits), select=KERNELS)[0]
+
+
 METHODS: dict[str, Method] = {
     "RTN": _rtn,
     "HQQ": _hqq,
     "GPTQ": _gptq(),
     "GPTQ-published": _gptq(spec={"convention": "full"}, ranges=None, refine=0),
     "GPTQ-narrow": _gptq(spec={"convention": "narrow"}, ranges=None, refine=0),
+    "GPTQ-sequential": _sequential,
     "GPTQ-asym": _gptq(spec={"symmetric": False}),
     "reconstruct": _reconstruct,
 }
