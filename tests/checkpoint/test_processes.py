@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     """What two processes saved."""
     folder, address = tmp_path_factory.mktemp("two"), f"127.0.0.1:{free_port()}"
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4",
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path])),
     }
     # Files, because a pipe that nobody reads fills and stops its writer.

@@ -133,7 +133,7 @@ save(sys.argv[2], params)
 print(len(jax.devices()), "device")
 """
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1",
         "PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), *sys.path])),
     }
     command = [sys.executable, "-W", "error", "-c", script, str(tmp_path / "eight"), str(tmp_path / "one")]

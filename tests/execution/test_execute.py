@@ -15,9 +15,6 @@ from jaxcompress import execution, trace, tree
 from jaxcompress.arrays import component_shardings, validate_array
 from jaxcompress.types import is_compressed
 
-# Compiling takes nearly all the time, and nothing here is timed.
-_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 @functools.cache
 def _model(name):
@@ -59,7 +56,7 @@ def test_equals_the_plain_model(name):
     # An Equinox module holds functions, which `jit` cannot take.
     arrays, static = tree.partition(lambda leaf: hasattr(leaf, "dtype"), params)
 
-    @functools.partial(jax.jit, compiler_options=_FAST)
+    @jax.jit
     def both(arrays, *inputs):
         full = tree.combine(arrays, static)
         got = {kind: jc.execute(model.apply)(p, *inputs) for kind, p in full.items()}
@@ -87,7 +84,7 @@ def test_gradients_equal_those_of_the_plain_model(name):
     def plain(params, *inputs):
         return model.apply(jc.materialize(params), *inputs)
 
-    @functools.partial(jax.jit, compiler_options=_FAST)
+    @jax.jit
     def both(trainable, floats):
         gradients = [jax.grad(functools.partial(loss, run), argnums=(0, 1)) for run in (jc.execute(model.apply), plain)]
         return [gradient(trainable, floats) for gradient in gradients]
@@ -180,8 +177,8 @@ def test_rearrangements_are_exact(kind):
             w,
         )
 
-    run = jax.jit(jc.execute(apply), compiler_options=_FAST)
-    plain = jax.jit(lambda leaf, i: apply(leaf.materialize(), i), compiler_options=_FAST)
+    run = jax.jit(jc.execute(apply))
+    plain = jax.jit(lambda leaf, i: apply(leaf.materialize(), i))
     for i in (0, 3, 15):
         for x, y in zip(run(leaf, jnp.int32(i)), plain(leaf, jnp.int32(i)), strict=True):
             assert x.dtype == y.dtype
@@ -195,7 +192,7 @@ def test_lookups_out_of_range(kind):
 
     table, ids = _compressed("embed", kind)["embedding"], jnp.array([[0, 23, 24], [-1, -25, 7]])
     got, wanted = (
-        jax.jit(jc.execute(apply), compiler_options=_FAST)(table, ids),
+        jax.jit(jc.execute(apply))(table, ids),
         jax.jit(apply)(table.materialize(), ids),
     )
     for x, y in zip(got, wanted, strict=True):
@@ -274,9 +271,7 @@ def test_shard_map_gets_plain_arrays():
         return x @ w
 
     x = jax.random.normal(jax.random.key(1), (16, 16))
-    np.testing.assert_allclose(
-        jax.jit(jc.execute(apply), compiler_options=_FAST)(leaf, x), x @ leaf.materialize(), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(jax.jit(jc.execute(apply))(leaf, x), x @ leaf.materialize(), rtol=1e-5, atol=1e-5)
 
 
 def test_sharding_constraints_reach_the_parts():
@@ -289,9 +284,7 @@ def test_sharding_constraints_reach_the_parts():
 
     x = jnp.ones((4, 16))
     assert execution.fallbacks(apply, leaf, x) == ()
-    np.testing.assert_allclose(
-        jax.jit(jc.execute(apply), compiler_options=_FAST)(leaf, x), x @ leaf.materialize(), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(jax.jit(jc.execute(apply))(leaf, x), x @ leaf.materialize(), rtol=1e-5, atol=1e-5)
 
 
 def test_flags_and_keywords_stay_static_and_outputs_keep_their_structure():

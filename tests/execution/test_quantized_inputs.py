@@ -1,7 +1,6 @@
 """`InputQuantizedArray` in every kind of layer: each input is rounded once, in whole numbers where that can be."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +14,6 @@ from jaxcompress import trace, tree
 from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, pack, sparsify
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
 from jaxcompress.types import is_compressed
-
-_FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +64,7 @@ def test_every_input_is_rounded_once(name):
         made[f"{kind} {static}"] = wrapped(model, layouts, kinds.KINDS[kind] if kind else None, static)
     arrays, rest = tree.partition(lambda leaf: hasattr(leaf, "dtype"), made)
 
-    @functools.partial(jax.jit, compiler_options=_FAST)
+    @jax.jit
     def both(arrays, *inputs):
         full = tree.combine(arrays, rest)
         return {

@@ -1,11 +1,13 @@
 """The same bits eagerly, compiled, fused and mapped."""
 
+import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optimized import OPTIONS
 
 from jaxcompress.quantization import QuantSpec, block_scales, fake_quantize_array, quantize_array
 from jaxcompress.trace import LeafLayout
@@ -36,7 +38,7 @@ def test_jit_equals_eager_bit_for_bit(shape, dtype):
     def all_specs(w):
         return [(fake_quantize_array(w, s, IN_OUT), block_scales(w, s, IN_OUT)) for s in specs]
 
-    compiled = jax.jit(all_specs)
+    compiled = jax.jit(all_specs, compiler_options=OPTIONS)
     for one in w[:8]:
         with jax.disable_jit():
             wanted = all_specs(one)
@@ -47,7 +49,7 @@ def test_jit_equals_eager_bit_for_bit(shape, dtype):
 def test_quotients_are_rounded_once():
     """A reciprocal would move a tenth of these; its codes would depend on what XLA fuses."""
     w = np.random.default_rng(0).normal(size=(512, 64)).astype(np.float32)
-    scale, _ = jax.jit(lambda w: block_scales(w, QuantSpec(bits=8), IN_OUT))(w)
+    scale, _ = jax.jit(lambda w: block_scales(w, QuantSpec(bits=8), IN_OUT), compiler_options=OPTIONS)(w)
     np.testing.assert_array_equal(scale, np.abs(w).max(0, keepdims=True) / np.float32(127))
     leaf = quantize_array(jnp.asarray(w), QuantSpec(bits=8), IN_OUT)
     np.testing.assert_array_equal(leaf.codes(), np.round(w / np.asarray(scale)))
@@ -57,7 +59,7 @@ def test_quotients_are_rounded_once():
 def test_vmap_over_stacked_equals_the_stacked_layout(spec):
     w = weights((4, 12, 5))
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=OPTIONS)
     @jax.vmap
     def mapped(x):
         leaf = quantize_array(x, spec, IN_OUT)
