@@ -94,8 +94,6 @@ class CodebookArray:
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 @functools.partial(jax.jit, static_argnames=("zero", "dtype"), inline=True)
 def look_up(
     codes: Integer[Array, "..."], table: Float[Array, "... entries"], *, zero: bool = False, dtype: Any = jnp.float32

@@ -115,8 +115,6 @@ class InputQuantizedArray:
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def input_rounded(leaf: InputQuantizedArray, x: Float[Array, "..."], axes: Sequence[int]) -> jax.Array:
     """The input of a weight that is not stacked, rounded.
 

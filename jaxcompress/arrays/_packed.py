@@ -93,7 +93,6 @@ class PackedArray:
 
 
 @on_auto_axes
-@on_auto_axes
 def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedArray | jax.Array:
     """Packs integers into `bits` bits each; 8 bits need no packing and stay a plain array.
 
@@ -128,7 +127,6 @@ def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedAr
     )
 
 
-@on_auto_axes
 @on_auto_axes
 def unpacked(part: Any) -> Any:
     """The codes of a `PackedArray`; anything else (an array, None) as it is."""

@@ -133,7 +133,6 @@ class QuantizedArray:
 
 # Compiled as one, so that a call outside `jit` writes no float32 temporaries.
 @on_auto_axes
-@on_auto_axes
 @functools.partial(jax.jit, static_argnames=("levels", "dtype"), inline=True)
 def dequantize(
     codes: Integer[Array, "..."],

@@ -19,8 +19,6 @@ SparseArray: TypeAlias = BitmaskSparseArray | NMSparseArray
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def sparsify(
     array: Shaped[Array, "..."],
     mask: Bool[Array, "..."],
@@ -65,8 +63,6 @@ def sparsify(
     return _sparsify_bitmask(np.asarray(array), np.asarray(mask), stack_ndim, shards)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def sparsify_like(array: Shaped[Array, "..."], like: SparseArray) -> SparseArray:
     """Stores `array` at the entries that `like` stores; nothing of `like` but its values changes.

@@ -19,8 +19,6 @@ from jaxcompress.meshes import on_auto_axes
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def validate_array(leaf: Any) -> None:
     """Checks the invariants that the docstrings of the compressed arrays state; plain arrays pass.
 

@@ -37,8 +37,6 @@ class AdditiveInfo:
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def additive_quantize(
     params: Params,
     spec: AdditiveSpec,

@@ -35,8 +35,6 @@ class ClusterInfo:
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def cluster(
     params: Params,
     spec: CodebookSpec,

@@ -35,8 +35,6 @@ class CodebookState(NamedTuple):
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def trained_codebooks(
     spec: CodebookSpec,
     *,

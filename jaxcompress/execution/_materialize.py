@@ -9,8 +9,6 @@ from jaxcompress.types import Params, is_compressed
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def materialize(params: Params) -> Params:
     """`params` with every compressed leaf replaced by the plain array that it stands for.
 

@@ -41,8 +41,6 @@ class _Setup:
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def hard_concrete(
     groups: Sequence[UnitGroup] = (),
     *,

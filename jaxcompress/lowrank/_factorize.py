@@ -50,8 +50,6 @@ class Root(NamedTuple):
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 @functools.partial(jax.jit, static_argnames="whitening")
 def root_of_gram(gram: Float[Array, "S D D"], damping: ArrayLike, *, whitening: Whitening) -> Root:
     """A square root of XᵀX + λ mean(diag) I.
@@ -80,8 +78,6 @@ def root_of_gram(gram: Float[Array, "S D D"], damping: ArrayLike, *, whitening: 
     return Root(*jax.lax.map(by_eigen if whitening == "eigen" else by_cholesky, gram))
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 @jax.jit
 def directions(
@@ -130,8 +126,6 @@ def apply_norm(
     return jnp.matmul(inputs, weighted, precision=_HIGHEST)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 @functools.partial(jax.jit, static_argnames="rank")
 def truncate(

@@ -20,8 +20,6 @@ from jaxcompress.types import Params, is_compressed
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def compress_factors(
     params: Params, compress: CompressFn, *, statistics: Params | None = None, layouts: Params | None = None
 ) -> tuple[Params, Any]:

@@ -48,8 +48,6 @@ class _Setup:
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def rank_gates(
     *,
     share: float | None = None,

@@ -24,8 +24,6 @@ First = Literal["residual", "low rank"]
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def with_residual(
     params: Params,
     compress: CompressFn,

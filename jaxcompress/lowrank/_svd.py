@@ -11,8 +11,6 @@ from jaxcompress.types import Params, Selector
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def svd(
     params: Params,
     *,
@@ -47,8 +45,6 @@ def svd(
     return factored(params, chosen, targets, rank)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def activation_svd(
     params: Params,
@@ -109,8 +105,6 @@ def activation_svd(
     return factored(params, chosen, targets, rank)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def fisher_svd(
     params: Params,

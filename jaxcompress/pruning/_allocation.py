@@ -106,8 +106,6 @@ def erdos_renyi_kernel(
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def global_rank(scores: Params, *, sparsity: float) -> Params:
     """The sparsities that `masks_from_scores(scores, scope="global")` gives every leaf.
 

@@ -25,8 +25,6 @@ from jaxcompress.types import Params, Selector, is_compressed
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def taylor_scores(
     params: Params, gradients: Params, *, select: Selector | None = None, layouts: Params | None = None
 ) -> Params:
@@ -56,8 +54,6 @@ def taylor_scores(
     return _scores(lambda w, g: jnp.abs(w * g), params, gradients, "gradients", select, layouts)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def fisher_scores(
     params: Params, fisher: Params, *, select: Selector | None = None, layouts: Params | None = None
@@ -89,8 +85,6 @@ def fisher_scores(
     return _scores(lambda w, f: jnp.square(w) * f / 2, params, fisher, "fisher", select, layouts)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def movement_scores(
     params: Params, movement: Params, *, select: Selector | None = None, layouts: Params | None = None
@@ -140,8 +134,6 @@ def add_movement(total: Params | None, params: Params, gradients: Params) -> Par
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def snip_scores(
     params: Params, gradients: Params, *, select: Selector | None = None, layouts: Params | None = None
 ) -> Params:
@@ -174,8 +166,6 @@ def snip_scores(
     return map_selected(lambda _, score: score / total, scores)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def random_scores(
     params: Params, *, key: jax.Array, select: Selector | None = None, layouts: Params | None = None

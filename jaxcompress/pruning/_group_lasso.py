@@ -45,8 +45,6 @@ class _Setup:
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def group_lasso(
     *,
     strength: Schedule | float,

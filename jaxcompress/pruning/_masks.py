@@ -20,8 +20,6 @@ _UNSTRUCTURED = unstructured()
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def masks_from_scores(
     scores: Params,
     *,
@@ -74,8 +72,6 @@ def masks_from_scores(
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def magnitude_masks(
     params: Params,
     *,
@@ -111,8 +107,6 @@ def magnitude_masks(
     return ranked_masks(weights, chosen, sparsity, scope=scope, pattern=pattern, score=jnp.abs)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def threshold_masks(scores: Params, *, threshold: ArrayLike | None = None, quantile: float | None = None) -> Params:
     """Keeps what reaches a threshold: mask = |s| >= threshold.
@@ -150,8 +144,6 @@ def threshold_masks(scores: Params, *, threshold: ArrayLike | None = None, quant
     return map_selected(mask, scores)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def apply_masks(params: Params, masks: Params) -> Params:
     """Zeros where a mask is False (by `where`: -0.0, NaN and Inf do not survive); other leaves as they are.

@@ -19,8 +19,6 @@ from jaxcompress.types import Params, Schedule, Selector, Transform, TransformSt
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def movement(
     *,
     schedule: Schedule,

@@ -14,8 +14,6 @@ Norm = Literal["mean", "l2", "lamp"]
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def normalized_scores(scores: Params, *, by: Norm = "mean") -> Params:
     """Scores divided by the size of their own leaf's scores, for ranking in global scope.
 

@@ -72,8 +72,6 @@ class Rewiring:
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def rewiring(
     *,
     sparsity: float | Params,
@@ -117,8 +115,6 @@ def _fraction(fraction: float | Schedule, until: int, *, decay: bool) -> Schedul
     return lambda step: jnp.asarray(cosine(step), jnp.float32)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def rewire(
     masks: list[jax.Array], weights: list[jax.Array], candidates: list[jax.Array], fraction: jax.Array

@@ -30,8 +30,6 @@ class SoftMovementState(NamedTuple):
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def soft_movement(
     *,
     threshold: Schedule | float,

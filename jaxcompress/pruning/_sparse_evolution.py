@@ -8,8 +8,6 @@ from jaxcompress.types import Params, Schedule, Selector, Transform
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def sparse_evolution(
     *,
     sparsity: float | Params,

@@ -50,7 +50,6 @@ _FALLBACKS = {"keep": "ranked by magnitude", "zero": "set to 0"}
 
 
 @on_auto_axes
-@on_auto_axes
 def sparsegpt(
     params: Params,
     statistics: Params,

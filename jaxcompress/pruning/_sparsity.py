@@ -8,8 +8,6 @@ from jaxcompress.types import Params
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def sparsity_of(masks: Params) -> float:
     """The share of pruned weights among all that have masks; 0 where there are none. Outside `jit`.
 
@@ -26,8 +24,6 @@ def sparsity_of(masks: Params) -> float:
     return sum(count for count, _ in pruned) / total if total else 0.0
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def leaf_sparsities(masks: Params) -> Params:
     """The share of pruned weights of every leaf: a partial tree of floats, as the allocations return it.

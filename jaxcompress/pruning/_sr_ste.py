@@ -17,8 +17,6 @@ from jaxcompress.types import Params, Selector, Transform, TransformState
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def sr_ste(
     n: int,
     m: int,

@@ -14,8 +14,6 @@ from jaxcompress.types import is_compressed
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def store_masked(leaf: Any, mask: jax.Array, layout: LeafLayout, pattern: Pattern) -> Any:
     """A leaf without what its mask prunes: values and places for N:M, a bit mask otherwise. Outside `jit`.
 

@@ -44,7 +44,6 @@ _SYSTEM_FLOATS = 2**23
 
 
 @on_auto_axes
-@on_auto_axes
 def tune_masked(
     params: Params,
     masks: Params,
@@ -103,7 +102,6 @@ def tune_masked(
     return with_leaves(params, chosen, leaves), info
 
 
-@on_auto_axes
 @on_auto_axes
 def alps(
     params: Params,

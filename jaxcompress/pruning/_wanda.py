@@ -35,7 +35,6 @@ _FALLBACKS = {"keep": "ranked by magnitude", "zero": "given a score of 0"}
 
 
 @on_auto_axes
-@on_auto_axes
 def wanda_scores(
     params: Params,
     statistics: Params,
@@ -76,7 +75,6 @@ def wanda_scores(
     return map_entries(functools.partial(_scores, unseen=unseen), chosen)
 
 
-@on_auto_axes
 @on_auto_axes
 def wanda(
     params: Params,

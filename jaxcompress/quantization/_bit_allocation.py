@@ -41,8 +41,6 @@ class FormatSensitivity:
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def fisher_sensitivity(
     params: Params,
     fisher: Params,
@@ -185,8 +183,6 @@ def allocate_bits(
     return map_selected(lambda path, _: sensitivity.specs[options[path]], sensitivity.sizes)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def quantize_each(params: Params, specs: Params, *, layouts: Params | None = None) -> Params:
     """Round to nearest, each leaf in its own format.

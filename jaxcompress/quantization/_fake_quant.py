@@ -19,8 +19,6 @@ from jaxcompress.trace import LeafLayout
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def fake_quantize_array(
     w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout, *, bits: Any = None
 ) -> Float[Array, "..."]:

@@ -12,8 +12,6 @@ Overflow = Literal["wrap", "saturate"]
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def fixed_point_encode(x: Float[Array, "..."], bits: int, *, overflow: Overflow = "wrap") -> UInt8[Array, "..."]:
     """Rounds to multiples of 2^-b and keeps b bits: q = round(x 2^b) mod 2^b, halves to even.
 
@@ -56,8 +54,6 @@ def fixed_point_codes(q: UInt8[Array, "..."], bits: int) -> jax.Array:
     return ((q ^ sign) - sign).view(jnp.int8)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def fixed_point_decode(q: UInt8[Array, "..."], bits: int) -> Float[Array, "..."]:
     """The numbers that `fixed_point_encode` stands for, in [-1/2, 1/2): codes 2^-b, in float32."""

@@ -33,7 +33,6 @@ from jaxcompress.types import Params, Selector
 
 
 @on_auto_axes
-@on_auto_axes
 def gptq(
     params: Params,
     statistics: Params,

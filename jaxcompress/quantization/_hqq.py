@@ -33,8 +33,6 @@ Iterate = Literal["best", "legacy"]
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def hqq(
     params: Params,
     spec: QuantSpec,

@@ -25,8 +25,6 @@ from jaxcompress.types import Params, Selector, Transform, TransformState
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def quantized_inputs(
     spec: QuantSpec, *, ranges: Params | None = None, select: Selector | None = None, layouts: Params | None = None
 ) -> Transform:
@@ -57,8 +55,6 @@ def quantized_inputs(
     return identity()._replace(apply=mark, finalize=mark)
 
 
-@transform_on_auto_axes
-@transform_on_auto_axes
 @transform_on_auto_axes
 def lsq_inputs(spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None) -> Transform:
     """Static ranges of inputs that are trained: LSQ for symmetric specs, LSQ+ for asymmetric ones.
@@ -117,8 +113,6 @@ def lsq_inputs(spec: QuantSpec, *, select: Selector | None = None, layouts: Para
     return identity()._replace(init=init, apply=apply, project=project, finalize=finalize)
 
 
-@transform_on_auto_axes
-@transform_on_auto_axes
 @transform_on_auto_axes
 def pact_inputs(
     bits: int = 4, *, strength: float = 1e-4, select: Selector | None = None, layouts: Params | None = None

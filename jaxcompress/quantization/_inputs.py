@@ -69,8 +69,6 @@ class InputRounding:
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def quantize_inputs(
     params: Params,
     spec: QuantSpec,

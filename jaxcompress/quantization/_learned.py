@@ -31,8 +31,6 @@ Gradient = Literal["lsq", "pact"]
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def learned_quantize_array(
     v: Float[Array, "..."],
     scale: Float[Array, "..."],

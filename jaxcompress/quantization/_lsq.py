@@ -39,8 +39,6 @@ class LearnedSteps(NamedTuple):
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def lsq(
     spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None, start: Start = "range"
 ) -> Transform:

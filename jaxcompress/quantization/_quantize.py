@@ -20,8 +20,6 @@ from jaxcompress.types import Params, Selector, is_compressed
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def quantize(
     params: Params, spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None
 ) -> Params:
@@ -57,8 +55,6 @@ def quantize(
     return _map_weights(visit, params, select, layouts, spec)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def fake_quantize(
     params: Params,
@@ -99,8 +95,6 @@ def fake_quantize(
     )
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def fixed_point(
     params: Params,

@@ -29,7 +29,6 @@ from jaxcompress.types import CompressedArray, is_compressed
 
 
 @on_auto_axes
-@on_auto_axes
 def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, layout: LeafLayout) -> QuantizedArray:
     """Quantizes one leaf: scales from the ranges of its blocks, codes by rounding to nearest.
 
@@ -94,7 +93,6 @@ def cropped(x: Shaped[Array, "..."], shape: tuple[int, ...]) -> Shaped[Array, ".
     return x if x.shape == tuple(shape) else jax.lax.slice(x, (0,) * x.ndim, shape)
 
 
-@on_auto_axes
 @on_auto_axes
 def store_codes(codes: Integer[Array, "..."], *, bits: int, axis: int, keep: SparseArray | None = None) -> Any:
     """What a `QuantizedArray` keeps as `data`.

@@ -13,8 +13,6 @@ from jaxcompress.quantization._spec import QuantSpec
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def round_to_codes(
     w: Float[Array, "..."],
     scale: Shaped[Array, "..."],

@@ -14,8 +14,6 @@ from jaxcompress.types import Params, is_compressed
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def rounding_errors(
     params: Params, compressed: Params, statistics: Params, *, layouts: Params | None = None
 ) -> dict[str, RoundingInfo]:

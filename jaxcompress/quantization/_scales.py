@@ -17,8 +17,6 @@ from jaxcompress.trace import LeafLayout
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def block_scales(
     w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout, *, bits: Any = None
 ) -> tuple[Shaped[Array, "..."], Num[Array, "..."] | None]:

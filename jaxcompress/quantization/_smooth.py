@@ -47,7 +47,6 @@ CLIP = RangeSearch(steps=10, shrink=0.5, norm=2.0, weighted=True)
 
 
 @on_auto_axes
-@on_auto_axes
 def smooth(
     params: Params, statistics: Params, folds: Sequence[Fold], *, strength: float = 0.5
 ) -> tuple[Params, dict[str, jax.Array]]:
@@ -101,7 +100,6 @@ def smooth(
     return with_new_leaves(params, leaves), factors
 
 
-@on_auto_axes
 @on_auto_axes
 def awq(
     params: Params,

@@ -13,8 +13,6 @@ from jaxcompress.types import Params, Schedule, Selector, Transform, TransformSt
 
 
 @transform_on_auto_axes
-@transform_on_auto_axes
-@transform_on_auto_axes
 def quantization_aware(
     spec: QuantSpec,
     *,

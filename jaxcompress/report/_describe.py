@@ -17,8 +17,6 @@ from jaxcompress.types import is_compressed
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def describe_leaf(leaf: Any) -> str:
     """The kind of a leaf, such as `float32`, `int8`, `int4 g32 2:4`, `bfloat16 bitmask`, `uint4 levels g64`.
 

@@ -32,8 +32,6 @@ class Divergence:
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def kl_divergence(p_logits: ArrayLike, q_logits: ArrayLike, *, confidence: float = 0.95) -> Divergence:
     """KL(p || q) = Σ_c p_c (log p_c - log q_c), with p and q the softmax of logits.
 

@@ -108,8 +108,6 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, *, confidence:
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def agreement(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> Agreement:
     """Share of examples on which two predictions are equal, with Wilson's interval.
 

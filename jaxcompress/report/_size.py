@@ -115,8 +115,6 @@ class SizeReport:
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def size_report(
     params: Params,
     *,

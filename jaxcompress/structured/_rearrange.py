@@ -9,8 +9,6 @@ from jaxcompress.meshes import on_auto_axes
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def rearrange(keep: Mapping[str, Any], matrices: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Makes (1 - m)^T F (1 - m) smaller in every group, at the same number of kept units.
 

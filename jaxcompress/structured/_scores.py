@@ -18,8 +18,6 @@ Gradients = Mapping[str, Float32[Array, "examples units"]]
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def magnitude_unit_scores(
     params: Params, groups: Sequence[UnitGroup], *, per_weight: bool = True, gated_only: bool = False
 ) -> dict[str, Float32[Array, " units"]]:
@@ -143,8 +141,6 @@ def fisher_unit_scores(gradients: Gradients) -> dict[str, Float32[Array, " units
     return {name: jnp.square(g).mean(axis=0) for name, g in gradients.items()}
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def fisher_matrix(gradients: Gradients) -> dict[str, Float[Array, "units units"]]:
     """G^T G / N of each group: its block of the Fisher information, for `rearrange`.

@@ -13,8 +13,6 @@ from jaxcompress.units import UnitGroup, check_groups, remove_units, unit_masks
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def shrink(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any]) -> Params:
     """Takes the units that are not kept out of the arrays: the tree becomes physically smaller.
 
@@ -48,8 +46,6 @@ def shrink(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any])
     return remove_units(params, groups, keep)
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def mask_units(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any]) -> Params:
     """Zeros in the gated slices of the units that are not kept, at the same shapes: what `shrink` will compute.

@@ -18,8 +18,6 @@ Values = Mapping[str, Any]
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def multiply_units(params: Params, groups: Sequence[UnitGroup], values: Values) -> Params:
     """Multiplies the gated slices of every unit by its number; differentiable.
 
@@ -48,8 +46,6 @@ def multiply_units(params: Params, groups: Sequence[UnitGroup], values: Values) 
 
 
 @on_auto_axes
-@on_auto_axes
-@on_auto_axes
 def unit_masks(params: Params, groups: Sequence[UnitGroup], keep: Values) -> dict[str, jax.Array]:
     """Which weights the kept units leave, for every leaf that a group has slices of.
 
@@ -73,8 +69,6 @@ def unit_masks(params: Params, groups: Sequence[UnitGroup], keep: Values) -> dic
     return masks
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def sum_units(group: UnitGroup, tree: Params, *, gated_only: bool = False) -> jax.Array:
     """The sum of the entries that each unit owns, over all its slices, in float32.
@@ -107,8 +101,6 @@ def sum_units(group: UnitGroup, tree: Params, *, gated_only: bool = False) -> ja
     return total
 
 
-@on_auto_axes
-@on_auto_axes
 @on_auto_axes
 def remove_units(params: Params, groups: Sequence[UnitGroup], keep: Values) -> Params:
     """Takes the slices of units that are not kept out of the arrays: they become smaller.
