@@ -90,7 +90,8 @@ def test_gradients_equal_those_of_the_plain_model(name):
         return [gradient(trainable, floats) for gradient in gradients]
 
     for x, y in zip(*map(jax.tree.leaves, both(trainable, floats)), strict=True):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max(initial=0)) + 1e-6)
+        # Some are 0, such as those of key biases under a softmax: the sums of rounding errors.
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * float(jnp.abs(y).max(initial=0)) + 5e-6)
 
 
 @pytest.mark.parametrize(
