@@ -97,10 +97,11 @@ def build(
     _check_names(statistics)
     leaves, treedef = leaves_with_paths(params), jax.tree.structure(params, is_leaf=is_compressed)
     found = jax.tree.leaves(layouts(apply, params, *inputs))
+    numbers = _chosen(params, found, select)
     chosen = {
         number: Tap(path=path, layout=layout, width=_width(leaf, layout), group=None)
         for number, ((path, leaf), layout) in enumerate(zip(leaves, found, strict=True))
-        if number in _chosen(params, found, select)
+        if number in numbers
     }
     refused = {number: _idle(tap.layout) for number, tap in chosen.items() if not tap.layout.is_weight}
     if "histogram" in statistics:
