@@ -3,6 +3,8 @@
 from jaxcompress.calibration._gradients import fisher as fisher
 from jaxcompress.calibration._gradients import gradients as gradients
 from jaxcompress.calibration._histogram import Histogram as Histogram
+from jaxcompress.calibration._infos import entry_infos as entry_infos
+from jaxcompress.calibration._infos import entry_names as entry_names
 from jaxcompress.calibration._input_statistics import batch_statistics as batch_statistics
 from jaxcompress.calibration._input_statistics import input_statistics as input_statistics
 from jaxcompress.calibration._input_statistics import statistics_nbytes as statistics_nbytes
@@ -37,7 +39,6 @@ from jaxcompress.calibration._statistics import add_statistics as add_statistics
 from jaxcompress.calibration._unseen import Unseen as Unseen
 from jaxcompress.calibration._unseen import check_unseen as check_unseen
 from jaxcompress.calibration._unseen import fill_unseen as fill_unseen
-from jaxcompress.calibration._unseen import nothing_seen as nothing_seen
 from jaxcompress.calibration._unseen import unseen_counts as unseen_counts
 from jaxcompress.calibration._unseen import unseen_inputs as unseen_inputs
 from jaxcompress.calibration._unseen import warn_unseen as warn_unseen

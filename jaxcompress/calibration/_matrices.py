@@ -77,6 +77,12 @@ class MatrixLeaf:
         return jnp.moveaxis(parts, 1, 2).reshape(parts.shape[0], matrix.shape[1], -1)
 
     @on_auto_axes
+    def rows(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "s N"]:
+        """An array of the leaf's shape, as one row for each stack entry: groups do not count as such."""
+        stack, inputs, outputs = self._sizes
+        return leaf.transpose(self._permutation).reshape(stack, inputs * outputs)
+
+    @on_auto_axes
     def of_inputs(self, values: Float[Array, "*stack D"]) -> Float[Array, "..."]:
         """One value for each input, in a shape that broadcasts against the leaf."""
         layout = self.layout

@@ -20,7 +20,7 @@ from jaxcompress.calibration._program import Group, Program, RowMask, build
 from jaxcompress.calibration._statistics import STATISTICS, Statistic, uninformed
 from jaxcompress.calibration._values import ALL, NONE
 from jaxcompress.meshes import on_auto_axes
-from jaxcompress.tree import Unselected, is_unselected, leaves_with_paths
+from jaxcompress.tree import Unselected, entry_name, is_unselected, leaves_with_paths
 from jaxcompress.types import Params, Selector, is_compressed
 
 GroupFn = Callable[[Params, Params, Params], tuple[Params, Mapping[str, Any]]]
@@ -69,7 +69,7 @@ def sequential(
             as it is.
 
     Returns:
-        `(params, info)`: `info` has the entries of every call, those of stack entries under `path[entry]`.
+        `(params, info)`: `info` has the entries of every call, those of stack entries under `path[i]`.
 
     Raises:
         ValueError: as for `input_statistics`; `fn` returned another structure, shape or dtype, or compressed stack
@@ -191,7 +191,7 @@ class _Progress:
             for number, (path, leaf) in enumerate(self.program.leaves)
             if number in axes
             and len(axes[number]) == 1
-            and all(f"{path}[{entry}]" in self.unreached for entry in range(leaf.shape[axes[number][0]]))
+            and all(entry_name(path, entry) in self.unreached for entry in range(leaf.shape[axes[number][0]]))
         }
 
     def compress(self, turn: _Turn, statistics: Any, fn: GroupFn) -> None:
@@ -202,7 +202,7 @@ class _Progress:
             statistics = jax.tree.map(lambda part: part[turn.entry], statistics)
             if not float(statistics.count) > 0:
                 statistics = uninformed(statistics)
-                names = [f"{program.leaves[number][0]}[{turn.entry}]" for number in leaves]
+                names = [entry_name(program.leaves[number][0], turn.entry) for number in leaves]
                 self.unreached |= dict.fromkeys(names, "no row reached it; its inputs are taken as equal")
             params = {n: _taken(leaf, turn.entry, layouts[n].stack_axes[0]) for n, leaf in params.items()}
             layouts = {number: layout.entry for number, layout in layouts.items()}
@@ -213,8 +213,8 @@ class _Progress:
         for number in leaves:
             path, leaf = entries[number] if len(entries) == len(program.leaves) else (None, None)
             self._put(number, turn.entry, _checked(program.leaves[number][0], path, leaf, params[number]))
-        suffix = "" if turn.entry is None else f"[{turn.entry}]"
-        self.info |= {f"{path}{suffix}": entry for path, entry in info.items()}
+        index = () if turn.entry is None else (turn.entry,)
+        self.info |= {entry_name(path, *index): entry for path, entry in info.items()}
 
     def _put(self, number: int, entry: int | None, leaf: Any) -> None:
         if entry is None:

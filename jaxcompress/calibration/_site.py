@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Num, Shaped
 
 from jaxcompress.meshes import on_auto_axes
+from jaxcompress.tree import entry_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ class LeafPart:
     @property
     def name(self) -> str:
         """The path, and which entry: `"layers/kernel[3]"`."""
-        return f"{self.path}[{','.join(str(index) for _, index in self.entry)}]" if self.entry else self.path
+        return entry_name(self.path, *(index for _, index in self.entry))
 
     @on_auto_axes
     def matrix(self, leaf: Shaped[Any, "..."]) -> Shaped[Any, "D O"]:

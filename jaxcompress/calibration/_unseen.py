@@ -2,7 +2,7 @@
 
 The output error says nothing about their weights, so methods treat them as if they knew no data.
 
-Shape letters: S stack entries, D inputs.
+Shape letters: S stack entries, G groups of one of them, D inputs.
 """
 
 import warnings
@@ -65,14 +65,13 @@ def fill_unseen(values: Float[Array, "S D"], unseen: Bool[Array, "S D"]) -> Floa
     return jnp.where(unseen, jnp.where(seen > 0, means, elsewhere), values)
 
 
-def unseen_counts(unseen: Bool[Array | np.ndarray, "S D"]) -> dict[str, int]:
-    """The figures that infos have: how many inputs, and how many stack entries as a whole, were never seen."""
-    marks = np.asarray(unseen)
-    return {"unseen_inputs": int(marks.sum()), "unseen_entries": int(_whole(marks).sum())}
+def unseen_counts(unseen: Bool[Array | np.ndarray, "G D"]) -> dict[str, int]:
+    """The figures in the info of a stack entry: how many inputs were never seen, and 1 if that is all of them."""
+    return {"unseen_inputs": int(np.asarray(unseen).sum()), "unseen_entries": int(nothing_seen(unseen))}
 
 
-def nothing_seen(unseen: Bool[Array | np.ndarray, "S D"]) -> bool:
-    """Whether no input of the leaf was seen, so that no output error can be measured."""
+def nothing_seen(unseen: Bool[Array | np.ndarray, "G D"]) -> bool:
+    """Whether no input of a stack entry was seen, so that no output error can be measured."""
     marks = np.asarray(unseen)
     return bool(marks.size and marks.all())
 

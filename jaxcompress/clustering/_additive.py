@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Array, Float32, Float64, Shaped, UInt8
 
 from jaxcompress.arrays import AdditiveCodebookArray, pack
+from jaxcompress.calibration import MatrixLeaf, entry_names
 from jaxcompress.clustering._additive_fit import fit_additive
 from jaxcompress.clustering._additive_spec import AdditiveSpec
-from jaxcompress.clustering._leaves import checked_importance, checked_leaf
+from jaxcompress.clustering._leaves import checked_importance, checked_leaf, weighed_errors
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.trace import LeafLayout, selected_layouts
 from jaxcompress.tree import Unselected, is_unselected, map_with_path
@@ -23,12 +24,12 @@ from jaxcompress.types import Params, Selector
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdditiveInfo:
-    """What happened to one leaf.
+    """What happened to one leaf, or to one stack entry.
 
     Attributes:
         error: sqrt(Σ h (w - w')² / Σ h w²); h is the importance, or 1.
         errors: the same after seeding and after each round; they never rise.
-        bits_per_weight: what is stored: codes, tables and scales.
+        bits_per_weight: what is stored of the leaf: codes, tables and scales.
     """
 
     error: float
@@ -62,12 +63,13 @@ def additive_quantize(
         spec: length of runs, tables, entries.
         importance: h, a partial tree of arrays that broadcast against the leaves, as for `cluster`: `input_importance`
             or `calibration.fisher`. `Unselected`, None or no tree: 1. Where it is 0, weights may become anything; where
-            it is 0 for a whole leaf, it counts as 1.
+            it is 0 for a whole leaf or stacked copy, all of it counts alike.
         select: which leaves; by default every weight (see `trace.selected_layouts`).
         layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
 
     Returns:
-        `(params, info)`: an `AdditiveCodebookArray` for every selected leaf, and what happened, by path.
+        `(params, info)`: an `AdditiveCodebookArray` for every selected leaf, and an `AdditiveInfo` by path (`path[i]`
+        for each entry of a stack).
 
     Raises:
         ValueError: nothing is selected; a selected leaf is no float array, is a scalar, is sparse, holds NaN or Inf, or
@@ -93,10 +95,9 @@ def additive_quantize(
         if is_unselected(layout) or isinstance(leaf, AdditiveCodebookArray):
             return leaf
         dense, h = checked_leaf(path, leaf, zero=False), checked_importance(path, leaf, weight)
-        # What counts nowhere counts the same everywhere.
-        h = jnp.ones(dense.shape) if h is None or not h.any() else jnp.broadcast_to(h, dense.shape).astype(jnp.float32)
+        h = _broadcast(h, dense.shape, layout.stack_axes)
         stored, errors = _stored(dense, h, _Runs.of(path, dense.shape, layout, spec.length), spec)
-        info[path] = _describe(dense, stored, h, errors)
+        info.update(_describe(MatrixLeaf(path=path, weight=dense, layout=layout), stored, h, errors))
         return stored
 
     known = map_with_path(lambda *_: Unselected, params) if importance is None else importance
@@ -159,8 +160,8 @@ class _Runs(NamedTuple):
 
 def _stored(
     dense: Shaped[Array, "..."], h: Float32[Array, "..."], runs: _Runs, spec: AdditiveSpec
-) -> tuple[AdditiveCodebookArray, Float64[np.ndarray, " rounds1"]]:
-    """The compressed leaf, and its error, relative to that of zeros, after each round."""
+) -> tuple[AdditiveCodebookArray, Float64[np.ndarray, "S rounds1"]]:
+    """The compressed leaf, and the error of each copy, relative to that of zeros, after each round."""
     w = dense.astype(jnp.float32)
     scale = _scales(w, runs).astype(spec.dtype) if spec.scaled else None
     unit = jnp.ones_like(w) if scale is None else jnp.broadcast_to(scale.astype(jnp.float32), w.shape)
@@ -180,15 +181,25 @@ def _stored(
 
 def _fit_stack(
     x: Float32[Array, "S N D"], h: Float32[Array, "S N D"], spec: AdditiveSpec
-) -> tuple[Float32[Array, "S M K D"], UInt8[Array, "S N M"], Float64[np.ndarray, " rounds1"]]:
-    """Tables and codes of each copy, and the error of all of them."""
+) -> tuple[Float32[Array, "S M K D"], UInt8[Array, "S N M"], Float64[np.ndarray, "S rounds1"]]:
+    """Tables, codes and errors of each copy."""
     if not x.size:
         tables = jnp.zeros((len(x), spec.tables, spec.values, spec.length))
-        return tables, jnp.zeros((*x.shape[:2], spec.tables), jnp.uint8), np.zeros(spec.rounds + 1)
+        return tables, jnp.zeros((*x.shape[:2], spec.tables), jnp.uint8), np.zeros((len(x), spec.rounds + 1))
     fits = [fit_additive(*pair, spec) for pair in zip(x, h, strict=True)]
-    total, lost = float((h * x**2).sum()), np.sum([fit.errors for fit in fits], axis=0, dtype=np.float64)
-    errors = np.sqrt(lost / total) if total else np.zeros_like(lost)
+    total = np.asarray((h * x**2).sum((1, 2)), np.float64)[:, None]
+    lost = np.asarray([fit.errors for fit in fits], np.float64)
+    errors = np.where(total > 0, np.sqrt(lost / np.where(total > 0, total, 1.0)), 0.0)
     return jnp.stack([fit.tables for fit in fits]), jnp.stack([fit.codes for fit in fits]), errors
+
+
+def _broadcast(h: Any, shape: tuple[int, ...], stack: tuple[int, ...]) -> Float32[Array, "..."]:
+    """The importance of each weight; in copies where nothing counts, everything counts the same."""
+    h = jnp.broadcast_to(jnp.ones(()) if h is None else jnp.asarray(h, jnp.float32), shape)
+    axes = tuple(axis for axis in range(len(shape)) if axis not in stack)
+    largest = h.max(initial=0)
+    counts = h.max(axes, keepdims=True, initial=0) > 0
+    return jnp.where(counts, h, jnp.where(largest > 0, largest, 1.0))
 
 
 def _near_one(values: Float32[Array, "..."]) -> Float32[Array, "..."]:
@@ -208,12 +219,9 @@ def _scales(w: Float32[Array, "..."], runs: _Runs) -> Float32[Array, "..."]:
 
 
 def _describe(
-    dense: Shaped[Array, "..."], stored: AdditiveCodebookArray, h: Shaped[Array, "..."], errors: np.ndarray
-) -> AdditiveInfo:
-    x, y, h64 = (np.asarray(part, np.float64) for part in (dense, stored.materialize(), h))
-    total = float((h64 * x * x).sum())
-    return AdditiveInfo(
-        error=float(np.sqrt((h64 * (x - y) ** 2).sum() / total)) if total else 0.0,
-        errors=tuple(float(error) for error in errors),
-        bits_per_weight=stored.nbits / max(dense.size, 1),
-    )
+    leaf: MatrixLeaf, stored: AdditiveCodebookArray, h: Shaped[Array, "..."], errors: Float64[np.ndarray, "S rounds1"]
+) -> dict[str, AdditiveInfo]:
+    bits = stored.nbits / max(leaf.weight.size, 1)
+    rounds = [tuple(float(error) for error in own) for own in errors]
+    named = zip(entry_names(leaf), weighed_errors(leaf, stored, h), rounds, strict=True)
+    return {name: AdditiveInfo(error=last, errors=own, bits_per_weight=bits) for name, last, own in named}

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.arrays import CodebookArray, SparseArray, pack, sparsify_like
+from jaxcompress.calibration import MatrixLeaf, entry_names
 from jaxcompress.clustering._fit import fit_tables, nearest_codes
-from jaxcompress.clustering._leaves import checked_importance, checked_leaf, clusterable
+from jaxcompress.clustering._leaves import checked_importance, checked_leaf, clusterable, weighed_errors
 from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.trace import LeafLayout
@@ -19,12 +20,12 @@ from jaxcompress.types import Params, Selector
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClusterInfo:
-    """What happened to one leaf.
+    """What happened to one leaf, or to one stack entry.
 
     Attributes:
         error: sqrt(Σ h (w - w')² / Σ h w²); h is the importance, or 1.
         zeros: share of weights that are 0 now.
-        values: number of values in use, 0 included, over all tables of the leaf.
+        values: number of values in use, 0 included, over all tables of the leaf or entry.
         entropy_bits: mean of -log2 of the share of a code: bits per weight of an ideal coder that knows the shares.
     """
 
@@ -57,7 +58,8 @@ def cluster(
         layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
 
     Returns:
-        `(params, info)`: a `CodebookArray` for every selected leaf, and what happened, by path.
+        `(params, info)`: a `CodebookArray` for every selected leaf, and a `ClusterInfo` by path (`path[i]` for each
+        entry of a stack).
 
     Raises:
         ValueError: nothing is selected; a selected leaf is no float array, is sparse though `spec.zero` is False, or
@@ -85,7 +87,7 @@ def cluster(
         tables = fit_tables(dense, spec, spec.blocks(dense.shape, layout), h)
         codes = nearest_codes(dense, tables, spec, h)
         stored = store_codes(codes, tables, spec, layout, leaf)
-        info[path] = describe(dense, stored, codes, h)
+        info.update(describe(MatrixLeaf(path=path, weight=dense, layout=layout), stored, codes, h))
         return stored
 
     known = map_with_path(lambda *_: Unselected, params) if importance is None else importance
@@ -105,16 +107,22 @@ def store_codes(
     return CodebookArray(data=data, table=tables, dtype=jnp.dtype(leaf.dtype), zero=spec.zero)
 
 
-def describe(dense: jax.Array, stored: CodebookArray, codes: jax.Array, importance: jax.Array | None) -> ClusterInfo:
-    """Error and entropy of a clustered leaf."""
-    h = 1.0 if importance is None else np.asarray(importance, np.float64)
-    x, y = np.asarray(dense, np.float64), np.asarray(stored.materialize(), np.float64)
-    total = float((h * x * x).sum())
-    counts = np.bincount(np.asarray(codes).ravel(), minlength=1)
+def describe(
+    leaf: MatrixLeaf, stored: CodebookArray, codes: jax.Array, importance: jax.Array | None
+) -> dict[str, ClusterInfo]:
+    """Error and entropy of a clustered leaf, entry by entry."""
+    errors = weighed_errors(leaf, stored, jnp.ones(()) if importance is None else jnp.asarray(importance))
+    rows = leaf.rows(codes), leaf.rows(stored.materialize())
+    named = zip(entry_names(leaf), errors, *rows, strict=True)
+    return {name: _info(error, own, values) for name, error, own, values in named}
+
+
+def _info(error: float, codes: jax.Array, values: jax.Array) -> ClusterInfo:
+    counts = np.bincount(np.asarray(codes), minlength=1)
     shares = counts[counts > 0] / max(counts.sum(), 1)
     return ClusterInfo(
-        error=float(np.sqrt((h * (x - y) ** 2).sum() / total)) if total else 0.0,
-        zeros=float((y == 0).mean()) if y.size else 0.0,
+        error=error,
+        zeros=float(np.mean(np.asarray(values) == 0)) if values.size else 0.0,
         values=len(shares),
         entropy_bits=float(np.abs(shares @ np.log2(shares))) if len(shares) else 0.0,
     )

@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Shaped
 
 from jaxcompress.arrays import SparseArray
+from jaxcompress.calibration import MatrixLeaf
 from jaxcompress.clustering._spec import CodebookSpec
 from jaxcompress.trace import misfits, selected_layouts
 from jaxcompress.tree import Unselected, check_finite, is_traced, is_unselected, leaves_with_paths, map_selected
-from jaxcompress.types import Params, Selector, is_compressed
+from jaxcompress.types import CompressedArray, Params, Selector, is_compressed
 
 
 def clusterable(params: Params, spec: CodebookSpec, *, select: Selector | None, layouts: Params | None) -> Params:
@@ -100,6 +102,23 @@ def checked_table(path: str, table: jax.Array) -> jax.Array:
                 "diverged; lower its learning rate."
             )
     return table
+
+
+def weighed_errors(leaf: MatrixLeaf, stored: CompressedArray, importance: Shaped[Array, "..."]) -> list[float]:
+    """sqrt(Σ h (w - w')² / Σ h w²) of each stack entry, in float64; 0 where nothing counts.
+
+    Args:
+        leaf: w.
+        stored: w'.
+        importance: h; broadcasts against the leaf.
+    """
+    spread = jnp.broadcast_to(importance, leaf.weight.shape)
+    errors = []
+    for rows in zip(*(leaf.rows(array) for array in (leaf.weight, stored.materialize(), spread)), strict=True):
+        x, y, h = (np.asarray(row, np.float64) for row in rows)
+        total = float((h * x * x).sum())
+        errors.append(float(np.sqrt((h * (x - y) ** 2).sum() / total)) if total else 0.0)
+    return errors
 
 
 def _check_on_host(what: str, value: Any) -> None:

@@ -4,6 +4,7 @@ Shape letters: S stack entries, D inputs, R outputs, k the rank.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,10 +15,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress.arrays import LowRankArray
-from jaxcompress.calibration import MatrixLeaf, nothing_seen, unseen_counts, with_leaves
+from jaxcompress.calibration import MatrixLeaf, entry_infos, with_leaves
 from jaxcompress.lowrank._factorize import Directions, apply_norm, directions, output_scale, truncate
 from jaxcompress.lowrank._ranks import RankRule, Spectrum, as_rule, spectrum
-from jaxcompress.solvers import output_error, unit_of
+from jaxcompress.solvers import output_errors, unit_of
 from jaxcompress.types import Params, is_compressed
 
 
@@ -30,8 +31,8 @@ class Target:
         weights: (S, D, R), what its factors should come close to; float32.
         inputs: what the inputs weigh: (S, D, D), (S, D) or None; see `directions`.
         outputs: what the outputs weigh: (S, R) or None.
-        damping: share of the mean diagonal that was added; None where nothing was.
-        retries: how often the damping had to grow.
+        damping: (S,), share of the mean diagonal that was added; None where nothing was.
+        retries: (S,), how often the damping had to grow; None where nothing was added.
         gram: (S, D, D), XᵀX, with which errors are measured; None: X is the unit matrix.
         unseen: (S, D), inputs that are 0 in every row; None without `gram`.
     """
@@ -40,42 +41,58 @@ class Target:
     weights: jax.Array
     inputs: jax.Array | None = None
     outputs: jax.Array | None = None
-    damping: float | None = None
-    retries: int = 0
+    damping: jax.Array | None = None
+    retries: jax.Array | None = None
     gram: jax.Array | None = None
     unseen: jax.Array | None = None
 
-    def error(self, leaf: Any) -> float | None:
-        """||X W - X W'|| / ||X W|| of what the leaf became; None where no row was seen."""
-        if self.unseen is not None and nothing_seen(self.unseen):
-            return None
+    def errors(self, leaf: Any) -> Float[Array, " S"]:
+        """||X W - X W'|| / ||X W|| of what the leaf became."""
         plain = leaf.materialize() if is_compressed(leaf) else leaf
         found = self.leaf.matrix(plain).astype(jnp.float32)
         if self.gram is not None:
-            return float(output_error(self.gram, self.weights, found))
-        return float(_weighted_error(self.weights, found, self.inputs, self.outputs))
+            return output_errors(self.gram, self.weights, found)
+        return _weighted_errors(self.weights, found, self.inputs, self.outputs)
 
     def directions(self) -> Directions:
         """Of the weights in that norm."""
         return directions(self.weights, self.inputs, self.outputs)
 
+    def infos(
+        self, leaf: Any, *, rank: int | None, parameters: int, losses: Float[np.ndarray, " S"]
+    ) -> dict[str, "LowRankInfo"]:
+        """What happened, by the names of the stack entries.
+
+        Args:
+            leaf: what the leaf became.
+            rank: of its factors, if it has any.
+            parameters: of one stack entry.
+            losses: Σ of the dropped σ².
+        """
+        _, depth, width = shape_of(self.leaf)
+        share = parameters / (depth * width) if depth * width else 1.0
+        make = functools.partial(LowRankInfo, rank=rank, parameters=parameters, share=share)
+        figures = {"damping": self.damping, "retries": self.retries}
+        figures = {"loss": losses} | {field: values for field, values in figures.items() if values is not None}
+        return entry_infos(self.leaf, make, errors={"error": self.errors(leaf)}, unseen=self.unseen, **figures)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankInfo:
-    """What happened to one leaf.
+    """What happened to one leaf, or to one stack entry.
 
     Attributes:
         rank: of its factors; None: it stayed dense.
-        parameters: of the factors, or of the dense leaf.
-        share: of the dense leaf's parameters.
+        parameters: of the factors, or of the dense leaf or entry.
+        share: of the dense parameters.
         loss: Σ of the dropped σ², in the norm that was minimised.
         error: ||X W - X W'|| / ||X W|| over the calibration rows; None where no row was seen. Without statistics of
             inputs X is the unit matrix; the Fisher information, and how often a row was looked up (plus one), weigh as
             in the norm that was minimised.
         damping: share of the mean diagonal that was added to XᵀX; None where nothing was.
         retries: how often the damping had to grow.
-        unseen_inputs: number of inputs that are 0 in every row, over all stack entries.
-        unseen_entries: number of stack entries whose inputs are all such.
+        unseen_inputs: number of inputs that are 0 in every row.
+        unseen_entries: 1 if all inputs are such (an expert that no row reached), otherwise 0.
     """
 
     rank: int | None
@@ -104,10 +121,10 @@ def factored(
     spectra = [_spectrum(target, own) for target, own in zip(targets, found, strict=True)]
     ranks = as_rule(rank)(spectra)
     leaves, info = {}, {}
-    for target, own, losses in zip(targets, found, spectra, strict=True):
+    for target, own in zip(targets, found, strict=True):
         chosen_rank = ranks[target.leaf.path]
         leaves[target.leaf.path] = factor_leaf(target, own, chosen_rank)
-        info[target.leaf.path] = _info(target, losses, chosen_rank, leaves[target.leaf.path])
+        info |= _infos(target, own, chosen_rank, leaves[target.leaf.path])
     return with_leaves(params, chosen, leaves), info
 
 
@@ -157,25 +174,19 @@ def _spread(leaf: MatrixLeaf, factor: Float[Array, "S N k"], axes: tuple[int, ..
     return wide.transpose(*np.argsort([*axes, *rest]).tolist(), len(shape))
 
 
-def _info(target: Target, losses: Spectrum, rank: int | None, leaf: Any) -> LowRankInfo:
-    parameters = losses.dense if rank is None else losses.parameters(rank)
-    return LowRankInfo(
-        rank=rank,
-        parameters=parameters,
-        share=parameters / losses.dense if losses.dense else 1.0,
-        loss=0.0 if rank is None else float(losses.losses[rank]),
-        error=target.error(leaf),
-        damping=target.damping,
-        retries=target.retries,
-        **({} if target.unseen is None else unseen_counts(target.unseen)),
-    )
+def _infos(target: Target, found: Directions, rank: int | None, leaf: Any) -> dict[str, LowRankInfo]:
+    stack, depth, width = shape_of(target.leaf)
+    if rank is None:
+        return target.infos(leaf, rank=None, parameters=depth * width, losses=np.zeros(stack))
+    losses = np.square(np.asarray(found.values, np.float64))[:, rank:].sum(axis=1)
+    return target.infos(leaf, rank=rank, parameters=rank * (depth + width), losses=losses)
 
 
 @jax.jit
-def _weighted_error(
+def _weighted_errors(
     weights: jax.Array, changed: jax.Array, inputs: jax.Array | None, outputs: jax.Array | None
-) -> jax.Array:
-    scale, unit = output_scale(weights, outputs), unit_of(weights)
+) -> Float[Array, " S"]:
+    scale, unit = output_scale(weights, outputs), jax.vmap(unit_of)(weights)[:, None, None]
     parts = weights / unit, (weights - changed) / unit
-    total, lost = (jnp.linalg.norm(apply_norm(part, inputs, scale)) for part in parts)
+    total, lost = (jnp.linalg.norm(apply_norm(part, inputs, scale), axis=(1, 2)) for part in parts)
     return jnp.where(total > 0, lost / jnp.where(total > 0, total, 1.0), 0.0)

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 
 from jaxcompress.arrays import LowRankArray
-from jaxcompress.calibration import MatrixLeaf, entries, map_entries, unseen_counts, with_leaves
+from jaxcompress.calibration import MatrixLeaf, entries, map_entries, with_leaves
 from jaxcompress.lowrank._factorize import apply_norm, directions, output_scale, truncate
 from jaxcompress.lowrank._leaves import LowRankInfo, Target, low_rank_leaf, shape_of, spectrum_of
 from jaxcompress.lowrank._ranks import RankRule, as_rule
@@ -59,7 +61,8 @@ def with_residual(
         layouts: see `svd`.
 
     Returns:
-        `(params, info)`; `loss` and `error` are those of L + C, `parameters` those of the factors.
+        `(params, info)`, with a `LowRankInfo` by path (`path[i]` for each entry of a stack); `loss` and `error` are
+        those of L + C, `parameters` those of the factors.
 
     Raises:
         ValueError: as `activation_svd`; `compress` returned another structure, shape or dtype.
@@ -88,15 +91,17 @@ def with_residual(
         )
     split = _Split(chosen, targets, compress, statistics)
     rule = as_rule(rank)
-    best: dict[str, tuple[float, Any]] = {}
+    best: dict[str, tuple[np.ndarray, Any]] = {}
     parts = split.low_rank(dict.fromkeys(split.paths), rule) if first == "low rank" else dict.fromkeys(split.paths)
     for _ in range(iterations):
         residuals = split.residuals(parts)
         parts = split.low_rank(residuals, rule)
-        for path, (loss, leaf) in split.joined(parts, residuals).items():
-            if path not in best or loss < best[path][0]:
-                best[path] = (loss, leaf)
-    info = {target.leaf.path: _info(target, *best[target.leaf.path]) for target in targets}
+        for path, (losses, leaf) in split.joined(parts, residuals).items():
+            if path not in best or losses.sum() < best[path][0].sum():
+                best[path] = (losses, leaf)
+    info = {}
+    for target in targets:
+        info |= _infos(target, *best[target.leaf.path])
     return with_leaves(params, chosen, {path: leaf for path, (_, leaf) in best.items()}), info
 
 
@@ -143,14 +148,14 @@ class _Split:
             parts[target.leaf.path] = None if factors is None else low_rank_leaf(target.leaf, *factors)
         return parts
 
-    def joined(self, parts: Mapping[str, Any], residuals: Mapping[str, Any]) -> dict[str, tuple[float, Any]]:
-        """The leaves, L + C, with their losses."""
+    def joined(self, parts: Mapping[str, Any], residuals: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, Any]]:
+        """The leaves, L + C, with the losses of their stack entries."""
         found = {}
         for target in self.targets:
             part, residual = parts[target.leaf.path], residuals[target.leaf.path]
             leaf = residual if part is None else dataclasses.replace(part, residual=residual)
-            loss = float(_loss(_without(target, leaf), target.inputs, target.outputs))
-            found[target.leaf.path] = (loss, leaf)
+            losses = np.asarray(_losses(_without(target, leaf), target.inputs, target.outputs), np.float64)
+            found[target.leaf.path] = (losses, leaf)
         return found
 
 
@@ -163,21 +168,11 @@ def _without(target: Target, part: Any) -> jax.Array:
 
 
 @jax.jit
-def _loss(gap: jax.Array, inputs: jax.Array | None, outputs: jax.Array | None) -> jax.Array:
-    return jnp.sum(jnp.square(apply_norm(gap, inputs, output_scale(gap, outputs))))
+def _losses(gap: jax.Array, inputs: jax.Array | None, outputs: jax.Array | None) -> Float[Array, " S"]:
+    return jnp.sum(jnp.square(apply_norm(gap, inputs, output_scale(gap, outputs))), axis=(1, 2))
 
 
-def _info(target: Target, loss: float, leaf: Any) -> LowRankInfo:
-    stack, depth, width = shape_of(target.leaf)
+def _infos(target: Target, losses: np.ndarray, leaf: Any) -> dict[str, LowRankInfo]:
+    _, depth, width = shape_of(target.leaf)
     rank = leaf.rank if isinstance(leaf, LowRankArray) else None
-    parameters = 0 if rank is None else stack * rank * (depth + width)
-    return LowRankInfo(
-        rank=rank,
-        parameters=parameters,
-        share=parameters / max(stack * depth * width, 1),
-        loss=loss,
-        error=target.error(leaf),
-        damping=target.damping,
-        retries=target.retries,
-        **({} if target.unseen is None else unseen_counts(target.unseen)),
-    )
+    return target.infos(leaf, rank=rank, parameters=(rank or 0) * (depth + width), losses=losses)

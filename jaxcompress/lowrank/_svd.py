@@ -29,7 +29,8 @@ def svd(
 
     Returns:
         `(params, info)`: a `LowRankArray` for every selected leaf, but for those that the rule leaves dense, and a
-        `LowRankInfo` for each of them by path. Factors have the dtype of the leaf, and are trainable.
+        `LowRankInfo` for each of them by path (`path[i]` for each entry of a stack). Factors have the dtype of the
+        leaf, and are trainable.
 
     Raises:
         ValueError: nothing is selected; a selected leaf is no float array, or holds NaN or Inf; what the rule finds.

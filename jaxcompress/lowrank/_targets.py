@@ -130,8 +130,8 @@ def _activation_target(
         outputs=outputs,
         gram=gram,
         unseen=unseen,
-        damping=float(root.damping.max(initial=damping)),
-        retries=int(root.retries.max(initial=0)),
+        damping=root.damping,
+        retries=root.retries,
     )
 
 

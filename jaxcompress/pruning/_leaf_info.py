@@ -1,11 +1,22 @@
-"""What a one-shot method did to a leaf."""
+"""What a one-shot method did to a leaf, or to each entry of a stack.
+
+Shape letters: E stack entries, S matrices, one for each stack entry and group.
+"""
 
 import dataclasses
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Num
+
+from jaxcompress.calibration import Calibrated, entry_infos
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LeafInfo:
-    """What happened to one leaf. Errors are relative: ||X W - X W'|| / ||X W|| over the calibration rows.
+    """What happened to one leaf, or to one stack entry.
+
+    Errors are relative: ||X W - X W'|| / ||X W|| over the calibration rows.
 
     Attributes:
         sparsity: share of zeros.
@@ -14,8 +25,8 @@ class LeafInfo:
         error: with the new weights; None in the same cases.
         damping: share of the mean diagonal that was added to X'X; None where nothing is inverted.
         retries: how often the damping had to grow; above 0 the matrix was singular beyond the damping asked for.
-        unseen_inputs: number of inputs that are 0 in every row, over all stack entries; see the argument `unseen`.
-        unseen_entries: number of stack entries whose inputs are all such (an expert that no row reached).
+        unseen_inputs: number of inputs that are 0 in every row; see the argument `unseen`.
+        unseen_entries: 1 if all inputs are such (an expert that no row reached), otherwise 0.
     """
 
     sparsity: float
@@ -25,3 +36,22 @@ class LeafInfo:
     retries: int = 0
     unseen_inputs: int = 0
     unseen_entries: int = 0
+
+
+def leaf_infos(
+    entry: Calibrated,
+    pruned: Float[Array, "..."],
+    errors: Mapping[str, Float32[Array, " E"]],
+    **figures: Num[Array, " S"],
+) -> dict[str, LeafInfo]:
+    """One for each stack entry of a pruned leaf, by name.
+
+    Args:
+        entry: the dense leaf.
+        pruned: what became of it.
+        errors: by field.
+        figures: by field.
+    """
+    zeros = entry.rows(pruned) == 0
+    sparsity = zeros.mean(axis=1) if zeros.size else jnp.zeros(len(zeros))
+    return entry_infos(entry, LeafInfo, errors=errors, unseen=entry.unseen, sparsity=sparsity, **figures)

@@ -1,6 +1,6 @@
 """SparseGPT: pruning one input after another, while the rest makes up for it.
 
-Shape letters: S stack entries, D inputs, R outputs.
+Shape letters: S stack entries (of each group), E stack entries with all of their groups, D inputs, R outputs.
 """
 
 import functools
@@ -18,14 +18,12 @@ from jaxcompress.calibration import (
     calibrated,
     check_unseen,
     entries,
-    nothing_seen,
-    unseen_counts,
     warn_unseen,
     with_leaves,
 )
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
-from jaxcompress.pruning._leaf_info import LeafInfo
+from jaxcompress.pruning._leaf_info import LeafInfo, leaf_infos
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
 from jaxcompress.solvers import (
     QuantizeColumn,
@@ -35,7 +33,7 @@ from jaxcompress.solvers import (
     keep_in_runs,
     keep_largest,
     not_worse,
-    output_error,
+    output_errors,
     problem,
     solve_columns,
 )
@@ -99,7 +97,8 @@ def sparsegpt(
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
     Returns:
-        `(params, info)`: plain leaves with exact zeros, and a `LeafInfo` for each of them by path.
+        `(params, info)`: plain leaves with exact zeros, and a `LeafInfo` for each of them by path (`path[i]`
+        for each entry of a stack).
 
     Raises:
         ValueError: options out of range; nothing to prune; a leaf without statistics, with statistics of another
@@ -127,7 +126,8 @@ def sparsegpt(
     leaves: dict[str, Any] = {}
     info: dict[str, LeafInfo] = {}
     for entry in entries(chosen):
-        leaves[entry.path], info[entry.path] = _prune(entry, shares[entry.path], damping, rule)
+        leaves[entry.path], own = _prune(entry, shares[entry.path], damping, rule)
+        info |= own
     warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, _FALLBACKS[unseen])
     return with_leaves(params, chosen, leaves), info
 
@@ -171,7 +171,7 @@ def _check_options(pattern: Pattern, damping: float, block_size: int, share: str
         raise ValueError(f"`share` must be 'block' or 'leaf', got {share!r}.")
 
 
-def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> tuple[jax.Array, LeafInfo]:
+def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> tuple[jax.Array, dict[str, LeafInfo]]:
     if isinstance(rule.pattern, NOfM) and not np.isclose(sparsity, rule.pattern.allowed):
         raise ValueError(f"The pattern implies a `sparsity` of {rule.pattern.allowed:g}, got {sparsity:g}.")
     statistics = entry.statistics
@@ -185,17 +185,9 @@ def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> t
         by_block=_counts_by_block(depth, width, sparsity, rule),
         damping=np.float32(damping),
     )
-    solved, before, after = _solve(weights, gram, cross, rows, numbers, rule)
+    solved, errors = _solve(weights, gram, cross, rows, numbers, rule, entry.layout.groups)
     pruned = entry.leaf(solved.weights).astype(entry.weight.dtype)
-    unknown = nothing_seen(entry.unseen)
-    return pruned, LeafInfo(
-        sparsity=float((pruned == 0).mean()) if pruned.size else 0.0,
-        error_before=None if unknown else float(before),
-        error=None if unknown else float(after),
-        damping=float(solved.damping.max(initial=damping)),
-        retries=int(solved.retries.max(initial=0)),
-        **unseen_counts(entry.unseen),
-    )
+    return pruned, leaf_infos(entry, pruned, errors, damping=solved.damping, retries=solved.retries)
 
 
 def _counts_by_block(depth: int, width: int, sparsity: float, rule: _Rule) -> np.ndarray:
@@ -207,7 +199,7 @@ def _counts_by_block(depth: int, width: int, sparsity: float, rule: _Rule) -> np
     return np.diff([round(sparsity * end) for end in ends]).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="rule")
+@functools.partial(jax.jit, static_argnames=("rule", "groups"))
 def _solve(
     weights: Float32[Array, "S D R"],
     gram: Float32[Array, "S D D"],
@@ -215,13 +207,15 @@ def _solve(
     count: Float32[Array, " S"],
     numbers: _Numbers,
     rule: _Rule,
-) -> tuple[_Solved, Float32[Array, ""], Float32[Array, ""]]:
+    groups: int,
+) -> tuple[_Solved, dict[str, Float32[Array, " E"]]]:
     def one(parts: Any) -> tuple[_Solved, Array]:
         return _solve_matrix(*parts, numbers=numbers, rule=rule)
 
     solved, targets = jax.lax.map(one, (weights, gram, cross, count))
     masked = jnp.where(solved.weights == 0, 0.0, targets)
-    return solved, output_error(gram, targets, masked), output_error(gram, targets, solved.weights)
+    before = output_errors(gram, targets, masked, groups=groups)
+    return solved, {"error_before": before, "error": output_errors(gram, targets, solved.weights, groups=groups)}
 
 
 def _solve_matrix(

@@ -9,20 +9,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int32
+from jaxtyping import Array, Bool, Float32
 
 from jaxcompress.calibration import (
     Calibrated,
     calibrated,
     entries,
-    nothing_seen,
-    unseen_counts,
     warn_unseen,
     with_leaves,
 )
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.pruning._counts import sparsity_by_path
-from jaxcompress.pruning._leaf_info import LeafInfo
+from jaxcompress.pruning._leaf_info import LeafInfo, leaf_infos
 from jaxcompress.pruning._patterns import NOfM, Pattern, Unstructured, unstructured
 from jaxcompress.solvers import (
     alternating_mask,
@@ -31,7 +29,7 @@ from jaxcompress.solvers import (
     keep_largest,
     masked_least_squares,
     not_worse,
-    output_error,
+    output_errors,
     problem,
 )
 from jaxcompress.tree import is_unselected, leaves_with_paths, map_with_path
@@ -66,7 +64,8 @@ def tune_masked(
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
     Returns:
-        `(params, info)`: plain leaves with exact zeros, and a `LeafInfo` for each of them by path.
+        `(params, info)`: plain leaves with exact zeros, and a `LeafInfo` for each of them by path (`path[i]`
+        for each entry of a stack).
 
     Raises:
         ValueError: a masked leaf without statistics, or of another shape than its mask.
@@ -97,7 +96,8 @@ def tune_masked(
         mask = by_path[entry.path]
         if mask.shape != entry.weight.shape:
             raise ValueError(f"Leaf {entry.path!r} has shape {entry.weight.shape}, its mask {mask.shape}.")
-        leaves[entry.path], info[entry.path] = _tuned(entry, entry.matrix(mask), damping)
+        leaves[entry.path], own = _tuned(entry, entry.matrix(mask), damping)
+        info |= own
     warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, "masked without an update")
     return with_leaves(params, chosen, leaves), info
 
@@ -157,7 +157,8 @@ def alps(
     for entry in entries(chosen):
         dropped = np.int32(round(shares[entry.path] * entry.weight.size / max(entry.stack, 1)))
         masks = _masks(*_parts(entry), dropped, np.float32(damping), _Search(pattern, iterations))
-        leaves[entry.path], info[entry.path] = _tuned(entry, masks, damping)
+        leaves[entry.path], own = _tuned(entry, masks, damping)
+        info |= own
     warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, "ranked by magnitude")
     return with_leaves(params, chosen, leaves), info
 
@@ -198,25 +199,17 @@ def _masks(
     return jax.lax.map(one, (weights, gram, cross, count))
 
 
-def _tuned(entry: Calibrated, masks: Bool[Array, "S D R"], damping: float) -> tuple[jax.Array, LeafInfo]:
+def _tuned(entry: Calibrated, masks: Bool[Array, "S D R"], damping: float) -> tuple[jax.Array, dict[str, LeafInfo]]:
     parts = _parts(entry)
     most = int(masks.sum(axis=1).max(initial=0))
     # Few different sizes, so that few are compiled.
     most = min(-(-most // 64) * 64, masks.shape[1])
-    tuned, found, before, after = _tune(*parts, masks, np.float32(damping), most)
+    tuned, figures, errors = _tune(*parts, masks, np.float32(damping), most, entry.layout.groups)
     leaf = entry.leaf(tuned).astype(entry.weight.dtype)
-    unknown = nothing_seen(entry.unseen)
-    return leaf, LeafInfo(
-        sparsity=float((leaf == 0).mean()) if leaf.size else 0.0,
-        error_before=None if unknown else float(before),
-        error=None if unknown else float(after),
-        damping=float(found[0].max(initial=damping)),
-        retries=int(found[1].max(initial=0)),
-        **unseen_counts(entry.unseen),
-    )
+    return leaf, leaf_infos(entry, leaf, errors, **figures)
 
 
-@functools.partial(jax.jit, static_argnames="most")
+@functools.partial(jax.jit, static_argnames=("most", "groups"))
 def _tune(
     weights: Float32[Array, "S D R"],
     gram: Float32[Array, "S D D"],
@@ -225,7 +218,8 @@ def _tune(
     masks: Bool[Array, "S D R"],
     damping: Any,
     most: int,
-) -> tuple[Array, tuple[Float32[Array, " S"], Int32[Array, " S"]], Float32[Array, ""], Float32[Array, ""]]:
+    groups: int,
+) -> tuple[Array, dict[str, Array], dict[str, Array]]:
     batch = max(1, _SYSTEM_FLOATS // max(most, 1) ** 2)
 
     def one(parts: Any) -> Any:
@@ -237,5 +231,6 @@ def _tune(
         return not_worse(tuned, plain, found.targets, hessian), found.targets, share, retries
 
     tuned, targets, share, retries = jax.lax.map(one, (weights, gram, cross, count, masks))
-    before = output_error(gram, targets, jnp.where(masks, targets, 0.0))
-    return tuned, (share, retries), before, output_error(gram, targets, tuned)
+    before = output_errors(gram, targets, jnp.where(masks, targets, 0.0), groups=groups)
+    errors = {"error_before": before, "error": output_errors(gram, targets, tuned, groups=groups)}
+    return tuned, {"damping": share, "retries": retries}, errors

@@ -14,17 +14,15 @@ from jaxcompress.calibration import (
     entries,
     fill_unseen,
     map_entries,
-    nothing_seen,
-    unseen_counts,
     warn_unseen,
     with_leaves,
 )
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.pruning._counts import Count, check_count, sparsity_by_path
-from jaxcompress.pruning._leaf_info import LeafInfo
+from jaxcompress.pruning._leaf_info import LeafInfo, leaf_infos
 from jaxcompress.pruning._masks import Scope, masks_from_scores
 from jaxcompress.pruning._patterns import NOfM, Pattern, unstructured
-from jaxcompress.solvers import output_error
+from jaxcompress.solvers import output_errors
 from jaxcompress.trace import LeafLayout
 from jaxcompress.types import Params, Selector
 
@@ -103,7 +101,8 @@ def wanda(
         layouts: likewise.
 
     Returns:
-        `(params, info)`: plain leaves with zeros, and a `LeafInfo` for each of them by path.
+        `(params, info)`: plain leaves with zeros, and a `LeafInfo` for each of them by path (`path[i]` for each
+        entry of a stack).
 
     Raises:
         ValueError: as for `wanda_scores` and `masks_from_scores`; "reference" with another scope than "row"; several
@@ -131,7 +130,7 @@ def wanda(
             e.path: of_leaf(e, shares[e.path], scope=scope, pattern=pattern, unseen=unseen) for e in entries(chosen)
         }
     leaves = {e.path: jnp.where(masks[e.path], e.weight, jnp.zeros((), e.weight.dtype)) for e in entries(chosen)}
-    info = {e.path: _info(e, leaves[e.path]) for e in entries(chosen)}
+    info = {name: own for e in entries(chosen) for name, own in _infos(e, leaves[e.path]).items()}
     warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, _FALLBACKS[unseen])
     return with_leaves(params, chosen, leaves), info
 
@@ -170,14 +169,12 @@ def _global_masks(chosen: Params, shares: dict[str, float], pattern: Pattern, un
     return masks_from_scores(scores, sparsity=share, scope="global", pattern=pattern, layouts=layouts)
 
 
-def _info(entry: Calibrated, pruned: jax.Array) -> LeafInfo:
-    statistics, sparsity = entry.statistics, float((pruned == 0).mean()) if pruned.size else 0.0
-    counts = unseen_counts(entry.unseen)
-    if statistics.gram is None or nothing_seen(entry.unseen):
-        return LeafInfo(sparsity=sparsity, **counts)
-    gram = entry.flat(statistics.gram, ndim=2)
-    error = float(_error(gram, entry.matrix(entry.weight), entry.matrix(pruned)))
-    return LeafInfo(sparsity=sparsity, error_before=error, error=error, **counts)
+def _infos(entry: Calibrated, pruned: jax.Array) -> dict[str, LeafInfo]:
+    if entry.statistics.gram is None:
+        return leaf_infos(entry, pruned, {})
+    gram = entry.flat(entry.statistics.gram, ndim=2)
+    error = _errors(gram, entry.matrix(entry.weight), entry.matrix(pruned), groups=entry.layout.groups)
+    return leaf_infos(entry, pruned, {"error_before": error, "error": error})
 
 
-_error = jax.jit(output_error)
+_errors = jax.jit(output_errors, static_argnames="groups")

@@ -36,7 +36,7 @@ def correct_biases(
 
     Returns:
         `(params, shifts)`: `compressed` with other biases, as plain arrays, and the root mean square of what was added
-        to each, by the path of its kernel (`path[entry]` of a stack); where several matmuls share a kernel and have
+        to each, by the path of its kernel (`path[i]` of a stack); where several matmuls share a kernel and have
         biases of their own, by both paths.
 
     Raises:

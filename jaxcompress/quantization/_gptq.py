@@ -1,6 +1,6 @@
 """GPTQ: rounding one input after another, while the rest makes up for it.
 
-Shape letters: S stack entries, D inputs, R outputs.
+Shape letters: S stack entries (of each group), E stack entries with all of their groups, D inputs, R outputs.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from jaxcompress.calibration import Calibrated, Unseen, check_unseen, nothing_seen, unseen_counts, warn_unseen
+from jaxcompress.calibration import Calibrated, Unseen, check_unseen, entry_infos, warn_unseen
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress.quantization._leaf_matrix import (
@@ -28,7 +28,7 @@ from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress.quantization._scales import block_scales
 from jaxcompress.quantization._spec import QuantSpec
 from jaxcompress.quantization._tables import counted_leaves, nearest_table
-from jaxcompress.solvers import output_error, problem
+from jaxcompress.solvers import output_errors, problem
 from jaxcompress.types import Params, Selector
 
 
@@ -74,7 +74,8 @@ def gptq(
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
     Returns:
-        `(params, info)`: a `QuantizedArray` for every leaf, and a `RoundingInfo` by path.
+        `(params, info)`: a `QuantizedArray` for every leaf, and a `RoundingInfo` by path (`path[i]` for each
+        entry of a stack).
 
     Raises:
         ValueError: options out of range; nothing to round; a leaf without statistics, with statistics of another width,
@@ -105,10 +106,11 @@ def gptq(
     warn_unseen({entry.path: entry.unseen for entry in contracted}, FALLBACKS[unseen])
     found |= {table.path: nearest_table(table, spec, ranges) for table in tables}
     leaves = {path: leaf for path, (leaf, _) in found.items()}
-    return with_new_leaves(params, leaves), {path: info for path, (_, info) in found.items()}
+    infos = {name: info for _, own in found.values() for name, info in own.items()}
+    return with_new_leaves(params, leaves), infos
 
 
-def _quantize(entry: Calibrated, damping: float, unseen: Unseen, rule: Rule) -> tuple[Any, RoundingInfo]:
+def _quantize(entry: Calibrated, damping: float, unseen: Unseen, rule: Rule) -> tuple[Any, dict[str, RoundingInfo]]:
     check_blocks(entry, rule.spec)
     statistics = entry.statistics
     spec = rule.spec
@@ -118,23 +120,22 @@ def _quantize(entry: Calibrated, damping: float, unseen: Unseen, rule: Rule) -> 
         cross = with_whole_groups(entry, entry.flat(statistics.cross, ndim=2), spec, 1, 2)
     weights = with_whole_groups(entry, entry.matrix(entry.weight).astype(jnp.float32), spec, 1)
     parts = weights, gram, cross, statistics.count.reshape(-1)
-    solved, before, after = _solve(parts, np.float32(damping), unseen == "zero", rule)
+    solved, errors = _solve(parts, np.float32(damping), unseen == "zero", rule, entry.layout.groups)
     leaf = stored(entry, solved.codes, solved.scale, solved.zero_point, rule.spec)
-    unknown = nothing_seen(entry.unseen)
-    return leaf, RoundingInfo.of(
-        leaf,
-        error_before=None if unknown else float(before),
-        error=None if unknown else float(after),
-        damping=float(solved.damping.max(initial=damping)),
-        retries=int(solved.retries.max(initial=0)),
-        **unseen_counts(entry.unseen),
+    return leaf, entry_infos(
+        entry,
+        functools.partial(RoundingInfo.of, leaf),
+        errors=errors,
+        unseen=entry.unseen,
+        damping=solved.damping,
+        retries=solved.retries,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("zero_unseen", "rule"))
+@functools.partial(jax.jit, static_argnames=("zero_unseen", "rule", "groups"))
 def _solve(
-    parts: Any, damping: Any, zero_unseen: bool, rule: Rule
-) -> tuple[Solved, Float32[Array, ""], Float32[Array, ""]]:
+    parts: Any, damping: Any, zero_unseen: bool, rule: Rule, groups: int
+) -> tuple[Solved, dict[str, Float32[Array, " E"]]]:
     def one(parts: Any) -> Any:
         weights, gram, cross, count = parts
         targets, hessian, _ = problem(weights, gram, cross, count, damping, zero_unseen=zero_unseen)
@@ -143,4 +144,5 @@ def _solve(
 
     gram = parts[1]
     solved, targets, nearest = jax.lax.map(one, parts)
-    return solved, output_error(gram, targets, nearest), output_error(gram, targets, solved.weights)
+    before = output_errors(gram, targets, nearest, groups=groups)
+    return solved, {"error_before": before, "error": output_errors(gram, targets, solved.weights, groups=groups)}

@@ -62,7 +62,7 @@ def gptq_sequential(
         select: which leaves; by default all that statistics can be gathered of.
 
     Returns:
-        `(params, info)`: a `QuantizedArray` for every leaf, and a `RoundingInfo` by path (`path[entry]` for each entry
+        `(params, info)`: a `QuantizedArray` for every leaf, and a `RoundingInfo` by path (`path[i]` for each entry
         of a stack). Its errors are relative output errors on the inputs that the rounded model gives.
 
     Raises:

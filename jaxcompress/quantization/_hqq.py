@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jaxcompress.arrays import dequantize, split_blocks
-from jaxcompress.calibration import MatrixLeaf, entries, matrices
+from jaxcompress.calibration import MatrixLeaf, entries, entry_infos, matrices
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._blocks import reduced_axes, scale_shape
 from jaxcompress.quantization._leaf_matrix import (
@@ -72,8 +72,9 @@ def hqq(
         layouts: from `trace.layouts`.
 
     Returns:
-        `(params, info)`: a `QuantizedArray` for every selected leaf, and a `RoundingInfo` by path. Its errors are those
-        of the weights, ||W - W'|| / ||W||, before with the zero points of the ranges.
+        `(params, info)`: a `QuantizedArray` for every selected leaf, and a `RoundingInfo` by path (`path[i]` for each
+        entry of a stack). Its errors are those of the weights, ||W - W'|| / ||W||, before with the zero points of the
+        ranges.
 
     Raises:
         ValueError: options out of range; a spec that is symmetric, or has scales e8m0 or another range rule; nothing is
@@ -96,9 +97,8 @@ def hqq(
     chosen = list(entries(matrices(params, select=select, layouts=layouts)))
     for entry in fitting(chosen, spec, select):
         check_blocks(entry, spec)
-        leaves[entry.path], info[entry.path] = _quantize(
-            entry, spec, (iterations, norm, beta, kappa, iterate), exact_zero
-        )
+        leaves[entry.path], own = _quantize(entry, spec, (iterations, norm, beta, kappa, iterate), exact_zero)
+        info |= own
     return with_new_leaves(params, leaves), info
 
 
@@ -124,14 +124,15 @@ def _check_options(spec: QuantSpec, iterations: int, norm: float, beta: float, k
 
 def _quantize(
     entry: MatrixLeaf, spec: QuantSpec, options: tuple[Any, ...], exact_zero: bool
-) -> tuple[Any, RoundingInfo]:
+) -> tuple[Any, dict[str, RoundingInfo]]:
     weights = entry.matrix(entry.weight).astype(jnp.float32)
     # By the last weight, not by 0, which a range of HQQ need not contain.
     weights = with_whole_groups(entry, weights, spec, 1, mode="edge")
     solve = _solve_scales if exact_zero else _solve
     codes, scale, zero_point, before, after = solve(weights, spec, options)
     leaf = stored(entry, codes, scale, zero_point, spec)
-    return leaf, RoundingInfo.of(leaf, error_before=float(before), error=float(after))
+    errors = {"error_before": before, "error": after}
+    return leaf, entry_infos(entry, functools.partial(RoundingInfo.of, leaf), errors=errors)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "options"))
@@ -237,6 +238,7 @@ def _shrink(gap: Float32[Array, "..."], norm: float, beta: Any) -> Float32[Array
     return jnp.sign(gap) * jnp.maximum(size - size ** (norm - 1) / beta, 0.0)
 
 
-def _relative(dense: Float32[Array, "..."], found: Float32[Array, "..."]) -> Float32[Array, ""]:
-    lost, total = jnp.sum(jnp.square(dense - found)), jnp.sum(jnp.square(dense))
+def _relative(dense: Float32[Array, "S ..."], found: Float32[Array, "S ..."]) -> Float32[Array, " S"]:
+    axes = tuple(range(1, dense.ndim))
+    lost, total = jnp.square(dense - found).sum(axes), jnp.square(dense).sum(axes)
     return jnp.where(total > 0, jnp.sqrt(lost / jnp.where(total > 0, total, 1.0)), 0.0)

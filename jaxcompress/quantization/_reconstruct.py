@@ -109,7 +109,7 @@ def reconstruct(
             names them.
 
     Returns:
-        `(params, info)`: a `QuantizedArray` for every kernel, new biases, and a `RoundingInfo` by path (`path[entry]`
+        `(params, info)`: a `QuantizedArray` for every kernel, new biases, and a `RoundingInfo` by path (`path[i]`
         for each entry of a stack), also of kernels that a default selection leaves as they are: its `note` says why.
         Its errors are relative output errors, sqrt(Σ |x W' + b' + r - t|² / Σ |t - r - b|²), before with the weights
         rounded to nearest. With the inputs and the bias of the dense model that is ||X W' - X W|| / ||X W||.

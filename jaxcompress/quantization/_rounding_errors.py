@@ -1,14 +1,15 @@
 """What compression did to each leaf, whichever method compressed it."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxcompress.calibration import Calibrated, checked_weight
+from jaxcompress.calibration import Calibrated, checked_weight, entry_infos
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.quantization._rounding_info import RoundingInfo
 from jaxcompress.quantization._tables import Table, counted_leaves
-from jaxcompress.solvers import output_error
+from jaxcompress.solvers import output_errors
 from jaxcompress.tree import leaves_with_paths, map_with_path
 from jaxcompress.types import Params, is_compressed
 
@@ -29,7 +30,8 @@ def rounding_errors(
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
     Returns:
-        A `RoundingInfo` with `bits_per_weight` and `error` for every compressed leaf that has statistics, by path.
+        A `RoundingInfo` with `bits_per_weight` and `error` for every compressed leaf that has statistics, by path
+        (`path[i]` for each entry of a stack).
 
     Raises:
         ValueError: no such leaf; one with another shape than in `params`, with statistics of another width, or with NaN
@@ -51,18 +53,21 @@ def rounding_errors(
         return map_with_path(lambda path, _: None if path in small else False, params)
 
     contracted, tables = counted_leaves(params, statistics, needs="gram", select=not_small, layouts=layouts)
-    return {entry.path: _info(entry, new[entry.path]) for entry in (*contracted, *tables)}
+    infos = [_infos(entry, new[entry.path]) for entry in (*contracted, *tables)]
+    return {name: info for own in infos for name, info in own.items()}
 
 
-def _info(entry: Calibrated | Table, leaf: Any) -> RoundingInfo:
+def _infos(entry: Calibrated | Table, leaf: Any) -> dict[str, RoundingInfo]:
     if tuple(leaf.shape) != tuple(entry.weight.shape):
         raise ValueError(
             f"Leaf {entry.path!r} has shape {tuple(entry.weight.shape)} in `params`, {tuple(leaf.shape)} compressed."
         )
     dense, found = (entry.matrix(array) for array in (entry.weight, checked_weight(entry.path, leaf)))
+    unseen = None
     if isinstance(entry, Table):
         often = jnp.sqrt(entry.counts.rows)[None, None]
         gram, dense, found = jnp.eye(dense.shape[1])[None], dense * often, found * often
     else:
-        gram = entry.flat(entry.statistics.gram, ndim=2)
-    return RoundingInfo.of(leaf, error=float(output_error(gram, dense, found)))
+        gram, unseen = entry.flat(entry.statistics.gram, ndim=2), entry.unseen
+    error = output_errors(gram, dense, found, groups=entry.layout.groups)
+    return entry_infos(entry, functools.partial(RoundingInfo.of, leaf), errors={"error": error}, unseen=unseen)

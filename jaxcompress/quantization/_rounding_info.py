@@ -1,4 +1,4 @@
-"""What a one-shot method did to a leaf."""
+"""What a one-shot method did to a leaf, or to each entry of a stack."""
 
 import dataclasses
 import math
@@ -12,17 +12,19 @@ FALLBACKS = {"keep": "rounded to nearest", "zero": "set to 0"}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundingInfo:
-    """What happened to one leaf. Errors are relative: ||X W - X W'|| / ||X W|| over the calibration rows.
+    """What happened to one leaf, or to one stack entry.
+
+    Errors are relative: ||X W - X W'|| / ||X W|| over the calibration rows.
 
     Attributes:
-        bits_per_weight: what is stored, scales and zero points included.
+        bits_per_weight: what is stored of the leaf, scales and zero points included.
         error_before: of rounding every weight to the nearest, with the same spec; None without statistics, and where no
             row was seen.
         error: of what was stored; None in the same cases.
         damping: share of the mean diagonal that was added to X'X; None where nothing is inverted.
         retries: how often the damping had to grow; above 0 the matrix was singular beyond the damping asked for.
-        unseen_inputs: number of inputs that are 0 in every row, over all stack entries; see the argument `unseen`.
-        unseen_entries: number of stack entries whose inputs are all such (an expert that no row reached).
+        unseen_inputs: number of inputs that are 0 in every row; see the argument `unseen`.
+        unseen_entries: 1 if all inputs are such (an expert that no row reached), otherwise 0.
         note: why the leaf was left as it is; empty otherwise.
     """
 

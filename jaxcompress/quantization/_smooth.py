@@ -17,9 +17,8 @@ from jaxcompress.calibration import (
     calibrated,
     checked_weight,
     entries,
+    entry_infos,
     fill_unseen,
-    nothing_seen,
-    unseen_counts,
     warn_unseen,
 )
 from jaxcompress.meshes import on_auto_axes
@@ -37,7 +36,7 @@ from jaxcompress.quantization._range_search import RangeSearch, searched_scales
 from jaxcompress.quantization._rounding import round_to_codes
 from jaxcompress.quantization._rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress.quantization._spec import QuantSpec
-from jaxcompress.solvers import output_error, unit_of
+from jaxcompress.solvers import output_errors, unit_of
 from jaxcompress.trace import Fold, FoldedLeaf
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params, Selector
@@ -131,7 +130,7 @@ def awq(
 
     Returns:
         `(params, info)`: a `QuantizedArray` for every leaf, the leaves before them divided, and a `RoundingInfo` by
-        path.
+        path (`path[i]` for each entry of a stack).
 
     Raises:
         ValueError: `steps` below 1; as `gptq` for leaves and statistics.
@@ -165,7 +164,8 @@ def awq(
         factors |= {entry.path: as_matrix_inputs(factor, entry.weight, place) for entry, place in own}
     info = {}
     for path, entry in by_path.items():
-        leaves[path], info[path] = _rounded_leaf(entry, leaves[path], factors.get(path), spec, ranges)
+        leaves[path], own = _rounded_leaf(entry, leaves[path], factors.get(path), spec, ranges)
+        info |= own
     warn_unseen({path: entry.unseen for path, entry in by_path.items()}, FALLBACKS["keep"])
     return with_new_leaves(params, leaves), info
 
@@ -221,7 +221,7 @@ def _lost(
 
 def _rounded_leaf(
     entry: Calibrated, leaf: Any, factor: Any, spec: QuantSpec, ranges: RangeSearch | None
-) -> tuple[Any, RoundingInfo]:
+) -> tuple[Any, dict[str, RoundingInfo]]:
     gram = entry.flat(entry.statistics.gram, ndim=2)
     # What reaches the leaf now has been divided.
     inverse = jnp.ones(gram.shape[:2]) if factor is None else 1.0 / factor
@@ -231,25 +231,22 @@ def _rounded_leaf(
     dense = entry.matrix(entry.weight).astype(jnp.float32)
     weights, dense, importance = (with_whole_groups(entry, x, spec, 1) for x in (weights, dense, importance))
     gram, own = (with_whole_groups(entry, x, spec, 1, 2) for x in (gram, own))
-    codes, scale, zero_point, found = _nearest(weights, own, importance, spec, ranges)
-    before = _nearest(dense, gram, importance, spec, None)[-1]
+    groups = entry.layout.groups
+    codes, scale, zero_point, error = _nearest(weights, own, importance, spec, ranges, groups)
+    before = _nearest(dense, gram, importance, spec, None, groups)[-1]
     small = stored(entry, codes, scale, zero_point, spec)
-    unknown = nothing_seen(entry.unseen)
-    return small, RoundingInfo.of(
-        small,
-        error_before=None if unknown else float(before),
-        error=None if unknown else float(found),
-        **unseen_counts(entry.unseen),
-    )
+    errors = {"error_before": before, "error": error}
+    return small, entry_infos(entry, functools.partial(RoundingInfo.of, small), errors=errors, unseen=entry.unseen)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "ranges"))
+@functools.partial(jax.jit, static_argnames=("spec", "ranges", "groups"))
 def _nearest(
     weights: Float32[Array, "S D R"],
     gram: Float[Array, "S D D"],
     importance: Float[Array, "S D"],
     spec: QuantSpec,
     ranges: Any,
+    groups: int,
 ) -> Any:
     def one(parts: Any) -> Any:
         w, counts = parts
@@ -257,4 +254,4 @@ def _nearest(
         return round_to_codes(w, scale, zero_point, spec), scale, zero_point, rounded(w, scale, zero_point, spec)
 
     codes, scale, zero_point, found = jax.lax.map(one, (weights, importance))
-    return codes, scale, zero_point, output_error(gram, weights, found)
+    return codes, scale, zero_point, output_errors(gram, weights, found, groups=groups)

@@ -12,7 +12,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress.calibration import Calibrated, LookupCounts, MatrixLeaf, calibrated, checked_weight, entries
+from jaxcompress.calibration import (
+    Calibrated,
+    LookupCounts,
+    MatrixLeaf,
+    calibrated,
+    checked_weight,
+    entries,
+    entry_infos,
+)
 from jaxcompress.quantization._leaf_matrix import MATRIX, check_blocks, rounded, stored, with_whole_groups
 from jaxcompress.quantization._range_search import RangeSearch, searched_scales
 from jaxcompress.quantization._rounding import round_to_codes
@@ -70,7 +78,7 @@ def counted_leaves(
     return list(entries(chosen)), tables
 
 
-def nearest_table(table: Table, spec: QuantSpec, ranges: RangeSearch | None) -> tuple[Any, RoundingInfo]:
+def nearest_table(table: Table, spec: QuantSpec, ranges: RangeSearch | None) -> tuple[Any, dict[str, RoundingInfo]]:
     """Rounds a table to nearest; scales that several rows share suit the rows that are looked up most.
 
     Rows that were never looked up count a thousandth of a look-up: enough for a search of their own scales, too little
@@ -86,7 +94,8 @@ def nearest_table(table: Table, spec: QuantSpec, ranges: RangeSearch | None) -> 
     scale, zero_point, codes, before, after = _nearest(matrix[0], table.counts.rows, spec, ranges)
     zero_point = None if zero_point is None else zero_point[None]
     leaf = stored(table, codes[None], scale[None], zero_point, spec)
-    return leaf, RoundingInfo.of(leaf, error_before=float(before), error=float(after))
+    errors = {"error_before": before[None], "error": after[None]}
+    return leaf, entry_infos(table, functools.partial(RoundingInfo.of, leaf), errors=errors)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "ranges"))

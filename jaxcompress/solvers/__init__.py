@@ -40,6 +40,7 @@ from jaxcompress.solvers._order import order_keys as order_keys
 from jaxcompress.solvers._outputs import dense_targets as dense_targets
 from jaxcompress.solvers._outputs import not_worse as not_worse
 from jaxcompress.solvers._outputs import output_error as output_error
+from jaxcompress.solvers._outputs import output_errors as output_errors
 from jaxcompress.solvers._outputs import unit_of as unit_of
 from jaxcompress.solvers._rank import keep_largest as keep_largest
 from jaxcompress.solvers._runs import keep_in_runs as keep_in_runs

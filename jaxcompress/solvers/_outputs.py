@@ -67,6 +67,21 @@ def output_error(
     return jnp.where(total > 0, jnp.sqrt(lost / jnp.where(total > 0, total, 1.0)), 0.0)
 
 
+def output_errors(
+    gram: Float[Array, "S D D"], weights: Float[Array, "S D R"], changed: Float[Array, "S D R"], *, groups: int = 1
+) -> Float32[Array, " entries"]:
+    """`output_error` of each stack entry, which has `groups` matrices one after another.
+
+    Example:
+        >>> w = jnp.array([[[3.0]], [[4.0]], [[1.0]], [[0.0]]])
+        >>> output_errors(jnp.ones((4, 1, 1)), w, w.at[:2].set(0.0), groups=2).tolist()
+        [1.0, 0.0]
+    """
+    entries = weights.shape[0] // groups
+    parts = [part.reshape(entries, groups, *part.shape[1:]) for part in (gram, weights, changed)]
+    return jax.vmap(output_error)(*parts)
+
+
 def dense_targets(
     weights: Float32[Array, "D R"], hessian: Float32[Array, "D D"], cross: Float32[Array, "D D"], damping: ArrayLike
 ) -> Float32[Array, "D R"]:

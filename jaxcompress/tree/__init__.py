@@ -10,6 +10,7 @@ from jaxcompress.tree._maps import map_with_path as map_with_path
 from jaxcompress.tree._partition import combine as combine
 from jaxcompress.tree._partition import partition as partition
 from jaxcompress.tree._partition import partition_trainable as partition_trainable
+from jaxcompress.tree._paths import entry_name as entry_name
 from jaxcompress.tree._paths import path_string as path_string
 from jaxcompress.tree._selectors import all_of as all_of
 from jaxcompress.tree._selectors import any_of as any_of

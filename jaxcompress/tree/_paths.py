@@ -27,6 +27,16 @@ def path_string(keys: tuple[Any, ...]) -> str:
     return "/".join(_name(key) for key in keys) or "."
 
 
+def entry_name(path: str, *index: int) -> str:
+    """The name of one entry of a stacked leaf; without an index, of the leaf.
+
+    Example:
+        >>> entry_name("layers/kernel", 3), entry_name("experts", 0, 2), entry_name("kernel")
+        ('layers/kernel[3]', 'experts[0,2]', 'kernel')
+    """
+    return f"{path}[{','.join(map(str, index))}]" if index else path
+
+
 def _name(key: Any) -> str:
     if isinstance(key, DictKey | FlattenedIndexKey):
         return str(key.key)

@@ -38,7 +38,11 @@ def _nearest(weights):
 
 
 def _check(info):
-    assert (info["experts"].unseen_inputs, info["experts"].unseen_entries) == (DEPTH + 1, 1)
+    reached, unreached = info["experts[0]"], info["experts[1]"]
+    assert (reached.unseen_inputs, reached.unseen_entries) == (1, 0)
+    assert (unreached.unseen_inputs, unreached.unseen_entries) == (DEPTH, 1)
+    assert (unreached.error, getattr(unreached, "error_before", None)) == (None, None)
+    assert reached.error is not None
 
 
 def test_rounding_is_to_nearest_where_nothing_was_seen():
@@ -49,7 +53,7 @@ def test_rounding_is_to_nearest_where_nothing_was_seen():
     np.testing.assert_allclose(values[0, 2], _nearest(W)[0, 2], atol=1e-6)
     _check(info)
     lost = [np.linalg.norm(X[0] @ (W[0] - w[0])) / np.linalg.norm(X[0] @ W[0]) for w in (values, _nearest(W))]
-    np.testing.assert_allclose([info["experts"].error, info["experts"].error_before], lost, rtol=2e-3)
+    np.testing.assert_allclose([info["experts[0]"].error, info["experts[0]"].error_before], lost, rtol=2e-3)
     with pytest.warns(UserWarning, match=REACHED + ": their weights were set to 0"):
         published, _ = quantization.gptq(PARAMS, STATISTICS, SPEC, unseen="zero", **OPTIONS)
     published = np.asarray(published["experts"].materialize())
@@ -139,7 +143,7 @@ def test_factors_of_what_was_not_seen_are_those_of_the_weights():
     u, s, v = np.linalg.svd(W[1], full_matrices=False)
     np.testing.assert_allclose(found["experts"].materialize()[1], (u[:, :2] * s[:2]) @ v[:2], atol=1e-4)
     change = X[0] @ (np.asarray(found["experts"].materialize())[0] - W[0])
-    assert info["experts"].error == pytest.approx(np.linalg.norm(change) / np.linalg.norm(X[0] @ W[0]), rel=1e-3)
+    assert info["experts[0]"].error == pytest.approx(np.linalg.norm(change) / np.linalg.norm(X[0] @ W[0]), rel=1e-3)
     _check(info)
 
 
