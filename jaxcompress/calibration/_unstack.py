@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.trace import as_body, called_body, walk
-from jaxcompress.tree import flatten_like, leaves_with_paths
+from jaxcompress.tree import entry_name, flatten_like, leaves_with_paths
 from jaxcompress.types import Params, is_compressed
 
 
@@ -79,7 +79,8 @@ def entry_paths(params: Params, stacks: Mapping[str, int]) -> dict[str, str]:
     found = {}
     for path, _ in leaves_with_paths(entries_of(params, stacks)):
         stack = next((own for own in stacks if path.startswith(f"{own}/")), None)
-        found[path] = path if stack is None else f"{stack}[{path.removeprefix(f'{stack}/').replace('/', ',')}]"
+        index = [] if stack is None else map(int, path.removeprefix(f"{stack}/").split("/"))
+        found[path] = entry_name(stack or path, *index)
     return found
 
 
