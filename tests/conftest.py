@@ -1,6 +1,9 @@
 """Session-wide settings: the CPU with 8 forced devices, strict ranks, array-level shapes checked as they run."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Nearly all the time goes into compilation, and nothing here is timed: without optimization it takes less than half.
@@ -23,3 +26,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("jaxcompress", "beartype.beartype")
 
 pytest_plugins = ["small_bert"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_programs():
+    """A process may hold 65,530 mappings of memory, compiled programs take several each, and XLA dies of one more."""
+    yield
+    if len(Path("/proc/self/maps").read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
