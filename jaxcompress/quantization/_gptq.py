@@ -42,6 +42,7 @@ def gptq(
     groups: Groups = "static",
     ranges: RangeSearch | None = BEST_RANGES,
     refine: int = 2,
+    ridge: float = 0.1,
     damping: float = 0.01,
     block_size: int = 128,
     unseen: Unseen = "keep",
@@ -52,8 +53,12 @@ def gptq(
 
     With U the upper factor of (XᵀX + λ mean(diag) I)⁻¹ = Uᵀ U, input i is rounded to nearest, and its error
     e = (w_i - q_i) / U_ii, times U_ij, is subtracted from every later input j. Where the statistics have `cross`
-    (inputs in the dense model against those in the compressed one), the weights first become those that come closest
-    to the dense outputs on the inputs that the leaf will really get. Tables that are looked up (`LookupCounts`) are
+    (inputs Y in the dense model against those X in the compressed one), the weights first become those that come
+    closest to the dense outputs on the inputs that the leaf will really get,
+
+        T = argmin ||X T - Y W||² + ridge mean(diag XᵀX) ||T - W||².
+
+    Tables that are looked up (`LookupCounts`) are
     rounded to nearest: their rows do not make up for one another.
 
     Args:
@@ -66,6 +71,8 @@ def gptq(
         ranges: how to search for scales; None: by the extreme values, as published.
         refine: rounds of least-squares scales and coordinate descent of the codes behind it; no output gets worse on
             the calibration rows. 0: none, as published. Without both, 2-bit codes lose about twice as much.
+        ridge: how much T is held to W, at least 0; the rows must tell more than noise about it. Without `cross`,
+            T = W.
         damping: λ, at least 0; grows tenfold until the matrix can be factored.
         block_size: inputs between two updates of all the rest.
         unseen: what becomes of inputs that are 0 in every row. "keep": their weights are rounded to nearest. "zero":
@@ -96,13 +103,13 @@ def gptq(
         Frantar et al. 2022, "GPTQ: accurate post-training quantization for generative pre-trained transformers".
     """
     rule = Rule(spec, order, groups, ranges, refine, block_size)
-    check_rule(rule, damping)
+    check_rule(rule, damping, ridge)
     check_unseen(unseen)
     contracted, tables = counted_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
     kept = {leaf.path for leaf in fitting([*contracted, *tables], spec, select)}
     contracted = [leaf for leaf in contracted if leaf.path in kept]
     tables = [leaf for leaf in tables if leaf.path in kept]
-    found = {entry.path: _quantize(entry, damping, unseen, rule) for entry in contracted}
+    found = {entry.path: _quantize(entry, ridge, damping, unseen, rule) for entry in contracted}
     warn_unseen({entry.path: entry.unseen for entry in contracted}, FALLBACKS[unseen])
     found |= {table.path: nearest_table(table, spec, ranges) for table in tables}
     leaves = {path: leaf for path, (leaf, _) in found.items()}
@@ -110,7 +117,9 @@ def gptq(
     return with_new_leaves(params, leaves), infos
 
 
-def _quantize(entry: Calibrated, damping: float, unseen: Unseen, rule: Rule) -> tuple[Any, dict[str, RoundingInfo]]:
+def _quantize(
+    entry: Calibrated, ridge: float, damping: float, unseen: Unseen, rule: Rule
+) -> tuple[Any, dict[str, RoundingInfo]]:
     check_blocks(entry, rule.spec)
     statistics = entry.statistics
     spec = rule.spec
@@ -120,7 +129,8 @@ def _quantize(entry: Calibrated, damping: float, unseen: Unseen, rule: Rule) -> 
         cross = with_whole_groups(entry, entry.flat(statistics.cross, ndim=2), spec, 1, 2)
     weights = with_whole_groups(entry, entry.matrix(entry.weight).astype(jnp.float32), spec, 1)
     parts = weights, gram, cross, statistics.count.reshape(-1)
-    solved, errors = _solve(parts, np.float32(damping), unseen == "zero", rule, entry.layout.groups)
+    numbers = np.float32(ridge), np.float32(damping)
+    solved, errors = _solve(parts, *numbers, unseen == "zero", rule, entry.layout.groups)
     leaf = stored(entry, solved.codes, solved.scale, solved.zero_point, rule.spec)
     return leaf, entry_infos(
         entry,
@@ -134,11 +144,11 @@ def _quantize(entry: Calibrated, damping: float, unseen: Unseen, rule: Rule) -> 
 
 @functools.partial(jax.jit, static_argnames=("zero_unseen", "rule", "groups"))
 def _solve(
-    parts: Any, damping: Any, zero_unseen: bool, rule: Rule, groups: int
+    parts: Any, ridge: Any, damping: Any, zero_unseen: bool, rule: Rule, groups: int
 ) -> tuple[Solved, dict[str, Float32[Array, " E"]]]:
     def one(parts: Any) -> Any:
         weights, gram, cross, count = parts
-        targets, hessian, _ = problem(weights, gram, cross, count, damping, zero_unseen=zero_unseen)
+        targets, hessian, _ = problem(weights, gram, cross, count, ridge, zero_unseen=zero_unseen)
         nearest = rounded(weights, *block_scales(weights, rule.spec, MATRIX), rule.spec)
         return gptq_matrix(targets, hessian, damping, rule), targets, nearest
 

@@ -62,7 +62,7 @@ class Solved(NamedTuple):
     retries: Int[Array, ""]
 
 
-def check_rule(rule: Rule, damping: float) -> None:
+def check_rule(rule: Rule, damping: float, ridge: float) -> None:
     """Raises for options that are out of range, or exclude each other."""
     if rule.order not in get_args(Order):
         raise ValueError(f"`order` must be one of {get_args(Order)}, got {rule.order!r}.")
@@ -72,6 +72,8 @@ def check_rule(rule: Rule, damping: float) -> None:
         raise ValueError("`groups='updated'` needs `order='natural'`: otherwise no group is finished as a whole.")
     if not damping >= 0:
         raise ValueError(f"`damping` must be at least 0, got {damping}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
     if rule.block_size < 1 or rule.refine < 0:
         raise ValueError(
             f"`block_size` must be at least 1 and `refine` at least 0, got {rule.block_size} and {rule.refine}."

@@ -28,6 +28,7 @@ def gptq_sequential(
     groups: Groups = "static",
     ranges: RangeSearch | None = BEST_RANGES,
     refine: int = 2,
+    ridge: float = 0.1,
     damping: float = 0.01,
     block_size: int = 128,
     unseen: Unseen = "keep",
@@ -55,6 +56,9 @@ def gptq_sequential(
         groups: as for `gptq`.
         ranges: as for `gptq`.
         refine: as for `gptq`.
+        ridge: as for `gptq`; for `dense_inputs` only. Targets that are hardly held fit the noise of the calibration
+            rows. MiniLM (2 bits, asymmetric, groups of 32, 128 film reviews, 3 seeds) has errors of the vector of .441
+            on other film reviews and .616 on news with .01, .409 and .571 with .1, .405 and .565 with 1.
         damping: as for `gptq`.
         block_size: as for `gptq`.
         unseen: as for `gptq`.
@@ -89,6 +93,7 @@ def gptq_sequential(
         groups=groups,
         ranges=ranges,
         refine=refine,
+        ridge=ridge,
         damping=damping,
         block_size=block_size,
         unseen=unseen,
