@@ -138,7 +138,7 @@ def _check_equal(found, wanted):
         if value is None or isinstance(value, str):
             assert own == value, field
         else:
-            np.testing.assert_allclose(own, value, rtol=1e-4, atol=1e-7, err_msg=field)
+            np.testing.assert_allclose(own, value, rtol=3e-4, atol=1e-7, err_msg=field)
 
 
 @pytest.mark.parametrize(("method", "model"), CASES)

@@ -10,6 +10,7 @@ import pytest
 import toys
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from optimized import OPTIONS
 from transform_table import TABLE, batch, model, params, run, trained
 
 import jaxcompress as jc
@@ -142,7 +143,8 @@ def test_jit_equals_eager(name):
     transform, state, _ = trained(name)
     for key in (None, jax.random.key(5)):
         eager = transform.apply(state.params, state.transform_state, key=key)
-        jitted = jax.jit(lambda p, s, key=key: transform.apply(p, s, key=key))(state.params, state.transform_state)
+        jitted = jax.jit(lambda p, s, key=key: transform.apply(p, s, key=key), compiler_options=OPTIONS)
+        jitted = jitted(state.params, state.transform_state)
         _assert_equal(name, jitted, eager)
     grads = jax.tree.map(lambda w: jnp.sin(50 * w), state.params)
     stage_grads = (grads,) * len(transform.stages) if transform.stages else grads
