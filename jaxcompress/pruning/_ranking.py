@@ -44,9 +44,9 @@ def ranked_masks(
     Args:
         leaves: a partial tree.
         layouts: the partial tree of their layouts.
-        sparsity: as there.
-        scope: as there.
-        pattern: as there.
+        sparsity: share of pruned weights, one number or a partial tree.
+        scope: what is ranked together.
+        pattern: where zeros may lie.
         score: array -> scores.
         dropped: how a concrete sparsity becomes a count.
     """

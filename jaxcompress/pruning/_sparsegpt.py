@@ -91,8 +91,8 @@ def sparsegpt(
             sparsity asked for if need be, as in the public implementation.
         quantize_column: applied to the kept weights of each input on the way; see `solvers.solve_columns`. Keep one
             function for many calls: each new one is compiled.
-        start_group: likewise.
-        group_size: likewise.
+        start_group: what a group of inputs begins with, such as its scales; see `solvers.solve_columns`.
+        group_size: how many inputs a group has.
         select: which leaves; by default all that have statistics of contracted inputs.
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 

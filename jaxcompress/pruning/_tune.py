@@ -121,20 +121,21 @@ def alps(
     average, so that their weights are ranked by magnitude.
 
     Args:
-        params: as for `sparsegpt`.
-        statistics: likewise.
-        sparsity: likewise.
-        pattern: likewise.
-        damping: likewise.
+        params: the tree; compressed leaves count as the arrays they stand for.
+        statistics: from `calibration.input_statistics`, with "gram".
+        sparsity: share of pruned weights; one number, or a partial tree of them. A pattern n of m implies it.
+        pattern: see `masks_from_scores`.
+        damping: share of the mean diagonal that is added to XᵀX; grows tenfold until the matrix can be factored.
         iterations: of the search for the mask; see `solvers.alternating_mask`.
-        select: as for `sparsegpt`.
-        layouts: likewise.
+        select: which leaves; by default all that have statistics of contracted inputs.
+        layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
     Returns:
-        `(params, info)`, likewise.
+        `(params, info)`: plain leaves with exact zeros, and a `LeafInfo` by path (`path[i]` for each entry of a stack).
 
     Raises:
-        ValueError: likewise.
+        ValueError: options out of range; nothing to prune; a leaf without statistics, with statistics of another width,
+            or with NaN or Inf in either. Names option or leaf.
 
     Example:
         >>> from jaxcompress.calibration import input_statistics

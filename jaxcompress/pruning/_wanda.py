@@ -98,7 +98,7 @@ def wanda(
             equal scores the lowest index is pruned (n of m: as "exact").
         unseen: as for `wanda_scores`.
         select: as for `wanda_scores`.
-        layouts: likewise.
+        layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
     Returns:
         `(params, info)`: plain leaves with zeros, and a `LeafInfo` for each of them by path (`path[i]` for each

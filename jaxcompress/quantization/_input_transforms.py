@@ -34,9 +34,9 @@ def quantized_inputs(
 
     Args:
         spec: of the inputs.
-        ranges: as there; static ranges stay as they are.
-        select: as there.
-        layouts: as there.
+        ranges: from `input_ranges`; they stay as they are. None: found anew for each input.
+        select: as for `quantize_inputs`.
+        layouts: from `trace.layouts`.
 
     Returns:
         The transform, without state. What `apply` returns has `InputQuantizedArray` leaves: run it by `execute`.
@@ -64,8 +64,8 @@ def lsq_inputs(spec: QuantSpec, *, select: Selector | None = None, layouts: Para
 
     Args:
         spec: of the inputs; `per_tensor`.
-        select: as in `quantize_inputs`.
-        layouts: likewise.
+        select: as for `quantize_inputs`.
+        layouts: from `trace.layouts`.
 
     Returns:
         The transform. `init` takes as `statistics` the ranges to begin with, from `input_ranges`; its trainable state
@@ -125,8 +125,8 @@ def pact_inputs(
     Args:
         bits: b, in [2, 8].
         strength: λ.
-        select: as in `quantize_inputs`.
-        layouts: likewise.
+        select: as for `quantize_inputs`.
+        layouts: from `trace.layouts`.
 
     Returns:
         The transform. `init` takes as `statistics` ranges of `QuantSpec(bits, symmetric=False, per_tensor=True)`, whose

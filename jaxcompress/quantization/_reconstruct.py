@@ -93,9 +93,9 @@ def reconstruct(
             for all of them, twice.
         spec: bits, granularity, variant; or a function of the path.
         order: as for `gptq`.
-        groups: likewise.
-        ranges: likewise.
-        refine: likewise.
+        groups: as for `gptq`.
+        ranges: as for `gptq`.
+        refine: as for `gptq`.
         targets: "dense": T as above. "weights": T = W, which is GPTQ as published, in sequence; without `refine`,
             `ranges` and `bias`, exactly so.
         ridge: how much T is held to W; the rows must tell more than noise about it. MiniLM (2 bits, asymmetric, groups

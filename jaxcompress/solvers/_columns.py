@@ -107,12 +107,12 @@ def solve_groups(
     """`solve_columns` for a quantizer whose parameters must be stored: what `start_group` made comes back, too.
 
     Args:
-        weights: as there; not empty.
-        factor: likewise.
-        quantize_column: likewise.
-        start_group: likewise.
+        weights: not empty.
+        factor: from `inverse_factor`.
+        quantize_column: what rounds the weights of one input, by the parameters of its group.
+        start_group: makes the parameters of a group, from its weights as updated so far.
         group_size: divides D.
-        block_size: as there.
+        block_size: inputs between two updates of all the rest.
 
     Returns:
         The weights, and the parameters of all groups, stacked.
