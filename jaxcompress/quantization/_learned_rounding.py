@@ -143,10 +143,12 @@ def learned_rounding(
 
 def _stacks(layouts: Params, rounded: Params) -> dict[str, int]:
     """How many leading axes of a rounded leaf are stacked; leaves alone that can be cut there, part by part."""
-    depths = {path: len(layout.stack_axes) for path, layout in leaves_with_paths(layouts)}
+    axes = {path: layout.stack_axes for path, layout in leaves_with_paths(layouts)}
     found = {}
     for path, leaf in leaves_with_paths(rounded):
-        depth = depths[path]
+        depth = len(axes[path])
+        if axes[path] != tuple(range(depth)):
+            continue
         leading = isinstance(leaf, QuantizedArray) and [part.shape[:depth] for part in jax.tree.leaves(leaf)]
         if depth and leading and set(leading) == {leaf.shape[:depth]}:
             found[path] = depth

@@ -208,3 +208,22 @@ def test_a_scale_that_all_layers_share_keeps_them_together():
     )
     assert "down" in info
     assert found["down"].scale.shape == start["down"].scale.shape
+
+
+def test_a_stack_along_another_axis_stays_one_leaf():
+    rng = np.random.default_rng(3)
+    params = {"w": jnp.asarray(rng.normal(size=(4, 2, 4)) / 2, jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(20, 4)), jnp.float32)
+
+    def model(params, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"].transpose(1, 0, 2))[0]
+
+    # Groups of one input: every part of the leaf is as long as it along the first axis, too.
+    layouts = jc.trace.layouts(model, params, x)
+    assert layouts["w"].stack_axes == (1,)
+    start = quantize(params, QuantSpec(bits=8, group_size=1), layouts=layouts)
+    assert start["w"].scale.shape == (4, 2, 4)
+    _, info = learned_rounding(
+        model, params, start, [(x,)], together=lambda path: path, schedule=RoundingSchedule(steps=2)
+    )
+    assert list(info) == ["w"]
