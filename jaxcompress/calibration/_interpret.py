@@ -30,6 +30,7 @@ from jaxcompress.calibration._statistics import (
     add_at,
     add_statistics,
     statistics_of,
+    weigh,
 )
 from jaxcompress.calibration._values import ALL, NONE, Tap, Totals, Use, Value, as_value, bind
 from jaxcompress.meshes import on_auto_axes_as
@@ -111,7 +112,9 @@ class Interpreter:
         if tap.group is None or self.place in tap.skipped:
             return
 
-        def add(total: Any, mask: Any, offset: Any, only: Any, factors: Any, streams: Any, sizes: Any) -> Any:
+        def add(
+            total: Any, mask: Any, offset: Any, only: Any, factors: Any, streams: Any, sizes: Any, often: Any
+        ) -> Any:
             weights = row_weights(mask, rows.row_shape)
             found = [rows.matrix(jnp.asarray(x), factors, stream) for stream, x in enumerate(streams)]
             if sizes is None:
@@ -121,10 +124,11 @@ class Interpreter:
                 runs = members(sizes, math.prod(rows.row_shape))
                 more, stacked = jax.lax.map(lambda w: statistics_of(found[-1], w, total, dense=found[0]), runs), 1
             flat = jax.tree.map(lambda part: part.reshape(len(rows.entries), *part.shape[stacked:]), more)
-            return add_at(total, flat, rows.entries, offset, only)
+            return add_at(total, flat if often is None else weigh(flat, often), rows.entries, offset, only)
 
         def added(total: InputStatistics, only: Any) -> InputStatistics:
-            traced = self.mask, rows.offset, only, [scale.arrays for scale in rows.scales], matrices(), rows.sizes
+            factors = [scale.arrays for scale in rows.scales]
+            traced = self.mask, rows.offset, only, factors, matrices(), rows.sizes, rows.weights
             return on_auto_axes_as([], add, total, *traced)
 
         self._add(tap.group, rows, added)

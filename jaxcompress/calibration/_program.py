@@ -206,8 +206,9 @@ def _groups(
     together: dict[Any, list[int]] = {}
     for number, own in of_leaf.items():
         shared, use = taps[number].layout.input_id, own[0]
-        # A leaf that is used twice has sums of its own.
-        alone = len(own) > 1 or shared is None or use.signature is None
+        # A leaf that is used twice has sums of its own, and so has one whose rows count otherwise than once.
+        weighed = use.rows is not None and use.rows.weights is not None
+        alone = len(own) > 1 or shared is None or use.signature is None or weighed
         # The same value may enter several branches, or a loop: only within one body it is read equally often.
         shape = _stack_shape(leaves[number], taps[number])
         key = ("leaf", number) if alone else (shared, use.body, use.signature, shape)

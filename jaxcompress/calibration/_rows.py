@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Shaped
 
-from jaxcompress.trace import LeafLayout, Origin, Roles, entries, roles
+from jaxcompress.trace import Factor, LeafLayout, Origin, Roles, entries, roles
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -29,6 +29,9 @@ class Rows:
         when: traced conditions under which all this happens.
         outputs: which of the leaf's outputs it makes; None: all.
         scales: what multiplies the operand.
+        weights: for each stream, how much the products of these rows count for an output on average, for each entry of
+            the flattened stack axes: outputs that the model multiplies, or repeats, meet multiples of the rows. None:
+            once each.
         sizes: of a ragged matmul: how many of the rows, one after another, each of `entries` gets; None: all of them.
     """
 
@@ -42,6 +45,7 @@ class Rows:
     when: tuple[Any, ...]
     outputs: Bool[np.ndarray, " R"] | None
     scales: "tuple[Scale, ...]"
+    weights: "tuple[Any, ...] | None" = None
     sizes: Any = None
 
     @property
@@ -277,7 +281,7 @@ def _rows(
     """The rows of a contraction; `summed` and `batched` are pairs of axes of the leaf's operand and the other one."""
     free = [axis for axis in range(len(origin.axes)) if axis not in dict(summed) and axis not in dict(batched)]
     found = roles(origin, [own for own, _ in summed], [own for own, _ in batched], free)
-    _check_roles(found, layout)
+    _check_roles(found, {number for own, _ in batched for number in origin.axes[own].tables}, layout)
     summed = sorted(summed, key=lambda pair: _major_first(origin, pair[0]))
     stacked = [pair for pair in batched if origin.axes[pair[0]].tables or origin.axes[pair[0]].present is not None]
     stacked = sorted(stacked, key=lambda pair: _major_first(origin, pair[0]))
@@ -303,6 +307,7 @@ def _rows(
         when=origin.when,
         outputs=None if outputs.all() else outputs,
         scales=_scales(origin, free, dict([*summed, *batched])),
+        weights=_weights(origin, free, [own for own, _ in stacked], int(outputs.sum())),
     )
 
 
@@ -314,11 +319,13 @@ def check_mask(mask: Any, row_shape: tuple[int, ...]) -> None:
         )
 
 
-def _check_roles(found: Roles, layout: LeafLayout) -> None:
+def _check_roles(found: Roles, batched: set[int], layout: LeafLayout) -> None:
     if not found.inputs or not found.inputs <= set(layout.input_axes):
         raise ValueError(
             f"A contraction runs over axes {sorted(found.inputs)}, the input axes are {layout.input_axes}."
         )
+    if not batched <= set(layout.stack_axes):
+        raise ValueError(f"A matmul has a batch along axes {sorted(batched)}, the stack axes are {layout.stack_axes}.")
     if not found.outputs <= set(layout.output_axes):
         raise ValueError(
             f"A matmul has outputs along axes {sorted(found.outputs)}, the output axes are {layout.output_axes}."
@@ -335,12 +342,34 @@ def _major_first(origin: Origin, place: int) -> tuple[int, int]:
 
 
 def _scales(origin: Origin, free: Sequence[int], places: Mapping[int, int]) -> tuple[Scale, ...]:
-    """What differs between outputs stays out: each output has its own multiple of the same rows."""
+    """What differs between outputs stays out: each output has its own multiple of the same rows; see `_weights`."""
     taken = tuple(
         ("axis", places[k]) if k in places else ("entry", int(np.argmax(axis.mask)))
         for k, axis in enumerate(origin.axes)
     )
-    uneven = [{k for k, axis in enumerate(origin.axes) if axis.size > 1} - factor.even for factor in origin.factors]
-    return tuple(
-        Scale(factor.arrays, taken) for factor, axes in zip(origin.factors, uneven, strict=True) if not axes & set(free)
-    )
+    return tuple(Scale(factor.arrays, taken) for factor in origin.factors if not _differs(origin, factor, free))
+
+
+def _differs(origin: Origin, factor: Factor, places: Sequence[int]) -> bool:
+    return any(origin.axes[place].size > 1 and place not in factor.even for place in places)
+
+
+def _weights(origin: Origin, free: Sequence[int], stacked: Sequence[int], outputs: int) -> tuple[Any, ...] | None:
+    """Mean over the outputs of the squares of what multiplies them, copies added up."""
+    factors = [factor for factor in origin.factors if not factor.is_mask and _differs(origin, factor, free)]
+    present = math.prod(int(origin.axes[place].mask.sum()) for place in free)
+    if not factors:
+        return None if present == outputs else (present / max(outputs, 1),)
+    rest = [k for k in range(len(origin.axes)) if k not in free and k not in stacked]
+    there = np.ones(1, bool)
+    for place in free:
+        there = np.logical_and.outer(there, origin.axes[place].mask)
+    found = []
+    for arrays in zip(*(factor.arrays for factor in factors), strict=True):
+        squares = jnp.square(math.prod(jnp.asarray(array, jnp.float32) for array in arrays))
+        squares = squares.transpose(*rest, *stacked, *free)[(0,) * len(rest)]
+        sums = jnp.where(there.reshape(squares.shape[len(stacked) :]), squares, 0.0).sum(
+            axis=tuple(range(len(stacked), squares.ndim))
+        )
+        found.append(sums.reshape(-1) / max(outputs, 1))
+    return tuple(found) or None

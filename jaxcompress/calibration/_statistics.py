@@ -13,7 +13,8 @@ from typing import Any, ClassVar, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from jaxcompress.calibration._histogram import Histogram, add_histograms, empty_histogram, histogram_of
 from jaxcompress.types import exportable
@@ -189,11 +190,17 @@ def add_at(
     Args:
         total: over the whole stack.
         more: of M entries; one leading axis if there is a stack at all.
-        entries: their numbers in the flattened stack, all different; those below 0 are left out.
+        entries: their numbers in the flattened stack; those below 0 are left out.
         offset: is added to them.
         only: the entry to add, or `ALL`; None: all.
     """
     stack = total.count.shape
+    # Each entry once at a time: a repeated one (keys that several heads share, say) meets as many sets of rows.
+    rounds = _rounds(entries)
+    for own in rounds[1:]:
+        total = add_at(total, jax.tree.map(lambda part, own=own: part[own], more), entries[own], offset, only)
+    if len(rounds) > 1:
+        entries, more = entries[rounds[0]], jax.tree.map(lambda part: part[rounds[0]], more)
     if not stack:
         return add_statistics(total, jax.tree.map(lambda part, whole: part.reshape(whole.shape), more, total))
     size = math.prod(stack)
@@ -217,8 +224,38 @@ def add_at(
     return jax.tree.map(lambda part, whole: part.reshape(whole.shape), flat, total)
 
 
-def _wide(due: Bool[Array, " M"], part: Shaped[Array, "M ..."]) -> Bool[Array, "M ..."]:
-    return due.reshape(-1, *(1,) * (part.ndim - 1))
+def weigh(more: InputStatistics, weights: Sequence[ArrayLike]) -> InputStatistics:
+    """Statistics whose products of two inputs count several times; how many rows there are, and of what size, stays.
+
+    Args:
+        more: of M entries.
+        weights: for each stream of values, one for each entry, or one for all of them.
+    """
+    own = jnp.asarray(weights[-1])
+    both = jnp.sqrt(jnp.asarray(weights[0]) * own)
+
+    def times(part: Array | None, by: Array) -> Array | None:
+        return None if part is None else part * _wide(jnp.broadcast_to(by, part.shape[:1]), part)
+
+    return dataclasses.replace(
+        more, gram=times(more.gram, own), squared_sum=times(more.squared_sum, own), cross=times(more.cross, both)
+    )
+
+
+def _rounds(entries: Int[np.ndarray, " M"]) -> list[Int[np.ndarray, " K"]]:
+    """Places among which no entry comes twice; those below 0 are in no more than the first of them."""
+    seen: dict[int, int] = {}
+    rounds: list[list[int]] = [[]]
+    for place, entry in enumerate(entries.tolist()):
+        number = seen.get(entry, 0) if entry >= 0 else 0
+        seen[entry] = number + 1
+        rounds.extend([] for _ in range(number + 1 - len(rounds)))
+        rounds[number].append(place)
+    return [np.asarray(own, np.int64) for own in rounds]
+
+
+def _wide(own: Shaped[Array, " M"], part: Shaped[Array, "M ..."]) -> Shaped[Array, "M ..."]:
+    return own.reshape(-1, *(1,) * (part.ndim - 1))
 
 
 def _histogram(x: Float[Array, "*stack N D"], weights: Float32[Array, " N"] | None) -> Histogram:

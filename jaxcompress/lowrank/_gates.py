@@ -147,6 +147,7 @@ def _init(setup: _Setup, params: Params, *, key: jax.Array, statistics: Any = No
             statistics,
             fisher=None,
             damping=0.0,
+            ridge=0.1,
             whitening="cholesky",
             select=lambda _: marks,
             layouts=setup.layouts,

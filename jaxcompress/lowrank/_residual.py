@@ -36,6 +36,7 @@ def with_residual(
     iterations: int = 5,
     first: First = "residual",
     damping: float = 0.0,
+    ridge: float = 0.1,
     select: Selector | None = None,
     layouts: Params | None = None,
 ) -> tuple[Params, dict[str, LowRankInfo]]:
@@ -57,6 +58,7 @@ def with_residual(
         first: which part is made first, with the other one zero. "residual", as LoftQ: factors of what quantization
             lost. "low rank": a residual of what the factors cannot hold, for sparse ones.
         damping: see `activation_svd`.
+        ridge: how much dense-model targets are held to the weights; see `activation_svd`.
         select: see `svd`, with statistics see `activation_svd`.
         layouts: see `svd`.
 
@@ -87,7 +89,14 @@ def with_residual(
         chosen, targets = plain_targets(params, select=select, layouts=layouts)
     else:
         chosen, targets = activation_targets(
-            params, statistics, fisher=fisher, damping=damping, whitening="cholesky", select=select, layouts=layouts
+            params,
+            statistics,
+            fisher=fisher,
+            damping=damping,
+            ridge=ridge,
+            whitening="cholesky",
+            select=select,
+            layouts=layouts,
         )
     split = _Split(chosen, targets, compress, statistics)
     rule = as_rule(rank)

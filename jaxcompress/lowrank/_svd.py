@@ -54,6 +54,7 @@ def activation_svd(
     rank: int | Mapping[str, int | None] | RankRule,
     fisher: Params | None = None,
     damping: float = 0.0,
+    ridge: float = 0.1,
     whitening: Whitening = "cholesky",
     select: Selector | None = None,
     layouts: Params | None = None,
@@ -63,9 +64,12 @@ def activation_svd(
     The σ are the singular values of A W, with Aᵀ A = XᵀX. With `fisher`, the outputs weigh what the diagonal Fisher
     information says: c_j = Σ_i F_ij / tr(XᵀX), so that XᵀX ⊗ c approximates F, and losses compare across leaves.
 
-    Where the statistics have `cross` (inputs in the dense model against those in the compressed one), the target is
-    the weights that come closest to the dense outputs on the inputs that the leaf will really get. A table that is
-    looked up weighs its rows by how often that happened, plus one.
+    Where the statistics have `cross` (inputs Y in the dense model against those X in the compressed one), the target is
+    the weights that come closest to the dense outputs on the inputs that the leaf will really get,
+
+        T = argmin ||X T - Y W||² + ridge mean(diag XᵀX) ||T - W||².
+
+    A table that is looked up weighs its rows by how often that happened, plus one.
 
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
@@ -73,7 +77,9 @@ def activation_svd(
         rank: see `svd`.
         fisher: from `calibration.fisher`, or any tree of weights of that shape, at least 0.
         damping: λ mean(diag) is added to the diagonal of XᵀX. Where that is singular, "cholesky" needs 1e-6 or so, and
-            takes it. With `cross`, 0 means 1e-6 for the targets.
+            takes it.
+        ridge: how much T is held to W, at least 0; the rows must tell more than noise about it. Without `cross`,
+            T = W.
         whitening: how A is found; see `root_of_gram`. The factors are the same but for the damping; "eigen" costs
             several times as much.
         select: which leaves; by default all that have such statistics.
@@ -101,7 +107,14 @@ def activation_svd(
         section 3.1; Yuan et al. 2023, "ASVD", for the idea.
     """
     chosen, targets = activation_targets(
-        params, statistics, fisher=fisher, damping=damping, whitening=whitening, select=select, layouts=layouts
+        params,
+        statistics,
+        fisher=fisher,
+        damping=damping,
+        ridge=ridge,
+        whitening=whitening,
+        select=select,
+        layouts=layouts,
     )
     return factored(params, chosen, targets, rank)
 

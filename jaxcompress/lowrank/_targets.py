@@ -45,6 +45,7 @@ def activation_targets(
     *,
     fisher: Params | None,
     damping: float,
+    ridge: float,
     whitening: Whitening,
     select: Selector | None,
     layouts: Params | None,
@@ -52,6 +53,8 @@ def activation_targets(
     """The leaves that have statistics in the norm of their outputs; see `activation_svd`."""
     if not damping >= 0:
         raise ValueError(f"`damping` must be at least 0, got {damping}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
     if whitening not in ("eigen", "cholesky"):
         raise ValueError(f"`whitening` must be 'eigen' or 'cholesky', got {whitening!r}.")
     grouped = _grouped(statistics, layouts)
@@ -63,7 +66,7 @@ def activation_targets(
     evidence = dict(leaves_with_paths(statistics, is_leaf=_is_evidence))
     weights = _by_path(fisher, chosen)
     targets = [
-        _activation_target(leaf, evidence.get(leaf.path), weights.get(leaf.path), damping, whitening)
+        _activation_target(leaf, evidence.get(leaf.path), weights.get(leaf.path), damping, ridge, whitening)
         for leaf in entries(chosen)
     ]
     unseen = {target.leaf.path: target.unseen for target in targets if target.unseen is not None}
@@ -95,7 +98,7 @@ def _weights(leaf: MatrixLeaf) -> jax.Array:
 
 
 def _activation_target(
-    leaf: MatrixLeaf, found: Any, fisher: jax.Array | None, damping: float, whitening: Whitening
+    leaf: MatrixLeaf, found: Any, fisher: jax.Array | None, damping: float, ridge: float, whitening: Whitening
 ) -> Target:
     if isinstance(found, LookupCounts):
         return _lookup_target(leaf, found)
@@ -114,7 +117,7 @@ def _activation_target(
         raise ValueError(f"The statistics of leaf {leaf.path!r} hold NaN or Inf.")
     weights = _weights(leaf)
     if found.cross is not None:
-        weights = _dense_targets(weights, gram, found.cross.reshape(gram.shape), damping or 1e-6)
+        weights = _dense_targets(weights, gram, found.cross.reshape(gram.shape), ridge)
     # What a root of 0 multiplies may become anything: inputs that were never seen count as the others do.
     unseen = unseen_inputs(found).reshape(stack, depth)
     level = fill_unseen(jnp.diagonal(gram, axis1=1, axis2=2), unseen)
@@ -147,9 +150,9 @@ def _lookup_target(leaf: MatrixLeaf, found: LookupCounts) -> Target:
 
 @jax.jit
 def _dense_targets(
-    weights: Float32[Array, "S D R"], gram: Float32[Array, "S D D"], cross: Float32[Array, "S D D"], damping: ArrayLike
+    weights: Float32[Array, "S D R"], gram: Float32[Array, "S D D"], cross: Float32[Array, "S D D"], ridge: ArrayLike
 ) -> Float32[Array, "S D R"]:
-    return jax.lax.map(lambda parts: dense_targets(parts[0], parts[1], parts[2], damping), (weights, gram, cross))
+    return jax.lax.map(lambda parts: dense_targets(parts[0], parts[1], parts[2], ridge), (weights, gram, cross))
 
 
 _GROUPED = "is the kernel of a grouped convolution, whose groups have inputs of their own"

@@ -55,6 +55,7 @@ def sparsegpt(
     sparsity: Any = None,
     pattern: Pattern = _UNSTRUCTURED,
     damping: float = 0.01,
+    ridge: float = 0.1,
     block_size: int = 128,
     share: Share = "leaf",
     counting: Count = "exact",
@@ -71,8 +72,10 @@ def sparsegpt(
     are fixed in their order: an input's error e = (w - q) / U_ii is subtracted from those still to come, times U_ij.
     Which weights go is decided anew for every block of inputs (for every run of n of m), from the weights as updated.
 
-    Where the statistics have `cross` (inputs in the dense model against those in the compressed one), the weights
-    first become those that come closest to the dense outputs on the inputs that the leaf will really get.
+    Where the statistics have `cross` (inputs Y in the dense model against those X in the compressed one), the weights
+    first become those that come closest to the dense outputs on the inputs that the leaf will really get,
+
+        T = argmin ||X T - Y W||² + ridge mean(diag XᵀX) ||T - W||².
 
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
@@ -80,6 +83,8 @@ def sparsegpt(
         sparsity: share of pruned weights; one number, or a partial tree of them. A pattern n of m implies it.
         pattern: `unstructured()` or `n_of_m(n, m)`.
         damping: λ, at least 0; grows tenfold until the matrix can be factored.
+        ridge: how much T is held to W, at least 0; the rows must tell more than noise about it. Without `cross`,
+            T = W.
         block_size: inputs that are decided together; rounded up to a multiple of m, and of smaller groups.
         share: "block": every block loses the same share, as in the paper. "leaf": blocks lose what a ranking of the
             whole leaf by the scores of the dense weights says.
@@ -116,7 +121,7 @@ def sparsegpt(
     References:
         Frantar and Alistarh 2023, "SparseGPT: massive language models can be accurately pruned in one-shot".
     """
-    _check_options(pattern, damping, block_size, share, counting)
+    _check_options(pattern, damping, ridge, block_size, share, counting)
     check_unseen(unseen)
     chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
@@ -126,7 +131,7 @@ def sparsegpt(
     leaves: dict[str, Any] = {}
     info: dict[str, LeafInfo] = {}
     for entry in entries(chosen):
-        leaves[entry.path], own = _prune(entry, shares[entry.path], damping, rule)
+        leaves[entry.path], own = _prune(entry, shares[entry.path], damping, ridge, rule)
         info |= own
     warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, _FALLBACKS[unseen])
     return with_leaves(params, chosen, leaves), info
@@ -151,6 +156,7 @@ class _Numbers(NamedTuple):
     dropped: Any
     by_block: Any
     damping: Any
+    ridge: Any
 
 
 class _Solved(NamedTuple):
@@ -159,19 +165,23 @@ class _Solved(NamedTuple):
     retries: Array
 
 
-def _check_options(pattern: Pattern, damping: float, block_size: int, share: str, counting: str) -> None:
+def _check_options(pattern: Pattern, damping: float, ridge: float, block_size: int, share: str, counting: str) -> None:
     check_count(counting)
     if not isinstance(pattern, Unstructured | NOfM):
         raise ValueError(f"`sparsegpt` prunes single weights or n of m, got the pattern {pattern}.")
     if not damping >= 0:
         raise ValueError(f"`damping` must be at least 0, got {damping}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
     if block_size < 1:
         raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
     if share not in ("block", "leaf"):
         raise ValueError(f"`share` must be 'block' or 'leaf', got {share!r}.")
 
 
-def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> tuple[jax.Array, dict[str, LeafInfo]]:
+def _prune(
+    entry: Calibrated, sparsity: float, damping: float, ridge: float, rule: _Rule
+) -> tuple[jax.Array, dict[str, LeafInfo]]:
     if isinstance(rule.pattern, NOfM) and not np.isclose(sparsity, rule.pattern.allowed):
         raise ValueError(f"The pattern implies a `sparsity` of {rule.pattern.allowed:g}, got {sparsity:g}.")
     statistics = entry.statistics
@@ -184,6 +194,7 @@ def _prune(entry: Calibrated, sparsity: float, damping: float, rule: _Rule) -> t
         dropped=np.int32(round(sparsity * depth * width)),
         by_block=_counts_by_block(depth, width, sparsity, rule),
         damping=np.float32(damping),
+        ridge=np.float32(ridge),
     )
     solved, errors = _solve(weights, gram, cross, rows, numbers, rule, entry.layout.groups)
     pruned = entry.leaf(solved.weights).astype(entry.weight.dtype)
@@ -228,7 +239,7 @@ def _solve_matrix(
     rule: _Rule,
 ) -> tuple[_Solved, Float32[Array, "D R"]]:
     zero = rule.unseen == "zero"
-    targets, hessian, _ = problem(weights, gram, cross, count, numbers.damping, zero_unseen=zero)
+    targets, hessian, _ = problem(weights, gram, cross, count, numbers.ridge, zero_unseen=zero)
     factor = inverse_factor(hessian, numbers.damping)
     hooks = _hooks(targets, jnp.diagonal(factor.factor), numbers, rule)
     solved = solve_columns(

@@ -48,12 +48,14 @@ def tune_masked(
     statistics: Params,
     *,
     damping: float = 0.01,
+    ridge: float = 0.1,
     layouts: Params | None = None,
 ) -> tuple[Params, dict[str, LeafInfo]]:
     """The kept weights that best make up for the pruned ones, given any masks; exact for each output.
 
     argmin over W' of ||X W - X W'||² + λ mean(diag) ||W - W'||², with W' = 0 where the mask is not set. Where the
-    statistics have `cross`, X W are the outputs of the dense model. Weights of inputs that are 0 in every row stay as
+    statistics have `cross`, X W' comes close to the outputs of the dense model instead, and W' to weights T that do so
+    without a mask; see `sparsegpt`. Weights of inputs that are 0 in every row stay as
     they are, where the mask keeps them.
 
     Args:
@@ -61,6 +63,7 @@ def tune_masked(
         masks: a partial tree of bool, True = kept.
         statistics: from `calibration.input_statistics`, with "gram".
         damping: λ, at least 0; grows tenfold until the matrix can be factored.
+        ridge: how much T is held to W; see `sparsegpt`.
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
     Returns:
@@ -85,6 +88,8 @@ def tune_masked(
     """
     if not damping >= 0:
         raise ValueError(f"`damping` must be at least 0, got {damping}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
 
     def masked(params: Params) -> Params:
         return map_with_path(lambda _, __, mask: not is_unselected(mask), params, masks)
@@ -96,7 +101,7 @@ def tune_masked(
         mask = by_path[entry.path]
         if mask.shape != entry.weight.shape:
             raise ValueError(f"Leaf {entry.path!r} has shape {entry.weight.shape}, its mask {mask.shape}.")
-        leaves[entry.path], own = _tuned(entry, entry.matrix(mask), damping)
+        leaves[entry.path], own = _tuned(entry, entry.matrix(mask), damping, ridge)
         info |= own
     warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, "masked without an update")
     return with_leaves(params, chosen, leaves), info
@@ -110,6 +115,7 @@ def alps(
     sparsity: Any = None,
     pattern: Pattern = _UNSTRUCTURED,
     damping: float = 0.01,
+    ridge: float = 0.1,
     iterations: int = 40,
     select: Selector | None = None,
     layouts: Params | None = None,
@@ -126,6 +132,7 @@ def alps(
         sparsity: share of pruned weights; one number, or a partial tree of them. A pattern n of m implies it.
         pattern: see `masks_from_scores`.
         damping: share of the mean diagonal that is added to XᵀX; grows tenfold until the matrix can be factored.
+        ridge: how much the targets are held to the weights, where the statistics have `cross`; see `sparsegpt`.
         iterations: of the search for the mask; see `solvers.alternating_mask`.
         select: which leaves; by default all that have statistics of contracted inputs.
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
@@ -152,13 +159,15 @@ def alps(
         raise ValueError(f"`alps` prunes single weights or n of m, got the pattern {pattern}.")
     if not damping >= 0 or iterations < 0:
         raise ValueError(f"`damping` and `iterations` must be at least 0, got {damping} and {iterations}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
     chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
     leaves, info = {}, {}
     for entry in entries(chosen):
         dropped = np.int32(round(shares[entry.path] * entry.weight.size / max(entry.stack, 1)))
-        masks = _masks(*_parts(entry), dropped, np.float32(damping), _Search(pattern, iterations))
-        leaves[entry.path], own = _tuned(entry, masks, damping)
+        masks = _masks(*_parts(entry), dropped, np.float32(damping), np.float32(ridge), _Search(pattern, iterations))
+        leaves[entry.path], own = _tuned(entry, masks, damping, ridge)
         info |= own
     warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, "ranked by magnitude")
     return with_leaves(params, chosen, leaves), info
@@ -184,6 +193,7 @@ def _masks(
     count: Float32[Array, " S"],
     dropped: Any,
     damping: Any,
+    ridge: Any,
     search: _Search,
 ) -> Bool[Array, "S D R"]:
     def keep(scores: Any) -> Any:
@@ -193,19 +203,21 @@ def _masks(
 
     def one(parts: Any) -> Any:
         weights, gram, cross, count = parts
-        found = problem(weights, gram, cross, count, damping)
+        found = problem(weights, gram, cross, count, ridge)
         hessian = damped(found.hessian, damping).hessian
         return alternating_mask(found.targets, hessian, keep, iterations=search.iterations)
 
     return jax.lax.map(one, (weights, gram, cross, count))
 
 
-def _tuned(entry: Calibrated, masks: Bool[Array, "S D R"], damping: float) -> tuple[jax.Array, dict[str, LeafInfo]]:
+def _tuned(
+    entry: Calibrated, masks: Bool[Array, "S D R"], damping: float, ridge: float
+) -> tuple[jax.Array, dict[str, LeafInfo]]:
     parts = _parts(entry)
     most = int(masks.sum(axis=1).max(initial=0))
     # Few different sizes, so that few are compiled.
     most = min(-(-most // 64) * 64, masks.shape[1])
-    tuned, figures, errors = _tune(*parts, masks, np.float32(damping), most, entry.layout.groups)
+    tuned, figures, errors = _tune(*parts, masks, np.float32(damping), np.float32(ridge), most, entry.layout.groups)
     leaf = entry.leaf(tuned).astype(entry.weight.dtype)
     return leaf, leaf_infos(entry, leaf, errors, **figures)
 
@@ -218,6 +230,7 @@ def _tune(
     count: Float32[Array, " S"],
     masks: Bool[Array, "S D R"],
     damping: Any,
+    ridge: Any,
     most: int,
     groups: int,
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
@@ -225,7 +238,7 @@ def _tune(
 
     def one(parts: Any) -> Any:
         weights, gram, cross, count, mask = parts
-        found = problem(weights, gram, cross, count, damping)
+        found = problem(weights, gram, cross, count, ridge)
         hessian, share, retries = damped(found.hessian, damping)
         tuned = masked_least_squares(found.targets, hessian, mask, most=most, batch_size=batch)
         plain = jnp.where(mask, found.targets, 0.0)

@@ -46,7 +46,7 @@ def problem(
     gram: Float32[Array, "D D"],
     cross: Float32[Array, "D D"] | None,
     count: Float32[Array, ""],
-    damping: ArrayLike,
+    ridge: ArrayLike,
     *,
     zero_unseen: bool = False,
 ) -> Problem:
@@ -60,7 +60,7 @@ def problem(
         gram: XᵀX.
         cross: YᵀX, Y the inputs in the dense model; None: the dense outputs are X W.
         count: number of rows; 0 counts as 1.
-        damping: for the targets, where there is `cross`.
+        ridge: how much the targets are held to `weights`, where there is `cross`; see `dense_targets`.
         zero_unseen: the rule of the public implementations instead: their weights are 0, and 1 stands on the diagonal.
     """
     per_row = 2.0 / jnp.where(count > 0, count, 1.0)
@@ -71,7 +71,7 @@ def problem(
     hessian = hessian + jnp.diag(jnp.where(unseen, 1.0 if zero_unseen else mean, 0.0))
     targets = weights
     if cross is not None:
-        targets = dense_targets(weights, hessian, cross * per_row, damping)
+        targets = dense_targets(weights, hessian, cross * per_row, ridge)
     # The least squares of what is not seen are 0: that is no evidence.
     return Problem(jnp.where(unseen[:, None], 0.0 if zero_unseen else weights, targets), hessian, unseen)
 

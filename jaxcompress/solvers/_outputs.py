@@ -83,16 +83,18 @@ def output_errors(
 
 
 def dense_targets(
-    weights: Float32[Array, "D R"], hessian: Float32[Array, "D D"], cross: Float32[Array, "D D"], damping: ArrayLike
+    weights: Float32[Array, "D R"], hessian: Float32[Array, "D D"], cross: Float32[Array, "D D"], ridge: ArrayLike
 ) -> Float32[Array, "D R"]:
-    """The weights whose outputs on the new inputs X come closest to the dense ones, Y W: W + H⁻¹ (XᵀY - XᵀX) W.
+    """The weights whose outputs on the new inputs X come closest to the dense ones, Y W.
+
+    They are W + (H + λ I)⁻¹ (XᵀY - H) W, with H = XᵀX and λ = ridge mean(diag H).
 
     Args:
         weights: W.
         hessian: XᵀX, on any scale.
         cross: YᵀX, on the same scale.
-        damping: λ; with a large one the weights stay W.
+        ridge: how much the weights are held to W; grows tenfold until H + λ I can be factored.
     """
-    factor = damped_cholesky(hessian, damping).factor
+    factor = damped_cholesky(hessian, ridge).factor
     gap = jnp.matmul(cross.T - hessian, weights, precision=jax.lax.Precision.HIGHEST)
     return weights + jax.scipy.linalg.cho_solve((factor, True), gap)

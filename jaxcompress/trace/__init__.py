@@ -24,6 +24,7 @@ from jaxcompress.trace._left_out import listed as listed
 from jaxcompress.trace._left_out import warn_left_out as warn_left_out
 from jaxcompress.trace._misfits import BlockError as BlockError
 from jaxcompress.trace._misfits import misfits as misfits
+from jaxcompress.trace._origin import Factor as Factor
 from jaxcompress.trace._origin import Origin as Origin
 from jaxcompress.trace._origin import rearrange as rearrange
 from jaxcompress.trace._origin import reshape_runs as reshape_runs

@@ -122,10 +122,23 @@ def _side_by_side(one: Origin, two: Origin, padded: bool) -> Origin | None:
     present = a.mask | b.mask
     axis = Axis(a.size, tables, None if present.all() else present)
     axes = tuple(axis if k == place else own for k, own in enumerate(one.axes))
-    # Each factor is 1 where the other piece is.
-    factors = tuple(dataclasses.replace(f, even=f.even - {place}) for f in (*one.factors, *two.factors))
+    factors = _joined_factors(one.factors, two.factors, place)
     gathered = one.gathered or two.gathered
     return dataclasses.replace(one, axes=axes, fixed=fixed, factors=factors, gathered=gathered)
+
+
+def _joined_factors(one: Sequence[Factor], two: Sequence[Factor], place: int) -> tuple[Factor, ...]:
+    """Those of two pieces, each 1 where the other piece is: one number for both stays one."""
+    found, left = [], list(two)
+    for factor in one:
+        same = next((k for k, f in enumerate(left) if f.number is not None and f.number == factor.number), None)
+        if same is None:
+            found.append(dataclasses.replace(factor, even=factor.even - {place}, number=None))
+            continue
+        other = left.pop(same)
+        arrays = tuple(a * b for a, b in zip(factor.arrays, other.arrays, strict=True))
+        found.append(dataclasses.replace(factor, arrays=arrays))
+    return (*found, *(dataclasses.replace(factor, even=factor.even - {place}, number=None) for factor in left))
 
 
 def _add(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin, ...]]:
@@ -151,7 +164,9 @@ def _multiply(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Or
             if place == 1:
                 break
             own = tuple(1 / jnp.asarray(array) for array in own)
-        factor = Factor(_even_in(other, eqn.invars[1 - place].aval.shape, shape), arrays=own)
+        even = _even_in(other, eqn.invars[1 - place].aval.shape, shape)
+        number = object() if all(n == 1 or axis in even for axis, n in enumerate(shape)) else None
+        factor = Factor(even, arrays=own, number=number)
         # Of its own square a parameter is no linear function.
         found += [_times(_fitted(o, shape), factor, shape) for o in facts[place].origins if o.leaf not in both]
     return [tuple(found)]
@@ -298,7 +313,7 @@ def _times(origin: Origin, factor: Factor, shape: Sequence[int]) -> Origin:
 
 
 def _minus(arrays: Arrays) -> Factor:
-    return Factor(frozenset(range(64)), arrays=(jnp.float32(-1),) if arrays else ())
+    return Factor(frozenset(range(64)), arrays=(jnp.float32(-1),) if arrays else (), number=-1)
 
 
 def _even_in(facts: Facts, own: Sequence[int], shape: Sequence[int]) -> frozenset[int]:

@@ -19,11 +19,14 @@ class Factor:
         even: axes of the value along which it does not change.
         is_mask: of zeros and ones.
         arrays: it, in the shape of the value, for each stream of values; none where nothing is computed.
+        number: where it is one number for the whole value, what says which: equal objects for one number. None: it
+            may differ from entry to entry.
     """
 
     even: frozenset[int]
     is_mask: bool = False
     arrays: tuple[Any, ...] = ()
+    number: Any = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +85,9 @@ class Origin:
             _move(moving, number, _looked_up(table, index))
         when = self.when if axis.present is None else (*self.when, _looked_up(axis.present, index))
         factors = tuple(
-            Factor(_less(factor.even, (0,)), factor.is_mask, tuple(_at(array, index) for array in factor.arrays))
+            dataclasses.replace(
+                factor, even=_less(factor.even, (0,)), arrays=tuple(_at(array, index) for array in factor.arrays)
+            )
             for factor in self.factors
         )
         return dataclasses.replace(self, axes=self.axes[1:], moving=moving, when=when, factors=factors)

@@ -47,6 +47,8 @@ PERMUTED = {
     "reverse": lambda w: w[::-1],
     "roll": lambda w: jnp.roll(w, 3, axis=0),
     "scalar": lambda w: w * 0.5,
+    "scalar, then rolled along the outputs": lambda w: jnp.roll(w * 0.5, 1, axis=1),
+    "negative, then rolled along the outputs": lambda w: jnp.roll(-w, 1, axis=1),
     "negative": lambda w: jnp.concatenate([w[8:], -w[:8]]),
     "features": lambda w: w * jnp.linspace(0.5, 2, 16)[:, None],
     "quotient": lambda w: jnp.flip(w / jnp.linspace(0.5, 2, 16)[:, None], 0),
@@ -217,6 +219,44 @@ def test_a_convolution_with_a_turned_kernel():
     image = np.asarray(x, np.float64)[0]
     rows = np.stack([image[at : at + 3][::-1].reshape(-1) for at in range(4)])
     np.testing.assert_allclose(found.gram, rows.T @ rows, atol=1e-4)
+
+
+def test_heads_that_share_keys_add_up_their_rows():
+    """Grouped queries: each entry of the stack meets the rows of all heads that repeat it."""
+    w, x = _array(2, 3, 4), _array(5, 6, 3)
+
+    def apply(p, x):
+        return jnp.einsum("nhi,hio->nho", x, jnp.repeat(p["w"], 3, axis=0))
+
+    found = calibration.input_statistics(apply, {"w": w}, [(x,)])["w"]
+    rows = np.asarray(x, np.float64).reshape(5, 2, 3, 3)
+    np.testing.assert_allclose(found.gram, np.einsum("nghi,nghj->gij", rows, rows), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.absolute_max, np.abs(rows).max(axis=(0, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(found.count, [15, 15])
+
+
+def test_outputs_that_are_multiplied_weigh_the_rows_of_each_use():
+    """The mean over the outputs: (x one, multiplied by nothing) and (x two, whose outputs are multiplied by c)."""
+    w, one, two, c = _array(4, 3), _array(5, 4), _array(6, 4), jnp.array([1.0, 2.0, 3.0])
+
+    def apply(p, one, two):
+        return one @ p["w"], two @ (p["w"] * c[None])
+
+    found = calibration.input_statistics(apply, {"w": w}, [(one, two)])["w"]
+    one, two = np.asarray(one, np.float64), np.asarray(two, np.float64)
+    np.testing.assert_allclose(found.gram, one.T @ one + 14 / 3 * (two.T @ two), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found.count, 11)
+    np.testing.assert_allclose(found.absolute_max, np.abs(np.concatenate([one, two])).max(axis=0), rtol=1e-6)
+
+
+def test_outputs_in_one_place_and_a_batch_in_another_are_no_one_matrix():
+    w, one, two = _array(2, 4, 3), _array(5, 4), _array(5, 2, 4)
+
+    def apply(p, one, two):
+        return jnp.einsum("ni,hio->nho", one, p["w"]), jnp.einsum("nhi,hio->nho", two, p["w"])
+
+    with pytest.raises(ValueError, match="batch along axes"):
+        calibration.input_statistics(apply, {"w": w}, [(one, two)])
 
 
 def test_look_ups_count_the_rows_of_the_leaf():

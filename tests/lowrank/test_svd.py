@@ -173,7 +173,8 @@ def test_a_table_weighs_rows_by_their_lookups():
     np.testing.assert_allclose(got, small["embedding"].materialize()[ids], rtol=1e-5, atol=1e-6)
 
 
-def test_with_cross_statistics_the_dense_outputs_are_the_target():
+@pytest.mark.parametrize("ridge", [1e-6, 0.1])
+def test_with_cross_statistics_the_dense_outputs_are_the_target(ridge):
     """Inputs that an earlier layer changed: the outputs should come close to Y W, not to X W."""
     rng = np.random.default_rng(0)
     y = rng.normal(size=(200, 8))
@@ -182,9 +183,10 @@ def test_with_cross_statistics_the_dense_outputs_are_the_target():
     found = dataclasses.replace(statistics_of(x), cross=jnp.asarray(y.T @ x, jnp.float32))
     errors = []
     for given in (found, statistics_of(x)):
-        small, _ = activation_svd({"w": kernel}, {"w": given}, rank=3)
+        small, _ = activation_svd({"w": kernel}, {"w": given}, rank=3, ridge=ridge)
         errors.append(((y @ np.asarray(kernel) - x @ np.asarray(small["w"].materialize())) ** 2).sum())
-    best = np.linalg.lstsq(x, y @ np.asarray(kernel), rcond=None)[0]
+    held = ridge * np.trace(x.T @ x) / 8 * np.eye(8)
+    best = np.linalg.solve(x.T @ x + held, x.T @ y @ np.asarray(kernel) + held @ np.asarray(kernel))
     root = np.linalg.cholesky(x.T @ x)
     wanted = np.linalg.solve(root.T, truncated(root.T @ best, 3)[0])
     assert errors[0] == pytest.approx(((y @ np.asarray(kernel) - x @ wanted) ** 2).sum(), rel=1e-4)

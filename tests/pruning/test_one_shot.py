@@ -169,11 +169,28 @@ def test_targets_of_the_dense_model_undo_a_distortion():
     # What the leaf gets now is its input times A: W' = A⁻¹ W gives the dense outputs back.
     distortion = np.eye(DEPTH) + 0.2 * RNG.normal(size=(DEPTH, DEPTH))
     statistics = {"kernel": _statistics(X @ distortion, cross=X)}
-    pruned, info = pruning.sparsegpt({"kernel": PARAMS["kernel"]}, statistics, sparsity=0.0, damping=1e-6)
+    pruned, info = pruning.sparsegpt({"kernel": PARAMS["kernel"]}, statistics, sparsity=0.0, damping=1e-6, ridge=1e-6)
     outputs, wanted = X @ distortion @ np.asarray(pruned["kernel"], np.float64), X @ W
     assert np.linalg.norm(outputs - wanted) < 5e-3 * np.linalg.norm(wanted)
     assert np.linalg.norm(X @ distortion @ W - wanted) > 0.1 * np.linalg.norm(wanted)
     assert info["kernel"].error < 1e-3
+
+
+@pytest.mark.parametrize("method", [pruning.sparsegpt, pruning.alps], ids=["sparsegpt", "alps"])
+def test_a_ridge_holds_the_targets_to_the_weights(method):
+    # With a large one, what the dense model got does not matter.
+    distortion = np.eye(DEPTH) + 0.2 * RNG.normal(size=(DEPTH, DEPTH))
+    crossed, plain = {"kernel": _statistics(X @ distortion, cross=X)}, {"kernel": _statistics(X @ distortion)}
+
+    def pruned(statistics, ridge):
+        return np.asarray(method({"kernel": PARAMS["kernel"]}, statistics, sparsity=0.5, ridge=ridge)[0]["kernel"])
+
+    wanted = pruned(plain, 0.1)
+    found = {ridge: pruned(crossed, ridge) for ridge in (1e7, 0.1, 0.0)}
+    np.testing.assert_allclose(found[1e7], wanted, atol=1e-4)
+    assert np.linalg.norm(found[0.1] - wanted) < np.linalg.norm(found[0.0] - wanted)
+    with pytest.raises(ValueError, match="`ridge` must not be negative, got -1"):
+        pruned(plain, -1.0)
 
 
 def _to_halves(weights, parameters, index):
