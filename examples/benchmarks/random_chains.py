@@ -378,13 +378,13 @@ def verdict(case: Case, layout: trace.LeafLayout, found: Any) -> str:
         if not used and np.abs(given[entry]).max() > 1e-6:
             return "wrong: rows of an entry that no output uses"
         seen = np.any([np.diagonal(gram) > 1e-9 for gram in used], axis=0) if used else np.zeros(sizes[1], bool)
-        if np.abs(given[entry][~seen]).max(initial=0) > 1e-6:
+        if not masked and np.abs(given[entry][~seen]).max(initial=0) > 1e-6:
             return "wrong: inputs that no output uses"
         # Outputs that the model multiplies by numbers of their own: the mean of their Gram matrices.
         if used and case.uneven and _close(np.mean(used, axis=0), given[entry]):
             continue
         for gram in used:
-            # A mask of single weights hides inputs from some outputs only: the Gram matrix is that of all inputs.
+            # A mask may hide inputs from some outputs only: the Gram matrix is that of all inputs.
             own = np.diagonal(gram) > 1e-9 if masked else np.ones(sizes[1], bool)
             gram, stored = gram[np.ix_(own, own)], given[entry][np.ix_(own, own)]
             scale = (gram * stored).sum() / max((stored**2).sum(), 1e-30) if case.uneven else 1.0

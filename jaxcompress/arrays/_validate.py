@@ -59,6 +59,11 @@ def _require(holds: Any, message: str) -> None:
         raise ValueError(message)
 
 
+def _finite(part: jax.Array) -> bool:
+    # On the host: nothing is compiled for the shape of each leaf.
+    return bool(np.isfinite(np.asarray(part)).all())
+
+
 def _validate_packed(leaf: PackedArray) -> None:
     _require(1 <= leaf.bits <= 7, f"Packed codes have 1 to 7 bits, got {leaf.bits}.")
     _require(-leaf.ndim <= leaf.axis < 0, f"The packed axis is negative and in range, got {leaf.axis} of {leaf.ndim}.")
@@ -122,10 +127,10 @@ def _validate_quantized(leaf: QuantizedArray) -> None:
     floats = [
         part for part in jax.tree.leaves((leaf.scale, leaf.zero_point)) if jnp.issubdtype(part.dtype, jnp.floating)
     ]
-    _require(all(jnp.isfinite(part).all() for part in floats), "Scales and zero points must be finite.")
+    _require(all(_finite(part) for part in floats), "Scales and zero points must be finite.")
     if leaf.levels is not None:
         _require(leaf.zero_point is None, "A table of levels has no zero point.")
-        _require(int(leaf.codes().max(initial=0)) < len(leaf.levels), f"A code exceeds the {len(leaf.levels)} levels.")
+        _require(int(np.asarray(leaf.codes()).max(initial=0)) < len(leaf.levels), f"A code exceeds the {len(leaf.levels)} levels.")
     validate_array(leaf.data)
 
 
@@ -151,16 +156,16 @@ def _validate_additive(leaf: AdditiveCodebookArray) -> None:
         fit = len(sizes) == leaf.ndim and all(s in (1, n) for s, n in zip(sizes, own, strict=True))
         absent = name == "Scales" and leaf.scale is None
         _require(fit or absent, f"{name} of shape {tuple(sizes)} do not fit an array of shape {leaf.shape}.")
-    _require(leaf.scale is None or jnp.isfinite(leaf.scale).all(), "Scales must be finite.")
+    _require(leaf.scale is None or _finite(leaf.scale), "Scales must be finite.")
     _validate_codes(leaf, values)
 
 
 def _validate_codes(leaf: CodebookArray | AdditiveCodebookArray, values: int) -> None:
     _require(jnp.issubdtype(leaf.dtype, jnp.floating), f"The logical dtype is a float, got {leaf.dtype}.")
-    _require(jnp.isfinite(leaf.table).all(), "The values of a table must be finite.")
+    _require(_finite(leaf.table), "The values of a table must be finite.")
     codes = leaf.codes()
     _require(codes.dtype == jnp.uint8, f"Codes are unsigned, got {codes.dtype}.")
-    _require(int(codes.max(initial=0)) < values, f"A code exceeds the {values} values.")
+    _require(int(np.asarray(codes).max(initial=0)) < values, f"A code exceeds the {values} values.")
     validate_array(leaf.data)
 
 
@@ -188,7 +193,7 @@ def _validate_input_quantized(leaf: InputQuantizedArray) -> None:
     if leaf.scale is not None:
         stacked = leaf.shape[: leaf.scale.ndim]
         _require(leaf.scale.shape == stacked, f"Input scales of shape {leaf.scale.shape}, stacked axes {stacked}.")
-        _require((jnp.isfinite(leaf.scale) & (leaf.scale > 0)).all(), "Input scales must be positive and finite.")
+        _require(_finite(leaf.scale) and (np.asarray(leaf.scale) > 0).all(), "Input scales must be positive and finite.")
     shapes = [None if part is None else part.shape for part in (leaf.scale, leaf.zero_point)]
     _require(shapes[1] in (None, shapes[0]), f"Input scales and zero points of shapes {shapes} differ.")
     validate_array(leaf.weight)

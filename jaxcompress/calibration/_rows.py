@@ -361,13 +361,15 @@ def _weights(origin: Origin, free: Sequence[int], stacked: Sequence[int], output
     if not factors:
         return None if present == outputs else (present / max(outputs, 1),)
     rest = [k for k in range(len(origin.axes)) if k not in free and k not in stacked]
+    # They are the same for all inputs, but for those that are padding.
+    somewhere = tuple(int(np.argmax(origin.axes[place].mask)) for place in rest)
     there = np.ones(1, bool)
     for place in free:
         there = np.logical_and.outer(there, origin.axes[place].mask)
     found = []
     for arrays in zip(*(factor.arrays for factor in factors), strict=True):
         squares = jnp.square(math.prod(jnp.asarray(array, jnp.float32) for array in arrays))
-        squares = squares.transpose(*rest, *stacked, *free)[(0,) * len(rest)]
+        squares = squares.transpose(*rest, *stacked, *free)[somewhere]
         sums = jnp.where(there.reshape(squares.shape[len(stacked) :]), squares, 0.0).sum(
             axis=tuple(range(len(stacked), squares.ndim))
         )
