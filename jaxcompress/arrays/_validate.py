@@ -130,7 +130,8 @@ def _validate_quantized(leaf: QuantizedArray) -> None:
     _require(all(_finite(part) for part in floats), "Scales and zero points must be finite.")
     if leaf.levels is not None:
         _require(leaf.zero_point is None, "A table of levels has no zero point.")
-        _require(int(np.asarray(leaf.codes()).max(initial=0)) < len(leaf.levels), f"A code exceeds the {len(leaf.levels)} levels.")
+        largest = int(np.asarray(leaf.codes()).max(initial=0))
+        _require(largest < len(leaf.levels), f"A code exceeds the {len(leaf.levels)} levels.")
     validate_array(leaf.data)
 
 
@@ -193,7 +194,8 @@ def _validate_input_quantized(leaf: InputQuantizedArray) -> None:
     if leaf.scale is not None:
         stacked = leaf.shape[: leaf.scale.ndim]
         _require(leaf.scale.shape == stacked, f"Input scales of shape {leaf.scale.shape}, stacked axes {stacked}.")
-        _require(_finite(leaf.scale) and (np.asarray(leaf.scale) > 0).all(), "Input scales must be positive and finite.")
+        positive = (np.asarray(leaf.scale) > 0).all()
+        _require(positive and _finite(leaf.scale), "Input scales must be positive and finite.")
     shapes = [None if part is None else part.shape for part in (leaf.scale, leaf.zero_point)]
     _require(shapes[1] in (None, shapes[0]), f"Input scales and zero points of shapes {shapes} differ.")
     validate_array(leaf.weight)
