@@ -27,6 +27,7 @@ from jaxcompress.calibration._pause import side_by_side as side_by_side
 from jaxcompress.calibration._pause import stops as stops
 from jaxcompress.calibration._pause import stops_and_refusals as stops_and_refusals
 from jaxcompress.calibration._segments import Segment as Segment
+from jaxcompress.calibration._segments import UnmetError as UnmetError
 from jaxcompress.calibration._segments import segments as segments
 from jaxcompress.calibration._sequential import sequential as sequential
 from jaxcompress.calibration._site import LeafPart as LeafPart

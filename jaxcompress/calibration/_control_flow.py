@@ -22,7 +22,10 @@ def _scan(run: Any, eqn: Any, values: list[Value]) -> list[Value]:
         carry, run.totals, i = state
         at = length - 1 - i if eqn.params["reverse"] else i
         run.place = (*outer, None if over_stack else 0, 0)
-        inner = [_unstacked(value, streams, at) for value, streams in zip(stacked, sliced, strict=True)]
+        inner = [
+            _unstacked(value, streams, at, eqn.params["reverse"])
+            for value, streams in zip(stacked, sliced, strict=True)
+        ]
         results = run.run(as_body(eqn.params["jaxpr"]), [*consts, *map(Value, carry), *inner])
         run.lose(results, "a loop returns it, after which its inputs are not followed")
         wide = [_streams(value, run.count) for value in results]
@@ -90,7 +93,7 @@ def _streams(value: Value, count: int) -> tuple[Any, ...]:
     return tuple(jnp.asarray(value.streams[stream % len(value.streams)]) for stream in range(count))
 
 
-def _unstacked(value: Value, streams: tuple[Any, ...], at: Any) -> Value:
+def _unstacked(value: Value, streams: tuple[Any, ...], at: Any, reverse: bool) -> Value:
     """One iteration's slice of a value that a scan runs over."""
-    origins = tuple(origin.scanned(at) for origin in value.origins)
+    origins = tuple(origin.scanned(at, reverse=reverse) for origin in value.origins)
     return Value(streams, Facts(origins, data=value.facts.data))

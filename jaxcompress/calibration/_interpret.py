@@ -29,6 +29,7 @@ from jaxcompress.calibration._statistics import (
     LookupCounts,
     add_at,
     add_statistics,
+    only_products,
     statistics_of,
     weigh,
 )
@@ -109,11 +110,12 @@ class Interpreter:
         check_mask(self.mask, rows.row_shape)
         signature = rows.signature and (rows.signature, tap.layout.stack_axes)
         self.note(Use(origin.leaf, self.place, signature, rows, other.identity))
-        if tap.group is None or self.place in tap.skipped:
+        share, first = tap.shares.get(self.place, (1.0, True))
+        if tap.group is None or not share:
             return
 
         def add(
-            total: Any, mask: Any, offset: Any, only: Any, factors: Any, streams: Any, sizes: Any, often: Any
+            total: Any, mask: Any, offset: Any, only: Any, factors: Any, streams: Any, sizes: Any, multiples: Any
         ) -> Any:
             weights = row_weights(mask, rows.row_shape)
             found = [rows.matrix(jnp.asarray(x), factors, stream) for stream, x in enumerate(streams)]
@@ -124,11 +126,17 @@ class Interpreter:
                 runs = members(sizes, math.prod(rows.row_shape))
                 more, stacked = jax.lax.map(lambda w: statistics_of(found[-1], w, total, dense=found[0]), runs), 1
             flat = jax.tree.map(lambda part: part.reshape(len(rows.entries), *part.shape[stacked:]), more)
-            return add_at(total, flat if often is None else weigh(flat, often), rows.entries, offset, only)
+            if rows.multiples is not None:
+                often = [share * rows.multiples.mean_square(multiples, stream) for stream in (0, len(found) - 1)]
+                flat = weigh(flat, often)
+            elif share != 1:
+                flat = weigh(flat, (share,))
+            return add_at(total, flat if first else only_products(flat), rows.entries, offset, only)
 
         def added(total: InputStatistics, only: Any) -> InputStatistics:
             factors = [scale.arrays for scale in rows.scales]
-            traced = self.mask, rows.offset, only, factors, matrices(), rows.sizes, rows.weights
+            multiples = () if rows.multiples is None else rows.multiples.arrays
+            traced = self.mask, rows.offset, only, factors, matrices(), rows.sizes, multiples
             return on_auto_axes_as([], add, total, *traced)
 
         self._add(tap.group, rows, added)

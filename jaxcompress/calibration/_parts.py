@@ -7,9 +7,11 @@ import numpy as np
 from jaxcompress.calibration._rows import Rows, Same
 from jaxcompress.calibration._values import Use
 
+Shares = dict[tuple[int | None, ...], tuple[float, bool]]
 
-def repeated_uses(uses: Sequence[Use], refused: dict[int, str]) -> dict[int, frozenset[tuple[int | None, ...]]]:
-    """The places of uses that multiply rows which another use multiplies already, by other outputs of the leaf.
+
+def repeated_uses(uses: Sequence[Use], refused: dict[int, str]) -> dict[int, Shares]:
+    """The uses that multiply the same rows by different outputs of a leaf.
 
     A kernel that is split along its outputs (into query, key and value, say) meets the same input several times, but
     each output only once: its rows count once.
@@ -19,9 +21,10 @@ def repeated_uses(uses: Sequence[Use], refused: dict[int, str]) -> dict[int, fro
         refused: gets the leaves whose parts meet different inputs, so that no one matrix of inputs is theirs.
 
     Returns:
-        leaf -> places.
+        leaf -> place -> (how much the products of its rows count, whether the rows themselves do). Where outputs meet
+        multiples of the rows, each use counts by its share of the outputs; otherwise the first one stands for all.
     """
-    found = {}
+    found: dict[int, Shares] = {}
     for number in {use.leaf for use in uses}:
         try:
             found[number] = _repeated([use for use in uses if use.leaf == number])
@@ -30,9 +33,9 @@ def repeated_uses(uses: Sequence[Use], refused: dict[int, str]) -> dict[int, fro
     return found
 
 
-def _repeated(uses: Sequence[Use]) -> frozenset[tuple[int | None, ...]]:
-    """The places of one leaf."""
-    found: set[tuple[int | None, ...]] = set()
+def _repeated(uses: Sequence[Use]) -> Shares:
+    """Those of one leaf."""
+    found: Shares = {}
     contractions = [(use, use.rows) for use in uses if use.rows is not None]
     for group in _by_entry(contractions):
         if len({rows.inputs.tobytes() for _, rows in group}) > 1:
@@ -53,8 +56,17 @@ def _repeated(uses: Sequence[Use]) -> frozenset[tuple[int | None, ...]]:
                 "it is split along its outputs, and its parts multiply different inputs: no one matrix of inputs is "
                 "its own; store the parts as leaves"
             )
-        found |= {use.place for own in classes.values() for use, _ in own[1:]}
-    return frozenset(found)
+        for own in classes.values():
+            total = sum(_made(rows) for _, rows in own)
+            alike = all(rows.multiples is None for _, rows in own)
+            for k, (use, rows) in enumerate(own):
+                found[use.place] = (float(k == 0) if alike else _made(rows) / total, k == 0)
+    return found
+
+
+def _made(rows: Rows) -> int:
+    """How many outputs it makes; of uses that are told apart by them."""
+    return 1 if rows.outputs is None else int(rows.outputs.sum())
 
 
 def _union(uses: Sequence[tuple[Use, Rows]]) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxcompress.calibration._interpret import Interpreter
@@ -34,11 +35,13 @@ class Group:
     Attributes:
         leaves: their numbers in the flattened tree; the first one gathers.
         place: of the first use, in execution order.
+        visits: of that use, see `Rows`.
         empty: abstract statistics.
     """
 
     leaves: tuple[int, ...]
     place: tuple[int | None, ...]
+    visits: np.ndarray | None
     empty: Any
 
     @property
@@ -109,9 +112,9 @@ def build(
         refused |= dict.fromkeys(grouped, "the groups of its convolution have no histogram in common")
     model = _Model(apply, treedef, tuple(leaf for _, leaf in leaves))
     uses = _uses(model, inputs, {n: tap for n, tap in chosen.items() if n not in refused}, row_mask, refused)
-    skipped = repeated_uses(uses, refused)
+    shares = repeated_uses(uses, refused)
     loose = {
-        number: dataclasses.replace(tap, skipped=skipped.get(number, frozenset()))
+        number: dataclasses.replace(tap, shares=shares.get(number, {}))
         for number, tap in chosen.items()
         if number not in refused
     }
@@ -207,7 +210,7 @@ def _groups(
     for number, own in of_leaf.items():
         shared, use = taps[number].layout.input_id, own[0]
         # A leaf that is used twice has sums of its own, and so has one whose rows count otherwise than once.
-        weighed = use.rows is not None and use.rows.weights is not None
+        weighed = use.rows is not None and use.rows.multiples is not None
         alone = len(own) > 1 or shared is None or use.signature is None or weighed
         # The same value may enter several branches, or a loop: only within one body it is read equally often.
         shape = _stack_shape(leaves[number], taps[number])
@@ -217,6 +220,7 @@ def _groups(
         Group(
             leaves=tuple(numbers),
             place=of_leaf[numbers[0]][0].place,
+            visits=None if (rows := of_leaf[numbers[0]][0].rows) is None else rows.visits,
             empty=_empty(leaves[numbers[0]], taps[numbers[0]], statistics, cross),
         )
         for numbers in together.values()

@@ -29,9 +29,9 @@ class Rows:
         when: traced conditions under which all this happens.
         outputs: which of the leaf's outputs it makes; None: all.
         scales: what multiplies the operand.
-        weights: for each stream, how much the products of these rows count for an output on average, for each entry of
-            the flattened stack axes: outputs that the model multiplies, or repeats, meet multiples of the rows. None:
-            once each.
+        multiples: of the rows that the outputs meet, where the model multiplies or repeats them; None: the rows.
+        visits: of a stack with one axis: its entry in each iteration of the loops over it, with one axis for each loop;
+            below 0 for none. None: no loop chooses the entry in a way that is known before it runs.
         sizes: of a ragged matmul: how many of the rows, one after another, each of `entries` gets; None: all of them.
     """
 
@@ -45,7 +45,8 @@ class Rows:
     when: tuple[Any, ...]
     outputs: Bool[np.ndarray, " R"] | None
     scales: "tuple[Scale, ...]"
-    weights: "tuple[Any, ...] | None" = None
+    multiples: "Multiples | None" = None
+    visits: Int[np.ndarray, "..."] | None = None
     sizes: Any = None
 
     @property
@@ -113,6 +114,39 @@ class Scale:
         order = sorted(range(len(places)), key=lambda k: places[k])
         own = own.transpose(order)
         return jnp.expand_dims(own, tuple(axis for axis in range(rank) if axis not in places))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Multiples:
+    """What the outputs of a leaf are multiplied by, and how often they are made.
+
+    Attributes:
+        arrays: for each factor, for each stream: it, in the shape of the leaf's operand.
+        order: its axes: those of which one entry is taken, stack axes, output axes.
+        taken: the entries to take.
+        stacked: number of stack axes.
+        there: which of the outputs there are, over the output axes.
+        outputs: how many different ones.
+        groups: of a convolution, into which the outputs fall one after another.
+    """
+
+    arrays: tuple[tuple[Any, ...], ...]
+    order: tuple[int, ...]
+    taken: tuple[int, ...]
+    stacked: int
+    there: Bool[np.ndarray, "..."]
+    outputs: int
+    groups: int
+
+    def mean_square(self, arrays: Sequence[Any], stream: int) -> Any:
+        """Sum of the squares over all copies of an output, on average; one for all, or for each stack entry."""
+        if not arrays:
+            return float(self.there.sum()) / max(self.outputs, 1)
+        product = math.prod(jnp.asarray(own[stream % len(own)], jnp.float32) for own in arrays)
+        squares = jnp.square(product).transpose(self.order)[self.taken]
+        squares = jnp.where(self.there, squares, 0.0)
+        sizes = *squares.shape[: self.stacked], self.groups, -1
+        return squares.reshape(sizes).sum(axis=-1).reshape(-1) * self.groups / max(self.outputs, 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -184,7 +218,7 @@ def rows_of_conv(
     # The channels of a patch run over (input channel, window...), the order of `in_axes`.
     windows = patches.reshape(patches.shape[0], groups, *(kernel[axis] for axis in in_axes), *patches.shape[2:])
     summed = list(zip(in_axes, range(1, 1 + len(in_axes)), strict=True))
-    rows = _rows(origin, layout, windows[:, 0].shape, summed, [])
+    rows = _rows(origin, layout, windows[:, 0].shape, summed, [], groups)
     if groups == 1:
         return windows[:, 0], rows
     made = entries(origin, [numbers.rhs_spec[0]], layout.output_axes)
@@ -277,6 +311,7 @@ def _rows(
     shape: Sequence[int],
     summed: Sequence[tuple[int, int]],
     batched: Sequence[tuple[int, int]],
+    groups: int = 1,
 ) -> Rows:
     """The rows of a contraction; `summed` and `batched` are pairs of axes of the leaf's operand and the other one."""
     free = [axis for axis in range(len(origin.axes)) if axis not in dict(summed) and axis not in dict(batched)]
@@ -292,6 +327,7 @@ def _rows(
     outputs = np.zeros(math.prod(origin.shape[axis] for axis in layout.output_axes), bool)
     made = entries(origin, free, layout.output_axes)
     outputs[made[made >= 0]] = True
+    parts = [own for own, _ in summed], [own for own, _ in stacked], free
     moving = []
     for k, axis in enumerate(layout.stack_axes):
         if axis in origin.moving:
@@ -307,7 +343,8 @@ def _rows(
         when=origin.when,
         outputs=None if outputs.all() else outputs,
         scales=_scales(origin, free, dict([*summed, *batched])),
-        weights=_weights(origin, free, [own for own, _ in stacked], int(outputs.sum())),
+        multiples=_multiples(origin, parts, int(outputs.sum()), groups),
+        visits=_visits(origin, layout),
     )
 
 
@@ -342,7 +379,7 @@ def _major_first(origin: Origin, place: int) -> tuple[int, int]:
 
 
 def _scales(origin: Origin, free: Sequence[int], places: Mapping[int, int]) -> tuple[Scale, ...]:
-    """What differs between outputs stays out: each output has its own multiple of the same rows; see `_weights`."""
+    """What differs between outputs stays out: each output has its own multiple of the same rows; see `Multiples`."""
     taken = tuple(
         ("axis", places[k]) if k in places else ("entry", int(np.argmax(axis.mask)))
         for k, axis in enumerate(origin.axes)
@@ -350,28 +387,39 @@ def _scales(origin: Origin, free: Sequence[int], places: Mapping[int, int]) -> t
     return tuple(Scale(factor.arrays, taken) for factor in origin.factors if not _differs(origin, factor, free))
 
 
+def _visits(origin: Origin, layout: LeafLayout) -> Int[np.ndarray, "..."] | None:
+    if len(layout.stack_axes) != 1 or layout.stack_axes[0] not in origin.visits:
+        return None
+    axis = layout.stack_axes[0]
+    return origin.visits[axis] + origin.fixed.get(axis, 0)
+
+
 def _differs(origin: Origin, factor: Factor, places: Sequence[int]) -> bool:
     return any(origin.axes[place].size > 1 and place not in factor.even for place in places)
 
 
-def _weights(origin: Origin, free: Sequence[int], stacked: Sequence[int], outputs: int) -> tuple[Any, ...] | None:
-    """Mean over the outputs of the squares of what multiplies them, copies added up."""
-    factors = [factor for factor in origin.factors if not factor.is_mask and _differs(origin, factor, free)]
-    present = math.prod(int(origin.axes[place].mask.sum()) for place in free)
-    if not factors:
-        return None if present == outputs else (present / max(outputs, 1),)
+def _multiples(
+    origin: Origin, parts: tuple[Sequence[int], Sequence[int], Sequence[int]], outputs: int, groups: int
+) -> Multiples | None:
+    """What the outputs are multiplied by, where that is not 1; `parts` are the summed, stack and output axes."""
+    summed, stacked, free = parts
+    factors = [f for f in origin.factors if _differs(origin, f, free) and not _differs(origin, f, summed)]
     rest = [k for k in range(len(origin.axes)) if k not in free and k not in stacked]
-    # They are the same for all inputs, but for those that are padding.
-    somewhere = tuple(int(np.argmax(origin.axes[place].mask)) for place in rest)
-    there = np.ones(1, bool)
+    if any(_differs(origin, factor, [k for k in rest if k not in summed]) for factor in factors):
+        raise ValueError("its outputs are multiplied by other numbers in each entry of a batch")
+    there = np.ones((), bool)
     for place in free:
         there = np.logical_and.outer(there, origin.axes[place].mask)
-    found = []
-    for arrays in zip(*(factor.arrays for factor in factors), strict=True):
-        squares = jnp.square(math.prod(jnp.asarray(array, jnp.float32) for array in arrays))
-        squares = squares.transpose(*rest, *stacked, *free)[somewhere]
-        sums = jnp.where(there.reshape(squares.shape[len(stacked) :]), squares, 0.0).sum(
-            axis=tuple(range(len(stacked), squares.ndim))
-        )
-        found.append(sums.reshape(-1) / max(outputs, 1))
-    return tuple(found) or None
+    if not factors and there.sum() == outputs:
+        return None
+    # They are the same for all inputs, but for those that are padding.
+    taken = tuple(int(np.argmax(origin.axes[place].mask)) for place in rest)
+    return Multiples(
+        arrays=tuple(factor.arrays for factor in factors),
+        order=(*rest, *stacked, *free),
+        taken=taken,
+        stacked=len(stacked),
+        there=there,
+        outputs=outputs,
+        groups=groups,
+    )

@@ -11,7 +11,7 @@ from jax.extend import core
 
 from jaxcompress.calibration._unstack import bind, visit
 from jaxcompress.meshes import as_typed
-from jaxcompress.trace import Body, Origin, as_body, rearrange, walk
+from jaxcompress.trace import Body, as_body, walk
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
 
@@ -36,6 +36,14 @@ class Segment:
         return walk(self.body, [as_typed(value, var.aval) for value, var in operands], bind)
 
 
+class UnmetError(ValueError):
+    """A leaf that no input of the model ever meets; `path` is its."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(f"Leaf {path!r} meets no input of the model: it belongs to no part of it.")
+        self.path = path
+
+
 def segments(
     apply: Callable[..., Any],
     params: Params,
@@ -54,13 +62,14 @@ def segments(
         params: arrays, or `jax.ShapeDtypeStruct`.
         inputs: trees of arrays, likewise; the first part takes their leaves as its values.
         paths: of the leaves that define the parts.
-        together: path -> key; neighbours (in the order of first use) of equal keys share a part.
+        together: path -> key; neighbours (in the order of first use) of equal keys share a part,
+            and so do leaves that are first used by one operation.
 
     Returns:
         The parts, in order. The last one returns the leaves of the model's outputs.
 
     Raises:
-        ValueError: a leaf that no input ever meets; names it.
+        UnmetError: a leaf that no input ever meets; names it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -112,18 +121,21 @@ class _Flow:
 
     def first_uses(self, names: Sequence[str], paths: Sequence[str]) -> dict[str, int]:
         """Path -> the first equation in which a value that depends on inputs meets the leaf; in that order."""
-        origins = {var: Origin.of(n, var.aval.shape) for n, var in enumerate(self.jaxpr.invars[: self.leaf_count])}
+        # What is made of leaves alone, such as stacks that are put together, is used where inputs meet it.
+        made: dict[Any, frozenset[int]] = {
+            var: frozenset([n]) for n, var in enumerate(self.jaxpr.invars[: self.leaf_count])
+        }
         used: dict[str, int] = {}
         for i, eqn in enumerate(self.jaxpr.eqns):
-            own = [origins[var] for var in _variables(eqn.invars) if var in origins]
+            own = frozenset().union(*(made[var] for var in _variables(eqn.invars) if var in made))
             if any(var in self.data for var in eqn.outvars):
-                for origin in own:
-                    used.setdefault(names[origin.leaf], i)
-            elif own and eqn.invars[0] in origins and (moved := rearrange(eqn, origins[eqn.invars[0]])) is not None:
-                origins[eqn.outvars[0]] = moved
+                for number in sorted(own):
+                    used.setdefault(names[number], i)
+            elif own:
+                made |= dict.fromkeys(eqn.outvars, own)
         missing = [path for path in paths if path not in used]
         if missing:
-            raise ValueError(f"Leaf {missing[0]!r} meets no input of the model: it belongs to no part of it.")
+            raise UnmetError(missing[0])
         return dict(sorted(((path, used[path]) for path in paths), key=lambda item: item[1]))
 
     def live(self, cut: int) -> list[Any]:
@@ -145,14 +157,15 @@ class _Flow:
 def _cuts(used: dict[str, int], together: Callable[[str], Any]) -> tuple[list[int], list[list[str]]]:
     cuts: list[int] = []
     owners: list[list[str]] = []
-    last = None
+    last: tuple[Any, int] | None = None
     for path, at in used.items():
         key = together(path)
-        if not cuts or key != last:
+        # What inputs meet all at once (experts that are stacked) is in one part.
+        if last is None or (key != last[0] and at != last[1]):
             cuts.append(at if cuts else 0)
             owners.append([])
         owners[-1].append(path)
-        last = key
+        last = key, at
     return cuts, owners
 
 

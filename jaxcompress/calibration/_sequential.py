@@ -149,15 +149,23 @@ def _turns(program: Program) -> list[_Turn]:
     for number, group in enumerate(program.groups):
         layout, leaf = program.layouts[group.leaves[0]], program.leaves[group.leaves[0]][1]
         if None not in group.place or len(layout.stack_axes) != 1 or layout.groups > 1:
-            turns.append((_filled(group, 0), number, _Turn(number, None)))
+            turns.append((_filled(group, None), number, _Turn(number, None)))
             continue
         for entry in range(leaf.shape[layout.stack_axes[0]]):
             turns.append((_filled(group, entry), number, _Turn(number, entry)))
     return [turn for _, _, turn in sorted(turns, key=lambda item: item[:2])]
 
 
-def _filled(group: Group, entry: int) -> tuple[int, ...]:
-    return tuple(entry if part is None else part for part in group.place)
+def _filled(group: Group, entry: int | None) -> tuple[int, ...]:
+    """The place of the first use of a stack entry, with the iterations in which it comes."""
+    loops = group.place.count(None)
+    first = (0 if entry is None else entry,) * loops
+    if entry is not None and group.visits is not None and group.visits.ndim == loops:
+        found = np.argwhere(group.visits == entry)
+        # One that no iteration gets comes last.
+        first = tuple(found[0].tolist()) if len(found) else group.visits.shape
+    iterations = iter(first)
+    return tuple(next(iterations) if part is None else part for part in group.place)
 
 
 class _Progress:

@@ -242,6 +242,12 @@ def weigh(more: InputStatistics, weights: Sequence[ArrayLike]) -> InputStatistic
     )
 
 
+def only_products(more: InputStatistics) -> InputStatistics:
+    """What another part of a leaf adds, of rows that have been counted."""
+    blank = jax.tree.map(jnp.zeros_like, more)
+    return dataclasses.replace(blank, gram=more.gram, squared_sum=more.squared_sum, cross=more.cross)
+
+
 def _rounds(entries: Int[np.ndarray, " M"]) -> list[Int[np.ndarray, " K"]]:
     """Places among which no entry comes twice; those below 0 are in no more than the first of them."""
     seen: dict[int, int] = {}

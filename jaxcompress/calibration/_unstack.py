@@ -104,6 +104,8 @@ def visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
     if name in _WRAPPERS and (body := called_body(eqn)) is not None:
         return walk(body, values, visit)
     first = values[0] if values else None
+    if name == "concatenate" and eqn.params["dimension"] == 0 and any(isinstance(v, _Entries) for v in values):
+        return [_Entries(entry for value, var in zip(values, eqn.invars, strict=True) for entry in _listed(value, var))]
     if name == "scan" and any(isinstance(value, _Entries) for value in values[_carried(eqn) :]):
         return _unrolled(eqn, values)
     if isinstance(first, _Entries) and (found := _taken(eqn, first)) is not None:
@@ -140,8 +142,13 @@ def _taken(eqn: Any, stack: _Entries) -> Any:
         return _mapped(lambda entry: bind(eqn, [entry])[0], stack)
     if name == "slice" and params["strides"] is None:
         shape, begins, ends = eqn.invars[0].aval.shape, params["start_indices"], params["limit_indices"]
-        if all(begin == 0 and end == size for begin, end, size in zip(begins[1:], ends[1:], shape[1:], strict=True)):
+        whole = all(
+            begin == 0 and end == size for begin, end, size in zip(begins[1:], ends[1:], shape[1:], strict=True)
+        )
+        if whole and begins[0] < ends[0]:
             return _Entries(stack[begins[0] : ends[0]])
+    if name == "rev" and tuple(params["dimensions"]) == (0,):
+        return _Entries(reversed(stack))
     if name == "squeeze" and params["dimensions"] == (0,):
         return stack[0]
     return None
@@ -149,6 +156,10 @@ def _taken(eqn: Any, stack: _Entries) -> Any:
 
 def _mapped(fn: Callable[[Any], Any], value: Any) -> Any:
     return _Entries(_mapped(fn, entry) for entry in value) if isinstance(value, _Entries) else fn(value)
+
+
+def _listed(value: Any, var: Any) -> list[Any]:
+    return [_at(value, i) for i in range(var.aval.shape[0])]
 
 
 def _at(value: Any, index: int) -> Any:

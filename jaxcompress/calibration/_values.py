@@ -1,7 +1,7 @@
 """What the interpreter carries: taps, uses, values."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxcompress.calibration._rows import Rows
@@ -23,14 +23,15 @@ class Tap:
         layout: of the leaf.
         width: number of its input features.
         group: where the sums go; None when another leaf of the group gathers them.
-        skipped: places of uses whose rows another use has gathered already.
+        shares: place of a use -> (how much the products of its rows count, whether the rows themselves do), where
+            several uses multiply the same rows.
     """
 
     path: str
     layout: LeafLayout
     width: int
     group: int | None
-    skipped: frozenset[tuple[int | None, ...]] = frozenset()
+    shares: Mapping[tuple[int | None, ...], tuple[float, bool]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

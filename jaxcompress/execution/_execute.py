@@ -119,7 +119,7 @@ def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
         return _bind(eqn, values)
     name = eqn.primitive.name
     if name == "concatenate" and eqn.params["dimension"] == 0:
-        return [Runs(tuple(values))]
+        return [Runs.joined(values)]
     if name in _CONTROL:
         return _CONTROL[name](eqn, values, note)
     if name in _INLINED and (body := called_body(eqn)) is not None:

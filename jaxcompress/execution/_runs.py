@@ -5,6 +5,8 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxcompress.execution._rearrange import slice_axis
 from jaxcompress.execution._values import Note, Runs, Weight, plain
 from jaxcompress.meshes import on_auto_axes
@@ -17,6 +19,8 @@ def sliced_runs(eqn: Any, runs: Runs, note: Note) -> Any:
     whole = all(begin == 0 and end == size for begin, end, size in zip(begins[1:], ends[1:], shape[1:], strict=True))
     if not whole or strides not in (None, (1,) * len(shape)):
         return None
+    if begins[0] == ends[0]:
+        return jnp.zeros(eqn.outvars[0].aval.shape, eqn.outvars[0].aval.dtype)
     return cut(runs, begins[0], ends[0], note)
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +44,13 @@ class Runs:
     """Consecutive runs of a stack, along the first axis; each a `Weight` or a plain array."""
 
     parts: tuple[Any, ...]
+
+    @staticmethod
+    def joined(parts: Sequence[Any]) -> Any:
+        """Parts one after another, as one list of runs; the only one that is not empty, or the first one, as it is."""
+        flat = [own for part in parts for own in (part.parts if isinstance(part, Runs) else [part])]
+        found = tuple(part for part, size in zip(flat, Runs(tuple(flat)).sizes, strict=True) if size)
+        return Runs(found) if len(found) > 1 else (found or flat)[0]
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Learned rounding: up or down, block after block, so that each block's outputs stay what they were."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import optax
 from jaxcompress.arrays import PackedArray, QuantizedArray
 from jaxcompress.calibration import (
     Segment,
+    UnmetError,
     checked_weight,
     entries_of,
     entry_paths,
@@ -115,15 +116,9 @@ def learned_rounding(
     rows = [None if row_mask is None else jnp.maximum(jnp.asarray(row_mask(*b), jnp.float32), 0.0) for b in kept]
     dense = map_with_path(lambda _, leaf: _plain(leaf), params)
     stacks = _stacks(traced_layouts(apply, dense, *kept[0]), rounded)
-    # Entry by entry: the layers of a scan are leaves of their own.
-    by_entry, names = unstacked(apply, dense), entry_paths(rounded, stacks)
-    dense, split = entries_of(dense, stacks), entries_of(rounded, stacks)
-    current = map_with_path(lambda _, leaf: _plain(leaf), split)
+    names, dense, split, programs = _by_entry(unstacked(apply, dense), dense, rounded, stacks, together, kept)
     leaves, info = dict(leaves_with_paths(split)), {}
-    paths = [path for path, leaf in leaves.items() if isinstance(leaf, QuantizedArray)]
-    # Batches of different shapes have programs of their own, cut at the same leaves.
-    cut = functools.partial(segments, by_entry, dense, paths=paths, together=lambda path: together(names[path]))
-    programs = _by_shape(kept, cut)
+    current = map_with_path(lambda _, leaf: _plain(leaf), split)
     values = [(jax.tree.leaves(batch), jax.tree.leaves(batch)) for batch in kept]
     for k in range(len(programs[0])):
         parts = [program[k] for program in programs]
@@ -139,6 +134,31 @@ def learned_rounding(
         moved = [_run(part)(current, new) for part, (_, new) in zip(parts, values, strict=True)]
         values = list(zip(targets, moved, strict=True))
     return whole_stacks(rounded, with_new_leaves(split, leaves)), info
+
+
+def _by_entry(
+    apply: Callable[..., Any],
+    dense: Params,
+    rounded: Params,
+    stacks: dict[str, int],
+    together: Callable[[str], Any],
+    kept: Sequence[Any],
+) -> tuple[dict[str, str], Params, Params, list[list[Segment]]]:
+    """Names of the leaves where the layers of a stack are leaves of their own, both trees so, and the blocks.
+
+    Batches of different shapes have programs of their own, cut at the same leaves.
+    """
+    names, whole, split = entry_paths(rounded, stacks), entries_of(dense, stacks), entries_of(rounded, stacks)
+    paths = [path for path, leaf in leaves_with_paths(split) if isinstance(leaf, QuantizedArray)]
+    cut = functools.partial(segments, apply, whole, paths=paths, together=lambda path: together(names[path]))
+    try:
+        return names, whole, split, _by_shape(kept, cut)
+    except UnmetError as err:
+        # A stack of which the model leaves an entry out is learned as one leaf.
+        left = {path: depth for path, depth in stacks.items() if not err.path.startswith(f"{path}/")}
+        if left == stacks:
+            raise
+        return _by_entry(apply, dense, rounded, left, together, kept)
 
 
 def _stacks(layouts: Params, rounded: Params) -> dict[str, int]:

@@ -194,13 +194,15 @@ def _kernels(
         return kernels, Counter(stops(apply, params, *inputs, paths=list(kernels), repeated="each")), {}
     parts, refused = plain_kernels(apply, params, inputs)
     chosen = {part.path for part in parts}
-    if not chosen:
-        reasons = "".join(f"\n  {reason}" for reason in refused.values())
-        raise ValueError(f"No leaf is in a plain matmul: for experts and convolutions use `gptq`.{reasons}")
     rest = {path: layout.kind for path, layout in leaves_with_paths(found) if layout.is_weight and path not in chosen}
     phrases = {path: f"it {reason.removeprefix(f'Leaf {path!r} ')}" for path, reason in refused.items()}
     kinds = {"lookup": "its rows are looked up", "tied": "it is looked up and contracted"}
     left = {path: phrases.get(path) or kinds.get(kind, "it is not in a plain matmul") for path, kind in rest.items()}
+    if not chosen:
+        reasons = "".join(f"\n  {path!r}: {reason}" for path, reason in left.items())
+        raise ValueError(
+            f"No leaf is in a plain matmul: for experts, convolutions and runs of `split_stacks` use `gptq`.{reasons}"
+        )
     warn_left_out(
         left,
         "`reconstruct` stops at plain matmuls and leaves as they are",

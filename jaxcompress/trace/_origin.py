@@ -10,6 +10,9 @@ import numpy as np
 
 from jaxcompress.trace._axis import LONGEST, Axis, merged, split
 
+# An index that no parameter has, whatever is added to it.
+_NOWHERE = -(2**60)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Factor:
@@ -42,6 +45,8 @@ class Origin:
         when: traced conditions under which the value is there at all (one iteration of several); None as above.
         factors: what it is multiplied by.
         gathered: whether indices have chosen the entries of some axis.
+        visits: axis of the parameter -> what each iteration of the loops over it adds to the index along it, with one
+            axis for each loop, the outer one first; below 0 where the value is not of the parameter.
     """
 
     leaf: int
@@ -52,6 +57,7 @@ class Origin:
     when: tuple[Any, ...] = ()
     factors: tuple[Factor, ...] = ()
     gathered: bool = False
+    visits: Mapping[int, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @staticmethod
     def of(leaf: int, shape: Sequence[int]) -> "Origin":
@@ -77,12 +83,14 @@ class Origin:
             found.append(number)
         return None if self.factors or set(found) & {*self.fixed, *self.moving} else tuple(found)
 
-    def scanned(self, index: Any) -> "Origin":
+    def scanned(self, index: Any, *, reverse: bool = False) -> "Origin":
         """What an iteration of a loop over the first axis gets; `index` is None where nothing is computed."""
         axis = self.axes[0]
-        moving = dict(self.moving)
+        moving, visits = dict(self.moving), dict(self.visits)
         for number, table in axis.tables.items():
             _move(moving, number, _looked_up(table, index))
+            steps = np.where(axis.mask, table, _NOWHERE)[:: -1 if reverse else 1]
+            visits[number] = np.add.outer(visits.get(number, np.zeros((), np.int64)), steps)
         when = self.when if axis.present is None else (*self.when, _looked_up(axis.present, index))
         factors = tuple(
             dataclasses.replace(
@@ -90,7 +98,7 @@ class Origin:
             )
             for factor in self.factors
         )
-        return dataclasses.replace(self, axes=self.axes[1:], moving=moving, when=when, factors=factors)
+        return dataclasses.replace(self, axes=self.axes[1:], moving=moving, when=when, factors=factors, visits=visits)
 
 
 def rearrange(eqn: Any, origin: Origin, operands: Sequence[tuple[Any, ...]] = ()) -> Origin | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxcompress.meshes import on_auto_axes
 from jaxcompress.tree._maps import map_with_path
@@ -21,16 +22,17 @@ def split_stacks(params: Params, at: Sequence[int], *, select: Selector) -> Para
 
     A leaf of shape (12, ...), split at 1 and 11, becomes `{"0:1": first, "1:11": middle, "11:12": last}`, whose paths
     are `leaf/0:1`, `leaf/1:11` and `leaf/11:12`. The model runs on it behind `join_stacks`; `trace`, calibration and
-    every technique see the runs as leaves. `jaxcompress.execute` runs a scan over such a stack run by run, each in its
-    stored form.
+    techniques see the runs as leaves, but for `reconstruct`, which needs whole stacks. `jaxcompress.execute` runs a
+    scan over such a stack run by run, each in its stored form.
 
     Args:
         params: the tree.
-        at: where runs begin, along the first axis; ascending, none of them 0.
+        at: where runs begin, along the first axis: whole numbers, ascending, none of them 0.
         select: the stacked leaves.
 
     Raises:
-        ValueError: a place out of range or order; a selected leaf that is compressed, or has no axes. Names the leaf.
+        ValueError: a place out of range or order; a selected leaf that is compressed, a run, or has no axes. Names the
+            leaf.
 
     Example:
         >>> from jaxcompress.quantization import QuantSpec, quantize
@@ -44,12 +46,16 @@ def split_stacks(params: Params, at: Sequence[int], *, select: Selector) -> Para
         >>> jax.tree.map(jnp.shape, small["w"]["0:1"]), small["w"]["1:3"].bits
         ((1, 4, 4), 4)
     """
+    if not isinstance(at, Sequence) or not all(isinstance(k, int | np.integer) and type(k) is not bool for k in at):
+        raise ValueError(f"`at` must be a list of whole numbers, got {at!r}.")
 
     def visit(path: str, leaf: Any, mark: bool) -> Any:
         if not mark:
             return leaf
-        if is_compressed(leaf) or not leaf.shape:
-            found = "is compressed already" if is_compressed(leaf) else "has no axes"
+        if is_compressed(leaf) or not leaf.shape or _RUN.fullmatch(path.rsplit("/", 1)[-1]):
+            found = (
+                "is compressed already" if is_compressed(leaf) else "is a run already" if leaf.shape else "has no axes"
+            )
             raise ValueError(f"Leaf {path!r} {found}: only stacked arrays can be split.")
         ends = [0, *at, leaf.shape[0]]
         if any(end <= begin for begin, end in itertools.pairwise(ends)):
@@ -66,7 +72,7 @@ def join_stacks(params: Params) -> Params:
     """The inverse of `split_stacks`, for plain arrays: what a model that knows nothing of it needs.
 
     Raises:
-        ValueError: a run is compressed; names it.
+        ValueError: a run is compressed, or has another number of layers than its name says; names it.
 
     Example:
         >>> join_stacks({"b": jnp.ones(2), "w": {"0:1": jnp.zeros((1, 2)), "1:2": jnp.ones((1, 2))}})["w"]
@@ -83,11 +89,22 @@ def join_stacks(params: Params) -> Params:
                 f"Leaf {path_string(keys)}/{stored[0]} is compressed: run `jaxcompress.execute` of a function that "
                 "calls `join_stacks`, or materialize the tree first."
             )
+        wrong = [key for key in runs if jnp.shape(node[key])[:1] != (_length(key),)]
+        if wrong:
+            found = tuple(jnp.shape(node[wrong[0]]))
+            raise ValueError(
+                f"Leaf '{path_string(keys)}/{wrong[0]}' must have {_length(wrong[0])} layers, got the shape {found}."
+            )
         return _join([node[key] for key in runs])
 
     return jax.tree_util.tree_map_with_path(
         visit, params, is_leaf=lambda node: _runs(node) is not None or is_compressed(node)
     )
+
+
+def _length(key: str) -> int:
+    begin, end = key.split(":")
+    return int(end) - int(begin)
 
 
 def _runs(node: Any) -> list[str] | None:
@@ -102,9 +119,10 @@ def _runs(node: Any) -> list[str] | None:
     return [key for _, _, key in places] if places[0][0] == 0 and follow else None
 
 
-@on_auto_axes
-def _cut(leaf: Any, begin: int, end: int) -> jax.Array:
-    return leaf[begin:end]
+def _cut(leaf: Any, begin: int, end: int) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((end - begin, *leaf.shape[1:]), leaf.dtype)
+    return on_auto_axes(lambda: leaf[begin:end])()
 
 
 @on_auto_axes

@@ -249,6 +249,78 @@ def test_outputs_that_are_multiplied_weigh_the_rows_of_each_use():
     np.testing.assert_allclose(found.absolute_max, np.abs(np.concatenate([one, two])).max(axis=0), rtol=1e-6)
 
 
+@pytest.mark.parametrize("first", ["query", "key"])
+def test_parts_of_a_fused_kernel_weigh_the_rows_that_they_share(first):
+    """Two of the three parts are repeated four times: an output meets (1 + 4 + 4) / 3 times the rows, on average."""
+    w, x = _array(4, 6), _array(7, 4)
+
+    def apply(p, x):
+        query, key, value = jnp.split(p["w"], 3, axis=1)
+        parts = [x @ query, x @ jnp.repeat(key, 4, axis=1), x @ jnp.repeat(value, 4, axis=1)]
+        return parts if first == "query" else parts[::-1]
+
+    found = calibration.input_statistics(apply, {"w": w}, [(x,)])["w"]
+    rows = np.asarray(x, np.float64)
+    np.testing.assert_allclose(found.gram, 3 * rows.T @ rows, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.absolute_sum, np.abs(rows).sum(axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(found.count, 7)
+
+
+def test_a_scaled_kernel_that_is_split_has_the_mean_square_of_its_scales():
+    w, x, scale = _array(4, 6), _array(7, 4), jnp.arange(1.0, 7)
+
+    def apply(p, x):
+        return [x @ part for part in jnp.split(p["w"] * scale[None], 3, axis=1)]
+
+    found = calibration.input_statistics(apply, {"w": w}, [(x,)])["w"]
+    rows = np.asarray(x, np.float64)
+    np.testing.assert_allclose(found.gram, 91 / 6 * (rows.T @ rows), rtol=1e-5, atol=1e-4)
+
+
+def test_groups_of_a_convolution_have_the_scales_of_their_own_outputs():
+    def apply(p, x):
+        kernel = p["w"] * jnp.array([1.0, 2, 10, 20])[None, None]
+        numbers = ("NHC", "HIO", "NHC")
+        return jax.lax.conv_general_dilated(x, kernel, (1,), "VALID", dimension_numbers=numbers, feature_group_count=2)
+
+    found = calibration.input_statistics(apply, {"w": _array(1, 2, 4)}, [(jnp.eye(4)[None],)])["w"]
+    np.testing.assert_allclose(found.gram, np.array([2.5, 250.0])[:, None, None] * np.eye(2)[None], rtol=1e-6)
+
+
+def test_outputs_that_one_use_masks_count_for_the_other_one_alone():
+    w, x, y = _array(4, 6), jnp.diag(jnp.array([1.0, 1, 0, 0])), jnp.diag(jnp.array([0.0, 0, 1, 1]))
+
+    def apply(p, x, y):
+        return x @ jnp.where((jnp.arange(6) < 3)[None], p["w"], 0.0), y @ p["w"]
+
+    found = calibration.input_statistics(apply, {"w": w}, [(x, y)])["w"]
+    np.testing.assert_allclose(found.gram, np.diag([0.5, 0.5, 1, 1]), rtol=1e-6)
+
+
+def test_outputs_scaled_differently_in_each_entry_of_a_batch_are_refused():
+    x, scale = _array(2, 5, 4), _array(2, 1, 6)
+
+    def apply(p, x):
+        return jnp.einsum("bnd,bdr->bnr", x, p["w"][None] * scale)
+
+    with pytest.raises(ValueError, match="other numbers in each entry of a batch"):
+        calibration.input_statistics(apply, {"w": _array(4, 6)}, [(x,)])
+
+
+def test_scaled_outputs_on_an_explicit_mesh():
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        cut = jax.NamedSharding(mesh, jax.P(None, "b"))
+        scale = jnp.broadcast_to(jnp.arange(1.0, 9), (2, 4, 1, 8))
+        params = {"w": jax.device_put(jnp.ones((2, 4, 8, 8)), cut), "g": jax.device_put(scale, cut)}
+
+        def apply(p, x):
+            return jnp.einsum("nghi,ghio->ngho", x, p["w"] * p["g"])
+
+        found = calibration.input_statistics(apply, params, [(jnp.ones((8, 2, 4, 8)),)], select=tree.by_path("w"))
+    np.testing.assert_allclose(found["w"].gram, np.full((2, 4, 8, 8), 8 * 204 / 8), rtol=1e-6)
+
+
 def test_outputs_in_one_place_and_a_batch_in_another_are_no_one_matrix():
     w, one, two = _array(2, 4, 3), _array(5, 4), _array(5, 2, 4)
 

@@ -190,3 +190,42 @@ def test_compressed_entries_that_cannot_be_stacked_are_named():
 
     with pytest.raises(ValueError, match="1 of the 3 entries of the stack 'w'"):
         calibration.sequential(_scanned(0), params, [(X,)], only_the_first)
+
+
+def _energies(apply, params):
+    """Of the input of each layer, in the order in which layers of one number take turns and are halved."""
+    seen = []
+
+    def halve(params, statistics, layouts):
+        found = jax.tree.leaves(statistics, is_leaf=lambda node: isinstance(node, calibration.InputStatistics))
+        seen.extend(float(one.gram[0, 0]) for one in found)
+        return jax.tree.map(lambda w: w / 2, params), {}
+
+    calibration.sequential(apply, params, [(jnp.ones((1, 1)),)], halve)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        lambda w: w,
+        lambda w: w[::-1],
+        lambda w: jnp.roll(w, 1, axis=0),
+        lambda w: w[jnp.array([2, 0, 1])],
+    ],
+    ids=["in order", "flipped", "rolled", "gathered"],
+)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_layers_of_a_scan_take_turns_in_the_order_in_which_they_run(order, reverse):
+    def apply(p, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, order(p["w"]), reverse=reverse)[0]
+
+    assert _energies(apply, {"w": jnp.ones((3, 1, 1))}) == [1, 1 / 4, 1 / 16]
+
+
+def test_runs_of_a_split_stack_take_turns_in_the_order_in_which_they_run():
+    def apply(p, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, tree.join_stacks(p)["w"])[0]
+
+    params = tree.split_stacks({"w": jnp.ones((4, 1, 1))}, [1, 3], select=tree.by_path("w"))
+    assert _energies(apply, params) == [1, 1 / 4, 1 / 16, 1 / 64]

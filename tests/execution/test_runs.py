@@ -114,3 +114,40 @@ def test_methods_select_single_layers():
         {"bias": SPLIT["bias"], "head": SPLIT["head"]}
     )
     assert float(jnp.abs(gradient["bias"]).min()) > 0
+
+
+@pytest.mark.parametrize(
+    "stack",
+    [
+        lambda p: jnp.concatenate([jnp.concatenate([p["a"], p["b"]]), p["b"]]),
+        lambda p: jnp.roll(jnp.concatenate([p["a"], p["b"]]), 1, 0),
+        lambda p: jnp.roll(jnp.roll(p["a"], 1, 0), 1, 0)[:2],
+        lambda p: jnp.concatenate([p["a"], p["b"]])[:0],
+        lambda p: jnp.concatenate([p["a"], p["b"][:0]]),
+    ],
+    ids=["joined twice", "rolled", "rolled twice and cut", "nothing of it", "nothing joined to it"],
+)
+def test_stacks_that_are_joined_again_and_again(stack):
+    rng = np.random.default_rng(3)
+    params = {name: jnp.asarray(rng.normal(size=(n, 4, 4)), jnp.float32) for name, n in (("a", 3), ("b", 2))}
+
+    def apply(p, x):
+        return jax.lax.scan(lambda x, w: (x @ w / 4, None), x, stack(p))[0], stack(p)[:0].sum()
+
+    small, x = quantize(params, QuantSpec(bits=8), select=by_path("a")), jnp.ones((2, 4))
+    wanted = apply(jc.materialize(small), x)
+    for found, own in zip(jc.execute(apply)(small, x), wanted, strict=True):
+        np.testing.assert_allclose(found, own, rtol=1e-5, atol=1e-6)
+
+
+def test_places_that_are_no_numbers_runs_of_runs_and_lengths_that_contradict():
+    params = {"w": jnp.ones((3, 2, 2))}
+    with pytest.raises(ValueError, match="`at` must be a list of whole numbers"):
+        split_stacks(params, [True], select=by_path("w"))
+    split = split_stacks(params, [1], select=by_path("w"))
+    with pytest.raises(ValueError, match="'w/1:3' is a run already"):
+        split_stacks(split, [1], select=by_path("w/1:3"))
+    with pytest.raises(ValueError, match=r"Leaf 'w/0:1' must have 1 layers, got the shape \(3, 2\)"):
+        join_stacks({"w": {"0:1": jnp.ones((3, 2)), "1:3": jnp.ones((1, 2))}})
+    abstract = split_stacks(jax.eval_shape(lambda: params), [1], select=by_path("w"))
+    assert abstract["w"]["1:3"].shape == (2, 2, 2)

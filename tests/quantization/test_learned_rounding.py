@@ -227,3 +227,48 @@ def test_a_stack_along_another_axis_stays_one_leaf():
         model, params, start, [(x,)], together=lambda path: path, schedule=RoundingSchedule(steps=2)
     )
     assert list(info) == ["w"]
+
+
+def _scan(w, x):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+
+STACKS = {
+    "experts": lambda p, x: jax.vmap(jnp.matmul)(jnp.stack([x] * 3), p["w"]),
+    "ragged": lambda p, x: jax.lax.ragged_dot(x, p["w"], jnp.array([2, 2, 2])),
+    "index": lambda p, x: jax.lax.fori_loop(0, 3, lambda i, x: x @ p["w"][i], x),
+    "flipped": lambda p, x: _scan(p["w"][::-1], x),
+    "transposed": lambda p, x: _scan(jnp.swapaxes(p["w"], 1, 2), x),
+    "nested": lambda p, x: jax.lax.scan(lambda x, w: (_scan(w, x), None), x, p["w"].reshape(3, 1, 4, 4))[0],
+    "branch": lambda p, x: jax.lax.cond(x[0, 0] < 99, lambda w: _scan(w, x), lambda w: x, p["w"]),
+    "runs": lambda p, x: _scan(jnp.concatenate([p["w"][:1], p["w"][1:]]), x),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_stacks_of_all_kinds_are_learned_entry_by_entry(name):
+    rng = np.random.default_rng(5)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 4, 4)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+    layouts = jc.trace.layouts(STACKS[name], params, x)
+    rounded = quantize(params, QuantSpec(bits=3), layouts=layouts)
+    schedule = RoundingSchedule(steps=2)
+    found, info = learned_rounding(STACKS[name], params, rounded, [(x,)], together=str, schedule=schedule)
+    assert sorted(info) == ["w[0]", "w[1]", "w[2]"]
+    assert all(own.error <= own.error_before * (1 + 1e-5) for own in info.values())
+    outputs = [STACKS[name](tree, x) for tree in (params, jc.materialize(rounded), jc.materialize(found))]
+    before, after = (float(jnp.linalg.norm(own - outputs[0])) for own in outputs[1:])
+    assert after <= before * 1.01
+
+
+def test_a_stack_with_an_unused_layer_is_learned_as_one_leaf():
+    params, x = {"w": jnp.asarray(np.random.default_rng(5).normal(size=(3, 4, 4)), jnp.float32)}, jnp.ones((6, 4))
+
+    def apply(p, x):
+        return x @ p["w"][0] @ p["w"][2]
+
+    rounded = quantize(params, QuantSpec(bits=3), layouts=jc.trace.layouts(apply, params, x))
+    schedule = RoundingSchedule(steps=2)
+    found, info = learned_rounding(apply, params, rounded, [(x,)], together=str, schedule=schedule)
+    assert list(info) == ["w"]
+    np.testing.assert_array_equal(found["w"].materialize()[1], rounded["w"].materialize()[1])
