@@ -1,7 +1,7 @@
 """Learned rounding: up or down, block after block, so that each block's outputs stay what they were."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -142,7 +142,7 @@ def _by_entry(
     rounded: Params,
     stacks: dict[str, int],
     together: Callable[[str], Any],
-    kept: Sequence[Any],
+    kept: list[Any],
 ) -> tuple[dict[str, str], Params, Params, list[list[Segment]]]:
     """Names of the leaves where the layers of a stack are leaves of their own, both trees so, and the blocks.
 
