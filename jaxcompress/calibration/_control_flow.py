@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress.calibration._values import Value, as_value, bind
+from jaxcompress.calibration._values import Value, as_value, bind_streams
 from jaxcompress.trace import Facts, as_body, walk
 
 
@@ -50,7 +50,9 @@ def _while(run: Any, eqn: Any, values: list[Value]) -> list[Value]:
         # Never gathers: a condition is evaluated once more than the body.
         operands = [*(Value((value.last,)) for value in values[:cond_end]), *(Value(s[-1:]) for s in state[0])]
         body = as_body(eqn.params["cond_jaxpr"])
-        return as_value(walk(body, operands, lambda eqn, values: bind(eqn, list(map(as_value, values))))[0]).last
+        return as_value(
+            walk(body, operands, lambda eqn, values: bind_streams(eqn, list(map(as_value, values))))[0]
+        ).last
 
     def step(state: Any) -> Any:
         carry, run.totals = state

@@ -33,9 +33,9 @@ from jaxcompress.calibration._statistics import (
     statistics_of,
     weigh,
 )
-from jaxcompress.calibration._values import ALL, NONE, Tap, Totals, Use, Value, as_value, bind
+from jaxcompress.calibration._values import ALL, NONE, Tap, Totals, Use, Value, as_value, bind_streams
 from jaxcompress.meshes import on_auto_axes_as
-from jaxcompress.trace import Body, Facts, Origin, called_body, entries, follow, is_by_expert, walk
+from jaxcompress.trace import VALUES, Body, Facts, Origin, called_body, entries, follow, is_by_expert, walk
 
 
 @dataclasses.dataclass
@@ -75,14 +75,17 @@ class Interpreter:
             if found is not None:
                 return found
         if values and all(value.facts.data for value in values) and name not in _CASTS:
-            return bind(eqn, values)
-        if name in _INLINED and (body := called_body(eqn)) is not None:
+            return bind_streams(eqn, values)
+        if name in VALUES and (body := called_body(eqn)) is not None:
             return walk(body, values, self.visit)
         facts = follow(eqn, [value.facts for value in values], [value.streams for value in values])
         followed = {origin.leaf for each in facts for origin in each.origins}
         self.lose(values, f"it goes into `{name}`, beyond which its inputs are not followed", followed)
         source = values[0].identity if name in _CASTS else None
-        return [dataclasses.replace(v, facts=f, source=source) for v, f in zip(bind(eqn, values), facts, strict=True)]
+        return [
+            dataclasses.replace(v, facts=f, source=source)
+            for v, f in zip(bind_streams(eqn, values), facts, strict=True)
+        ]
 
     @contextlib.contextmanager
     def tapping(self, leaf: int) -> Iterator[None]:
@@ -216,7 +219,7 @@ def _ragged_dot(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
 
 def _made(eqn: Any, values: list[Value]) -> list[Value]:
     facts = Facts(data=any(value.facts.data for value in values))
-    return [dataclasses.replace(value, facts=facts) for value in bind(eqn, values)]
+    return [dataclasses.replace(value, facts=facts) for value in bind_streams(eqn, values)]
 
 
 def _gather(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value] | None:
@@ -227,7 +230,7 @@ def _gather(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value] | No
         if not facts.origins:
             reason = "entries of it are gathered, beyond which its inputs are not followed"
             run.lose([Value((), Facts(tuple(lost)))], reason)
-            return bind(eqn, values)
+            return bind_streams(eqn, values)
         return None
     rows = [axis for axis in numbers.collapsed_slice_dims if axis in numbers.start_index_map]
     for origin in values[0].origins:
@@ -236,7 +239,7 @@ def _gather(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value] | No
                 raise ValueError(f"Look-ups are counted along one axis of a whole table, found {numbers}; exclude it.")
             table = entries(origin, rows, run.taps[origin.leaf].layout.output_axes)
             run.look_up(origin, table, values[1].last[..., 0])
-    return bind(eqn, values)
+    return bind_streams(eqn, values)
 
 
 _HANDLERS: dict[str, Callable[[Interpreter, Any, list[Value]], list[Value] | None]] = {
@@ -248,8 +251,3 @@ _HANDLERS: dict[str, Callable[[Interpreter, Any, list[Value]], list[Value] | Non
 }
 
 _CASTS = frozenset({"convert_element_type", "copy", "sharding_constraint", "reshard"})
-
-# Nothing is differentiated here: functions with derivatives of their own are evaluated like any other.
-_INLINED = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
-)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
-from jax.extend import core
 
 from jaxcompress.calibration._pending import (
     Output,
@@ -24,7 +23,7 @@ from jaxcompress.calibration._pending import (
 )
 from jaxcompress.calibration._site import LeafPart, Site
 from jaxcompress.meshes import as_typed, on_auto_axes
-from jaxcompress.trace import Body, as_body, called_body
+from jaxcompress.trace import Body, as_body, bind, called_body, walk_in_steps
 
 Steps = Generator[Site, "tuple[Any, Any]", list[Any]]
 Key = tuple[str, tuple[tuple[int, int], ...]]
@@ -53,21 +52,7 @@ class PausingRun:
         self.replies: dict[tuple[Key, int], tuple[LeafPart | None, Any, Any]] = {}
 
     def body(self, body: Body, values: Sequence[Any]) -> Steps:
-        jaxpr = body.jaxpr
-        env = dict(zip(jaxpr.constvars, body.consts, strict=True)) | dict(zip(jaxpr.invars, values, strict=True))
-        last_use = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, core.Literal)}
-        last_use |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, core.Literal)}
-
-        def read(var: Any) -> Any:
-            return var.val if isinstance(var, core.Literal) else env[var]
-
-        for i, eqn in enumerate(jaxpr.eqns):
-            results = yield from self.equation(eqn, [read(var) for var in eqn.invars])
-            env.update(zip(eqn.outvars, results, strict=True))
-            # Many batches wait at the same kernel: each must hold no more than what it still needs.
-            for var in {v for v in eqn.invars if not isinstance(v, core.Literal) and last_use[v] == i}:
-                del env[var]
-        return [read(var) for var in jaxpr.outvars]
+        return walk_in_steps(body, values, self.equation)
 
     def equation(self, eqn: Any, values: list[Any]) -> Steps:
         name, first = eqn.primitive.name, values[0] if values else None
@@ -89,7 +74,7 @@ class PausingRun:
         plain = []
         for value in values:
             plain.append((yield from self.plain(value)))
-        results = _bind(eqn, plain)
+        results = bind(eqn, plain)
         if isinstance(first, Weight) and name == "slice" and (entry := cut(eqn, first)) is not None:
             return [dataclasses.replace(entry, value=results[0])]
         if isinstance(first, Weight) and (axes := moved(eqn, first.axes)) is not None:
@@ -160,7 +145,7 @@ class PausingRun:
             left = yield from self.plain(left)
         output, other = (left, right) if is_open(left) else (right, left)
         if not is_open(output):
-            return _bind(eqn, [(yield from self.plain(left)), (yield from self.plain(right))])[0]
+            return bind(eqn, [(yield from self.plain(left)), (yield from self.plain(right))])[0]
         if output.site.bias is None and isinstance(other, Weight) and self.is_bias(other, output):
             ordered = rows_first(other, output)
             axes = tuple(axis for axis in ordered.axes if axis >= 0)
@@ -174,7 +159,7 @@ class PausingRun:
             site = dataclasses.replace(output.site, residual=residual)
             return dataclasses.replace(output, site=site, written=[])
         written = yield from self.plain(output)
-        return _bind(eqn, [written, added] if output is left else [added, written])[0]
+        return bind(eqn, [written, added] if output is left else [added, written])[0]
 
     def plain(self, value: Any) -> Generator[Site, "tuple[Any, Any]", Any]:
         """The value itself; stops if a kernel is to write it."""
@@ -271,9 +256,3 @@ def _write(
 
 
 _WHOLE = frozenset({"scan", "while", "cond", "shard_map"})
-
-
-def _bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxcompress.calibration._unstack import bind, visit
 from jaxcompress.meshes import as_typed
-from jaxcompress.trace import Body, as_body, walk
+from jaxcompress.trace import Body, bind, inlined, walk
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
 
@@ -80,7 +79,7 @@ def segments(
         >>> [value.shape for value in first(params, [x])], second(params, first(params, [x]))[0].shape
         ([(4, 3)], (4, 1))
     """
-    closed = _inlined(jax.make_jaxpr(apply)(params, *inputs))
+    closed = inlined(jax.make_jaxpr(apply)(params, *inputs))
     jaxpr, leaves = closed.jaxpr, leaves_with_paths(params)
     flow = _Flow(jaxpr, len(leaves))
     used = flow.first_uses([path for path, _ in leaves], paths)
@@ -167,11 +166,6 @@ def _cuts(used: dict[str, int], together: Callable[[str], Any]) -> tuple[list[in
         owners[-1].append(path)
         last = key, at
     return cuts, owners
-
-
-def _inlined(closed: Any) -> Any:
-    """The same program without the calls that only wrap."""
-    return jax.make_jaxpr(lambda *values: walk(as_body(closed), list(values), visit))(*closed.in_avals)
 
 
 def _variables(atoms: Sequence[Any]) -> list[Any]:

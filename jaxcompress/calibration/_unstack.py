@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress.meshes import on_auto_axes
-from jaxcompress.trace import as_body, called_body, walk
+from jaxcompress.trace import WRAPPERS, as_body, bind, called_body, walk
 from jaxcompress.tree import entry_name, flatten_like, leaves_with_paths
 from jaxcompress.types import Params, is_compressed
 
@@ -101,7 +101,7 @@ def whole_stacks(params: Params, split: Params) -> Params:
 def visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
     """One equation, with stacks in place; calls that only wrap are inlined."""
     name = eqn.primitive.name
-    if name in _WRAPPERS and (body := called_body(eqn)) is not None:
+    if name in WRAPPERS and (body := called_body(eqn)) is not None:
         return walk(body, values, visit)
     first = values[0] if values else None
     if name == "concatenate" and eqn.params["dimension"] == 0 and any(isinstance(v, _Entries) for v in values):
@@ -111,13 +111,6 @@ def visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
     if isinstance(first, _Entries) and (found := _taken(eqn, first)) is not None:
         return [found]
     return bind(eqn, [_joined(value) for value in values])
-
-
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """The equation itself, its outputs as a list."""
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]
 
 
 def _carried(eqn: Any) -> int:
@@ -179,6 +172,3 @@ def _cut(leaf: Any, depth: int) -> Any:
         return leaf
     count = jax.tree.leaves(leaf)[0].shape[0]
     return tuple(_cut(jax.tree.map(lambda part, i=i: part[i], leaf), depth - 1) for i in range(count))
-
-
-_WRAPPERS = frozenset({"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"})

@@ -8,7 +8,7 @@ from jaxcompress.calibration._rows import Rows
 from jaxcompress.calibration._statistics import ALL as ALL
 from jaxcompress.calibration._statistics import NONE as NONE
 from jaxcompress.calibration._statistics import Statistics
-from jaxcompress.trace import UNKNOWN, Facts, LeafLayout, Origin, facts_of
+from jaxcompress.trace import UNKNOWN, Facts, LeafLayout, Origin, bind, facts_of
 
 Totals = dict[int, Statistics]
 """Number of a group of leaves that share their inputs -> what has been summed up."""
@@ -93,13 +93,11 @@ def as_value(value: Any) -> Value:
     return value if isinstance(value, Value) else Value((value,), facts_of(value))
 
 
-def bind(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def bind_streams(eqn: Any, values: Sequence[Value]) -> list[Value]:
     """The equation as it stands, once for each stream."""
     count = max((len(value.streams) for value in values), default=1)
     results = []
     for stream in range(count):
         operands = [value.streams[stream % len(value.streams)] for value in values]
-        with eqn.ctx.manager:
-            found = eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params))
-        results.append(list(found) if eqn.primitive.multiple_results else [found])
+        results.append(bind(eqn, operands))
     return [Value(streams) for streams in zip(*results, strict=True)]

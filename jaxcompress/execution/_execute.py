@@ -20,7 +20,7 @@ from jaxcompress.execution._values import (
     with_plain_weight,
 )
 from jaxcompress.meshes import abstract, as_typed, explicit_mesh, on_auto_axes
-from jaxcompress.trace import Body, as_body, called_body, walk
+from jaxcompress.trace import CALLS, Body, as_body, bind, called_body, walk
 from jaxcompress.tree import path_string
 from jaxcompress.types import is_compressed
 
@@ -116,13 +116,14 @@ def _interpret(body: Body, values: Sequence[Any], note: Note) -> list[Any]:
 
 def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
     if not any(isinstance(value, Weight | Runs) for value in values):
-        return _bind(eqn, values)
+        return bind(eqn, values)
     name = eqn.primitive.name
     if name == "concatenate" and eqn.params["dimension"] == 0:
         return [Runs.joined(values)]
     if name in _CONTROL:
         return _CONTROL[name](eqn, values, note)
-    if name in _INLINED and (body := called_body(eqn)) is not None:
+    # Not `custom_jvp` and `custom_vjp`: their derivatives would be lost.
+    if name in CALLS and (body := called_body(eqn)) is not None:
         return walk(body, values, functools.partial(_visit, note=note))
     if any(isinstance(value, Runs) for value in values):
         return _visit_runs(eqn, values, note=note)
@@ -134,7 +135,7 @@ def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
             results = _by_rule(eqn, values)
         if results is not None:
             return [Weight(out, path) if is_compressed(out) else out for out in results]
-    return _bind(eqn, _plain(eqn.invars, values, name, note))
+    return bind(eqn, _plain(eqn.invars, values, name, note))
 
 
 def _visit_runs(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
@@ -166,16 +167,7 @@ def _by_rule(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     return results and [as_typed(result, var.aval) for result, var in zip(results, eqn.outvars, strict=True)]
 
 
-def _bind(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
-    with eqn.ctx.manager:
-        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-    return list(results) if eqn.primitive.multiple_results else [results]
-
-
 _SHARDINGS = {"sharding", "out_sharding"}
-
-# `custom_jvp` and `custom_vjp` are not inlined: that would lose their derivatives.
-_INLINED = frozenset({"jit", "pjit", "closed_call", "core_call"})
 
 
 def _remat(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:

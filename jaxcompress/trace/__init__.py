@@ -29,7 +29,13 @@ from jaxcompress.trace._origin import Origin as Origin
 from jaxcompress.trace._origin import rearrange as rearrange
 from jaxcompress.trace._origin import reshape_runs as reshape_runs
 from jaxcompress.trace._selection import selected_layouts as selected_layouts
+from jaxcompress.trace._walk import CALLS as CALLS
+from jaxcompress.trace._walk import VALUES as VALUES
+from jaxcompress.trace._walk import WRAPPERS as WRAPPERS
 from jaxcompress.trace._walk import Body as Body
 from jaxcompress.trace._walk import as_body as as_body
+from jaxcompress.trace._walk import bind as bind
 from jaxcompress.trace._walk import called_body as called_body
+from jaxcompress.trace._walk import inlined as inlined
 from jaxcompress.trace._walk import walk as walk
+from jaxcompress.trace._walk import walk_in_steps as walk_in_steps

@@ -12,6 +12,7 @@ from jax import core
 
 from jaxcompress.trace._axis import Axis
 from jaxcompress.trace._origin import Factor, Origin, rearrange, reshape_runs
+from jaxcompress.trace._walk import bind
 
 Arrays = Sequence[tuple[Any, ...]]
 """For each operand of an equation its array in each stream of values; empty where nothing is computed."""
@@ -354,7 +355,7 @@ def _constant(eqn: Any, facts: Sequence[Facts]) -> Callable[[], np.ndarray] | No
     def evaluate() -> np.ndarray:
         with jax.ensure_compile_time_eval():
             operands = [jnp.asarray(make()) for make in known if make is not None]
-            return np.asarray(eqn.primitive.bind(*operands, **eqn.primitive.get_bind_params(eqn.params)))
+            return np.asarray(bind(eqn, operands)[0])
 
     return evaluate
 

@@ -9,7 +9,7 @@ import jax
 from jax.extend import core
 
 from jaxcompress.trace._origin import Origin, rearrange
-from jaxcompress.trace._walk import as_body, called_body, walk
+from jaxcompress.trace._walk import inlined
 from jaxcompress.tree import leaves_with_paths
 from jaxcompress.types import Params
 
@@ -67,7 +67,7 @@ class Graph:
             if moved is not None:
                 self.origins[eqn.outvars[0]] = moved
             if eqn.primitive.name == "scan":
-                body = _inlined(eqn.params["jaxpr"]).jaxpr
+                body = inlined(eqn.params["jaxpr"]).jaxpr
                 self.bodies[place] = Graph(body, {body.invars[k]: each for k, each in self._entering(eqn).items()})
         self.outputs = {v for v in jaxpr.outvars if not isinstance(v, core.Literal)}
 
@@ -120,7 +120,7 @@ def leaf_uses(closed: Any, params: Params) -> Counter[str]:
 
 
 def _graph(closed: Any, params: Params) -> Graph:
-    jaxpr = _inlined(closed).jaxpr
+    jaxpr = inlined(closed, derivatives=True).jaxpr
     paths = [path for path, _ in leaves_with_paths(params)]
     return Graph(
         jaxpr,
@@ -129,22 +129,3 @@ def _graph(closed: Any, params: Params) -> Graph:
             for n, (var, path) in enumerate(zip(jaxpr.invars, paths, strict=False))
         },
     )
-
-
-def _inlined(closed: Any) -> Any:
-    """The same program without calls, and without derivatives of their own: only values matter here."""
-
-    def visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
-        body = called_body(eqn) if eqn.primitive.name in _CALLS else None
-        if body is not None:
-            return walk(body, values, visit)
-        with eqn.ctx.manager:
-            results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
-        return list(results) if eqn.primitive.multiple_results else [results]
-
-    return jax.make_jaxpr(lambda *values: walk(as_body(closed), list(values), visit))(*closed.in_avals)
-
-
-_CALLS = frozenset(
-    {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call"}
-)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress.trace._axis import LONGEST, Axis, merged, split
+from jaxcompress.trace._walk import bind
 
 # An index that no parameter has, whatever is added to it.
 _NOWHERE = -(2**60)
@@ -136,8 +137,7 @@ def _bound(eqn: Any, array: Any, operands: Sequence[tuple[Any, ...]], stream: in
     if eqn.primitive.name in _KEEPS_SHAPE:
         return array
     rest = [arrays[stream % len(arrays)] for arrays in operands[1:]]
-    with eqn.ctx.manager:
-        return eqn.primitive.bind(array, *rest, **eqn.primitive.get_bind_params(eqn.params))
+    return bind(eqn, [array, *rest])[0]
 
 
 def _same(eqn: Any, origin: Origin, operands: Any) -> Origin:

@@ -1,8 +1,9 @@
-"""The one walk over a jaxpr; `trace` and `execution` differ only in what they do at each equation."""
+"""The one evaluator of jaxprs; its users differ only in what they do at each equation."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from jax.extend import core
 
 Visit = Callable[[Any, list[Any]], Sequence[Any]]
@@ -27,21 +28,60 @@ def walk(body: Body, values: Sequence[Any], visit: Visit) -> list[Any]:
     Returns:
         One value for each output.
     """
+
+    def straight(eqn: Any, values: list[Any]) -> Generator[Any, Any, Sequence[Any]]:
+        return visit(eqn, values)
+        yield
+
+    try:
+        next(walk_in_steps(body, values, straight))
+    except StopIteration as done:
+        return done.value
+    raise AssertionError("a walk without steps has stopped on its way")
+
+
+def walk_in_steps(
+    body: Body, values: Sequence[Any], visit: Callable[[Any, list[Any]], Generator[Any, Any, Sequence[Any]]]
+) -> Generator[Any, Any, list[Any]]:
+    """`walk` whose visits are generators: what they yield stops the walk until it is sent an answer."""
     jaxpr = body.jaxpr
     env = dict(zip(jaxpr.constvars, body.consts, strict=True)) | dict(zip(jaxpr.invars, values, strict=True))
     last_use = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if not isinstance(var, core.Literal)}
-    kept = {var for var in jaxpr.outvars if not isinstance(var, core.Literal)}
+    last_use |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if not isinstance(var, core.Literal)}
 
     def read(var: Any) -> Any:
         return var.val if isinstance(var, core.Literal) else env[var]
 
     for i, eqn in enumerate(jaxpr.eqns):
-        env.update(zip(eqn.outvars, visit(eqn, [read(var) for var in eqn.invars]), strict=True))
+        results = yield from visit(eqn, [read(var) for var in eqn.invars])
+        env.update(zip(eqn.outvars, results, strict=True))
         # An eager run would otherwise hold every activation until the end.
-        for var in {v for v in eqn.invars if not isinstance(v, core.Literal)}:
-            if last_use[var] == i and var not in kept:
-                env.pop(var)
+        for var in {v for v in eqn.invars if not isinstance(v, core.Literal) and last_use[v] == i}:
+            del env[var]
     return [read(var) for var in jaxpr.outvars]
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """The outputs of an equation as it stands."""
+    with eqn.ctx.manager:
+        results = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def inlined(closed: Any, *, derivatives: bool = False) -> Any:
+    """The same program without the calls that only wrap.
+
+    Args:
+        closed: a closed jaxpr.
+        derivatives: also without the functions that have derivatives of their own: where only values matter.
+    """
+    calls = VALUES if derivatives else WRAPPERS
+
+    def visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
+        body = called_body(eqn) if eqn.primitive.name in calls else None
+        return bind(eqn, values) if body is None else walk(body, values, visit)
+
+    return jax.make_jaxpr(lambda *values: walk(as_body(closed), list(values), visit))(*closed.in_avals)
 
 
 def called_body(eqn: Any) -> Body | None:
@@ -58,3 +98,13 @@ def called_body(eqn: Any) -> Body | None:
 def as_body(jaxpr: Any) -> Body:
     """A `Body` from a closed or an open jaxpr (one without constants)."""
     return Body(jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else Body(jaxpr, ())
+
+
+CALLS = frozenset({"jit", "pjit", "closed_call", "core_call"})
+"""Primitives that run their body and nothing else."""
+
+WRAPPERS = CALLS | {"remat", "remat2", "checkpoint"}
+"""Those, and what only says what derivatives keep."""
+
+VALUES = WRAPPERS | {"custom_jvp_call", "custom_vjp_call"}
+"""Primitives whose values are those of their body."""
