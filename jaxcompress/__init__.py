@@ -5,7 +5,6 @@ from jaxcompress import calibration as calibration
 from jaxcompress import checkpoint as checkpoint
 from jaxcompress import clustering as clustering
 from jaxcompress import distillation as distillation
-from jaxcompress import execution as execution
 from jaxcompress import gates as gates
 from jaxcompress import lowrank as lowrank
 from jaxcompress import models as models
@@ -14,16 +13,12 @@ from jaxcompress import quantization as quantization
 from jaxcompress import recipe as recipe
 from jaxcompress import report as report
 from jaxcompress import schedules as schedules
-from jaxcompress import solvers as solvers
 from jaxcompress import structured as structured
 from jaxcompress import trace as trace
-from jaxcompress import transforms as transforms
 from jaxcompress import tree as tree
-from jaxcompress import types as types
-from jaxcompress import units as units
-from jaxcompress.execution import execute as execute
-from jaxcompress.execution import materialize as materialize
-from jaxcompress.transforms import chain as chain
-from jaxcompress.transforms import identity as identity
+from jaxcompress._src.execution.execute import execute as execute
+from jaxcompress._src.execution.materialize import materialize as materialize
+from jaxcompress._src.transforms import chain as chain
+from jaxcompress._src.transforms import identity as identity
 
 __version__ = "0.1.0"

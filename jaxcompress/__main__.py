@@ -1,5 +1,5 @@
 """`python -m jaxcompress`: the command line."""
 
-from jaxcompress.cli import main
+from jaxcompress._src.cli.main import main
 
 main()

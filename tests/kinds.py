@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, sparsify
 from jaxcompress.trace import LeafLayout
 
 Maker = Callable[[jax.Array, LeafLayout], Any]

@@ -12,10 +12,13 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
+from jaxcompress._src.pruning.normalize import normalized_scores
+from jaxcompress._src.quantization.learned_rounding import RoundingSchedule
+from jaxcompress._src.structured import UnitGroup
+from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.clustering import CodebookSpec
 from jaxcompress.pruning import n_of_m
 from jaxcompress.quantization import QuantSpec
-from jaxcompress.units import UnitGroup, UnitSlices
 
 SPECS = {
     "fsdp": {"kernel": P("data", None), "bias": P("data")},
@@ -114,7 +117,7 @@ KEEP = {"hidden": np.arange(SIZE) % 3 > 0}
 
 ONE = jc.tree.by_path("both/kernel")
 UNEVEN = dataclasses.replace(SPEC, symmetric=False)
-LEARNING = jc.quantization.RoundingSchedule(steps=2)
+LEARNING = RoundingSchedule(steps=2)
 PER_TENSOR = QuantSpec(bits=8, per_tensor=True)
 
 CALLS: dict[str, Callable[[Place], Any]] = {
@@ -136,9 +139,7 @@ CALLS: dict[str, Callable[[Place], Any]] = {
         m.params, sparsity=0.5, pattern=jc.pruning.block(4, 4), select=ONE
     ),
     "apply_masks": lambda m: jc.pruning.apply_masks(m.params, m.masks),
-    "normalized_scores": lambda m: jc.pruning.normalized_scores(
-        jc.pruning.magnitude_scores(m.params, select=ONE), by="l2"
-    ),
+    "normalized_scores": lambda m: normalized_scores(jc.pruning.magnitude_scores(m.params, select=ONE), by="l2"),
     "wanda": lambda m: jc.pruning.wanda(m.params, m.statistics, pattern=TWO_OF_FOUR),
     "sparsegpt": lambda m: jc.pruning.sparsegpt(m.params, m.statistics, sparsity=0.5, select=ONE),
     "tune_masked": lambda m: jc.pruning.tune_masked(m.params, m.masks, m.statistics),

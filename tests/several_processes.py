@@ -16,7 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
-from jaxcompress.arrays import QuantizedArray, component_shardings, pack
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress.arrays import QuantizedArray, component_shardings
 from jaxcompress.checkpoint import restore, save
 
 

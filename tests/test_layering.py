@@ -1,6 +1,8 @@
-"""Imports point down only: the table of architecture, as a test."""
+"""Imports point down only, facades hold names only, and the names are those of the snapshot."""
 
 import ast
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -8,10 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "jaxcompress"
+SOURCE = ROOT / "_src"
 
-# Lower rows may be imported by higher ones; within a row nothing imports anything else. Layer 2 is ordered.
+# Lower rows may be imported by higher ones; within a row nothing imports anything else.
 LAYERS = [
-    {"types", "meshes", "__version__"},
+    {"types", "meshes"},
     {"tree", "arrays", "schedules"},
     {"units"},
     {"transforms"},
@@ -21,19 +24,19 @@ LAYERS = [
     {"solvers"},
     {"pruning", "quantization", "clustering", "lowrank", "gates", "structured", "distillation"},
     {"models"},
-    {"report", "checkpoint", "export"},
+    {"report", "checkpoint"},
     {"recipe"},
-    {"search"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT_FEW = {"models": {"types", "units"}, "solvers": set()}
 ONLY_HERE = {"orbax": "checkpoint", "typer": "cli", "rich": "cli", "matplotlib": "cli", "transformers": "recipe"}
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT or path.stem not in ("__init__", "__main__"))
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem != "__init__")
+FACADES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__main__")
 
 
 def _package(path):
-    relative = path.relative_to(ROOT)
+    relative = path.relative_to(SOURCE)
     return relative.parts[0] if len(relative.parts) > 1 else relative.stem
 
 
@@ -46,19 +49,57 @@ def _imports(path):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
 def test_imports_point_down(path):
     here = _package(path)
     assert here in LEVEL, f"{here} has no layer"
     for name in _imports(path):
         top, *rest = name.split(".")
-        if top == "jaxcompress":
-            there = rest[0]
+        if top == "jaxcompress" and rest != ["__version__"]:
+            assert rest[0] == "_src", f"{here} imports the facade {name}"
+            there = rest[1]
             assert there == here or LEVEL[there] < LEVEL[here], f"{here} (above or beside) imports {there}"
             assert there == here or there in MAY_IMPORT_FEW.get(here, LEVEL), f"{here} may not import {there}"
-            if there != here and len(rest) > 1:
-                assert not rest[1].startswith("_"), f"{here} imports the private {name}"
         assert ONLY_HERE.get(top, here) == here, f"only {ONLY_HERE.get(top)} imports {top}"
+
+
+@pytest.mark.parametrize("path", FACADES, ids=lambda path: path.stem)
+def test_facades_hold_names_only(path):
+    docstring, *body = ast.parse(path.read_text("utf-8")).body
+    assert isinstance(docstring, ast.Expr)
+    version = {"__version__"} if path.stem == "__init__" else set()
+    for node in body:
+        if isinstance(node, ast.Assign):
+            assert {target.id for target in node.targets} == version
+            continue
+        assert isinstance(node, ast.ImportFrom)
+        assert all(alias.asname == alias.name for alias in node.names)
+
+
+def _public():
+    """(facade, name, object) of every public name."""
+    for path in FACADES:
+        facade = "jaxcompress" if path.stem == "__init__" else f"jaxcompress.{path.stem}"
+        module = importlib.import_module(facade)
+        for node in ast.parse(path.read_text("utf-8")).body:
+            for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+                found = getattr(module, alias.name)
+                if not inspect.ismodule(found):
+                    yield facade, alias.name, found
+
+
+def test_the_public_names_are_those_of_the_snapshot():
+    """A name is added, moved or taken away on purpose: `public_names.txt` and the changelog change with it."""
+    snapshot = Path(__file__).with_name("public_names.txt").read_text("utf-8").split()
+    assert sorted(f"{facade}.{name}" for facade, name, _ in _public()) == snapshot
+
+
+def test_nothing_is_exported_twice_and_everything_is_documented():
+    seen = {}
+    for facade, name, found in _public():
+        if callable(found):
+            assert inspect.getdoc(found), f"{facade}.{name} has no docstring"
+            assert seen.setdefault(id(found), f"{facade}.{name}") == f"{facade}.{name}"
 
 
 def test_importing_the_library_imports_no_extra_and_no_orbax():

@@ -13,7 +13,7 @@ from kinds import KINDS
 from mesh_table import CALLS, SPEC, Place
 
 import jaxcompress as jc
-from jaxcompress.meshes import on_auto_axes
+from jaxcompress._src.meshes import on_auto_axes
 
 ALONE, AUTO, EXPLICIT = Place(None), Place(AxisType.Auto), Place(AxisType.Explicit)
 

@@ -6,7 +6,9 @@ import sys
 CODE = """
 import jax.numpy as jnp
 import jaxcompress as jc
-from jaxcompress import recipe
+from jaxcompress._src.recipe.recipe import Saving
+from jaxcompress._src.recipe.steps import ClusterStep
+from jaxcompress._src.solvers.hard_concrete import deterministic_gates
 
 params = {"kernel": jnp.ones((4, 4))}
 calls = {
@@ -14,9 +16,9 @@ calls = {
     "variant": lambda: jc.pruning.gradient_scores(lambda p, x: p["kernel"].sum(), params, [1.0], variant="squared"),
     "store": lambda: jc.pruning.gradual(schedule=jc.schedules.constant(0.5), store="csr"),
     "start": lambda: jc.quantization.lsq(jc.quantization.QuantSpec(bits=4), start="zero"),
-    "per": lambda: recipe.ClusterStep(select=".*", values=4, per="row"),
-    "storage": lambda: recipe.Saving(storage="zip"),
-    "form": lambda: jc.gates.deterministic_gates(jnp.ones(3), form="mean"),
+    "per": lambda: ClusterStep(select=".*", values=4, per="row"),
+    "storage": lambda: Saving(storage="zip"),
+    "form": lambda: deterministic_gates(jnp.ones(3), form="mean"),
 }
 for option, call in calls.items():
     try:

@@ -13,11 +13,14 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import gates, lowrank, pruning
+from jaxcompress._src.gates.targets import shape_lagrangian
+from jaxcompress._src.schedules import final_value
+from jaxcompress._src.structured import UnitGroup
+from jaxcompress._src.types import Transform
+from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.quantization import QuantSpec, quantization_aware
-from jaxcompress.schedules import UnfinishedScheduleWarning, cubic, final_value
-from jaxcompress.types import Transform
-from jaxcompress.units import UnitGroup, UnitSlices
+from jaxcompress.schedules import UnfinishedScheduleWarning, cubic
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": jnp.asarray(RNG.normal(size=(8, 6)), jnp.float32)}
@@ -133,7 +136,7 @@ TABLE = {
     "gates of a shape": Row(
         make=lambda end: gates.hard_concrete(
             [dataclasses.replace(ROWS, kind="rows")],
-            penalty=gates.shape_lagrangian({"rows": 4}, warm_up=optax.linear_schedule(0.0, 1.0, end)),
+            penalty=shape_lagrangian({"rows": 4}, warm_up=optax.linear_schedule(0.0, 1.0, end)),
         ),
         holds=lambda leaf: int((np.asarray(leaf) == 0).all(1).sum()) == 4,
         early="`warm_up` is",

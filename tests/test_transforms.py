@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import toys
 
+from jaxcompress._src.transforms import chain, identity, pullback
+from jaxcompress._src.types import Transform, TransformState
 from jaxcompress.arrays import QuantizedArray
-from jaxcompress.transforms import chain, identity, pullback
 from jaxcompress.tree import Unselected
-from jaxcompress.types import Transform, TransformState
 
 W = {"w": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([5.0])}
 MASKS = {"w": jnp.array([True, False, True]), "b": Unselected}

@@ -12,21 +12,17 @@ import optax
 
 import jaxcompress as jc
 from jaxcompress import gates, lowrank, pruning
+from jaxcompress._src.gates.penalty import lambda_penalty
+from jaxcompress._src.quantization.input_transforms import quantized_inputs
+from jaxcompress._src.quantization.inputs import InputRange
+from jaxcompress._src.structured import UnitGroup
+from jaxcompress._src.types import Transform
+from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.distillation import make_train_step
-from jaxcompress.quantization import (
-    InputRange,
-    QuantSpec,
-    lsq,
-    lsq_inputs,
-    pact_inputs,
-    quantization_aware,
-    quantized_inputs,
-)
+from jaxcompress.quantization import QuantSpec, lsq, lsq_inputs, pact_inputs, quantization_aware
 from jaxcompress.schedules import constant, cubic
 from jaxcompress.tree import Unselected
-from jaxcompress.types import Transform
-from jaxcompress.units import UnitGroup, UnitSlices
 
 STEPS = 5
 SHAPE = (16, 24)
@@ -93,7 +89,7 @@ TABLE: dict[str, Row] = {
         make=lambda: lowrank.rank_gates(strength=0.01, drop_rate=0.4), zeros=None, trains=True, exact=False
     ),
     "hard concrete gates": Row(
-        make=lambda: gates.hard_concrete([UNITS], penalty=gates.lambda_penalty(10.0, examples=100)),
+        make=lambda: gates.hard_concrete([UNITS], penalty=lambda_penalty(10.0, examples=100)),
         zeros=None,
         trains=True,
         exact=False,

@@ -8,7 +8,8 @@ import kinds
 import numpy as np
 import pytest
 
-from jaxcompress.arrays import LowRankArray, validate_array
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress.arrays import LowRankArray
 from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import partition_trainable
 

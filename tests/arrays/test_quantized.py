@@ -8,9 +8,12 @@ import kinds
 import numpy as np
 import pytest
 
-from jaxcompress.arrays import QuantizedArray, dequantize, pack, per_block, sparsify, split_blocks, validate_array
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress._src.arrays.quantized import dequantize, per_block, split_blocks
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.types import CompressedArray, is_compressed
+from jaxcompress.arrays import QuantizedArray, sparsify
 from jaxcompress.trace import LeafLayout
-from jaxcompress.types import CompressedArray, is_compressed
 
 PLAIN = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
 STACKED = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))

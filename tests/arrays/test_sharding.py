@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxcompress._src.arrays.packed import pack
 from jaxcompress.arrays import (
     AdditiveCodebookArray,
     CodebookArray,
     LowRankArray,
     QuantizedArray,
     component_shardings,
-    pack,
     sparsify,
 )
 from jaxcompress.trace import LeafLayout

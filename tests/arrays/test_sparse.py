@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, pack, sparsify, sparsify_like, validate_array
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress._src.arrays.sparse import sparsify_like
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, sparsify
 
 plain = jax.jit(lambda leaf: (leaf.materialize(), leaf.mask()))
 take = jax.jit(lambda leaf, rows: (leaf.take_rows(rows), leaf.take_mask_rows(rows)))

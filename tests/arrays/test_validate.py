@@ -8,10 +8,12 @@ import kinds
 import numpy as np
 import pytest
 
-from jaxcompress.arrays import pack, sparsify, validate_array
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.types import CompressedArray
+from jaxcompress.arrays import sparsify
 from jaxcompress.quantization import QuantSpec, quantize_inputs
 from jaxcompress.trace import LeafLayout
-from jaxcompress.types import CompressedArray
 
 PLAIN = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
 W = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)

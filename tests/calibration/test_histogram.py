@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.calibration import Histogram, input_statistics
-from jaxcompress.calibration._histogram import BINS, add_histograms, empty_histogram, histogram_of
+from jaxcompress._src.calibration.histogram import BINS, Histogram, add_histograms, empty_histogram, histogram_of
+from jaxcompress.calibration import input_statistics
 
 
 def reference(values, weights=None):

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
 from jaxcompress import calibration, tree
+from jaxcompress._src.calibration.input_statistics import statistics_nbytes
 
 RNG = np.random.default_rng(0)
 
@@ -244,7 +245,7 @@ def test_equal_on_one_and_on_eight_devices(mlp):
 
 def test_memory_is_predicted(mlp):
     params, batches = mlp
-    sizes = calibration.statistics_nbytes(_mlp, params, batches[0])
+    sizes = statistics_nbytes(_mlp, params, batches[0])
     assert sizes == {"up": 4 * (1 + 25 + 15), "down": 4 * (1 + 49 + 21)}
     calibration.input_statistics(_mlp, params, batches, memory_limit=sum(sizes.values()))
     with pytest.raises(ValueError, match=r"would take 448 bytes.*largest are those of 'down', 284 bytes.*`select`"):

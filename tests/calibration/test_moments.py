@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.calibration import LeafPart, Site, flat_weights, moments
+from jaxcompress._src.calibration.moments import flat_weights, moments
+from jaxcompress._src.calibration.site import LeafPart, Site
 
 RNG = np.random.default_rng(0)
 KERNEL, BIAS = RNG.normal(size=(3, 2)).astype(np.float32), RNG.normal(size=2).astype(np.float32)

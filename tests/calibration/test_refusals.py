@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import calibration, trace, tree
+from jaxcompress._src.calibration.input_statistics import batch_statistics, statistics_nbytes
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(5, 4)), jnp.float32)
@@ -43,8 +44,8 @@ BEFORE = ("both", "condition", "energy", "partly")
 def test_an_explicit_selection_gets_one_error():
     for gather in (
         lambda **kw: calibration.input_statistics(_apply, PARAMS, [(X,)], **kw),
-        lambda **kw: next(calibration.batch_statistics(_apply, PARAMS, [(X,)], **kw)),
-        lambda **kw: calibration.statistics_nbytes(_apply, PARAMS, (X,), **kw),
+        lambda **kw: next(batch_statistics(_apply, PARAMS, [(X,)], **kw)),
+        lambda **kw: statistics_nbytes(_apply, PARAMS, (X,), **kw),
         lambda **kw: calibration.sequential(_apply, PARAMS, [(X,)], lambda p, s, at: (p, {}), **kw),
     ):
         for options in ({"select": tree.by_ndim(min=2)}, {"strict": True}):
@@ -67,10 +68,10 @@ def test_others_go_on_with_one_warning(options):
     assert {name for name, entry in found.items() if entry is tree.Unselected} == set(names)
     np.testing.assert_allclose(found["good"].gram, x.T @ x, rtol=1e-5, atol=1e-5)
     with pytest.warns(trace.LeftOutWarning, match=_pattern(BEFORE)):
-        (entry,) = calibration.batch_statistics(_apply, PARAMS, [(X,)], **options)
+        (entry,) = batch_statistics(_apply, PARAMS, [(X,)], **options)
     assert (entry["good"].count, entry["never"].count, entry["both"]) == (5, 0, tree.Unselected)
     with pytest.warns(trace.LeftOutWarning, match=_pattern(BEFORE)):
-        assert set(calibration.statistics_nbytes(_apply, PARAMS, (X,), **options)) == {"good", "never"}
+        assert set(statistics_nbytes(_apply, PARAMS, (X,), **options)) == {"good", "never"}
     seen = []
     with pytest.warns(trace.LeftOutWarning, match=_pattern(names)):
         calibration.sequential(_apply, PARAMS, [(X,)], lambda p, s, at: (p, seen.append(s) or {}), **options)

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, pack, sparsify
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, sparsify
 
 
 def _bits(leaf: Any) -> bytes:

@@ -11,8 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from jaxcompress.checkpoint import CheckpointError, read_manifest, restore, save
-from jaxcompress.checkpoint._manifest_file import checksum
+from jaxcompress._src.checkpoint.manifest_file import checksum
+from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress.checkpoint import CheckpointError, restore, save
 
 
 @pytest.fixture(scope="module")

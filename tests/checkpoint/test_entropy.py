@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcompress.checkpoint import CheckpointError, read_manifest, restore, save
+from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress.checkpoint import CheckpointError, restore, save
 from jaxcompress.clustering import CodebookSpec, cluster
 from jaxcompress.report import disk_bytes
 
@@ -82,7 +83,7 @@ def test_every_cut_and_every_changed_byte_is_an_error(path):
 
 def test_arrays_that_do_not_fit_the_manifest_are_named(path, tmp_path):
     """As if the sums were right, but the coder's bytes were not."""
-    from jaxcompress.checkpoint._coded import read_coded
+    from jaxcompress._src.checkpoint.coded import read_coded
 
     records = read_manifest(path).leaves
     targets = {a.array: np.zeros(a.shape, a.dtype) for record in records for a in record.value.arrays()}

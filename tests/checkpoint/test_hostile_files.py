@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.checkpoint import CheckpointError, read_manifest, restore, save
+from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress.checkpoint import CheckpointError, restore, save
 
 TREE = {"a": jnp.arange(6.0).reshape(2, 3), "n": 1}
 
@@ -91,7 +92,7 @@ def test_paths_that_lead_nowhere(tmp_path):
 
 
 def test_a_manifest_without_an_end(original, tmp_path, monkeypatch):
-    from jaxcompress.checkpoint import _manifest_file
+    from jaxcompress._src.checkpoint import manifest_file as _manifest_file
 
     monkeypatch.setattr(_manifest_file, "_LIMIT", 100)
     for function in (restore, read_manifest):

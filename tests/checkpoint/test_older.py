@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.arrays import validate_array
+from jaxcompress._src.arrays.validate import validate_array
 
 GOLDEN = Path(__file__).parent / "golden"
 

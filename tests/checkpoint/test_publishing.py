@@ -12,8 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.checkpoint import CheckpointError, _locks, _read, _restore, _save, read_manifest, restore, save
-from jaxcompress.checkpoint._versions import close_workspace, open_workspace
+from jaxcompress._src.checkpoint import locks as _locks
+from jaxcompress._src.checkpoint import read as _read
+from jaxcompress._src.checkpoint import restore as _restore
+from jaxcompress._src.checkpoint import save as _save
+from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress._src.checkpoint.versions import close_workspace, open_workspace
+from jaxcompress.checkpoint import CheckpointError, restore, save
 
 TORTURE = Path(__file__).parents[2] / "examples" / "benchmarks" / "checkpoint_torture.py"
 GOLDEN = Path(__file__).parent / "golden"

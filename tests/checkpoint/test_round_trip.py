@@ -8,8 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
+from jaxcompress._src.checkpoint.manifest_json import STORED_DTYPES
 from jaxcompress.checkpoint import restore, save
-from jaxcompress.checkpoint._manifest_json import STORED_DTYPES
 from jaxcompress.tree import partition_trainable
 
 BASE = np.arange(24).reshape(4, 6)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.checkpoint import CheckpointError, _save, read_manifest, restore, save
+from jaxcompress._src.checkpoint import save as _save
+from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress.checkpoint import CheckpointError, restore, save
 
 PARAMS = {"dense": {"kernel": jnp.ones((2, 3))}}
 

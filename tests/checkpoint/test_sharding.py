@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcompress.arrays import QuantizedArray, pack
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress.arrays import QuantizedArray
 from jaxcompress.checkpoint import restore, save
 
 ROWS, WHOLE = P("x"), P()
@@ -125,7 +126,8 @@ def test_between_eight_devices_and_one(tmp_path, assert_same, mesh):
     save(tmp_path / "eight", jax.tree.map(lambda part: jax.device_put(part, rows), params))
     script = """
 import sys, jax
-from jaxcompress.arrays import QuantizedArray, pack
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress.arrays import QuantizedArray
 from jaxcompress.checkpoint import restore, save
 params, _ = restore(sys.argv[1])
 assert all(part.devices() == set(jax.devices()) for part in jax.tree.leaves(params))

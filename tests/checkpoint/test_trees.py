@@ -14,10 +14,11 @@ import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
-from jaxcompress.checkpoint import CheckpointError, read_manifest, restore, save
-from jaxcompress.checkpoint._manifest_file import checksum
+from jaxcompress._src.checkpoint.manifest_file import checksum
+from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress._src.types import TransformState
+from jaxcompress.checkpoint import CheckpointError, restore, save
 from jaxcompress.tree import Unselected
-from jaxcompress.types import TransformState
 
 
 class Pair(NamedTuple):

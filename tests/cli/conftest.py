@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from jaxcompress.cli import main
-from jaxcompress.models import BertConfig, make_module, parameter_shapes, save_pretrained
+from jaxcompress._src.cli.main import main
+from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress.models import BertConfig, make_module, save_pretrained
 
 POOLING = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
 MODULES = [

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxcompress import checkpoint, recipe
-from jaxcompress.cli import _commands
-from jaxcompress.types import is_compressed
+from jaxcompress._src.cli import commands as _commands
+from jaxcompress._src.types import is_compressed
 
 RECIPE = """
 [[prune]]

@@ -9,8 +9,10 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import recipe
-from jaxcompress.recipe._heads import possible_losses
-from jaxcompress.recipe._selections import check_selections
+from jaxcompress._src.recipe.heads import possible_losses
+from jaxcompress._src.recipe.recipe import packaged_recipes
+from jaxcompress._src.recipe.selections import check_selections
+from jaxcompress._src.recipe.text import read_texts
 
 ONE_SHOT = "[[quantize]]\nselect = '.*/kernel'\nbits = 2\ngroup_size = 16\n"
 DISTIL = (
@@ -56,7 +58,7 @@ def test_encoders_are_compared_by_the_sentence_vectors_of_their_files(run, heads
     outputs = tmp_path / "vectors.npz"
     code, stdout, stderr = run("evaluate", out, "--against", dense, "--data", rows, "--outputs", outputs, "--json")
     assert code == 0, stderr
-    tokens = recipe.tokenize(dense, recipe.read_texts(rows))
+    tokens = recipe.tokenize(dense, read_texts(rows))
     v, w = (_hidden(path, tokens)[0]["last_hidden_state"][:, 0] for path in (dense, out))
     error = np.linalg.norm(v - w, axis=-1) / np.linalg.norm(v, axis=-1)
     cosine = (v * w).sum(-1) / np.linalg.norm(v, axis=-1) / np.linalg.norm(w, axis=-1)
@@ -85,7 +87,7 @@ def test_masked_language_models_are_compared_by_their_distributions(run, heads, 
     out, dense = compressed("masked_lm"), heads["masked_lm"]
     code, stdout, stderr = run("evaluate", out, "--against", dense, "--data", rows, "--json")
     assert code == 0, stderr
-    tokens = recipe.tokenize(dense, recipe.read_texts(rows))
+    tokens = recipe.tokenize(dense, read_texts(rows))
     (p, mask), (q, _) = (_hidden(path, tokens) for path in (dense, out))
     log_p, log_q = (x["logits"] - np.log(np.exp(x["logits"]).sum(-1, keepdims=True)) for x in (p, q))
     divergence = ((np.exp(log_p) * (log_p - log_q)).sum(-1) * mask).sum(1) / mask.sum(1)
@@ -115,7 +117,7 @@ def test_what_a_head_has_is_distilled_and_what_it_lacks_is_said(run, heads, rows
 
 
 @pytest.mark.parametrize("head", ["encoder", "masked_lm", "sequence_classification"])
-@pytest.mark.parametrize("name", recipe.packaged_recipes())
+@pytest.mark.parametrize("name", packaged_recipes())
 def test_the_recipes_of_the_library_fit_every_head(heads, head, name):
     steps, loaded = recipe.read_recipe(name), recipe.load_model(heads[head])
     check_selections(steps, loaded.params)

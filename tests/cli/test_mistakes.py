@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxcompress import checkpoint
-from jaxcompress.cli import _commands
+from jaxcompress._src.cli import commands as _commands
+from jaxcompress._src.recipe import directories
 
 INT8 = "[[quantize]]\nselect = '.*/kernel'\nbits = 8\n"
 DISTIL = INT8 + "[distil]\nepochs = 1\nlearning_rate = 1e-3\nhard_labels = 1\nbatch_size = 2\n"
@@ -293,7 +294,7 @@ def test_a_failure_while_writing_leaves_no_folder(fails, model, tmp_path, monkey
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(directories, "save", full)
     recipe = _write(tmp_path / "recipe.toml", INT8)
     assert "No space left" in fails("compress", model, "--recipe", recipe, "--out", tmp_path / "a" / "b")
 

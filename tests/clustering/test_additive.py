@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.arrays import AdditiveCodebookArray, sparsify, validate_array
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress.arrays import AdditiveCodebookArray, sparsify
 from jaxcompress.clustering import AdditiveSpec, CodebookSpec, additive_quantize, cluster
 from jaxcompress.trace import LeafLayout
 

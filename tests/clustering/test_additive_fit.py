@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress._src.clustering.additive_fit import fit_additive, least_squares_tables
+from jaxcompress._src.clustering.additive_search import search_codes
 from jaxcompress.clustering import AdditiveSpec
-from jaxcompress.clustering._additive_fit import fit_additive, least_squares_tables
-from jaxcompress.clustering._additive_search import search_codes
 
 
 def normal(*shape, seed=0):

@@ -7,12 +7,14 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import trace
-from jaxcompress.arrays import CodebookArray, look_up, sparsify, validate_array
+from jaxcompress._src.arrays.codebook import look_up
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.clustering import fit as _fit
+from jaxcompress.arrays import CodebookArray, sparsify
 from jaxcompress.calibration import input_statistics
 from jaxcompress.clustering import (
     AdditiveSpec,
     CodebookSpec,
-    _fit,
     additive_quantize,
     cluster,
     input_importance,

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.clustering import Coder, decode_codes, encode_codes
-from jaxcompress.clustering._adaptive import encode_adaptive
-from jaxcompress.clustering._arithmetic import BitDecoder, BitEncoder, squash, stretch
-from jaxcompress.clustering._huffman import LONGEST, code_lengths
-from jaxcompress.clustering._rans import quantized_frequencies
+from jaxcompress._src.clustering.adaptive import encode_adaptive
+from jaxcompress._src.clustering.arithmetic import BitDecoder, BitEncoder, squash, stretch
+from jaxcompress._src.clustering.entropy import decode_codes
+from jaxcompress._src.clustering.huffman import LONGEST, code_lengths
+from jaxcompress._src.clustering.rans import quantized_frequencies
+from jaxcompress.clustering import Coder, encode_codes
 
 SHAPES = [(0,), (0, 5), (1,), (3,), (7, 5), (1, 300), (40, 50), (5, 3, 2, 7), (2, 4100)]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxcompress.solvers import kmeans_line, nearest_center
+from jaxcompress._src.solvers.kmeans import kmeans_line, nearest_center
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "kmeans.npz")
 

@@ -3,11 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxcompress.arrays import QuantizedArray, pack
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress._src.transforms import chain, identity
+from jaxcompress._src.types import TransformState
+from jaxcompress.arrays import QuantizedArray
 from jaxcompress.distillation import make_train_step, soft_targets
-from jaxcompress.transforms import chain, identity
 from jaxcompress.tree import by_path
-from jaxcompress.types import TransformState
 
 RNG = np.random.default_rng(0)
 CODES = jnp.asarray(RNG.integers(-7, 8, (10, 6)), jnp.int8)

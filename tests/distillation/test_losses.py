@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress.distillation import agreement, binary_labels, binary_targets, hard_labels, soft_targets
-from jaxcompress.distillation._outputs import mean
+from jaxcompress._src.distillation.losses import binary_labels
+from jaxcompress._src.distillation.outputs import mean
+from jaxcompress.distillation import agreement, binary_targets, hard_labels, soft_targets
 
 
 def _logits(*shape, seed=0, scale=3.0):

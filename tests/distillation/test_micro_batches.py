@@ -8,9 +8,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcompress._src.transforms import chain, identity
 from jaxcompress.distillation import hidden_states, make_train_step, soft_targets
 from jaxcompress.pruning import rigl
-from jaxcompress.transforms import chain, identity
 
 RNG = np.random.default_rng(0)
 LENGTHS = np.array([1, 6, 2, 5, 1, 6, 1, 4])

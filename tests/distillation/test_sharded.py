@@ -7,8 +7,8 @@ import toys
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcompress._src.transforms import chain
 from jaxcompress.distillation import hidden_states, make_train_step, soft_targets
-from jaxcompress.transforms import chain
 
 RNG = np.random.default_rng(0)
 SIZES = {"first": (6, 16), "head": (16, 4)}

@@ -11,9 +11,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress import gates, pruning
+from jaxcompress._src.gates.penalty import lambda_penalty
+from jaxcompress._src.transforms import chain
 from jaxcompress.distillation import make_train_step
 from jaxcompress.schedules import constant
-from jaxcompress.transforms import chain
 from jaxcompress.tree import by_path, leaves_with_paths
 
 RNG = np.random.default_rng(0)
@@ -48,7 +49,7 @@ def _make():
     transform = chain(
         pruning.rigl(sparsity=0.5, until=10, every=2, select=by_path("first")),
         pruning.movement(schedule=constant(0.25)),
-        gates.hard_concrete(penalty=gates.lambda_penalty(0.1, examples=10), select=by_path("second")),
+        gates.hard_concrete(penalty=lambda_penalty(0.1, examples=10), select=by_path("second")),
     )
     return make_train_step(
         apply,

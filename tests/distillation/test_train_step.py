@@ -5,10 +5,10 @@ import optax
 import pytest
 import toys
 
+from jaxcompress._src.transforms import chain, identity
 from jaxcompress.distillation import hard_labels, hidden_states, make_train_step, soft_targets
 from jaxcompress.pruning import movement, rigl
 from jaxcompress.schedules import constant
-from jaxcompress.transforms import chain, identity
 from jaxcompress.tree import Unselected, by_path
 
 RNG = np.random.default_rng(0)

@@ -5,10 +5,10 @@ import optax
 import pytest
 import toys
 
+from jaxcompress._src.transforms import chain, identity
+from jaxcompress._src.types import TransformState
 from jaxcompress.distillation import make_train_step, soft_targets
-from jaxcompress.transforms import chain, identity
 from jaxcompress.tree import Unselected
-from jaxcompress.types import TransformState
 
 RNG = np.random.default_rng(0)
 SOFT = {"soft": soft_targets()}

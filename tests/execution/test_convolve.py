@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress import execution
+from jaxcompress._src.execution.execute import fallbacks
+from jaxcompress._src.quantization.round_to_nearest import quantize_array
 from jaxcompress.arrays import sparsify
-from jaxcompress.quantization import QuantSpec, quantize_array, quantize_inputs
+from jaxcompress.quantization import QuantSpec, quantize_inputs
 from jaxcompress.trace import LeafLayout
 
 KERNEL = LeafLayout(kind="conv", input_axes=(0, 1, 2), output_axes=(3,))
@@ -74,7 +75,7 @@ def test_every_format_under_every_option_needs_no_plain_kernel():
     def apply(leaves, x):
         return {name: call(x, leaf, **options[name]) for name, leaf in leaves.items()}
 
-    assert execution.fallbacks(apply, leaves, x) == ()
+    assert fallbacks(apply, leaves, x) == ()
     got = jax.jit(jc.execute(apply))(leaves, x)
     wanted = jax.jit(apply)(jc.materialize(leaves), x)
     for name, leaf in leaves.items():
@@ -89,7 +90,7 @@ def test_inputs_are_rounded_too_and_gradients_are_those_of_the_plain_kernel():
     leaf = quantize_array(kernel, QuantSpec(bits=8), KERNEL)
     small = quantize_inputs({"k": leaf}, QuantSpec(bits=8, per_tensor=True))
     apply = lambda p, x: call(x, p["k"], padding="VALID")  # noqa: E731
-    assert execution.fallbacks(apply, small, x) == ()
+    assert fallbacks(apply, small, x) == ()
     step = float(jnp.abs(x).max()) / 127
     rounded = np.round(np.asarray(x, np.float64) / step) * step
     got = jc.execute(apply)(small, x)
@@ -126,7 +127,7 @@ def test_bfloat16_loses_no_more_than_the_plain_kernel():
 def test_what_has_no_rule_is_still_reported(leaf):
     kernel, x = leaf(values(3, 2, 4, 8)), values(2, 5, 6, 4)
     apply = lambda w, x: call(x, w, padding="VALID")  # noqa: E731
-    found = execution.fallbacks(apply, kernel, x)
+    found = fallbacks(apply, kernel, x)
     assert [(entry.primitive, entry.shape) for entry in found] == [("conv_general_dilated", (3, 2, 4, 8))]
     wanted = reference(x, kernel.materialize())
     np.testing.assert_allclose(jc.execute(apply)(kernel, x), wanted, rtol=1e-4, atol=1e-4)

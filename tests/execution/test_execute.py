@@ -11,9 +11,15 @@ import zoo
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
-from jaxcompress import execution, trace, tree
-from jaxcompress.arrays import component_shardings, validate_array
-from jaxcompress.types import is_compressed
+from jaxcompress import trace, tree
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.execution.execute import fallbacks
+from jaxcompress._src.execution.values import Fallback
+from jaxcompress._src.trace.layout import default_layout
+from jaxcompress._src.trace.selection import selected_layouts
+from jaxcompress._src.tree.unselected import map_selected
+from jaxcompress._src.types import is_compressed
+from jaxcompress.arrays import component_shardings
 
 
 @functools.cache
@@ -25,14 +31,14 @@ def _model(name):
 @functools.cache
 def _compressed(name, kind):
     model, layouts = _model(name)
-    chosen = trace.selected_layouts(model.params, layouts=layouts)
+    chosen = selected_layouts(model.params, layouts=layouts)
 
     def compress(path, layout, leaf):
         made = kinds.KINDS[kind](leaf, layout)
         validate_array(made)
         return made
 
-    made = tree.map_selected(compress, chosen, model.params)
+    made = map_selected(compress, chosen, model.params)
     return tree.map_with_path(
         lambda _, leaf, old: old if tree.is_unselected(leaf) else leaf,
         made,
@@ -145,7 +151,7 @@ def test_sharded_over_eight_devices(name, kind):
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_weights_in_matmuls_and_lookups_need_no_fallback(name, kind):
     model, _ = _model(name)
-    notes = execution.fallbacks(model.apply, _compressed(name, kind), *model.inputs)
+    notes = fallbacks(model.apply, _compressed(name, kind), *model.inputs)
     if name == "conv" and "rank" not in kind:
         assert {(note.path, note.primitive) for note in notes} == {("kernel", "conv_general_dilated")}
     elif name == "control_flow":
@@ -156,8 +162,8 @@ def test_weights_in_matmuls_and_lookups_need_no_fallback(name, kind):
 
 def test_fallbacks_name_leaf_primitive_and_bytes():
     params = {"layer": {"kernel": _compressed("dense", "int8 per channel")["kernel"]}}
-    (note,) = execution.fallbacks(lambda p: jnp.sin(p["layer"]["kernel"]), params)
-    assert note == execution.Fallback(path="layer/kernel", primitive="sin", shape=(16, 24), nbytes=16 * 24 * 4)
+    (note,) = fallbacks(lambda p: jnp.sin(p["layer"]["kernel"]), params)
+    assert note == Fallback(path="layer/kernel", primitive="sin", shape=(16, 24), nbytes=16 * 24 * 4)
 
 
 def test_a_fallback_inside_a_scan_is_found():
@@ -166,7 +172,7 @@ def test_a_fallback_inside_a_scan_is_found():
     def apply(params, x):
         return jax.lax.scan(lambda c, w: (c + jnp.tanh(w).sum(), None), x, params["kernel"])[0]
 
-    (note,) = execution.fallbacks(apply, {"kernel": leaf}, jnp.zeros(()))
+    (note,) = fallbacks(apply, {"kernel": leaf}, jnp.zeros(()))
     assert (note.path, note.primitive) == ("kernel", "tanh")
 
 
@@ -298,7 +304,7 @@ def test_sharding_constraints_reach_the_parts():
         return x @ jax.lax.with_sharding_constraint(w, sharding)
 
     x = jnp.ones((4, 16))
-    assert execution.fallbacks(apply, leaf, x) == ()
+    assert fallbacks(apply, leaf, x) == ()
     np.testing.assert_allclose(jax.jit(jc.execute(apply))(leaf, x), x @ leaf.materialize(), rtol=1e-5, atol=1e-5)
 
 
@@ -329,13 +335,11 @@ def test_leaf_times_leaf():
 
 def test_a_leaf_without_stacked_scales_is_made_plain_before_a_scan():
     """Scales guessed without layouts run over the layer axis too: slicing the parts would be wrong."""
-    leaf = kinds.KINDS["int8 per tensor"](
-        jnp.arange(24.0).reshape(2, 3, 4), trace.default_layout("w", jnp.ones((2, 3, 4)))
-    )
+    leaf = kinds.KINDS["int8 per tensor"](jnp.arange(24.0).reshape(2, 3, 4), default_layout("w", jnp.ones((2, 3, 4))))
 
     def apply(w, x):
         return jax.lax.scan(lambda c, layer: (c + (x @ layer).sum(), None), 0.0, w)[0]
 
     x = jnp.ones((5, 3))
     np.testing.assert_allclose(jc.execute(apply)(leaf, x), apply(leaf.materialize(), x), rtol=1e-5)
-    assert [note.primitive for note in execution.fallbacks(apply, leaf, x)] == ["scan"]
+    assert [note.primitive for note in fallbacks(apply, leaf, x)] == ["scan"]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress import execution
+from jaxcompress._src.execution.execute import fallbacks
 from jaxcompress.arrays import LowRankArray
 
 
@@ -25,7 +25,7 @@ def close(apply, leaf, *inputs, rtol=1e-5):
     np.testing.assert_allclose(
         np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=rtol, atol=rtol * scale
     )
-    return execution.fallbacks(apply, leaf, *inputs)
+    return fallbacks(apply, leaf, *inputs)
 
 
 X = jnp.asarray(np.random.default_rng(1).normal(size=(4, 5)), jnp.float32)
@@ -128,7 +128,7 @@ def test_gradients_of_the_factors_under_scan_and_remat():
     def apply(w, x):
         return jax.lax.scan(jax.checkpoint(lambda c, layer: (jnp.tanh(c @ layer), None)), x, w)[0].sum()
 
-    assert execution.fallbacks(apply, leaf, X) == ()
+    assert fallbacks(apply, leaf, X) == ()
     got = jax.grad(lambda leaf: jc.execute(apply)(leaf, X))(leaf)
     wanted = jax.grad(lambda leaf: apply(leaf.materialize(), X))(leaf)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):

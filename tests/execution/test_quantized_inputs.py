@@ -11,9 +11,14 @@ import zoo
 
 import jaxcompress as jc
 from jaxcompress import trace, tree
-from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, pack, sparsify
+from jaxcompress._src.arrays.packed import pack
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.execution.execute import fallbacks
+from jaxcompress._src.trace.selection import selected_layouts
+from jaxcompress._src.tree.unselected import map_selected
+from jaxcompress._src.types import is_compressed
+from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, sparsify
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
-from jaxcompress.types import is_compressed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +54,8 @@ def wrapped(model, layouts, make, static):
         factor = jnp.float32(0.5) if leaf.scale is None else leaf.scale
         return leaf.materialize() * factor.reshape(*factor.shape, *(1,) * (leaf.ndim - factor.ndim))
 
-    multiplied = trace.selected_layouts(model.params, layouts=layouts)
-    multiplied = tree.map_selected(lambda _, own: own if own.kind != "lookup" else tree.Unselected, multiplied)
+    multiplied = selected_layouts(model.params, layouts=layouts)
+    multiplied = map_selected(lambda _, own: own if own.kind != "lookup" else tree.Unselected, multiplied)
     found = tree.map_with_path(visit, model.params, multiplied)
     return found, tree.map_with_path(moved, found)
 
@@ -104,7 +109,7 @@ def test_codes_that_cannot_move_leave_a_plain_weight_with_quantized_inputs():
         return x @ p["w"].astype(jnp.float32)
 
     np.testing.assert_array_equal(jc.execute(apply)(params, x), (x / 2) @ leaf.materialize().astype(jnp.float32))
-    (fallback,) = jc.execution.fallbacks(apply, params, x)
+    (fallback,) = fallbacks(apply, params, x)
     assert (fallback.path, fallback.primitive) == ("w", "convert_element_type")
 
 
@@ -208,7 +213,7 @@ def test_convolutions_round_their_inputs():
 
 def test_the_wrapper_is_validated():
     leaf = InputQuantizedArray(weight=jnp.ones((3, 4, 2)), inputs=Scaling(), scale=jnp.ones(3))
-    jc.arrays.validate_array(leaf)
+    validate_array(leaf)
     assert is_compressed(leaf)
     assert (leaf.shape, leaf.ndim, leaf.dtype, leaf.nbits) == ((3, 4, 2), 3, jnp.float32, 32 * 27)
     for change, message in (
@@ -218,4 +223,4 @@ def test_the_wrapper_is_validated():
         ({"weight": dataclasses.replace(pack(jnp.ones((3, 4, 2), "int8"), bits=4), bits=9)}, "1 to 7 bits"),
     ):
         with pytest.raises(ValueError, match=message):
-            jc.arrays.validate_array(dataclasses.replace(leaf, **change))
+            validate_array(dataclasses.replace(leaf, **change))

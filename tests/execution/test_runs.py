@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress import execution, trace
+from jaxcompress import trace
+from jaxcompress._src.execution.execute import fallbacks
+from jaxcompress._src.tree.maps import leaf_paths
 from jaxcompress.calibration import input_statistics
 from jaxcompress.pruning import wanda
 from jaxcompress.quantization import QuantSpec, gptq, quantize
-from jaxcompress.tree import by_path, join_stacks, leaf_paths, split_stacks
+from jaxcompress.tree import by_path, join_stacks, split_stacks
 
 LAYERS, WIDTH = 12, 8
 
@@ -75,7 +77,7 @@ def test_each_run_goes_through_the_scan_in_its_stored_form(reverse, unroll, cast
     found = jax.jit(jc.execute(apply))(small, X)
     for one, other in zip(found, wanted, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=3e-2 if cast else 1e-5)
-    assert execution.fallbacks(apply, small, X) == ()
+    assert fallbacks(apply, small, X) == ()
 
 
 def test_single_layers_by_index_and_what_needs_the_whole():
@@ -86,7 +88,7 @@ def test_single_layers_by_index_and_what_needs_the_whole():
         return x @ kernels[3] @ kernels[11] + jnp.einsum("bd,ldo->blo", x, kernels[0:2]).sum(axis=1)
 
     np.testing.assert_allclose(jc.execute(indexed)(small, X), indexed(jc.materialize(small), X), rtol=1e-5, atol=1e-5)
-    assert [note.primitive for note in execution.fallbacks(indexed, small, X)] == ["dot_general"]
+    assert [note.primitive for note in fallbacks(indexed, small, X)] == ["dot_general"]
     remat = jax.checkpoint(_joined())
     np.testing.assert_allclose(jc.execute(remat)(small, X)[0], remat(jc.materialize(small), X)[0], rtol=1e-5)
 
@@ -96,7 +98,7 @@ def test_a_stack_that_cannot_be_cut_is_made_plain_and_noted():
     bias = quantize({"b": _params()["bias"]}, QuantSpec(bits=8, per_tensor=True), select=by_path("b"))["b"]
     found = jc.execute(_joined())({**small, "bias": bias}, X)[0]
     np.testing.assert_allclose(found, _joined()(jc.materialize({**small, "bias": bias}), X)[0], rtol=1e-5, atol=1e-6)
-    notes = execution.fallbacks(_joined(), {**small, "bias": bias}, X)
+    notes = fallbacks(_joined(), {**small, "bias": bias}, X)
     assert [(note.path, note.primitive) for note in notes] == [("bias", "add"), ("bias", "scan")]
 
 

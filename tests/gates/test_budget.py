@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 from jaxcompress import gates, trace
+from jaxcompress._src.gates.budget import kept_size
+from jaxcompress._src.structured import UnitGroup, remove_units
+from jaxcompress._src.units.count import expected_parameters
+from jaxcompress._src.units.group import UnitSlices, check_groups
 from jaxcompress.tree import by_path
-from jaxcompress.units import UnitGroup, UnitSlices, check_groups, expected_parameters, remove_units
 
 NAMES = ["first", "second", "last"]
 
@@ -154,7 +157,7 @@ def test_flops_and_repeated_slices():
 
 
 def test_the_size_is_that_of_the_expected_one_at_certain_gates():
-    count = gates.kept_size(PARAMS, GROUPS, gates.parameters()(PARAMS))
+    count = kept_size(PARAMS, GROUPS, gates.parameters()(PARAMS))
     for seed in range(5):
         keep = {name: values > 0 for name, values in scores(seed).items()}
         assert count(keep) == left_over(keep) == float(expected_parameters(PARAMS, GROUPS, keep))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.gates import (
+from jaxcompress._src.solvers.hard_concrete import (
     HardConcrete,
     cumulative,
     deterministic_gates,

@@ -7,11 +7,17 @@ import optax
 import pytest
 
 from jaxcompress import gates
-from jaxcompress.gates import Gated
+from jaxcompress._src.gates.measure import expected_size
+from jaxcompress._src.gates.penalty import Gated, lambda_penalty
+from jaxcompress._src.gates.targets import shape_lagrangian, smallest_with
+from jaxcompress._src.gates.values import kept_units
+from jaxcompress._src.solvers.hard_concrete import nonzero_probability
+from jaxcompress._src.structured import UnitGroup
+from jaxcompress._src.types import TransformState
+from jaxcompress._src.units.group import UnitSlices
+from jaxcompress._src.units.slicing import multiply_units
 from jaxcompress.trace import layouts
 from jaxcompress.tree import by_path
-from jaxcompress.types import TransformState
-from jaxcompress.units import UnitGroup, UnitSlices, multiply_units
 
 COLUMNS = UnitGroup(
     name="columns",
@@ -46,7 +52,7 @@ def gated(params, *, probabilities=P, step=0, loss=0.0):
     [(0.3, {"columns": 0.3, "heads": 0.3}), ({"heads": 2.0}, {"columns": 0.0, "heads": 2.0})],
 )
 def test_lambda_as_louizos_weighs_it(params, strength, prices):
-    penalty = gates.lambda_penalty(strength, weight_decay=0.05, examples=50)
+    penalty = lambda_penalty(strength, weight_decay=0.05, examples=50)
     w = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
     total = 0.0
     for k in range(3):
@@ -63,7 +69,7 @@ def test_lambda_as_louizos_weighs_it(params, strength, prices):
 def test_lambda_of_single_weights(params):
     probabilities = {"out": np.random.default_rng(1).random((4, 6)), "bias": np.full(7, 0.5)}
     given = gated(params, probabilities=probabilities)
-    penalty = gates.lambda_penalty({"out": 2.0}, weight_decay=0.1, examples=4)
+    penalty = lambda_penalty({"out": 2.0}, weight_decay=0.1, examples=4)
     squares = {name: np.asarray(params[name], np.float64) ** 2 for name in probabilities}
     total = (probabilities["out"] * (2 + 0.05 * squares["out"])).sum() + 0.5 * 0.05 * squares["bias"].sum()
     np.testing.assert_allclose(penalty.value(given, penalty.init(given)), total / 4, rtol=1e-5)
@@ -109,7 +115,7 @@ def test_the_gradient_of_the_expected_size_is_that_of_its_formula(params):
     def size(c, h):
         return (5 * c.sum() + 7 * c.sum() + 12 * h.sum() + 7) / 67
 
-    gradient = jax.grad(lambda p: gates.expected_size(params, GROUPS, p, gates.parameters()(params)) / 67)(
+    gradient = jax.grad(lambda p: expected_size(params, GROUPS, p, gates.parameters()(params)) / 67)(
         {name: jnp.asarray(p, jnp.float32) for name, p in P.items()}
     )
     for k in range(3):
@@ -128,7 +134,7 @@ def test_one_pair_of_multipliers_for_each_kind_of_a_shape(params):
         step=0,
         loss=0.0,
     )
-    penalty = gates.shape_lagrangian({"heads": 1, "columns": 2}, initial=(3.0, 5.0))
+    penalty = shape_lagrangian({"heads": 1, "columns": 2}, initial=(3.0, 5.0))
     multipliers = penalty.init(given)
     assert set(multipliers) == {"heads", "columns"}
     distances = {
@@ -143,7 +149,7 @@ def test_one_pair_of_multipliers_for_each_kind_of_a_shape(params):
 
 
 def test_the_loss_bound_by_hand(params):
-    penalty = gates.smallest_with(loss_bound=0.3, initial=2.0)
+    penalty = smallest_with(loss_bound=0.3, initial=2.0)
     sparsity, _ = _sparsity()
 
     def total(multipliers, loss):
@@ -194,14 +200,14 @@ def train_toy(penalty, steps=1500, rate=0.05):
     (params, state, _), (losses, multipliers) = jax.jit(lambda c, k: jax.lax.scan(step, c, k))(
         start, jax.random.split(jax.random.key(1), steps)
     )
-    kept = gates.kept_units(state.trainable["log_alpha"], [FEATURES])["features"]
+    kept = kept_units(state.trainable["log_alpha"], [FEATURES])["features"]
     return params, state, kept, losses, multipliers, loss_of
 
 
 @pytest.mark.parametrize("left", [2, 4, 6])
 def test_a_toy_reaches_its_target_with_the_right_features(left):
     _, state, kept, _, multipliers, _ = train_toy(gates.lagrangian(size=left))
-    expected = float(gates.nonzero_probability(state.trainable["log_alpha"]["features"]).sum())
+    expected = float(nonzero_probability(state.trainable["log_alpha"]["features"]).sum())
     assert abs(expected - left) < 0.25
     assert kept.tolist() == [True] * left + [False] * (8 - left)
     # Too large at first: λ1 falls; λ2 never does.
@@ -210,13 +216,13 @@ def test_a_toy_reaches_its_target_with_the_right_features(left):
 
 
 def test_a_toy_reaches_its_shape():
-    _, _, kept, *_ = train_toy(gates.shape_lagrangian({"features": 3}, warm_up=optax.linear_schedule(0.0, 1.0, 500)))
+    _, _, kept, *_ = train_toy(shape_lagrangian({"features": 3}, warm_up=optax.linear_schedule(0.0, 1.0, 500)))
     assert kept.tolist() == [True] * 3 + [False] * 5
 
 
 @pytest.mark.parametrize(("bound", "most"), [(0.25, 4), (0.12, 5)])
 def test_a_toy_becomes_small_and_respects_its_bound(bound, most):
-    params, state, kept, losses, multipliers, loss_of = train_toy(gates.smallest_with(loss_bound=bound), steps=3000)
+    params, state, kept, losses, multipliers, loss_of = train_toy(smallest_with(loss_bound=bound), steps=3000)
     assert float(losses[-1000:].mean()) < 1.1 * bound
     values = gates.gate_values(state.trainable["log_alpha"])
     assert float(loss_of(multiply_units(params, [FEATURES], values))) < bound
@@ -226,9 +232,9 @@ def test_a_toy_becomes_small_and_respects_its_bound(bound, most):
 
 
 def test_lambda_zero_opens_and_a_large_one_closes_everything():
-    _, _, kept, *_ = train_toy(gates.lambda_penalty(0.0, examples=1))
+    _, _, kept, *_ = train_toy(lambda_penalty(0.0, examples=1))
     assert kept[:6].all()
-    _, _, kept, *_ = train_toy(gates.lambda_penalty(10.0, examples=1))
+    _, _, kept, *_ = train_toy(lambda_penalty(10.0, examples=1))
     assert not kept.any()
 
 
@@ -238,11 +244,11 @@ def test_lambda_zero_opens_and_a_large_one_closes_everything():
         (lambda: gates.lagrangian(), "Give one of `sparsity` and `size`"),
         (lambda: gates.lagrangian(sparsity=0.5, size=3.0), "Give one of `sparsity` and `size`"),
         (lambda: gates.lagrangian(sparsity=1.5), r"`sparsity` must be in \[0, 1\], got 1.5"),
-        (lambda: gates.shape_lagrangian({}), "`shape` is empty"),
-        (lambda: gates.smallest_with(loss_bound=float("nan")), "`loss_bound` must be a finite number"),
-        (lambda: gates.smallest_with(loss_bound=1.0, initial=-1.0), "`initial` must not be negative"),
-        (lambda: gates.lambda_penalty(-1.0, examples=1), "must not be negative"),
-        (lambda: gates.lambda_penalty(1.0, examples=0), "`examples` must be at least 1"),
+        (lambda: shape_lagrangian({}), "`shape` is empty"),
+        (lambda: smallest_with(loss_bound=float("nan")), "`loss_bound` must be a finite number"),
+        (lambda: smallest_with(loss_bound=1.0, initial=-1.0), "`initial` must not be negative"),
+        (lambda: lambda_penalty(-1.0, examples=1), "must not be negative"),
+        (lambda: lambda_penalty(1.0, examples=0), "`examples` must be at least 1"),
     ],
 )
 def test_mistakes_are_named(make, message):
@@ -260,6 +266,6 @@ def test_targets_of_zero_and_one(params):
 
 def test_nan_is_no_price_and_no_target():
     with pytest.raises(ValueError, match="must not be negative, got nan"):
-        gates.lambda_penalty(float("nan"), examples=3)
+        lambda_penalty(float("nan"), examples=3)
     with pytest.raises(ValueError, match="`size` must be at least 0, got nan"):
         gates.lagrangian(size=float("nan"))

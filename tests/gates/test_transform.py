@@ -10,10 +10,16 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
 from jaxcompress import gates
+from jaxcompress._src.gates.measure import expected_size
+from jaxcompress._src.gates.penalty import lambda_penalty
+from jaxcompress._src.gates.targets import shape_lagrangian, smallest_with
+from jaxcompress._src.gates.values import kept_units
+from jaxcompress._src.solvers.hard_concrete import deterministic_gates, nonzero_probability
+from jaxcompress._src.structured import UnitGroup, remove_units
+from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import QuantSpec, quantization_aware, quantize
 from jaxcompress.tree import by_path
-from jaxcompress.units import UnitGroup, UnitSlices, remove_units
 
 KEY = jax.random.key(0)
 SIZES = {"first": (12, 8), "second": (8, 6), "last": (6, 4)}
@@ -66,7 +72,7 @@ def test_units_are_multiplied_where_they_are_read(form):
     params, transform = make_params(), transform_of(form=form)
     state = located(transform, params)
     found = transform.apply(params, state)
-    factors = [gates.deterministic_gates(LOCATIONS[group.name], form=form)[:, None] for group in GROUPS]
+    factors = [deterministic_gates(LOCATIONS[group.name], form=form)[:, None] for group in GROUPS]
     for name, factor in zip(SIZES, factors, strict=True):
         np.testing.assert_array_equal(found[name]["kernel"], params[name]["kernel"] * factor)
         np.testing.assert_array_equal(found[name]["bias"], params[name]["bias"])
@@ -82,7 +88,7 @@ def test_what_is_closed_can_be_taken_out(form):
     params, transform = make_params(), transform_of(form=form)
     state = located(transform, params)
     masked = transform.finalize(params, state)
-    keep = gates.kept_units(LOCATIONS, GROUPS, form=form)
+    keep = kept_units(LOCATIONS, GROUPS, form=form)
     small = remove_units(masked, GROUPS, keep)
     left = [int(kept.sum()) for kept in keep.values()]
     assert [small[name]["kernel"].shape for name in SIZES] == list(zip(left, [*left[1:], 4], strict=True))
@@ -144,10 +150,10 @@ def test_single_weights_have_gates_of_their_own():
     assert_equal_trees(found["second"], params["second"])
     sampled = transform.apply(params, state, key=KEY)["last"]["bias"] / params["last"]["bias"]
     assert len(np.unique(np.asarray(sampled, np.float32))) > 1
-    p = {name: np.asarray(gates.nonzero_probability(x), np.float64) for name, x in log_alpha.items()}
+    p = {name: np.asarray(nonzero_probability(x), np.float64) for name, x in log_alpha.items()}
     total = p["inputs"].sum() * 8 + 8 + 48 + 6 + p["last/bias"].sum() + p["last/kernel"].sum()
     full = 12 * 8 + 8 + 48 + 6 + 24 + 4
-    size = gates.expected_size(params, GROUPS[:1], p, gates.parameters()(params))
+    size = expected_size(params, GROUPS[:1], p, gates.parameters()(params))
     np.testing.assert_allclose(size, total, rtol=1e-6)
     multipliers = {"linear": jnp.float32(3.0), "quadratic": jnp.float32(0.0)}
     state = state._replace(trainable=state.trainable | {"multipliers": multipliers})
@@ -164,7 +170,7 @@ def test_zeros_survive_the_quantizer(spec):
     state = transform.init(params, key=KEY)
     state = state._replace(trainable=({**state.trainable[0], "log_alpha": dict(LOCATIONS)}, ()))
     found = jax.jit(transform.apply)(params, state)
-    keep = gates.kept_units(LOCATIONS, GROUPS)
+    keep = kept_units(LOCATIONS, GROUPS)
     for name, kept in zip(SIZES, keep.values(), strict=True):
         assert (found[name]["kernel"][~kept] == 0).all()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 12)), jnp.float32)
@@ -247,13 +253,13 @@ def test_training_traces_once_and_is_the_same_on_eight_devices_and_after_a_check
             {"groups": [UnitGroup(name="rows", count=2, slices=(UnitSlices(path="none", axis=0, gated=True),))]},
             "'rows' needs the leaf 'none'",
         ),
-        ({"penalty": gates.lambda_penalty({"heads": 1.0}, examples=1)}, "`strength` names 'heads'"),
+        ({"penalty": lambda_penalty({"heads": 1.0}, examples=1)}, "`strength` names 'heads'"),
         ({"penalty": gates.lagrangian(size=1e6)}, "above the full size, 186"),
         ({"penalty": gates.lagrangian(sparsity=1.0)}, "the least possible is 4 of 186"),
         ({"penalty": gates.lagrangian(sparsity=0.5, measure=lambda params: {})}, "counts nothing"),
-        ({"penalty": gates.smallest_with(loss_bound=1.0, measure=lambda params: {})}, "counts nothing"),
-        ({"penalty": gates.shape_lagrangian({"heads": 2})}, "`shape` names 'heads'; there are inputs, neurons"),
-        ({"penalty": gates.shape_lagrangian({"neurons": 7})}, "asks for 7 neurons; .*'second/kernel' has 6"),
+        ({"penalty": smallest_with(loss_bound=1.0, measure=lambda params: {})}, "counts nothing"),
+        ({"penalty": shape_lagrangian({"heads": 2})}, "`shape` names 'heads'; there are inputs, neurons"),
+        ({"penalty": shape_lagrangian({"neurons": 7})}, "asks for 7 neurons; .*'second/kernel' has 6"),
     ],
 )
 def test_mistakes_are_named(options, message):

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxcompress.lowrank import budget, energy, fixed_rank, parameter_share, spectrum
+from jaxcompress._src.lowrank.ranks import fixed_rank, spectrum
+from jaxcompress.lowrank import budget, energy, parameter_share
 
 
 def leaves(seed=0, shapes=((3, 5), (4, 4), (6, 2)), stack=1):

@@ -7,7 +7,9 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import pruning
-from jaxcompress.arrays import LowRankArray, QuantizedArray, SparseArray, sparsify, validate_array
+from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress.arrays import LowRankArray, QuantizedArray, sparsify
 from jaxcompress.calibration import InputStatistics, input_statistics
 from jaxcompress.lowrank import compress_factors, svd, with_residual
 from jaxcompress.quantization import QuantSpec, gptq, quantize

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.arrays import LowRankArray, validate_array
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress.arrays import LowRankArray
 from jaxcompress.calibration import InputStatistics, LookupCounts, input_statistics
 from jaxcompress.lowrank import activation_svd, budget, fisher_svd, parameter_share, svd
 from jaxcompress.trace import LeafLayout

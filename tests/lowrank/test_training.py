@@ -7,10 +7,11 @@ import optax
 import pytest
 
 import jaxcompress as jc
+from jaxcompress._src.lowrank.gates import expected_ranks
 from jaxcompress.arrays import LowRankArray
 from jaxcompress.calibration import InputStatistics
 from jaxcompress.distillation import make_train_step, soft_targets
-from jaxcompress.lowrank import expected_ranks, rank_gates, svd
+from jaxcompress.lowrank import rank_gates, svd
 from jaxcompress.models import from_pretrained
 from jaxcompress.trace import LeafLayout
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxcompress.models import BertConfig, make_module, parameter_shapes
+from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress.models import BertConfig, make_module
 
 collect_ignore = ["golden"]  # its script runs beside transformers 4.57 only
 GOLDEN = Path(__file__).parent / "golden"

@@ -8,14 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.models import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForSequenceClassification,
-    from_pretrained,
-    make_module,
-    parameter_shapes,
-)
+from jaxcompress._src.models.bert_heads import BertForMaskedLM, BertForSequenceClassification
+from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress.models import BertConfig, from_pretrained, make_module
 
 HEADS = ("encoder", "sequence_classification", "masked_lm")
 IDS = np.array([[3, 9, 4, 7, 1], [8, 2, 6, 0, 0]])

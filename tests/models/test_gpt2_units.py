@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress._src.structured.shrink import mask_units
 from jaxcompress.models import gpt2_units
-from jaxcompress.structured import mask_units, reconstruct, shrink
+from jaxcompress.structured import reconstruct, shrink
 
 LAYERS, HEADS, SIZE, INNER = 2, 3, 4, 10
 HIDDEN = HEADS * SIZE

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcompress.models import BertConfig, config_from_huggingface, config_to_huggingface, read_config
+from jaxcompress._src.models.hf_config import config_from_huggingface, config_to_huggingface, read_config
+from jaxcompress.models import BertConfig
 
 SETTINGS = {
     "architectures": ["BertModel"],

@@ -7,7 +7,8 @@ import pytest
 from flax.core import freeze
 from flax.traverse_util import unflatten_dict
 
-from jaxcompress.models import config_from_params, parameter_shapes
+from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress._src.models.shapes import config_from_params
 
 
 @dataclasses.dataclass

@@ -10,7 +10,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jaxcompress.models import _hf_write, from_pretrained, make_module, save_pretrained
+from jaxcompress._src.models import hf_write as _hf_write
+from jaxcompress.models import from_pretrained, make_module, save_pretrained
 
 HEADS = ("encoder", "sequence_classification", "masked_lm")
 BELONGS = {  # first component of the golden file's names, by head

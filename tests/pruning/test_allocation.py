@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from jaxcompress import pruning, tree
+from jaxcompress._src.pruning.allocation import erdos_renyi_kernel, global_rank
+from jaxcompress._src.pruning.normalize import normalized_scores
+from jaxcompress._src.pruning.sparsity import leaf_sparsities, sparsity_of
 from jaxcompress.trace import LeafLayout
 
-ALLOCATIONS = [pruning.uniform, pruning.erdos_renyi, pruning.erdos_renyi_kernel]
+ALLOCATIONS = [pruning.uniform, pruning.erdos_renyi, erdos_renyi_kernel]
 
 
 def _shapes(*shapes):
@@ -35,8 +38,8 @@ def test_kept_counts_are_those_of_masks():
     shares = pruning.erdos_renyi(params, sparsity=0.7)
     assert shares["bias"] is tree.Unselected
     masks = pruning.magnitude_masks(params, sparsity=shares)
-    assert pruning.sparsity_of(masks) == 210 / 300
-    assert pruning.leaf_sparsities(masks) == pytest.approx(shares)
+    assert sparsity_of(masks) == 210 / 300
+    assert leaf_sparsities(masks) == pytest.approx(shares)
 
 
 def test_erdos_renyi_by_hand():
@@ -50,12 +53,12 @@ def test_layouts_say_what_the_axes_are():
     heads = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2, 3))
     flat = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
     params = _shapes((6, 64, 4, 16), (64, 256))
-    for allocate in (pruning.erdos_renyi, pruning.erdos_renyi_kernel):
+    for allocate in (pruning.erdos_renyi, erdos_renyi_kernel):
         found = allocate(params, sparsity=0.9, layouts={"0": heads, "1": flat})
         densities = [1 - share for share in found.values()]
         assert densities[0] / densities[1] == pytest.approx((128 / 4096) / (320 / 16384), rel=1e-3)
     conv = LeafLayout(kind="conv", input_axes=(0, 1, 2), output_axes=(3,))
-    found = pruning.erdos_renyi_kernel(_shapes((3, 3, 64, 64), (64, 256)), sparsity=0.9, layouts={"0": conv, "1": flat})
+    found = erdos_renyi_kernel(_shapes((3, 3, 64, 64), (64, 256)), sparsity=0.9, layouts={"0": conv, "1": flat})
     assert (1 - found["0"]) / (1 - found["1"]) == pytest.approx((134 / 36864) / (320 / 16384), rel=1e-3)
 
 
@@ -65,22 +68,20 @@ def test_global_rank_and_normalised_scores():
         "small": jnp.asarray(rng.random((20, 10)), jnp.float32),
         "large": jnp.asarray(9 * rng.random((20, 10)), jnp.float32),
     }
-    plain = pruning.global_rank(scores, sparsity=0.5)
+    plain = global_rank(scores, sparsity=0.5)
     assert plain["small"] > 0.85
     for by in ("mean", "l2", "lamp"):
-        even = pruning.global_rank(pruning.normalized_scores(scores, by=by), sparsity=0.5)
+        even = global_rank(normalized_scores(scores, by=by), sparsity=0.5)
         assert abs(even["small"] - 0.5) < 0.1
         assert sum(round(share * 200) for share in even.values()) == 200
-    zero = pruning.normalized_scores({"w": jnp.zeros((2, 3))}, by="lamp")["w"]
+    zero = normalized_scores({"w": jnp.zeros((2, 3))}, by="lamp")["w"]
     assert zero.tolist() == [[0.0] * 3] * 2
 
 
 def test_lamp_against_its_definition():
     rng = np.random.default_rng(1)
     for score in (rng.random((7, 9)) * 1e-25, rng.integers(0, 4, size=(5, 6)).astype(float)):
-        found = np.asarray(
-            pruning.normalized_scores({"w": jnp.asarray(score, jnp.float32)}, by="lamp")["w"], np.float64
-        )
+        found = np.asarray(normalized_scores({"w": jnp.asarray(score, jnp.float32)}, by="lamp")["w"], np.float64)
         flat = score.reshape(-1)
         order = np.lexsort((-np.arange(flat.size), flat))
         wanted = np.zeros(flat.size)
@@ -95,7 +96,7 @@ def test_mistakes_are_named():
     with pytest.raises(ValueError, match=r"`sparsity` must be in \[0, 1\], got 1.5"):
         pruning.uniform(_shapes((2, 2)), sparsity=1.5)
     with pytest.raises(ValueError, match="not negative") as caught:
-        pruning.normalized_scores({"w": -jnp.ones(2)}, by="lamp")
+        normalized_scores({"w": -jnp.ones(2)}, by="lamp")
     assert "at leaf 'w'" in caught.value.__notes__
 
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from jaxcompress import pruning
+from jaxcompress._src.pruning.allocation import erdos_renyi_kernel
 from jaxcompress.schedules import cubic
 from jaxcompress.trace import LeafLayout
 
@@ -61,7 +62,7 @@ def test_two_of_four_of_torch(golden):
     np.testing.assert_array_equal(state.fixed.masks["w"], golden["two_of_four/mask"])
 
 
-@pytest.mark.parametrize(("kind", "allocate"), [("kernel", pruning.erdos_renyi_kernel), ("plain", pruning.erdos_renyi)])
+@pytest.mark.parametrize(("kind", "allocate"), [("kernel", erdos_renyi_kernel), ("plain", pruning.erdos_renyi)])
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.95])
 def test_erdos_renyi_of_fastsparse(golden, kind, allocate, sparsity):
     shapes = [tuple(n for n in shape if n) for shape in golden["erdos_renyi/shapes"].tolist()]

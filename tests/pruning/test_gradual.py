@@ -7,7 +7,8 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import pruning, tree
-from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, QuantizedArray, validate_array
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, QuantizedArray
 from jaxcompress.quantization import QuantSpec, quantization_aware, quantize
 from jaxcompress.schedules import constant, cubic
 from jaxcompress.trace import LeafLayout

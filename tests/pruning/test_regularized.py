@@ -8,10 +8,10 @@ import pytest
 import toys
 
 from jaxcompress import pruning
+from jaxcompress._src.transforms import chain
 from jaxcompress.distillation import make_train_step
 from jaxcompress.schedules import constant
 from jaxcompress.trace import LeafLayout
-from jaxcompress.transforms import chain
 from jaxcompress.tree import Unselected
 
 RNG = np.random.default_rng(0)

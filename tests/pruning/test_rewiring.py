@@ -8,6 +8,7 @@ import pytest
 import toys
 
 from jaxcompress import pruning
+from jaxcompress._src.pruning.rewiring import rewire
 from jaxcompress.distillation import make_train_step
 
 PARAMS = {
@@ -41,7 +42,7 @@ def test_rewire_against_sorts(ties, fraction):
     shapes = [(13, 7), (6, 4)]
     masks = [rng.random(shape) < 0.4 for shape in shapes]
     weights, candidates = [draw(*shape) for shape in shapes], [draw(*shape) for shape in shapes]
-    found = pruning.rewire(
+    found = rewire(
         *[[jnp.asarray(x) for x in column] for column in (masks, weights, candidates)], jnp.float32(fraction)
     )
     for new, mask, w, g in zip(found, masks, weights, candidates, strict=True):

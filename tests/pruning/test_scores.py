@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jaxcompress import pruning, tree
+from jaxcompress._src.pruning.evidence_scores import add_movement, movement_scores
+from jaxcompress._src.pruning.patterns import Unstructured
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -24,7 +26,7 @@ def _kernel(layer, values):
     [
         (pruning.taylor_scores, lambda w, g: np.abs(w * g)),
         (lambda p, g: pruning.fisher_scores(p, jax.tree.map(jnp.square, g)), lambda w, g: w**2 * g**2 / 2),
-        (lambda p, g: pruning.movement_scores(p, pruning.add_movement(None, p, g)), lambda w, g: -w * g),
+        (lambda p, g: movement_scores(p, add_movement(None, p, g)), lambda w, g: -w * g),
     ],
 )
 def test_against_numpy(make, expected):
@@ -46,7 +48,7 @@ def test_snip_adds_up_to_one_over_all_leaves():
 
 
 def test_movement_accumulates_over_the_steps_of_a_training():
-    add = jax.jit(pruning.add_movement)
+    add = jax.jit(add_movement)
     total, wanted, params = None, 0.0, PARAMS
     for step in range(3):
         gradients = jax.tree.map(lambda g, step=step: g * (step + 1), EVIDENCE)
@@ -68,13 +70,13 @@ def test_every_score_goes_with_every_scope_and_pattern(scope, pattern):
     """Counts are exact; 24 and 20 weights divide into all units."""
     for scores in (
         pruning.taylor_scores(PARAMS, EVIDENCE),
-        pruning.movement_scores(PARAMS, EVIDENCE),
+        movement_scores(PARAMS, EVIDENCE),
         pruning.snip_scores(PARAMS, EVIDENCE),
         pruning.random_scores(PARAMS, key=jax.random.key(0)),
     ):
         masks = pruning.masks_from_scores(scores, sparsity=0.25, scope=scope, pattern=pattern)
         kept = [int(masks[layer]["kernel"].sum()) for layer in PARAMS]
-        if isinstance(pattern, pruning.Unstructured) and scope != "row":
+        if isinstance(pattern, Unstructured) and scope != "row":
             assert sum(kept) == 33
         # Runs and tiles round by themselves: a row of two tiles keeps both or one.
         assert 22 <= sum(kept) <= 44
@@ -92,4 +94,4 @@ def test_mistakes_name_the_leaf():
         pruning.fisher_scores(PARAMS, jax.tree.map(lambda g: -jnp.abs(g), EVIDENCE))
     broken = jax.tree.map(lambda g: g * jnp.nan, EVIDENCE)
     with pytest.raises(ValueError, match="Leaf 'a/kernel' holds 24 NaN"):
-        pruning.movement_scores(PARAMS, broken)
+        movement_scores(PARAMS, broken)

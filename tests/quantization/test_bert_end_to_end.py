@@ -8,8 +8,9 @@ import pytest
 from small_bert import small_classifier
 
 import jaxcompress as jc
+from jaxcompress._src.quantization.input_transforms import quantized_inputs
 from jaxcompress.distillation import make_train_step, soft_targets
-from jaxcompress.quantization import QuantSpec, input_ranges, lsq, lsq_inputs, quantized_inputs
+from jaxcompress.quantization import QuantSpec, input_ranges, lsq, lsq_inputs
 from jaxcompress.tree import leaves_with_paths
 
 KERNELS = jc.tree.by_path("bert/encoder/.*kernel")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
+from jaxcompress._src.quantization.bit_allocation import quantize_each
 from jaxcompress.calibration import fisher
 from jaxcompress.quantization import (
     QuantSpec,
@@ -16,7 +17,6 @@ from jaxcompress.quantization import (
     fisher_sensitivity,
     measured_sensitivity,
     quantize,
-    quantize_each,
     reconstruct,
 )
 

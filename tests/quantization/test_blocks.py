@@ -5,8 +5,10 @@ import math
 import jax.numpy as jnp
 import pytest
 
+from jaxcompress._src.quantization.blocks import packing_axis, scale_shape
+from jaxcompress._src.quantization.round_to_nearest import quantize_array
 from jaxcompress.arrays import PackedArray
-from jaxcompress.quantization import QuantSpec, packing_axis, quantize_array, scale_shape
+from jaxcompress.quantization import QuantSpec
 from jaxcompress.trace import LeafLayout
 
 IN_OUT = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))

@@ -10,10 +10,10 @@ import zoo
 from small_bert import small_classifier
 
 import jaxcompress as jc
+from jaxcompress._src.types import is_compressed
 from jaxcompress.arrays import QuantizedArray
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
 from jaxcompress.tree import leaves_with_paths
-from jaxcompress.types import is_compressed
 
 SPEC = QuantSpec(bits=4, group_size=32, scale_dtype="bfloat16")
 

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from optimized import OPTIONS
 
-from jaxcompress.quantization import QuantSpec, block_scales, fake_quantize_array, quantize_array
+from jaxcompress._src.quantization.fake_quant import fake_quantize_array
+from jaxcompress._src.quantization.round_to_nearest import quantize_array
+from jaxcompress._src.quantization.scales import block_scales
+from jaxcompress.quantization import QuantSpec
 from jaxcompress.trace import LeafLayout
 
 IN_OUT = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))

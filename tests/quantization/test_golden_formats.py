@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.quantization import QuantSpec, entropy_clip, learned_quantize_array, quantize_array
+from jaxcompress._src.quantization.entropy import entropy_clip
+from jaxcompress._src.quantization.learned import learned_quantize_array
+from jaxcompress._src.quantization.round_to_nearest import quantize_array
+from jaxcompress.quantization import QuantSpec
 from jaxcompress.trace import LeafLayout
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "formats.npz")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from optimized import OPTIONS
 
+from jaxcompress._src.quantization import gptq as _gptq
 from jaxcompress.calibration import input_statistics
-from jaxcompress.quantization import QuantSpec, RangeSearch, _gptq, gptq
+from jaxcompress.quantization import QuantSpec, RangeSearch, gptq
 
 with np.load(Path(__file__).parent / "golden" / "gptq.npz") as _file:
     GOLDEN = dict(_file)

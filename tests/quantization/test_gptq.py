@@ -10,9 +10,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
 from jaxcompress import quantization, tree
+from jaxcompress._src.solvers.descent import coordinate_descent, least_squares_scales
 from jaxcompress.calibration import InputStatistics, LookupCounts, input_statistics
 from jaxcompress.quantization import QuantSpec, RangeSearch, gptq, reconstruct
-from jaxcompress.solvers import coordinate_descent, least_squares_scales
 from jaxcompress.trace import LeafLayout
 
 RNG = np.random.default_rng(0)

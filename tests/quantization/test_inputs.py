@@ -10,20 +10,19 @@ import zoo
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
+from jaxcompress._src.quantization.entropy import entropy_clip
+from jaxcompress._src.quantization.input_transforms import quantized_inputs
+from jaxcompress._src.quantization.inputs import InputRange, InputRounding
 from jaxcompress.arrays import InputQuantizedArray, component_shardings
 from jaxcompress.checkpoint import restore, save
 from jaxcompress.quantization import (
-    InputRange,
-    InputRounding,
     QuantSpec,
-    entropy_clip,
     fake_quantize,
     input_ranges,
     lsq_inputs,
     pact_inputs,
     quantize,
     quantize_inputs,
-    quantized_inputs,
 )
 from jaxcompress.tree import Unselected, leaves_with_paths
 
@@ -235,7 +234,7 @@ def test_a_description_in_a_checkpoint_that_makes_no_sense_is_an_error():
 
 
 def checkpoint_codec():
-    from jaxcompress.checkpoint._compressed import COMPRESSED
+    from jaxcompress._src.checkpoint.compressed import COMPRESSED
 
     return COMPRESSED["InputQuantizedArray"].static["inputs"]
 

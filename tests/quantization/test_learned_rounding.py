@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.calibration import segments
-from jaxcompress.quantization import QuantSpec, RoundingSchedule, fixed_point, learned_rounding, quantize
+from jaxcompress._src.calibration.segments import segments
+from jaxcompress._src.quantization.learned_rounding import RoundingSchedule
+from jaxcompress.quantization import QuantSpec, fixed_point, learned_rounding, quantize
 
 SPEC = QuantSpec(bits=2, group_size=4, symmetric=False)
 

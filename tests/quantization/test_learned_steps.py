@@ -9,8 +9,11 @@ import optax
 import pytest
 
 import jaxcompress as jc
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.quantization.blocks import scale_shape
+from jaxcompress._src.quantization.learned import learned_quantize_array
 from jaxcompress.arrays import sparsify
-from jaxcompress.quantization import QuantSpec, learned_quantize_array, lsq, scale_shape
+from jaxcompress.quantization import QuantSpec, lsq
 from jaxcompress.trace import LeafLayout
 
 KEY = jax.random.key(0)
@@ -143,7 +146,7 @@ def test_what_is_trained_is_what_is_stored(name):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
     assert effective["second"][3, 2] == 0
-    jc.arrays.validate_array(final["first"]["kernel"])
+    validate_array(final["first"]["kernel"])
 
 
 def test_start_from_the_mean_is_the_paper():

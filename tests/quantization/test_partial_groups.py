@@ -10,26 +10,27 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
-from jaxcompress.arrays import component_shardings, sparsify, validate_array
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.quantization.fake_quant import fake_quantize_array
+from jaxcompress._src.quantization.round_to_nearest import quantize_array
+from jaxcompress._src.types import is_compressed
+from jaxcompress.arrays import component_shardings, sparsify
 from jaxcompress.calibration import input_statistics
 from jaxcompress.clustering import CodebookSpec, cluster
 from jaxcompress.quantization import (
     QuantSpec,
     awq,
     fake_quantize,
-    fake_quantize_array,
     gptq,
     hqq,
     learned_rounding,
     lsq,
     quantize,
-    quantize_array,
     quantize_inputs,
     reconstruct,
 )
 from jaxcompress.trace import BlockError, LeafLayout, LeftOutWarning
 from jaxcompress.tree import by_path
-from jaxcompress.types import is_compressed
 
 KERNEL = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
 PARTIAL = QuantSpec(bits=4, group_size=8, partial_groups=True)

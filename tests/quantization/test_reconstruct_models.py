@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.calibration import input_statistics, pausing, stops
+from jaxcompress._src.calibration.pause import pausing, stops
+from jaxcompress.calibration import input_statistics
 from jaxcompress.quantization import QuantSpec, correct_biases, gptq, quantize, reconstruct
 
 RNG = np.random.default_rng(7)

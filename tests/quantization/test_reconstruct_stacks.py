@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress.calibration import pausing, stops
+from jaxcompress._src.calibration.pause import pausing, stops
 from jaxcompress.quantization import QuantSpec, correct_biases, quantize, reconstruct
 
 RNG = np.random.default_rng(3)

@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.arrays import dequantize, validate_array
-from jaxcompress.quantization import (
-    QuantSpec,
-    block_scales,
-    fake_quantize_array,
-    quantize_array,
-    round_to_codes,
-    scale_shape,
-)
+from jaxcompress._src.arrays.quantized import dequantize
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.quantization.blocks import scale_shape
+from jaxcompress._src.quantization.fake_quant import fake_quantize_array
+from jaxcompress._src.quantization.round_to_nearest import quantize_array
+from jaxcompress._src.quantization.rounding import round_to_codes
+from jaxcompress._src.quantization.scales import block_scales
+from jaxcompress.quantization import QuantSpec
 from jaxcompress.trace import LeafLayout
 
 # name: (shape, input axes, stacked axes, who shares a scale); the other axes are outputs.

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress._src.types import is_compressed
 from jaxcompress.calibration import input_statistics
 from jaxcompress.quantization import QuantSpec, awq, smooth
 from jaxcompress.trace import folds, layouts
 from jaxcompress.tree import by_path, leaves_with_paths
-from jaxcompress.types import is_compressed
 
 LAYERS, WIDTH = 3, 12
 X = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, WIDTH)) * np.linspace(0.1, 9.0, WIDTH), jnp.float32)

@@ -8,10 +8,10 @@ import pytest
 from toys import toy_mask
 
 import jaxcompress as jc
+from jaxcompress._src.types import Transform, TransformState
 from jaxcompress.arrays import sparsify
 from jaxcompress.quantization import QuantSpec, quantization_aware, quantize
 from jaxcompress.tree import Unselected, by_path
-from jaxcompress.types import Transform, TransformState
 
 KEY = jax.random.key(0)
 SPECS = [QuantSpec(bits=4, group_size=2), QuantSpec(bits=3, symmetric=False), QuantSpec(bits=1)]

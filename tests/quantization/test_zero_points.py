@@ -9,10 +9,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxcompress.arrays import PackedArray, component_shardings, validate_array
+from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.execution.execute import execute
+from jaxcompress._src.quantization.round_to_nearest import quantize_array
+from jaxcompress.arrays import PackedArray, component_shardings
 from jaxcompress.calibration import input_statistics
-from jaxcompress.execution import execute
-from jaxcompress.quantization import QuantSpec, gptq, hqq, quantize, quantize_array
+from jaxcompress.quantization import QuantSpec, gptq, hqq, quantize
 from jaxcompress.trace import LeafLayout
 
 KERNEL = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))

@@ -7,6 +7,7 @@ import zipfile
 import pytest
 
 from jaxcompress import recipe
+from jaxcompress._src.recipe.assets import AssetError
 
 CONTENT = b"weights"
 ASSET = recipe.Asset(
@@ -57,7 +58,7 @@ def test_it_is_downloaded_once_and_mended_if_damaged(notes, monkeypatch):
 )
 def test_what_is_not_the_asset_is_refused_and_nothing_is_left(notes, monkeypatch, content, name, message):
     _pip_that_brings(content, monkeypatch, name)
-    with pytest.raises(recipe.AssetError, match=message):
+    with pytest.raises(AssetError, match=message):
         recipe.fetch(ASSET, note=notes.append)
     assert list(recipe.cache_directory().iterdir()) == []
 
@@ -65,5 +66,5 @@ def test_what_is_not_the_asset_is_refused_and_nothing_is_left(notes, monkeypatch
 def test_without_pip_or_network_there_is_one_clear_line(notes, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: first\nERROR: No matching distribution found")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
-    with pytest.raises(recipe.AssetError, match=r"no-such-distribution 1\.0 is needed.*No matching distribution found"):
+    with pytest.raises(AssetError, match=r"no-such-distribution 1\.0 is needed.*No matching distribution found"):
         recipe.fetch(ASSET, note=notes.append)

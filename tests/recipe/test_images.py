@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import recipe
+from jaxcompress._src.recipe.assets import AssetError
 
 
 def _gzip(data: bytes) -> bytes:
@@ -66,7 +67,7 @@ def test_what_is_no_idx_file_is_named(fashion, content, message):
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(recipe.AssetError, match=message):
+    with pytest.raises(AssetError, match=message):
         recipe.fashion_mnist(directory)
 
 
@@ -92,9 +93,9 @@ def test_the_split_of_the_digits_takes_the_sorts_in_turn(tmp_path):
 
 
 def test_another_table_of_digits_is_refused(tmp_path):
-    with pytest.raises(recipe.AssetError, match=r"500 of each label in order, got \(20, 785\)"):
+    with pytest.raises(AssetError, match=r"500 of each label in order, got \(20, 785\)"):
         recipe.mnist_5k(_digits(tmp_path / "short.csv.gz", np.arange(20) % 10))
-    with pytest.raises(recipe.AssetError, match="is not a table of pixels and labels"):
+    with pytest.raises(AssetError, match="is not a table of pixels and labels"):
         recipe.mnist_5k(tmp_path / "absent.csv.gz")
 
 
@@ -163,7 +164,7 @@ def test_the_files_of_an_installed_debian_package_are_copied(notes, tmp_path, mo
 )
 def test_what_fails_is_said_and_nothing_is_left(notes, monkeypatch, content, failing, message):
     _apt_that_brings(content, monkeypatch, failing=failing)
-    with pytest.raises(recipe.AssetError, match=message):
+    with pytest.raises(AssetError, match=message):
         recipe.fetch(ASSET, note=notes.append)
     assert list(recipe.cache_directory().iterdir()) == []
 
@@ -171,5 +172,5 @@ def test_what_fails_is_said_and_nothing_is_left(notes, monkeypatch, content, fai
 def test_a_package_without_the_member_is_named(notes, monkeypatch):
     _apt_that_brings(b"rows", monkeypatch)
     other = dataclasses.replace(ASSET, members={"usr/share/other.gz": "0"})
-    with pytest.raises(recipe.AssetError, match=r"all\.deb does not hold usr/share/other\.gz"):
+    with pytest.raises(AssetError, match=r"all\.deb does not hold usr/share/other\.gz"):
         recipe.fetch(other, note=notes.append)

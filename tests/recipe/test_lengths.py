@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from jaxcompress.recipe import _compress
-from jaxcompress.recipe._steps import ClusterStep, PruneStep
+from jaxcompress._src.recipe import compress as _compress
+from jaxcompress._src.recipe.steps import ClusterStep, PruneStep
 
 PARAMS = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)}
 LAYOUTS = jc.trace.layouts(lambda p, x: x @ p["w"], PARAMS, jnp.ones((2, 8)))

@@ -6,6 +6,9 @@ import itertools
 import pytest
 
 from jaxcompress import recipe
+from jaxcompress._src.recipe.compress import without_distillation
+from jaxcompress._src.recipe.recipe import Saving, packaged_recipes
+from jaxcompress._src.recipe.steps import ClusterStep, PruneStep, QuantizeStep
 from jaxcompress.clustering import CodebookSpec
 from jaxcompress.pruning import n_of_m, unstructured
 
@@ -17,8 +20,8 @@ def _read(tmp_path, text):
 
 
 def test_the_recipes_of_the_library_can_be_read():
-    assert {"deep-compression", "demo", "demo-full", "int4"} <= set(recipe.packaged_recipes())
-    for name in recipe.packaged_recipes():
+    assert {"deep-compression", "demo", "demo-full", "int4"} <= set(packaged_recipes())
+    for name in packaged_recipes():
         read = recipe.read_recipe(name)
         assert (read.save.storage, bool(read.cluster)) == (
             ("entropy", True) if name == "deep-compression" else ("orbax", False)
@@ -50,8 +53,8 @@ def test_options_reach_their_steps(tmp_path):
     assert (read.quantize[0].spec().bits, read.quantize[0].spec().scale_dtype) == (3, "float32")
     assert read.distil.widths == (8, 16)
     assert read.distil.learning_rate == 1.0
-    assert recipe.PruneStep(select=".*", sparsity=0.1).parsed_pattern() == unstructured()
-    assert recipe.without_distillation(read).distil is None
+    assert PruneStep(select=".*", sparsity=0.1).parsed_pattern() == unstructured()
+    assert without_distillation(read).distil is None
 
 
 def test_options_of_shared_values_reach_their_step(tmp_path):
@@ -77,7 +80,7 @@ def test_options_of_shared_values_reach_their_step(tmp_path):
     assert read.cluster[0].spec() == CodebookSpec(values=8, per="output", rate=0.01, dtype="float32", zero=False)
     assert (read.cluster[0].until, read.cluster[0].frozen, read.save.storage) == (0.5, False, "entropy")
     assert read.distils
-    bare = recipe.without_distillation(read)
+    bare = without_distillation(read)
     assert (bare.distils, bare.cluster, bare.save) == (False, read.cluster, read.save)
 
 
@@ -165,11 +168,11 @@ ODD = [
     "'.*'", "[]", "[5]", "[5, 4]", "[-1]", "['x']", "[[1]]", "[nan]", "{}", "{a = 1}", "1979-05-27", "07:32:00",
 ]  # fmt: skip
 STEPS = {
-    "prune": ("[[prune]]", {"select": "'.*'", "sparsity": "0.5"}, recipe.PruneStep, ""),
-    "quantize": ("[[quantize]]", {"select": "'.*'", "bits": "4"}, recipe.QuantizeStep, ""),
-    "cluster": ("[[cluster]]", {"select": "'.*'", "values": "4"}, recipe.ClusterStep, ""),
+    "prune": ("[[prune]]", {"select": "'.*'", "sparsity": "0.5"}, PruneStep, ""),
+    "quantize": ("[[quantize]]", {"select": "'.*'", "bits": "4"}, QuantizeStep, ""),
+    "cluster": ("[[cluster]]", {"select": "'.*'", "values": "4"}, ClusterStep, ""),
     "distil": ("[distil]", {"epochs": "1", "learning_rate": "0.1", "pooled": "1"}, recipe.Training, QUANTIZE),
-    "save": ("[save]", {}, recipe.Saving, QUANTIZE),
+    "save": ("[save]", {}, Saving, QUANTIZE),
 }
 
 

@@ -8,9 +8,15 @@ import pytest
 from small_bert import small_classifier
 
 from jaxcompress import checkpoint, recipe, report, tree
-from jaxcompress.arrays import CodebookArray, QuantizedArray, SparseArray
+from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.recipe import compress as _compress
+from jaxcompress._src.recipe.compress import without_distillation
+from jaxcompress._src.recipe.recipe import Recipe, Saving
+from jaxcompress._src.recipe.steps import ClusterStep, PruneStep, QuantizeStep
+from jaxcompress._src.recipe.text import read_texts
+from jaxcompress.arrays import CodebookArray, QuantizedArray
 from jaxcompress.models import from_pretrained
-from jaxcompress.recipe import ClusterStep, PruneStep, QuantizeStep, Recipe, Training, _compress
+from jaxcompress.recipe import Training
 
 ENCODER, EMBEDDINGS = "bert/encoder/.*/kernel", "bert/embeddings/.*/embedding"
 FEED_FORWARD, ATTENTION = "bert/encoder/.*(intermediate|output)/dense/kernel", "bert/encoder/.*self/.*/kernel"
@@ -23,7 +29,7 @@ SLOWLY = Training(epochs=1, learning_rate=1e-3, soft_targets=1.0, widths=(16,), 
 CLOSER = Training(epochs=10, learning_rate=1e-3, pooled=1.0, widths=(16,))
 WHOLE = Recipe(
     prune=(PRUNE,), quantize=(INT4,), cluster=(SHARE, FROZEN), distil=DISTIL, distil_shared=SLOWLY,
-    save=recipe.Saving(storage="entropy"),
+    save=Saving(storage="entropy"),
 )  # fmt: skip
 
 
@@ -34,7 +40,7 @@ def model(bert_directory):
 
 @pytest.fixture(scope="module")
 def tokens(bert_directory, data_file):
-    return recipe.tokenize(bert_directory, recipe.read_texts(data_file))
+    return recipe.tokenize(bert_directory, read_texts(data_file))
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +70,7 @@ def test_every_step_acts_on_its_leaves(compressed):
 def test_the_second_part_trains_values_and_leaves_finished_leaves_alone(model, tokens, compressed):
     """Frozen leaves are those of the start; what the first part rounded has its bits in the second."""
     module, params = model
-    once = recipe.compress(recipe.without_distillation(WHOLE), module, params)
+    once = recipe.compress(without_distillation(WHOLE), module, params)
     for kept, wanted in zip(_leaves(compressed, EMBEDDINGS), _leaves(once, EMBEDDINGS), strict=True):
         np.testing.assert_array_equal(kept.materialize(), wanted.materialize())
     first = recipe.compress(Recipe(prune=(PRUNE,), quantize=(INT4,), cluster=(FROZEN,), distil=DISTIL), *model, tokens)

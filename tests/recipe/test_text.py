@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jaxcompress import recipe
-from jaxcompress.recipe._tokens import evaluation_batches, training_batches
+from jaxcompress._src.recipe.text import read_texts
+from jaxcompress._src.recipe.tokens import evaluation_batches, training_batches
 
 
 def _tokens(lengths):
@@ -71,16 +72,16 @@ def test_mistakes_in_data_are_named(tmp_path, text, message):
     path = tmp_path / "rows.csv"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        recipe.read_texts(path)
+        read_texts(path)
     assert "rows.csv" in str(caught.value)
 
 
 def test_labels_are_optional(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text("text\nfirst\nsecond")
-    assert recipe.read_texts(path).labels.tolist() == [-100, -100]
+    assert read_texts(path).labels.tolist() == [-100, -100]
     with pytest.raises(FileNotFoundError, match=r"absent\.csv"):
-        recipe.read_texts(tmp_path / "absent.csv")
+        read_texts(tmp_path / "absent.csv")
 
 
 def test_tokenizing_adds_the_special_tokens_and_cuts(bert_directory):

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxcompress.report import _latency, compare_latency, latency
+from jaxcompress._src.report import latency as _latency
+from jaxcompress.report import compare_latency, latency
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 
-from jaxcompress.solvers import cheapest_choice
+from jaxcompress._src.solvers.budget import cheapest_choice
 
 
 def _best_of_all(costs, losses, budget):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.solvers import damped_cholesky, inverse_factor
+from jaxcompress._src.solvers.cholesky import damped_cholesky, inverse_factor
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.solvers import block_sizes, inverse_factor, keep_in_runs, solve_columns
+from jaxcompress._src.solvers.cholesky import inverse_factor
+from jaxcompress._src.solvers.columns import block_sizes, solve_columns
+from jaxcompress._src.solvers.runs import keep_in_runs
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,10 @@ import itertools
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress.solvers import alternating_mask, keep_in_runs, keep_largest, masked_least_squares
+from jaxcompress._src.solvers.alternating import alternating_mask
+from jaxcompress._src.solvers.masked import masked_least_squares
+from jaxcompress._src.solvers.rank import keep_largest
+from jaxcompress._src.solvers.runs import keep_in_runs
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(30, 6)) @ (RNG.normal(size=(6, 6)) / 2 + 0.6)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jaxcompress.solvers import count_true, keep_in_runs, keep_largest, order_keys
-from jaxcompress.solvers._counting import fold_factor
-from jaxcompress.solvers._search import search_threshold
+from jaxcompress._src.solvers.counting import count_true, fold_factor
+from jaxcompress._src.solvers.order import order_keys
+from jaxcompress._src.solvers.rank import keep_largest
+from jaxcompress._src.solvers.runs import keep_in_runs
+from jaxcompress._src.solvers.search import search_threshold
 
 
 def _keep(leaves, dropped):

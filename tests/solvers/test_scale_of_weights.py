@@ -6,9 +6,9 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import clustering, lowrank, pruning, quantization
+from jaxcompress._src.solvers.outputs import not_worse, unit_of
 from jaxcompress.calibration import InputStatistics, LookupCounts
 from jaxcompress.quantization import QuantSpec
-from jaxcompress.solvers import not_worse, unit_of
 from jaxcompress.trace import LeafLayout
 
 DEPTH, WIDTH = 12, 5

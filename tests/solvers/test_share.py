@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.solvers import share_of
+from jaxcompress._src.solvers.share import share_of
 
 
 def _cases():

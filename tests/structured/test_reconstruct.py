@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.calibration import pausing
+from jaxcompress._src.calibration.pause import pausing
+from jaxcompress._src.structured import UnitGroup
+from jaxcompress._src.structured.shrink import mask_units
+from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.quantization import QuantSpec, quantize
-from jaxcompress.structured import mask_units, reconstruct, shrink
-from jaxcompress.units import UnitGroup, UnitSlices
+from jaxcompress.structured import reconstruct, shrink
 
 WIDTH, INNER, BLOCKS = 4, (6, 10), 2
 KEEP = {"b0": np.array([1, 0, 1]), "b1": np.array([0, 1, 1, 0, 1])}  # units of two inner features

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress._src.structured import UnitGroup
+from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import (
     fisher_matrix,
@@ -13,7 +15,6 @@ from jaxcompress.structured import (
     magnitude_unit_scores,
     taylor_unit_scores,
 )
-from jaxcompress.units import UnitGroup, UnitSlices
 
 GROUP = UnitGroup(
     name="g",

@@ -11,9 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress import trace, tree
+from jaxcompress._src.structured import UnitGroup
+from jaxcompress._src.units.count import unit_sizes
+from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.models import BertConfig, bert_units, from_pretrained, make_module, resized, save_pretrained
 from jaxcompress.structured import flop_costs, magnitude_unit_scores, parameter_costs, select_units, shrink
-from jaxcompress.units import UnitGroup, UnitSlices, unit_sizes
 
 
 def _problem(counts, widths, fixed=3):
@@ -113,7 +115,7 @@ def test_every_pool_keeps_the_same_share():
 
 
 def test_many_costs_are_selected_greedily(monkeypatch):
-    from jaxcompress.structured import _select
+    from jaxcompress._src.structured import select as _select
 
     monkeypatch.setattr(_select, "_MOST_COMBINATIONS", 1)
     groups, params = _problem([2, 2, 2], [1, 2, 5], fixed=0)

@@ -7,6 +7,8 @@ import pytest
 import zoo
 
 from jaxcompress import trace, tree
+from jaxcompress._src.trace.origin import reshape_runs
+from jaxcompress._src.trace.selection import selected_layouts
 
 
 def _by_path(apply, params, *inputs):
@@ -142,7 +144,7 @@ def test_static_flags_stay_static():
     ],
 )
 def test_reshape_runs_cover_both_shapes(old, new):
-    runs = trace.reshape_runs(old, new)
+    runs = reshape_runs(old, new)
     assert [axis for left, _ in runs for axis in left] == list(range(len(old)))
     assert [axis for _, right in runs for axis in right] == list(range(len(new)))
     for left, right in runs:
@@ -156,20 +158,20 @@ def test_reshape_runs_cover_both_shapes(old, new):
 
 def test_default_layouts_and_selection():
     params = {"embed": {"embedding": jnp.ones((9, 4))}, "dense": {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones(4)}}
-    chosen = trace.selected_layouts(params)
+    chosen = selected_layouts(params)
     assert chosen["dense"]["bias"] is tree.Unselected
     assert chosen["dense"]["kernel"].input_axes == (0, 1)
     assert chosen["embed"]["embedding"].input_axes == (1,)
-    only = trace.selected_layouts(params, select=tree.by_path("dense/kernel"))
+    only = selected_layouts(params, select=tree.by_path("dense/kernel"))
     assert only["embed"]["embedding"] is tree.Unselected
     with pytest.raises(ValueError, match="nothing is selected"):
-        trace.selected_layouts({"bias": jnp.ones(4)})
+        selected_layouts({"bias": jnp.ones(4)})
 
 
 def test_selection_by_layouts_leaves_out_what_is_no_weight():
     params = {"positions": jnp.ones((3, 4)), "kernel": jnp.ones((5, 4))}
     found = trace.layouts(lambda p, x: x @ p["kernel"] + p["positions"], params, jnp.ones((3, 5)))
-    chosen = trace.selected_layouts(params, layouts=found)
+    chosen = selected_layouts(params, layouts=found)
     assert chosen["positions"] is tree.Unselected
     assert chosen["kernel"] == dataclasses.replace(found["kernel"])
 

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxcompress as jc
 from jaxcompress import clustering, lowrank, pruning, quantization, trace, tree
+from jaxcompress._src.trace.selection import selected_layouts
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -73,7 +74,7 @@ def test_small_leaves_and_those_of_the_activations_are_no_weights():
     assert {leaf.path.rsplit("/", 1)[-1] for leaf in table.leaves if leaf.selected} == {"kernel"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        trace.selected_layouts(params, layouts=trace.layouts(apply, params, x))
+        selected_layouts(params, layouts=trace.layouts(apply, params, x))
 
 
 class _Layer(nn.Module):

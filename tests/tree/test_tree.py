@@ -13,6 +13,10 @@ from flax import nnx
 
 import jaxcompress as jc
 from jaxcompress import tree
+from jaxcompress._src.tree.checks import check_finite
+from jaxcompress._src.tree.keys import split_key
+from jaxcompress._src.tree.maps import leaf_paths
+from jaxcompress._src.tree.unselected import map_selected
 from jaxcompress.arrays import QuantizedArray
 
 
@@ -35,7 +39,7 @@ def _trees():
 @pytest.mark.parametrize("name", _trees())
 def test_one_leaf_can_be_selected_in_every_container(name):
     params, path = _trees()[name]
-    assert path in tree.leaf_paths(params)
+    assert path in leaf_paths(params)
     marks = tree.by_path(path)(params)
     assert [p for p, mark in tree.leaves_with_paths(marks) if mark] == [path]
     assert jax.tree.structure(marks) == jax.tree.structure(jax.tree.map(lambda _: 0, params))
@@ -101,9 +105,7 @@ def test_unselected_is_one_childless_node():
 def test_map_selected_passes_over_unselected_and_takes_compressed_leaves_whole():
     params = {"a": _quantized(), "b": jnp.ones(3)}
     seen = []
-    out = tree.map_selected(
-        lambda path, mark, leaf: seen.append((path, type(leaf))), {"a": 1, "b": tree.Unselected}, params
-    )
+    out = map_selected(lambda path, mark, leaf: seen.append((path, type(leaf))), {"a": 1, "b": tree.Unselected}, params)
     assert seen == [("a", QuantizedArray)]
     assert out["b"] is tree.Unselected
 
@@ -120,28 +122,28 @@ def test_errors_in_maps_name_the_leaf():
 
 
 def test_paths_do_not_confuse_keys_with_dots_and_the_root_has_a_name():
-    assert tree.leaf_paths({"a.b": 1, "a": {"b": 2}}) == ["a/b", "a.b"]
-    assert tree.leaf_paths(jnp.ones(2)) == ["."]
-    assert tree.leaf_paths({"value": jnp.ones(2)}) == ["value"]
+    assert leaf_paths({"a.b": 1, "a": {"b": 2}}) == ["a/b", "a.b"]
+    assert leaf_paths(jnp.ones(2)) == ["."]
+    assert leaf_paths({"value": jnp.ones(2)}) == ["value"]
 
 
 def test_keys_are_distinct_and_reproducible():
     params = {"a": jnp.ones(2), "b": {"c": _quantized()}}
-    keys = tree.split_key(jax.random.key(0), params)
+    keys = split_key(jax.random.key(0), params)
     drawn = [float(jax.random.normal(key)) for key in jax.tree.leaves(keys)]
     assert len(drawn) == 2
     assert drawn[0] != drawn[1]
-    again = tree.split_key(jax.random.key(0), params)
+    again = split_key(jax.random.key(0), params)
     assert [float(jax.random.normal(key)) for key in jax.tree.leaves(again)] == drawn
 
 
 def test_only_concrete_floats_are_checked_for_nan():
-    tree.check_finite("a", jnp.array([1, 2]))
-    tree.check_finite("a", np.ones(3, np.float32))
-    tree.check_finite("a", jnp.zeros((0,)))
-    jax.jit(lambda x: tree.check_finite("a", x))(jnp.array([jnp.nan]))
+    check_finite("a", jnp.array([1, 2]))
+    check_finite("a", np.ones(3, np.float32))
+    check_finite("a", jnp.zeros((0,)))
+    jax.jit(lambda x: check_finite("a", x))(jnp.array([jnp.nan]))
     with pytest.raises(ValueError, match="'a' holds 1 NaN and 2 Inf among 4"):
-        tree.check_finite("a", jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0], jnp.bfloat16))
+        check_finite("a", jnp.array([jnp.nan, jnp.inf, -jnp.inf, 1.0], jnp.bfloat16))
 
 
 def test_cubic_schedule_against_the_formula():
@@ -165,6 +167,6 @@ def test_the_statistics_of_a_leaf_are_one_leaf():
         "dense/kernel": jc.calibration.InputStatistics,
         "table": jc.calibration.LookupCounts,
     }
-    assert tree.leaf_paths(statistics) == tree.leaf_paths(params)
+    assert leaf_paths(statistics) == leaf_paths(params)
     counts = tree.map_with_path(lambda path, leaf: (path, float(leaf.count)), statistics)
     assert counts["dense"]["kernel"] == ("dense/kernel", 2.0)

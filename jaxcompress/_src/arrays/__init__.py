@@ -1,0 +1,1 @@
+"""Compressed leaves: what is stored, and how the plain array comes back."""

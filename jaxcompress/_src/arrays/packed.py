@@ -1,0 +1,196 @@
+"""Integers of 1 to 8 bits in bytes."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Integer, UInt8
+
+from jaxcompress._src.meshes import on_auto_axes
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["bits", "signed", "axis", "width"]
+)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class PackedArray:
+    """Integers below 8 bits, packed along one axis; lowest bits first.
+
+    Blocks of `8 // bits` codes (of 8 codes for 3, 5, 6 and 7 bits) fill whole bytes, so that an axis can be cut, and
+    sharded, at every block. A block of 8 codes of 3, 5, 6 or 7 bits holds one plane for each power of two in `bits`
+    (5 = 4 + 1), the widest first; the widest plane holds the lowest bits of the code.
+
+    Invariants: `-data.ndim <= axis < 0`; `data.shape[axis]` bytes hold `width` codes and less than one block of zeros.
+
+    Attributes:
+        data: uint8, of the logical shape but for the packed axis.
+        bits: bits per code, in [1, 7].
+        signed: two's complement if True (int8 comes out), else unsigned (uint8 comes out).
+        axis: the packed axis, negative, so that leading axes may come and go.
+        width: number of codes along it.
+    """
+
+    data: Any
+    bits: int
+    signed: bool
+    axis: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape."""
+        shape = list(self.data.shape)
+        shape[self.axis] = self.width
+        return tuple(shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of logical axes."""
+        return len(self.data.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of logical entries."""
+        return math.prod(self.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """int8 if signed, else uint8."""
+        return jnp.dtype("int8" if self.signed else "uint8")
+
+    @property
+    def nbits(self) -> int:
+        """Stored bits."""
+        return 8 * self.data.size
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.nbits // 8
+
+    @on_auto_axes
+    def materialize(self) -> Integer[Array, "..."]:
+        """The codes as int8 or uint8."""
+        codes = _unpack(self.data, self.bits, self.axis, self.width)
+        return _extend_sign(codes, self.bits) if self.signed else codes
+
+    @on_auto_axes
+    def take(self, positions: Integer[Array, "..."]) -> Integer[Array, "..."]:
+        """The codes at `positions` along the last axis, which must be the packed one (`take_along_axis`).
+
+        Only the bytes asked for are read, except at 3, 5, 6 and 7 bits.
+        """
+        if 8 % self.bits:
+            return jnp.take_along_axis(self.materialize(), positions, axis=-1)
+        per_byte = 8 // self.bits
+        found = jnp.take_along_axis(self.data, positions // per_byte, axis=-1)
+        shift = (positions % per_byte * self.bits).astype(jnp.uint8)
+        codes = (found >> shift) & jnp.uint8(2**self.bits - 1)
+        return _extend_sign(codes, self.bits) if self.signed else codes
+
+
+@on_auto_axes
+def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedArray | jax.Array:
+    """Packs integers into `bits` bits each; 8 bits need no packing and stay a plain array.
+
+    Args:
+        codes: signed or unsigned integers that fit into `bits` bits, with at least one axis.
+        bits: in [1, 8].
+        axis: the axis to pack along.
+
+    Returns:
+        A `PackedArray` of the same logical shape, or an int8 / uint8 array for 8 bits.
+
+    Raises:
+        ValueError: `bits` or `axis` out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> packed = pack(jnp.array([1, -2, 7], "int8"), bits=4)
+        >>> packed.data, packed.materialize()
+        (Array([225,   7], dtype=uint8), Array([ 1, -2,  7], dtype=int8))
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"`bits` must be in [1, 8], got {bits}.")
+    if not -codes.ndim <= axis < codes.ndim:
+        raise ValueError(f"`axis` must be an axis of an array of shape {codes.shape}, got {axis}.")
+    axis = axis if axis < 0 else axis - codes.ndim
+    signed = jnp.issubdtype(codes.dtype, jnp.signedinteger)
+    if bits == 8:
+        return codes.astype(jnp.int8 if signed else jnp.uint8)
+    unsigned = codes.astype(jnp.int8 if signed else jnp.uint8).view(jnp.uint8) & jnp.uint8(2**bits - 1)
+    return PackedArray(
+        data=_pack(unsigned, bits, axis), bits=bits, signed=bool(signed), axis=axis, width=codes.shape[axis]
+    )
+
+
+@on_auto_axes
+def unpacked(part: Any) -> Any:
+    """The codes of a `PackedArray`; anything else (an array, None) as it is."""
+    return part.materialize() if isinstance(part, PackedArray) else part
+
+
+def codes_per_block(bits: int) -> int:
+    """The number of codes that fill whole bytes."""
+    return 8 // bits if 8 % bits == 0 else 8
+
+
+def _planes(bits: int) -> list[tuple[int, int]]:
+    """`(width, offset)` of the planes of a code, the widest first: 5 bits -> [(4, 0), (1, 4)]."""
+    planes, offset = [], 0
+    for width in (4, 2, 1):
+        if bits & width:
+            planes.append((width, offset))
+            offset += width
+    return planes
+
+
+# Compiled as one: called op by op, each new shape would cost a dozen compilations, and each call a dozen passes.
+@functools.partial(jax.jit, static_argnames=("bits", "axis"), inline=True)
+def _pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:
+    at = axis + codes.ndim
+    per_block = codes_per_block(bits)
+    padding = [(0, -codes.shape[at] % per_block if i == at else 0) for i in range(codes.ndim)]
+    codes = jnp.pad(codes, padding)
+    before, after = codes.shape[:at], codes.shape[at + 1 :]
+    parts = []
+    for width, offset in _planes(bits):
+        plane = (codes >> jnp.uint8(offset)) & jnp.uint8(2**width - 1)
+        blocks = plane.reshape(*before, codes.shape[at] // per_block, per_block * width // 8, 8 // width, *after)
+        parts.append((blocks << _shifts(width, at + 2, blocks.ndim)).sum(axis=at + 2, dtype=jnp.uint8))
+    return jnp.concatenate(parts, axis=at + 1).reshape(*before, codes.shape[at] * bits // 8, *after)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "axis", "width"), inline=True)
+def _unpack(data: UInt8[Array, "..."], bits: int, axis: int, width: int) -> UInt8[Array, "..."]:
+    at = axis + data.ndim
+    before, after = data.shape[:at], data.shape[at + 1 :]
+    per_block = codes_per_block(bits)
+    block_bytes = per_block * bits // 8
+    count = data.shape[at] // block_bytes
+    blocks = data.reshape(*before, count, block_bytes, *after)
+    codes, start = None, 0
+    for plane_width, offset in _planes(bits):
+        stop = start + per_block * plane_width // 8
+        plane = jax.lax.slice_in_dim(blocks, start, stop, axis=at + 1)
+        plane = jnp.expand_dims(plane, at + 2)
+        plane = (plane >> _shifts(plane_width, at + 2, plane.ndim)) & jnp.uint8(2**plane_width - 1)
+        plane = plane.reshape(*before, count * per_block, *after) << jnp.uint8(offset)
+        codes = plane if codes is None else codes | plane
+        start = stop
+    assert codes is not None
+    return jax.lax.slice_in_dim(codes, 0, width, axis=at)
+
+
+def _shifts(width: int, at: int, ndim: int) -> UInt8[Array, "..."]:
+    shape = [1] * ndim
+    shape[at] = 8 // width
+    return (width * jnp.arange(8 // width, dtype=jnp.uint8)).reshape(shape)
+
+
+def _extend_sign(codes: UInt8[Array, "..."], bits: int) -> Integer[Array, "..."]:
+    sign = jnp.uint8(2 ** (bits - 1))
+    return ((codes ^ sign) - sign).view(jnp.int8)

@@ -1,0 +1,63 @@
+"""What a method did to each stack entry of a leaf, by name.
+
+Shape letters: E stack entries; S matrices, one for each stack entry and group; D inputs.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Array, Bool, Num
+
+from jaxcompress._src.calibration.matrices import MatrixLeaf
+from jaxcompress._src.calibration.unseen import nothing_seen, unseen_counts
+from jaxcompress._src.tree.paths import entry_name
+
+_Info = TypeVar("_Info")
+
+
+def entry_names(leaf: MatrixLeaf) -> list[str]:
+    """`path[i]` for each entry of a stack (`path[i,j]` where it has two axes); `path` of a leaf without a stack."""
+    sizes = [leaf.weight.shape[axis] for axis in leaf.layout.stack_axes]
+    return [entry_name(leaf.path, *index) for index in np.ndindex(*sizes)]
+
+
+def entry_infos(
+    leaf: MatrixLeaf,
+    make: Callable[..., _Info],
+    *,
+    errors: Mapping[str, Num[Array, " E"]],
+    unseen: Bool[Array, "S D"] | None = None,
+    **figures: Num[Array | np.ndarray, "..."],
+) -> dict[str, _Info]:
+    """One info for each stack entry, by its name.
+
+    Args:
+        leaf: the leaf.
+        make: gets the figures of one entry as keywords.
+        errors: by field; None in the info of an entry of which no input was seen.
+        unseen: inputs that are 0 in every row; gives the fields `unseen_inputs` and `unseen_entries`.
+        figures: by field, (E,) or (S,); of the groups of an entry the largest figure counts.
+
+    Example:
+        >>> from jaxcompress.trace import LeafLayout
+        >>> import jax.numpy as jnp
+        >>> layout = LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
+        >>> leaf = MatrixLeaf(path="layers", weight=jnp.ones((2, 1, 1)), layout=layout)
+        >>> errors, unseen = {"error": jnp.array([0.5, 0.0])}, jnp.array([[False], [True]])
+        >>> entry_infos(leaf, dict, errors=errors, unseen=unseen)["layers[1]"]
+        {'unseen_inputs': 1, 'unseen_entries': 1, 'error': None}
+    """
+    names = entry_names(leaf)
+    if not names:
+        return {}
+    marks = None if unseen is None else np.asarray(unseen).reshape(len(names), leaf.layout.groups, unseen.shape[1])
+    rows = {field: np.asarray(values).reshape(len(names), -1) for field, values in {**errors, **figures}.items()}
+    infos = {}
+    for i, name in enumerate(names):
+        found = {} if marks is None else unseen_counts(marks[i])
+        found |= {field: values[i].max().item() for field, values in rows.items()}
+        if marks is not None and nothing_seen(marks[i]):
+            found |= dict.fromkeys(errors)
+        infos[name] = make(**found)
+    return infos

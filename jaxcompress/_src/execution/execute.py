@@ -1,0 +1,260 @@
+"""The interpreter: a model's jaxpr, evaluated with compressed leaves in place."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxcompress._src.execution.rearrange import can_unstack
+from jaxcompress._src.execution.rules import RULES
+from jaxcompress._src.execution.runs import boundaries, cut, sliced_runs
+from jaxcompress._src.execution.values import (
+    Fallback,
+    Note,
+    Runs,
+    Weight,
+    holds_compressed_weight,
+    ignore,
+    plain,
+    with_plain_weight,
+)
+from jaxcompress._src.meshes import abstract, as_typed, explicit_mesh, on_auto_axes
+from jaxcompress._src.trace.walk import CALLS, Body, as_body, bind, called_body, walk
+from jaxcompress._src.tree.paths import path_string
+from jaxcompress._src.types import is_compressed
+
+
+def execute(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """`apply`, able to take compressed arrays anywhere in its arguments.
+
+    `apply` is traced on the logical shapes, and its jaxpr evaluated with the rules of the compressed arrays: matmuls
+    and look-ups read the stored form, re-arrangements move it, whatever else needs the values gets the plain array
+    (`fallbacks` lists those). The result is always that of `apply(materialize(...))`, up to the order of float sums.
+    Equations without a compressed operand are bound again unchanged, with their own derivatives.
+
+    Composable with `jit`, `grad` (of float leaves: see `tree.partition_trainable`), `vmap`, `scan` and sharding. Wrap
+    it in `jax.jit` with the parameters as arguments: constants would be folded to floats.
+
+    Args:
+        apply: pure; arguments that are no arrays (flags, None) are static.
+
+    Returns:
+        A function of the same arguments and outputs. Without compressed arguments it calls `apply` as it is.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress.arrays import QuantizedArray
+        >>> codes, scale = jnp.array([[1], [-2]], "int8"), jnp.array([[0.5]])
+        >>> kernel = QuantizedArray(data=codes, scale=scale, dtype=jnp.dtype("float32"))
+        >>> execute(lambda params, x: x @ params["kernel"])({"kernel": kernel}, jnp.array([[1.0, 1.0]]))
+        Array([[-0.5]], dtype=float32)
+    """
+    return functools.wraps(apply)(functools.partial(_run, apply, ignore))
+
+
+def fallbacks(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Fallback, ...]:
+    """Where `execute(apply)(*args, **kwargs)` has to make plain arrays; found abstractly, nothing is computed.
+
+    Args:
+        apply: as for `execute`.
+        *args: as for `apply`; arrays may be abstract.
+        **kwargs: likewise.
+
+    Returns:
+        One entry for each use in the program text (the body of a scan counts once), in execution order.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress.arrays import QuantizedArray
+        >>> codes, scale = jnp.ones((2, 3), "int8"), jnp.ones((1, 3))
+        >>> params = {"w": QuantizedArray(data=codes, scale=scale, dtype=jnp.dtype("float32"))}
+        >>> fallbacks(lambda p: jnp.sin(p["w"]), params)
+        (Fallback(path='w', primitive='sin', shape=(2, 3), nbytes=24),)
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    noted: list[Fallback] = []
+
+    def run(values: list[Any]) -> Any:
+        filled = list(leaves)
+        for i, value in zip(dynamic, values, strict=True):
+            filled[i] = value
+        full_args, full_kwargs = treedef.unflatten(filled)
+        return _run(apply, noted.append, *full_args, **full_kwargs)
+
+    jax.eval_shape(run, [leaves[i] for i in dynamic])
+    # JAX may trace the body of a loop more than once.
+    return tuple(dict.fromkeys(noted))
+
+
+def _run(apply: Callable[..., Any], note: Note, *args: Any, **kwargs: Any) -> Any:
+    keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_compressed)
+    leaves = [leaf for _, leaf in keyed]
+    if not any(is_compressed(leaf) for leaf in leaves):
+        return apply(*args, **kwargs)
+    dynamic = [i for i, leaf in enumerate(leaves) if is_compressed(leaf) or _is_array(leaf)]
+
+    def logical(values: list[Any]) -> Any:
+        filled = list(leaves)
+        for i, value in zip(dynamic, values, strict=True):
+            filled[i] = value
+        full_args, full_kwargs = treedef.unflatten(filled)
+        return apply(*full_args, **full_kwargs)
+
+    closed, outputs = jax.make_jaxpr(logical, return_shape=True)([_abstract(leaves[i]) for i in dynamic])
+    values = [_tagged(keyed[i][0], leaves[i]) for i in dynamic]
+    results = _interpret(as_body(closed), values, note)
+    return jax.tree.structure(outputs).unflatten(results)
+
+
+def _interpret(body: Body, values: Sequence[Any], note: Note) -> list[Any]:
+    """Evaluates a body; its outputs are plain."""
+    results = walk(body, values, functools.partial(_visit, note=note))
+    return _plain(body.jaxpr.outvars, results, "output", note)
+
+
+def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
+    if not any(isinstance(value, Weight | Runs) for value in values):
+        return bind(eqn, values)
+    name = eqn.primitive.name
+    if name == "concatenate" and eqn.params["dimension"] == 0:
+        return [Runs.joined(values)]
+    if name in _CONTROL:
+        return _CONTROL[name](eqn, values, note)
+    # Not `custom_jvp` and `custom_vjp`: their derivatives would be lost.
+    if name in CALLS and (body := called_body(eqn)) is not None:
+        return walk(body, values, functools.partial(_visit, note=note))
+    if any(isinstance(value, Runs) for value in values):
+        return _visit_runs(eqn, values, note=note)
+    if name in RULES:
+        path = next(value.path for value in values if isinstance(value, Weight))
+        results = _by_rule(eqn, values)
+        if results is None and any(map(holds_compressed_weight, values)):
+            values = [with_plain_weight(value, name, note) for value in values]
+            results = _by_rule(eqn, values)
+        if results is not None:
+            return [Weight(out, path) if is_compressed(out) else out for out in results]
+    return bind(eqn, _plain(eqn.invars, values, name, note))
+
+
+def _visit_runs(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
+    """What only casts or cuts a stack leaves its runs in their stored forms."""
+    name, first = eqn.primitive.name, values[0]
+    if isinstance(first, Runs) and name == "convert_element_type":
+        return [Runs(tuple(_visit(eqn, [part], note=note)[0] for part in first.parts))]
+    if isinstance(first, Runs) and name == "slice" and (found := sliced_runs(eqn, first, note)) is not None:
+        return [found]
+    whole = [
+        as_typed(plain(value, name, note), var.aval) if isinstance(value, Runs) else value
+        for value, var in zip(values, eqn.invars, strict=True)
+    ]
+    return _visit(eqn, whole, note=note)
+
+
+def _plain(variables: Sequence[Any], values: Sequence[Any], name: str, note: Note) -> list[Any]:
+    return [as_typed(plain(value, name, note), var.aval) for value, var in zip(values, variables, strict=True)]
+
+
+def _by_rule(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    arrays = [value.array if isinstance(value, Weight) else value for value in values]
+    if explicit_mesh(arrays) is None:
+        return RULES[eqn.primitive.name](eqn, arrays)
+    # The rule computes on Auto axes, where its equation may not ask for a sharding; its results get the traced one.
+    auto = eqn.replace(params=eqn.params | dict.fromkeys(_SHARDINGS & set(eqn.params)))
+    rule = on_auto_axes(functools.partial(RULES[eqn.primitive.name], auto))
+    results = rule(arrays)
+    return results and [as_typed(result, var.aval) for result, var in zip(results, eqn.outvars, strict=True)]
+
+
+_SHARDINGS = {"sharding", "out_sharding"}
+
+
+def _remat(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
+    def run(*operands: Any) -> list[Any]:
+        return _interpret(as_body(eqn.params["jaxpr"]), operands, note)
+
+    return jax.checkpoint(run, prevent_cse=eqn.params["prevent_cse"], policy=eqn.params["policy"])(*values)
+
+
+def _scan(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
+    """Once, or run by run where a stack is stored in several forms."""
+    begin, length = eqn.params["num_consts"], eqn.params["length"]
+    end = begin + eqn.params["num_carry"]
+    carry, stacks = _plain(eqn.invars[begin:end], values[begin:end], "scan", note), values[end:]
+    runs = boundaries(stacks, length) or [(0, 0)]
+    written: dict[tuple[int, int], list[Any]] = {}
+    for run in reversed(runs) if eqn.params["reverse"] else runs:
+        own = [cut(stack, *run, note) for stack in stacks]
+        carry, written[run] = _scan_run(eqn, values[:begin], carry, own, run[1] - run[0], note)
+    if len(runs) == 1:
+        return [*carry, *written[runs[0]]]
+    columns = zip(*(written[run] for run in runs), strict=True)
+    joined = [on_auto_axes(jax.numpy.concatenate)(list(column)) for column in columns]
+    return [*carry, *(as_typed(out, var.aval) for out, var in zip(joined, eqn.outvars[len(carry) :], strict=True))]
+
+
+def _scan_run(
+    eqn: Any, consts: list[Any], carry: list[Any], stacks: list[Any], length: int, note: Note
+) -> tuple[list[Any], list[Any]]:
+    variables = eqn.invars[len(consts) + len(carry) :]
+    stacked = [
+        stack if not isinstance(stack, Weight) or can_unstack(stack.array) else _plain([var], [stack], "scan", note)[0]
+        for var, stack in zip(variables, stacks, strict=True)
+    ]
+
+    def step(carry: list[Any], sliced: list[Any]) -> tuple[list[Any], list[Any]]:
+        results = _interpret(as_body(eqn.params["jaxpr"]), [*consts, *carry, *sliced], note)
+        return results[: len(carry)], results[len(carry) :]
+
+    options = {name: eqn.params[name] for name in ("reverse", "unroll")}
+    return jax.lax.scan(step, carry, stacked, length=length, **options)
+
+
+def _while(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
+    cond_end = eqn.params["cond_nconsts"]
+    body_end = cond_end + eqn.params["body_nconsts"]
+    carry = _plain(eqn.invars[body_end:], values[body_end:], "while", note)
+
+    def condition(carry: list[Any]) -> Any:
+        return _interpret(as_body(eqn.params["cond_jaxpr"]), [*values[:cond_end], *carry], note)[0]
+
+    def step(carry: list[Any]) -> list[Any]:
+        return _interpret(as_body(eqn.params["body_jaxpr"]), [*values[cond_end:body_end], *carry], note)
+
+    return jax.lax.while_loop(condition, step, carry)
+
+
+def _cond(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
+    def run(branch: Any, *operands: Any) -> list[Any]:
+        return _interpret(as_body(branch), operands, note)
+
+    branches = [functools.partial(run, branch) for branch in eqn.params["branches"]]
+    return jax.lax.switch(values[0], branches, *values[1:])
+
+
+_CONTROL: dict[str, Callable[[Any, list[Any], Note], Sequence[Any]]] = {
+    "remat": _remat,
+    "remat2": _remat,
+    "checkpoint": _remat,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _abstract(leaf: Any) -> Any:
+    return abstract(leaf) if is_compressed(leaf) else leaf
+
+
+def _tagged(keys: tuple[Any, ...], leaf: Any) -> Any:
+    if not is_compressed(leaf):
+        return leaf
+    # The keys begin with (args or kwargs, number or name of the argument).
+    argument, inner = keys[1], keys[2:]
+    first = keys[0].idx == 0 and argument.idx == 0
+    return Weight(leaf, path_string(inner) if first else f"[{path_string((argument,))}]/{path_string(inner)}")

@@ -1,0 +1,106 @@
+"""What the interpreter carries, and what it notes."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
+from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.types import CompressedArray, is_compressed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """A use of a compressed leaf for which there is no rule, so that the plain array was made.
+
+    Attributes:
+        path: of the leaf.
+        primitive: the JAX primitive that used it.
+        shape: of the array that was made.
+        nbytes: its size in bytes.
+    """
+
+    path: str
+    primitive: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A compressed value on its way through the walk, with the path of the leaf that it comes from."""
+
+    array: CompressedArray
+    path: str = dataclasses.field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Consecutive runs of a stack, along the first axis; each a `Weight` or a plain array."""
+
+    parts: tuple[Any, ...]
+
+    @staticmethod
+    def joined(parts: Sequence[Any]) -> Any:
+        """Parts one after another, as one list of runs; the only one that is not empty, or the first one, as it is."""
+        flat = [own for part in parts for own in (part.parts if isinstance(part, Runs) else [part])]
+        found = tuple(part for part, size in zip(flat, Runs(tuple(flat)).sizes, strict=True) if size)
+        return Runs(found) if len(found) > 1 else (found or flat)[0]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """How many layers each part has."""
+        return tuple((part.array if isinstance(part, Weight) else part).shape[0] for part in self.parts)
+
+    @property
+    def begins(self) -> tuple[int, ...]:
+        """The first layer of each part."""
+        return tuple(itertools.accumulate((0, *self.sizes[:-1])))
+
+
+Note = Callable[[Fallback], None]
+"""Told about every fall-back."""
+
+
+def ignore(fallback: Fallback) -> None:
+    """A note that goes nowhere."""
+    del fallback
+
+
+def plain(value: Any, primitive: str, note: Note) -> Any:
+    """The plain array, noted; a value that is no leaf as it is.
+
+    Raises:
+        ValueError: the leaf's inputs are to be quantized, and never would be.
+    """
+    if isinstance(value, Runs):
+        return on_auto_axes(jax.numpy.concatenate)([plain(part, primitive, note) for part in value.parts])
+    if not isinstance(value, Weight):
+        return value
+    if isinstance(value.array, InputQuantizedArray) and primitive != "output":
+        raise ValueError(
+            f"The inputs of leaf {value.path!r} are to be quantized, but `{primitive}` changes it before a matmul, or "
+            "uses it otherwise; exclude it."
+        )
+    array = value.array.materialize()
+    note(Fallback(path=value.path, primitive=primitive, shape=array.shape, nbytes=array.size * array.dtype.itemsize))
+    return array
+
+
+def holds_compressed_weight(value: Any) -> bool:
+    """Whether the inputs of the leaf are quantized, and its weight is stored in another form, too."""
+    array = value.array if isinstance(value, Weight) else None
+    return isinstance(array, InputQuantizedArray) and is_compressed(array.weight)
+
+
+def with_plain_weight(value: Any, primitive: str, note: Note) -> Any:
+    """Where only the codes have no rule: the inputs are still to be quantized."""
+    if not holds_compressed_weight(value):
+        return value
+    weight = plain(Weight(value.array.weight, value.path), primitive, note)
+    return Weight(dataclasses.replace(value.array, weight=weight), value.path)

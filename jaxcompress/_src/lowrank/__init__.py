@@ -1,0 +1,1 @@
+"""Low-rank leaves: factors by activations or Fisher information, and how many directions each leaf keeps."""

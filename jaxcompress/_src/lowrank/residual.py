@@ -1,0 +1,188 @@
+"""Low rank and what it leaves over: sparse, quantized, or whatever a sibling makes of it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from jaxcompress._src.arrays.low_rank import LowRankArray
+from jaxcompress._src.calibration.matrices import MatrixLeaf, entries, map_entries, with_leaves
+from jaxcompress._src.lowrank.factorize import apply_norm, directions, output_scale, truncate
+from jaxcompress._src.lowrank.leaves import LowRankInfo, Target, low_rank_leaf, shape_of, spectrum_of
+from jaxcompress._src.lowrank.ranks import RankRule, as_rule
+from jaxcompress._src.lowrank.targets import activation_targets, plain_targets
+from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.unselected import Unselected, is_unselected
+from jaxcompress._src.types import Params, Selector, is_compressed
+
+CompressFn = Callable[[Params, Params, Params], tuple[Params, Any]]
+"""`(params, statistics, layouts) -> (params, info)`, on partial trees, as `calibration.sequential` takes it."""
+
+First = Literal["residual", "low rank"]
+
+
+@on_auto_axes
+def with_residual(
+    params: Params,
+    compress: CompressFn,
+    *,
+    rank: int | Mapping[str, int | None] | RankRule,
+    statistics: Params | None = None,
+    fisher: Params | None = None,
+    iterations: int = 5,
+    first: First = "residual",
+    damping: float = 0.0,
+    ridge: float = 0.1,
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> tuple[Params, dict[str, LowRankInfo]]:
+    """W ≈ L + C, by turns: C = compress(W - L), and L the closest factors to W - C.
+
+    Of all turns, each leaf keeps the one with the least error. That is measured as in `activation_svd` if there are
+    statistics (then C can be what GPTQ or SparseGPT make of W - L), and as in `svd` otherwise.
+
+    Args:
+        params: the tree; compressed leaves count as the arrays they stand for.
+        compress: `(params, statistics, layouts) -> (params, info)`, called with partial trees of W - L, such as
+            `lambda p, s, at: (quantization.quantize(p, spec, layouts=at), None)`. What it returns (compressed leaves,
+            or plain ones) becomes `LowRankArray.residual`.
+        rank: see `svd`; a rule sees the spectra of W - C (of W, if the low-rank part comes first) in the first turn. A
+            leaf that it would leave dense gets no factors: only C.
+        statistics: see `activation_svd`.
+        fisher: likewise.
+        iterations: number of turns, at least 1.
+        first: which part is made first, with the other one zero. "residual", as LoftQ: factors of what quantization
+            lost. "low rank": a residual of what the factors cannot hold, for sparse ones.
+        damping: see `activation_svd`.
+        ridge: how much dense-model targets are held to the weights; see `activation_svd`.
+        select: see `svd`, with statistics see `activation_svd`.
+        layouts: see `svd`.
+
+    Returns:
+        `(params, info)`, with a `LowRankInfo` by path (`path[i]` for each entry of a stack); `loss` and `error` are
+        those of L + C, `parameters` those of the factors.
+
+    Raises:
+        ValueError: as `activation_svd`; `compress` returned another structure, shape or dtype.
+
+    Example:
+        >>> def halves(params, statistics, layouts):
+        ...     return jax.tree.map(lambda w: jnp.round(2 * w) / 2, params), None
+        >>> params = {"kernel": jnp.array([[3.2, 0.1], [0.6, 1.1]])}
+        >>> small, info = with_residual(params, halves, rank=1)
+        >>> bool(info["kernel"].error < jnp.linalg.norm(jnp.array([0.2, 0.1, 0.1, 0.1])) / 3.4)
+        True
+
+    References:
+        Li et al. 2023, "LoftQ: LoRA-fine-tuning-aware quantization for large language models", algorithm 1; Zhang et
+        al. 2024, "LQER: low-rank quantization error reconstruction for LLMs", for factors in the norm of activations.
+    """
+    if iterations < 1:
+        raise ValueError(f"`iterations` must be at least 1, got {iterations}.")
+    if first not in ("residual", "low rank"):
+        raise ValueError(f"`first` must be 'residual' or 'low rank', got {first!r}.")
+    if statistics is None:
+        chosen, targets = plain_targets(params, select=select, layouts=layouts)
+    else:
+        chosen, targets = activation_targets(
+            params,
+            statistics,
+            fisher=fisher,
+            damping=damping,
+            ridge=ridge,
+            whitening="cholesky",
+            select=select,
+            layouts=layouts,
+        )
+    split = _Split(chosen, targets, compress, statistics)
+    rule = as_rule(rank)
+    best: dict[str, tuple[np.ndarray, Any]] = {}
+    parts = split.low_rank(dict.fromkeys(split.paths), rule) if first == "low rank" else dict.fromkeys(split.paths)
+    for _ in range(iterations):
+        residuals = split.residuals(parts)
+        parts = split.low_rank(residuals, rule)
+        for path, (losses, leaf) in split.joined(parts, residuals).items():
+            if path not in best or losses.sum() < best[path][0].sum():
+                best[path] = (losses, leaf)
+    info = {}
+    for target in targets:
+        info |= _infos(target, *best[target.leaf.path])
+    return with_leaves(params, chosen, {path: leaf for path, (_, leaf) in best.items()}), info
+
+
+class _Split:
+    """The leaves, and both halves of a turn. Parts are by path; None stands for zero."""
+
+    def __init__(self, chosen: Params, targets: list[Target], compress: CompressFn, statistics: Any) -> None:
+        self.chosen, self.targets, self.compress = chosen, targets, compress
+        self.paths = [target.leaf.path for target in targets]
+        self.layouts = map_entries(lambda leaf: leaf.layout, chosen)
+        given = map_with_path(lambda _, leaf: Unselected, chosen) if statistics is None else statistics
+        self.statistics = map_with_path(lambda _, leaf, own: own, chosen, given)
+        self.ranks: Mapping[str, int | None] | None = None
+
+    def residuals(self, parts: Mapping[str, Any]) -> dict[str, Any]:
+        """compress(W - L)."""
+        by_path = {target.leaf.path: target for target in self.targets}
+
+        def rest(leaf: MatrixLeaf) -> jax.Array:
+            return leaf.leaf(_without(by_path[leaf.path], parts[leaf.path])).astype(leaf.weight.dtype)
+
+        asked = map_entries(rest, self.chosen)
+        found, _ = self.compress(asked, self.statistics, self.layouts)
+        own = dict(leaves_with_paths(found, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf)))
+        for leaf in entries(self.chosen):
+            new = own.get(leaf.path)
+            if new is None or is_unselected(new) or (new.shape, new.dtype) != (leaf.weight.shape, leaf.weight.dtype):
+                shown = "nothing" if new is None or is_unselected(new) else f"{new.dtype}{tuple(new.shape)}"
+                wanted = f"{leaf.weight.dtype}{leaf.weight.shape}"
+                raise ValueError(f"`compress` returned {shown} for leaf {leaf.path!r}, expected {wanted}.")
+        return {path: own[path] for path in self.paths}
+
+    def low_rank(self, residuals: Mapping[str, Any], rule: RankRule) -> dict[str, Any]:
+        """The closest factors to W - C."""
+        rests = [_without(target, residuals[target.leaf.path]) for target in self.targets]
+        found = [directions(rest, t.inputs, t.outputs) for rest, t in zip(rests, self.targets, strict=True)]
+        if self.ranks is None:
+            values = [jax.device_get(own.values) for own in found]
+            self.ranks = rule([spectrum_of(t.leaf, own) for t, own in zip(self.targets, values, strict=True)])
+        parts = {}
+        for target, rest, own in zip(self.targets, rests, found, strict=True):
+            rank = self.ranks[target.leaf.path]
+            factors = truncate(rest, own, rank=rank) if rank else None
+            parts[target.leaf.path] = None if factors is None else low_rank_leaf(target.leaf, *factors)
+        return parts
+
+    def joined(self, parts: Mapping[str, Any], residuals: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, Any]]:
+        """The leaves, L + C, with the losses of their stack entries."""
+        found = {}
+        for target in self.targets:
+            part, residual = parts[target.leaf.path], residuals[target.leaf.path]
+            leaf = residual if part is None else dataclasses.replace(part, residual=residual)
+            losses = np.asarray(_losses(_without(target, leaf), target.inputs, target.outputs), np.float64)
+            found[target.leaf.path] = (losses, leaf)
+        return found
+
+
+def _without(target: Target, part: Any) -> jax.Array:
+    """W less a part, as matrices in float32."""
+    if part is None:
+        return target.weights
+    plain = part.materialize() if is_compressed(part) else part
+    return target.weights - target.leaf.matrix(plain).astype(jnp.float32)
+
+
+@jax.jit
+def _losses(gap: jax.Array, inputs: jax.Array | None, outputs: jax.Array | None) -> Float[Array, " S"]:
+    return jnp.sum(jnp.square(apply_norm(gap, inputs, output_scale(gap, outputs))), axis=(1, 2))
+
+
+def _infos(target: Target, losses: np.ndarray, leaf: Any) -> dict[str, LowRankInfo]:
+    _, depth, width = shape_of(target.leaf)
+    rank = leaf.rank if isinstance(leaf, LowRankArray) else None
+    return target.infos(leaf, rank=rank, parameters=(rank or 0) * (depth + width), losses=losses)

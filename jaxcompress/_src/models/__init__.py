@@ -1,0 +1,1 @@
+"""Flax BERT whose sizes may differ from layer to layer, and its Hugging Face files."""

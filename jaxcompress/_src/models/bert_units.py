@@ -1,0 +1,159 @@
+"""The units of a BERT: what can be removed as a whole."""
+
+from jaxcompress._src.models.config import BertConfig
+from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress._src.units.group import UnitGroup, UnitSlices
+
+
+def bert_units(
+    config: BertConfig, *, heads: bool = True, ffn: bool = True, layers: bool = False, hidden: bool = False
+) -> tuple[UnitGroup, ...]:
+    """The unit groups of a BERT, whose sizes may differ from layer to layer.
+
+    Args:
+        config: of the module: `module.config`.
+        heads: those of `bert_head_units`.
+        ffn: those of `bert_ffn_units`.
+        layers: those of `bert_layer_units`, the sublayers.
+        hidden: that of `bert_hidden_units`.
+
+    Example:
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+        ... )
+        >>> [group.name for group in bert_units(config, layers=True)]
+        ['encoder/layer/0/heads', 'encoder/layer/0/columns', 'encoder/attentions', 'encoder/ffns']
+    """
+    chosen = [(heads, bert_head_units), (ffn, bert_ffn_units), (layers, bert_layer_units), (hidden, bert_hidden_units)]
+    return tuple(group for wanted, groups in chosen if wanted for group in groups(config))
+
+
+def bert_head_units(config: BertConfig) -> tuple[UnitGroup, ...]:
+    """The attention heads of every layer that has some, one group for each layer.
+
+    A head owns its columns of the query, key and value kernels, their biases, and its rows of the output kernel, which
+    a gate multiplies. Groups are called `<layer>/heads`, of kind `heads`.
+
+    Example:
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=(4, 0),
+        ...     intermediate_size=64, head_size=8,
+        ... )
+        >>> [(group.name, group.count) for group in bert_head_units(config)]
+        [('encoder/layer/0/heads', 4)]
+    """
+    groups = []
+    for path, heads, _ in _layers(config):
+        slices = [
+            UnitSlices(path=f"{path}/attention/self/{name}/{leaf}", axis=axis, size=config.head_size)
+            for name in ("query", "key", "value")
+            for leaf, axis in (("kernel", 1), ("bias", 0))
+        ]
+        output = f"{path}/attention/output/dense/kernel"
+        slices.append(UnitSlices(path=output, axis=0, size=config.head_size, gated=True))
+        if heads:
+            groups.append(UnitGroup(name=f"{path}/heads", kind="heads", count=heads, slices=tuple(slices)))
+    return tuple(groups)
+
+
+def bert_ffn_units(config: BertConfig) -> tuple[UnitGroup, ...]:
+    """The columns of the feed-forward network of every layer that has some, one group for each layer.
+
+    A column is one output of the intermediate kernel, its bias, and the row of the output kernel that reads it, which a
+    gate multiplies. Groups are called `<layer>/columns`, of kind `columns`.
+
+    Example:
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+        ... )
+        >>> [(group.name, group.count) for group in bert_ffn_units(config)]
+        [('encoder/layer/0/columns', 64)]
+    """
+    groups = []
+    for path, _, width in _layers(config):
+        slices = (
+            UnitSlices(path=f"{path}/intermediate/dense/kernel", axis=1),
+            UnitSlices(path=f"{path}/intermediate/dense/bias", axis=0),
+            UnitSlices(path=f"{path}/output/dense/kernel", axis=0, gated=True),
+        )
+        if width:
+            groups.append(UnitGroup(name=f"{path}/columns", kind="columns", count=width, slices=slices))
+    return tuple(groups)
+
+
+def bert_layer_units(config: BertConfig) -> tuple[UnitGroup, ...]:
+    """The sublayers: two groups with one unit for each layer, of kind `attentions` and `ffns`.
+
+    A unit owns all of its sublayer but the norm. Removing it leaves 0 heads, or 0 columns, and an output bias of
+    zeros: exactly the masked model, in which the residual and its norm stay. A whole layer is its two sublayers; its
+    two norms stay too, for in this post-norm model leaving them out would be another function.
+
+    Example:
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+        ... )
+        >>> [(group.name, group.kind, group.count) for group in bert_layer_units(config)]
+        [('encoder/attentions', 'attentions', 2), ('encoder/ffns', 'ffns', 2)]
+    """
+    attentions, ffns = [], []
+    for layer, (path, _, _) in enumerate(_layers(config)):
+        for name in ("query", "key", "value"):
+            attentions.append(UnitSlices(path=f"{path}/attention/self/{name}/kernel", axis=1, unit=layer))
+            attentions.append(UnitSlices(path=f"{path}/attention/self/{name}/bias", axis=0, unit=layer))
+        ffns.append(UnitSlices(path=f"{path}/intermediate/dense/kernel", axis=1, unit=layer))
+        ffns.append(UnitSlices(path=f"{path}/intermediate/dense/bias", axis=0, unit=layer))
+        for slices, output in ((attentions, f"{path}/attention/output/dense"), (ffns, f"{path}/output/dense")):
+            slices.append(UnitSlices(path=f"{output}/kernel", axis=0, unit=layer, gated=True))
+            slices.append(UnitSlices(path=f"{output}/bias", axis=None, unit=layer, gated=True))
+    prefix = _prefix(config)
+    return tuple(
+        UnitGroup(name=f"{prefix}encoder/{kind}", kind=kind, count=config.num_hidden_layers, slices=tuple(slices))
+        for kind, slices in (("attentions", attentions), ("ffns", ffns))
+    )
+
+
+def bert_hidden_units(config: BertConfig) -> tuple[UnitGroup, ...]:
+    """The width of the residual stream, the same in every layer: one group of `hidden_size` units, of kind `hidden`.
+
+    A unit owns one feature of the embeddings, of every norm, of what reads the stream and of what writes to it; gates
+    multiply what writes. The masked model is not exactly the shrunk one: the statistics of the norms are taken over
+    all features when some are zero, and over fewer once they are gone.
+
+    Example:
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+        ... )
+        >>> [(group.name, group.count, len(group.slices)) for group in bert_hidden_units(config)]
+        [('hidden', 32, 32)]
+    """
+    slices = [
+        UnitSlices(path=path, axis=axis, gated=gated)
+        for path in parameter_shapes(config)
+        for axis, gated in _hidden_axes(path)
+    ]
+    return (UnitGroup(name="hidden", kind="hidden", count=config.hidden_size, slices=tuple(slices)),)
+
+
+def _hidden_axes(path: str) -> tuple[tuple[int, bool], ...]:
+    """`(axis, gated)` for each axis of a leaf that runs along the residual stream."""
+    if path.endswith("_embeddings/embedding"):
+        return ((1, True),)
+    if "LayerNorm/" in path:
+        return ((0, True),)
+    if "/attention/self/" in path or "/intermediate/" in path or path.startswith("classifier/"):
+        return ((0, False),) if path.endswith("kernel") else ()
+    if path.endswith(("pooler/dense/kernel", "transform/dense/kernel")):
+        return ((0, False), (1, True))
+    if path.endswith("output/dense/kernel"):
+        return ((1, True),)
+    return ((0, True),) if path.endswith("dense/bias") else ()
+
+
+def _layers(config: BertConfig) -> list[tuple[str, int, int]]:
+    """`(path, heads, width)` of every layer."""
+    sizes = zip(config.num_attention_heads, config.intermediate_size, strict=True)
+    return [(f"{_prefix(config)}encoder/layer/{layer}", *size) for layer, size in enumerate(sizes)]
+
+
+def _prefix(config: BertConfig) -> str:
+    return "" if config.head == "encoder" else "bert/"

@@ -1,0 +1,156 @@
+"""What a BERT is: its sizes, layer by layer, its head, and its constants."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias, get_args, no_type_check
+
+from jaxcompress._src.models.activations import ACTIVATIONS
+
+Head: TypeAlias = Literal["encoder", "sequence_classification", "masked_lm"]
+Pooling: TypeAlias = Literal["cls", "mean"]
+
+MOST_LAYERS = 10_000
+"""Sizes are kept for each layer: a slip of the pen would fill the memory with them."""
+
+
+# Annotations say what the fields are, not what may be given: ints for tuples, and anything a JSON file may hold, which
+# `__post_init__` checks itself. So the run-time checks of the tests are off here.
+@no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """Sizes and constants of a BERT whose layers may differ.
+
+    Attention of layer i works in `num_attention_heads[i] * head_size` dimensions, which need not be `hidden_size`.
+
+    Attributes:
+        vocab_size: rows of the word embedding.
+        hidden_size: width of the residual stream.
+        num_hidden_layers: number of layers.
+        num_attention_heads: heads of each layer; an int is repeated for every layer. With 0 heads, the attention
+            sublayer is bias, residual and norm.
+        intermediate_size: FFN width of each layer; an int is repeated for every layer. 0 works as 0 heads do.
+        head_size: width of one head. If not given, `hidden_size` over the heads, which must be the same everywhere.
+        max_position_embeddings: rows of the position embedding.
+        type_vocab_size: rows of the token type embedding.
+        hidden_act: `gelu` (exact, erf), `gelu_new` (tanh) or `relu`.
+        layer_norm_eps: added to the variance in every LayerNorm.
+        hidden_dropout_prob: dropout on embeddings and sublayer outputs.
+        attention_probs_dropout_prob: dropout on attention probabilities.
+        classifier_dropout: dropout before the classifier; `None` is `hidden_dropout_prob`.
+        initializer_range: standard deviation of new kernels and embeddings.
+        head: `encoder`, `sequence_classification` or `masked_lm`.
+        num_labels: outputs of the classifier.
+        pooling: what the classifier reads. `cls`: tanh of a dense layer on the first token (BERT's pooler). `mean`:
+            the mean of the last hidden state over the mask, without a pooler (sentence encoders).
+        id2label: name of each class by its index; empty for no names.
+        extra: settings of a `config.json` that play no part in the computation; kept for the way back.
+
+    Raises:
+        ValueError: a value is out of range; the message names the argument and the value.
+
+    Example:
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=(64, 48)
+        ... )
+        >>> config.num_attention_heads, config.intermediate_size, config.head_size
+        ((4, 4), (64, 48), 8)
+
+    References:
+        Devlin et al. 2018, https://arxiv.org/abs/1810.04805.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: tuple[int, ...]
+    intermediate_size: tuple[int, ...]
+    head_size: int = None  # pyright: ignore[reportAssignmentType]  # an int as soon as the object exists
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    classifier_dropout: float | None = None
+    initializer_range: float = 0.02
+    head: Head = "encoder"
+    num_labels: int = 2
+    pooling: Pooling = "cls"
+    id2label: tuple[str, ...] = ()
+    # Out of the hash, because modules that hold the config are hashed, and a dict is not hashable.
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "type_vocab_size"):
+            _check_count(name, getattr(self, name), minimum=1)
+        _check_count("num_labels", self.num_labels, minimum=1)
+        if self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"`num_hidden_layers` must be at most {MOST_LAYERS}, got {self.num_hidden_layers}.")
+        for name in ("num_attention_heads", "intermediate_size"):
+            object.__setattr__(self, name, _per_layer(name, getattr(self, name), self.num_hidden_layers))
+        if self.head_size is None:
+            object.__setattr__(self, "head_size", _default_head_size(self.hidden_size, self.num_attention_heads))
+        _check_count("head_size", self.head_size, minimum=1)
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
+            object.__setattr__(self, name, _probability(name, getattr(self, name)))
+        for name in ("layer_norm_eps", "initializer_range"):
+            object.__setattr__(self, name, _positive(name, getattr(self, name)))
+        _check_choice("hidden_act", self.hidden_act, tuple(ACTIVATIONS))
+        _check_choice("head", self.head, get_args(Head))
+        _check_choice("pooling", self.pooling, get_args(Pooling))
+        object.__setattr__(self, "id2label", _labels(self.id2label, self.num_labels))
+        object.__setattr__(self, "extra", dict(self.extra))
+
+    @property
+    def has_pooler(self) -> bool:
+        """Whether there is a `pooler/dense` layer: not for mean pooling, nor for masked language modelling."""
+        return self.pooling == "cls" and self.head != "masked_lm"
+
+
+def _check_count(name: str, value: Any, *, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ValueError(f"`{name}` must be an int of at least {minimum}, got {value!r}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _per_layer(name: str, value: Any, layers: int) -> tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * layers
+    if len(values) != layers:
+        raise ValueError(f"`{name}` must have one entry for each of {layers} layers, got {len(values)}: {value!r}.")
+    for entry in values:
+        _check_count(name, entry, minimum=0)
+    return values
+
+
+def _default_head_size(hidden_size: int, heads: tuple[int, ...]) -> int:
+    if len(set(heads)) != 1 or heads[0] == 0 or hidden_size % heads[0]:
+        raise ValueError(
+            f"`head_size` must be given when `hidden_size` ({hidden_size}) is not a multiple of one number of heads: "
+            f"`num_attention_heads` is {heads}."
+        )
+    return hidden_size // heads[0]
+
+
+def _probability(name: str, value: Any) -> float | None:
+    if value is None and name == "classifier_dropout":
+        return None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
+    return float(value)
+
+
+def _positive(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
+    return float(value)
+
+
+def _labels(labels: Any, count: int) -> tuple[str, ...]:
+    if labels and len(labels) != count:
+        raise ValueError(f"`id2label` must name each of `num_labels`={count} classes, got {len(labels)}: {labels!r}.")
+    return tuple(labels)

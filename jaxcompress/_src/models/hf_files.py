@@ -1,0 +1,135 @@
+"""The tensors in a Hugging Face directory. Never a pickle: loading one runs whatever code is in it."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import serialization, traverse_util
+from safetensors import SafetensorError, safe_open
+
+from jaxcompress._src.models.hf_names import bare_path, by_bare_path, path_of_torch_name
+
+SAFETENSORS = "model.safetensors"
+
+_INDEX = "model.safetensors.index.json"
+_MSGPACK = "flax_model.msgpack"
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as it lies in a file.
+
+    Attributes:
+        name: in the file.
+        array: in the orientation of the file.
+        transposed: whether the parameter is the transpose: kernels of PyTorch are (out, in).
+    """
+
+    name: str
+    array: np.ndarray
+    transposed: bool
+
+    def parameter(self) -> np.ndarray:
+        """The array in the orientation of the parameter."""
+        return self.array.T if self.transposed else self.array
+
+
+def read_tensors(directory: Path) -> Mapping[str, StoredTensor]:
+    """The tensors of `model.safetensors`, of its shards, or of `flax_model.msgpack`: the first of these that exists.
+
+    Args:
+        directory: a saved model.
+
+    Returns:
+        Tensors by bare path, without `position_ids`.
+
+    Raises:
+        FileNotFoundError: there are no weights, only pickled ones, or a shard is missing.
+        ValueError: a file is damaged, or a tensor is not a float; the message names it.
+    """
+    if (directory / SAFETENSORS).is_file():
+        tensors = _from_torch(_read_safetensors(directory / SAFETENSORS))
+    elif (directory / _INDEX).is_file():
+        tensors = _from_torch(_read_shards(directory))
+    elif (directory / _MSGPACK).is_file():
+        tensors = _from_flax(_read_msgpack(directory / _MSGPACK))
+    else:
+        raise FileNotFoundError(_no_weights(directory))
+    for tensor in tensors.values():
+        if tensor.array.dtype.name not in _FLOATS:
+            found = tensor.array.dtype.name
+            raise ValueError(f"Tensor {tensor.name!r} is {found}; supported: {', '.join(_FLOATS)}.")
+    return tensors
+
+
+def _from_torch(arrays: Mapping[str, np.ndarray]) -> Mapping[str, StoredTensor]:
+    return by_bare_path(
+        (path := path_of_torch_name(name), name, StoredTensor(name, array, path.endswith("/kernel")))
+        for name, array in arrays.items()
+        if not name.endswith("position_ids")
+    )
+
+
+def _from_flax(arrays: Mapping[str, np.ndarray]) -> Mapping[str, StoredTensor]:
+    return by_bare_path((bare_path(name), name, StoredTensor(name, array, False)) for name, array in arrays.items())
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # the file is no mapping
+    except SafetensorError as err:
+        raise ValueError(f"{str(path)!r} is damaged or not a safetensors file: {err}.") from err
+
+
+def _read_shards(directory: Path) -> dict[str, np.ndarray]:
+    files = _weight_map(directory / _INDEX)
+    arrays: dict[str, np.ndarray] = {}
+    for file in sorted(set(files.values())):
+        if not (directory / file).is_file():
+            raise FileNotFoundError(f"Shard {file!r}, named in {_INDEX}, is not in {str(directory)!r}.")
+        arrays |= _read_safetensors(directory / file)
+    for name, file in files.items():
+        if name not in arrays:
+            raise ValueError(f"Tensor {name!r} is not in shard {file!r} of {str(directory)!r}, where {_INDEX} puts it.")
+    return arrays
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    try:
+        files = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as err:
+        raise ValueError(f"{str(path)!r} is not an index of shards with a `weight_map`.") from err
+    for file in files.values():
+        # A name from outside must not lead outside the directory.
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{str(path)!r} names the shard {file!r}, which is not a plain file name.")
+    return files
+
+
+def _read_msgpack(path: Path) -> dict[str, Any]:
+    try:
+        tree = serialization.msgpack_restore(path.read_bytes())
+        arrays = traverse_util.flatten_dict(tree, sep="/")
+    except Exception as err:  # damaged bytes surface as errors of many types, from struct to NumPy
+        raise ValueError(f"{str(path)!r} is damaged or not a Flax msgpack file: {err}.") from err
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{name!r} in {str(path)!r} is {type(array).__name__}, expected an array.")
+    return arrays
+
+
+def _no_weights(directory: Path) -> str:
+    wanted = f"{SAFETENSORS}, {_INDEX} or {_MSGPACK}"
+    for name in _PICKLES:
+        if (directory / name).is_file():
+            return (
+                f"{str(directory)!r} has {name}, but none of {wanted}. Pickled weights are never loaded, because they "
+                "may run code: convert them with transformers, `model.save_pretrained(directory)`, to safetensors."
+            )
+    if (directory / "checkpoint").is_dir():
+        return f"{str(directory)!r} holds a compressed model: open it with `jaxcompress.recipe.load_model`."
+    return f"There are no weights in {str(directory)!r}: expected {wanted}."

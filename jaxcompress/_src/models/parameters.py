@@ -1,0 +1,108 @@
+"""Every parameter of a BERT and its shape, from the config alone."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import traverse_util
+from flax.core import unfreeze
+
+from jaxcompress._src.models.config import BertConfig
+from jaxcompress._src.types import Params
+
+
+def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter, by path.
+
+    Args:
+        config: sizes and head.
+
+    Returns:
+        Paths with slashes, those of Hugging Face Flax; kernels are (in, out).
+
+    Example:
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=(4, 1), intermediate_size=64,
+        ...     head_size=8,
+        ... )
+        >>> parameter_shapes(config)["encoder/layer/1/attention/self/query/kernel"]
+        (32, 8)
+    """
+    hidden = config.hidden_size
+    shapes = _embedding_shapes(config)
+    for layer in range(config.num_hidden_layers):
+        shapes |= _layer_shapes(config, layer)
+    if config.has_pooler:
+        shapes |= _dense("pooler/dense", hidden, hidden)
+    if config.head == "encoder":
+        return shapes
+    shapes = {f"bert/{path}": shape for path, shape in shapes.items()}
+    if config.head == "sequence_classification":
+        return shapes | _dense("classifier", hidden, config.num_labels)
+    return shapes | {
+        **_dense("cls/predictions/transform/dense", hidden, hidden),
+        **_norm("cls/predictions/transform/LayerNorm", hidden),
+        "cls/predictions/bias": (config.vocab_size,),
+    }
+
+
+def flatten_params(params: Params) -> dict[str, Any]:
+    """The leaves of nested dicts, by path with slashes. A compressed leaf is one leaf."""
+    return traverse_util.flatten_dict(unfreeze(params), sep="/")
+
+
+def check_parameters(leaves: Mapping[str, Any], config: BertConfig) -> None:
+    """Checks that leaves are those of the config.
+
+    Args:
+        leaves: anything with a `.shape`, by path.
+        config: what they must fit.
+
+    Raises:
+        ValueError: leaves are missing or unknown, or the shape of one differs; the message names them.
+    """
+    expected = parameter_shapes(config)
+    if missing := [path for path in expected if path not in leaves]:
+        raise ValueError(f"These leaves are missing from the params of a {config.head!r} BERT: {listed(missing)}.")
+    if unknown := [path for path in leaves if path not in expected]:
+        raise ValueError(f"These leaves do not belong to the params of a {config.head!r} BERT: {listed(unknown)}.")
+    for path, shape in expected.items():
+        if (found := tuple(leaves[path].shape)) != shape:
+            raise ValueError(f"Leaf {path!r} has shape {found}, expected {shape}.")
+
+
+def listed(names: list[str], *, most: int = 8) -> str:
+    """Names for a message: the first few, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
+
+def _embedding_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    return {
+        "embeddings/word_embeddings/embedding": (config.vocab_size, config.hidden_size),
+        "embeddings/position_embeddings/embedding": (config.max_position_embeddings, config.hidden_size),
+        "embeddings/token_type_embeddings/embedding": (config.type_vocab_size, config.hidden_size),
+        **_norm("embeddings/LayerNorm", config.hidden_size),
+    }
+
+
+def _layer_shapes(config: BertConfig, layer: int) -> dict[str, tuple[int, ...]]:
+    path, hidden = f"encoder/layer/{layer}", config.hidden_size
+    inner, width = config.num_attention_heads[layer] * config.head_size, config.intermediate_size[layer]
+    return {
+        **_dense(f"{path}/attention/self/query", hidden, inner),
+        **_dense(f"{path}/attention/self/key", hidden, inner),
+        **_dense(f"{path}/attention/self/value", hidden, inner),
+        **_dense(f"{path}/attention/output/dense", inner, hidden),
+        **_norm(f"{path}/attention/output/LayerNorm", hidden),
+        **_dense(f"{path}/intermediate/dense", hidden, width),
+        **_dense(f"{path}/output/dense", width, hidden),
+        **_norm(f"{path}/output/LayerNorm", hidden),
+    }
+
+
+def _dense(path: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+    return {f"{path}/kernel": (inputs, outputs), f"{path}/bias": (outputs,)}
+
+
+def _norm(path: str, size: int) -> dict[str, tuple[int, ...]]:
+    return {f"{path}/scale": (size,), f"{path}/bias": (size,)}

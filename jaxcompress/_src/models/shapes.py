@@ -1,0 +1,111 @@
+"""The sizes of a BERT, read off its parameters: pruned parameters say for themselves what is left."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from jaxcompress._src.models.config import BertConfig
+from jaxcompress._src.models.parameters import check_parameters, flatten_params
+from jaxcompress._src.types import Params
+
+
+def config_from_params(params: Params, config: BertConfig) -> BertConfig:
+    """The config of parameters whose layers, heads or FFN columns have become fewer.
+
+    Heads are the outputs of a layer's query kernel over `config.head_size`; the FFN width is the outputs of its
+    intermediate kernel. Every other leaf must agree with these, or else with `config`.
+
+    Args:
+        params: tree of anything with a `.shape`: arrays, `jax.ShapeDtypeStruct`, compressed arrays.
+        config: everything that shapes do not tell: head, `head_size`, constants; and the sizes that cannot change.
+
+    Returns:
+        `config` with `num_hidden_layers`, `num_attention_heads` and `intermediate_size` of `params`.
+
+    Raises:
+        ValueError: a leaf is missing, unknown, or disagrees; the message names it, what was found and expected.
+
+    Example:
+        >>> import jax
+        >>> from jaxcompress.models import make_module
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=(4, 1),
+        ...     intermediate_size=(64, 48), head_size=8,
+        ... )
+        >>> ids = jax.ShapeDtypeStruct((1, 4), "int32")
+        >>> params = jax.eval_shape(make_module(config).init, jax.random.key(0), ids)["params"]
+        >>> full = dataclasses.replace(config, num_attention_heads=4, intermediate_size=64)
+        >>> config_from_params(params, full) == config
+        True
+    """
+    leaves = flatten_params(params)
+    prefix = "encoder/layer" if config.head == "encoder" else "bert/encoder/layer"
+    layers = _layers(leaves, prefix)
+    recovered = dataclasses.replace(
+        config,
+        num_hidden_layers=layers,
+        num_attention_heads=tuple(_heads(leaves, f"{prefix}/{i}", config.head_size) for i in range(layers)),
+        intermediate_size=tuple(_outputs(leaves, f"{prefix}/{i}/intermediate/dense/kernel") for i in range(layers)),
+    )
+    check_parameters(leaves, recovered)
+    return recovered
+
+
+def resized(module: nn.Module, params: Params) -> nn.Module:
+    """The module for parameters that have become smaller: the same, with the sizes that `params` have.
+
+    Args:
+        module: of `make_module` or `from_pretrained`.
+        params: what `structured.shrink` left of its parameters: fewer heads, FFN columns or hidden features.
+
+    Returns:
+        A module of the same class and dtype; its config is that of `config_from_params`, with the `hidden_size` of the
+        embedding's norm.
+
+    Raises:
+        ValueError: as `config_from_params`.
+
+    Example:
+        >>> import jax
+        >>> from jaxcompress.models import make_module
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+        ... )
+        >>> smaller = dataclasses.replace(config, num_attention_heads=3, intermediate_size=(7,))
+        >>> ids = jax.ShapeDtypeStruct((1, 4), "int32")
+        >>> params = jax.eval_shape(make_module(smaller).init, jax.random.key(0), ids)["params"]
+        >>> resized(make_module(config), params).config == smaller
+        True
+    """
+    config: BertConfig = module.config  # pyright: ignore[reportAttributeAccessIssue]
+    leaves = flatten_params(params)
+    norm = f"{'' if config.head == 'encoder' else 'bert/'}embeddings/LayerNorm/scale"
+    if norm in leaves:
+        config = dataclasses.replace(config, hidden_size=leaves[norm].shape[0])
+    return module.clone(config=config_from_params(params, config))
+
+
+def _layers(leaves: Mapping[str, Any], prefix: str) -> int:
+    found = {int(match[1]) for path in leaves if (match := re.match(rf"{prefix}/(\d+)/", path))}
+    if not found or found != set(range(len(found))):
+        raise ValueError(f"The layers under {prefix!r} must be numbered from 0 without gaps, found {sorted(found)}.")
+    return len(found)
+
+
+def _heads(leaves: Mapping[str, Any], layer: str, head_size: int) -> int:
+    path = f"{layer}/attention/self/query/kernel"
+    outputs = _outputs(leaves, path)
+    if outputs % head_size:
+        raise ValueError(f"Leaf {path!r} has {outputs} outputs, expected a multiple of `head_size`, {head_size}.")
+    return outputs // head_size
+
+
+def _outputs(leaves: Mapping[str, Any], path: str) -> int:
+    if path not in leaves:
+        raise ValueError(f"Leaf {path!r} is missing from the params.")
+    if len(shape := tuple(leaves[path].shape)) != 2:
+        raise ValueError(f"Leaf {path!r} has shape {shape}, expected (inputs, outputs).")
+    return shape[1]

@@ -1,0 +1,1 @@
+"""Pruning: scores, masks, and pruning while training."""

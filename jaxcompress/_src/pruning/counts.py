@@ -1,0 +1,49 @@
+"""How many weights to prune, by our rule or by a reference's."""
+
+from typing import Any, Literal
+
+from jaxcompress._src.calibration.matrices import Calibrated
+from jaxcompress._src.pruning.patterns import NOfM, Pattern
+from jaxcompress._src.pruning.ranking import check_sparsity, is_tree
+from jaxcompress._src.tree.maps import leaves_with_paths
+from jaxcompress._src.tree.unselected import is_unselected
+
+Count = Literal["exact", "reference"]
+"""`exact`: round(s n) of n, lowest index kept. `reference`: as the method's public implementation counts."""
+
+
+def check_count(counting: str) -> None:
+    """Raises when the rule is unknown."""
+    if counting not in ("exact", "reference"):
+        raise ValueError(f"`counting` must be 'exact' or 'reference', got {counting!r}.")
+
+
+def sparsity_by_path(sparsity: Any, leaves: list[Calibrated], pattern: Pattern) -> dict[str, float]:
+    """The share to prune of each leaf.
+
+    Args:
+        sparsity: one number, a partial tree of numbers, or None: what the pattern n of m prunes.
+        leaves: those to prune.
+        pattern: of the masks.
+
+    Raises:
+        ValueError: a number outside [0, 1] or above what the pattern allows; none at all where the pattern does not
+            give one; a leaf that the tree does not have.
+    """
+    if sparsity is None:
+        if not isinstance(pattern, NOfM):
+            raise ValueError("`sparsity` is needed: only patterns n of m imply one.")
+        return {leaf.path: pattern.allowed for leaf in leaves}
+    check_sparsity(sparsity)
+    given = dict(leaves_with_paths(sparsity, is_leaf=is_unselected)) if is_tree(sparsity) else {}
+    found = {}
+    for leaf in leaves:
+        share = given.get(leaf.path) if is_tree(sparsity) else sparsity
+        if share is None or is_unselected(share):
+            raise ValueError(f"`sparsity` has no entry for leaf {leaf.path!r}.")
+        if float(share) > pattern.allowed + 1e-6:
+            raise ValueError(
+                f"The pattern allows a `sparsity` of at most {pattern.allowed:g}, got {share} at {leaf.path!r}."
+            )
+        found[leaf.path] = float(share)
+    return found

@@ -1,0 +1,1 @@
+"""Quantization of weights and of matmul inputs: formats, ranges, rounding; in training, and after it."""

@@ -1,0 +1,195 @@
+"""GPTQ on one matrix: arrays only.
+
+Shape letters: D inputs, R outputs, G groups of inputs.
+"""
+
+import dataclasses
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int, Integer, Num
+
+from jaxcompress._src.quantization.leaf_matrix import MATRIX, rounded, values_of
+from jaxcompress._src.quantization.range_search import RangeSearch, searched_scales
+from jaxcompress._src.quantization.rounding import round_to_codes
+from jaxcompress._src.quantization.scales import cast_scale
+from jaxcompress._src.quantization.spec import QuantSpec
+from jaxcompress._src.solvers.cholesky import inverse_factor
+from jaxcompress._src.solvers.columns import solve_columns, solve_groups
+from jaxcompress._src.solvers.descent import coordinate_descent, least_squares_scales
+from jaxcompress._src.solvers.hessian import damped
+from jaxcompress._src.solvers.outputs import not_worse, unit_of
+
+Order = Literal["natural", "activation"]
+"""In which order the inputs of a leaf are rounded: as they are stored, or those of most energy first."""
+
+Groups = Literal["static", "updated"]
+"""Scales from the weights as they were, or as they are when their group begins.
+
+Updated weights carry the errors of those before them, and their ranges grow: with symmetric codes of 2 bits the model
+as a whole can end up worse than rounded to nearest.
+"""
+
+# Damping below this does not hold weights along directions that no input has.
+_LITTLE = 1e-4
+
+
+class Rule(NamedTuple):
+    """The options; hashable, so that leaves of one shape share a compilation."""
+
+    spec: QuantSpec
+    order: Order = "activation"
+    groups: Groups = "static"
+    ranges: RangeSearch | None = None
+    refine: int = 0
+    block_size: int = 128
+
+
+class Solved(NamedTuple):
+    """Codes and scales of one matrix, what they stand for, and what it took."""
+
+    codes: Integer[Array, "D R"]
+    scale: Array
+    zero_point: Array | None
+    weights: Float32[Array, "D R"]
+    damping: Float32[Array, ""]
+    retries: Int[Array, ""]
+
+
+def check_rule(rule: Rule, damping: float, ridge: float) -> None:
+    """Raises for options that are out of range, or exclude each other."""
+    if rule.order not in get_args(Order):
+        raise ValueError(f"`order` must be one of {get_args(Order)}, got {rule.order!r}.")
+    if rule.groups not in get_args(Groups):
+        raise ValueError(f"`groups` must be one of {get_args(Groups)}, got {rule.groups!r}.")
+    if (rule.order, rule.groups) == ("activation", "updated"):
+        raise ValueError("`groups='updated'` needs `order='natural'`: otherwise no group is finished as a whole.")
+    if not damping >= 0:
+        raise ValueError(f"`damping` must be at least 0, got {damping}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+    if rule.block_size < 1 or rule.refine < 0:
+        raise ValueError(
+            f"`block_size` must be at least 1 and `refine` at least 0, got {rule.block_size} and {rule.refine}."
+        )
+
+
+def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], damping: Any, rule: Rule) -> Solved:
+    """Codes W' that make tr((T - W')ᵀ H (T - W')) small.
+
+    Args:
+        targets: T.
+        hessian: H, with a positive diagonal.
+        damping: share of the mean diagonal that is added to H; grows until H can be factored.
+        rule: the options.
+    """
+    spec, importance = rule.spec, jnp.diagonal(hessian)
+    by_energy = rule.order == "activation"
+    order = jnp.argsort(-importance, stable=True) if by_energy else jnp.arange(len(importance))
+    factor = inverse_factor(hessian[order][:, order], damping)
+    if rule.groups == "updated" and spec.group_size is not None:
+        weights, (scale, zero_point) = _with_updated_groups(targets, factor.factor, importance, rule)
+    else:
+        scale, zero_point = searched_scales(targets, spec, MATRIX, rule.ranges, importance[:, None])
+        column = _round_input(scale, zero_point, targets.shape[0], spec)
+        found = solve_columns(
+            targets[order],
+            factor.factor,
+            block_size=rule.block_size,
+            quantize_column=lambda w, _, i: column(w, order[jnp.minimum(i, len(order) - 1)]),
+        )
+        weights = jnp.zeros_like(found).at[order].set(found)
+    nearest = rounded(targets, scale, zero_point, spec)
+    # Published GPTQ stays what it is, but for inputs that are linearly dependent and hardly damped.
+    risky = (factor.retries > 0) | (jnp.asarray(damping) < _LITTLE) | (rule.refine > 0)
+    weights = jax.lax.cond(risky, lambda: not_worse(weights, nearest, targets, hessian), lambda: weights)
+    if rule.refine:
+        whole = damped(hessian, factor.damping).hessian
+        weights, scale = refined(weights, scale, zero_point, targets, whole, spec, rule.refine)
+    codes = round_to_codes(weights, scale, zero_point, spec)
+    return Solved(codes, scale, zero_point, weights, factor.damping, factor.retries)
+
+
+def refined(
+    weights: Float32[Array, "D R"],
+    scale: Array,
+    zero_point: Num[Array, "..."] | None,
+    targets: Float32[Array, "D R"],
+    hessian: Float32[Array, "D D"],
+    spec: QuantSpec,
+    rounds: int,
+) -> tuple[Float32[Array, "D R"], Array]:
+    """Least-squares scales for the codes, then coordinate descent of the codes, in turn; no output gets worse.
+
+    Scales that are shared by several outputs, and those that the format fixes, stay as they are.
+
+    Args:
+        weights: weights that can be stored with these scales.
+        scale: of each block.
+        zero_point: likewise; stays.
+        targets: T.
+        hessian: H, damped.
+        spec: gives the codes.
+        rounds: how often.
+    """
+    depth, width = weights.shape
+    unit = unit_of(targets)
+    fits = scale.shape[1] == width and spec.format != "fixed_point"
+
+    def loss(weights: Any) -> Any:
+        gap = (weights - targets) / unit
+        return jnp.sum(gap * jnp.matmul(hessian, gap, precision=jax.lax.Precision.HIGHEST), axis=0)
+
+    def turn(state: Any, _: Any) -> Any:
+        weights, scale, before = state
+        fitted, start = scale, weights
+        if fits:
+            values = values_of(weights, scale, zero_point, spec)
+            found = least_squares_scales(values, targets, hessian, scale.astype(jnp.float32))
+            usable = jnp.isfinite(found) & (found > jnp.finfo(jnp.float32).tiny)
+            fitted = jnp.where(usable, cast_scale(jnp.where(usable, found, 1.0), spec), scale)
+            start = values * jnp.repeat(fitted.astype(jnp.float32), depth // len(fitted), axis=0)
+        start = coordinate_descent(start, targets, hessian, _round_input(fitted, zero_point, depth, spec))
+        after = loss(start)
+        better = after < before
+        scale = jnp.where(better[None] if fits else True, fitted, scale)
+        return (jnp.where(better[None], start, weights), scale, jnp.where(better, after, before)), None
+
+    (weights, scale, _), _ = jax.lax.scan(turn, (weights, scale, loss(weights)), length=rounds)
+    return weights, scale
+
+
+def _round_input(scale: Array, zero_point: Array | None, depth: int, spec: QuantSpec) -> Any:
+    """The nearest weights that can be stored, for all outputs of one input."""
+    size = depth // scale.shape[0]
+    zeros = None if zero_point is None else jnp.broadcast_to(zero_point, scale.shape)
+
+    def column(w: Any, index: Any) -> Any:
+        group = index // size
+        return rounded(w[None], scale[group][None], None if zeros is None else zeros[group][None], spec)[0]
+
+    return column
+
+
+def _with_updated_groups(
+    targets: Float32[Array, "D R"], factor: Float32[Array, "D D"], importance: Float32[Array, " D"], rule: Rule
+) -> tuple[Array, tuple[Array, Array | None]]:
+    size = rule.spec.group_size
+    assert size is not None  # the caller looked
+    spec = dataclasses.replace(rule.spec, group_size=None, partial_groups=False)
+
+    def start(w: Any, first: Any) -> Any:
+        own = jax.lax.dynamic_slice_in_dim(importance, first, size)[:, None]
+        scale, zero_point = searched_scales(w, spec, MATRIX, rule.ranges, own)
+        return scale[0], None if zero_point is None else jnp.broadcast_to(zero_point, scale.shape)[0]
+
+    def column(w: Any, parameters: Any, _: Any) -> Any:
+        scale, zero_point = parameters
+        return rounded(w[None], scale[None], None if zero_point is None else zero_point[None], spec)[0]
+
+    # Groups beyond a block must be a multiple of it.
+    block = rule.block_size
+    if size >= block:
+        block = max(part for part in range(1, block + 1) if size % part == 0)
+    return solve_groups(targets, factor, quantize_column=column, start_group=start, group_size=size, block_size=block)

@@ -1,0 +1,201 @@
+"""Quantization of trees: which leaves, and errors that name them."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
+from jaxcompress._src.arrays.quantized import QuantizedArray
+from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.quantization.blocks import PARTIAL, cut, packing_axis
+from jaxcompress._src.quantization.fake_quant import fake_quantize_array
+from jaxcompress._src.quantization.fixed_point import Overflow, check_bits, fixed_point_codes, fixed_point_encode
+from jaxcompress._src.quantization.round_to_nearest import quantize_array, store_codes
+from jaxcompress._src.quantization.spec import QuantSpec
+from jaxcompress._src.trace.layout import LeafLayout
+from jaxcompress._src.trace.misfits import misfits
+from jaxcompress._src.trace.selection import selected_layouts
+from jaxcompress._src.tree.checks import check_finite
+from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
+from jaxcompress._src.types import Params, Selector, is_compressed
+
+
+@on_auto_axes
+def quantize(
+    params: Params, spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None
+) -> Params:
+    """Round-to-nearest quantization of the selected leaves.
+
+    Several calls with different `select` and `spec` compose, because leaves that are quantized already are left as they
+    are. Sparse leaves keep their index; other compressed leaves are materialized first.
+
+    Args:
+        params: the tree.
+        spec: format, granularity, range.
+        select: which leaves; by default every weight (see `trace.selected_layouts`) that the group size divides: one
+            `trace.LeftOutWarning` names the others.
+        layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
+
+    Returns:
+        `params` with a `QuantizedArray` for every selected leaf.
+
+    Raises:
+        ValueError: nothing is selected; or a selected leaf is no float array, holds NaN or Inf, or has axes that the
+            group size does not divide. Names the leaf.
+
+    Example:
+        >>> small = quantize({"bias": jnp.ones(8), "kernel": jnp.ones((64, 8))}, QuantSpec(bits=4, group_size=32))
+        >>> small["kernel"].bits, small["kernel"].scale.shape
+        (4, (2, 8))
+    """
+
+    def visit(path: str, leaf: Any, layout: LeafLayout) -> Any:
+        check_finite(path, dense_array(leaf))
+        return quantize_array(leaf if isinstance(leaf, SparseArray) else dense_array(leaf), spec, layout)
+
+    return _map_weights(visit, params, select, layouts, spec)
+
+
+@on_auto_axes
+def fake_quantize(
+    params: Params,
+    spec: QuantSpec,
+    *,
+    select: Selector | None = None,
+    layouts: Params | None = None,
+    bits: Any = None,
+) -> Params:
+    """The values of the selected leaves after quantization, with straight-through gradients; for use inside a loss.
+
+    `materialize(quantize(params, spec))` is equal to it, bit for bit. Leaves that are quantized already are left as
+    they are; other compressed leaves become the plain, rounded array that they would stand for.
+
+    Args:
+        params: the tree.
+        spec: format, granularity, range.
+        select: which leaves; by default every weight.
+        layouts: from `trace.layouts`.
+        bits: of integers, where they are traced; see `fake_quantize_array`.
+
+    Returns:
+        A tree of the same logical shapes and dtypes.
+
+    Raises:
+        ValueError: as `quantize`, but for NaN and Inf, which spread over their block.
+
+    Example:
+        >>> fake_quantize({"kernel": jnp.array([[7.0], [-3.2]])}, QuantSpec(bits=4, convention="narrow"))["kernel"]
+        Array([[ 7.], [-3.]], dtype=float32)
+    """
+    return _map_weights(
+        lambda _, leaf, layout: fake_quantize_array(dense_array(leaf), spec, layout, bits=bits),
+        params,
+        select,
+        layouts,
+        spec,
+    )
+
+
+@on_auto_axes
+def fixed_point(
+    params: Params,
+    bits: int,
+    *,
+    overflow: Overflow = "saturate",
+    select: Selector | None = None,
+    layouts: Params | None = None,
+) -> Params:
+    """Fixed-point storage of the selected leaves: codes of b bits in two's complement, scale 2^-b.
+
+    Args:
+        params: the tree.
+        bits: b, in [1, 8].
+        overflow: what becomes of weights outside [-1/2, 1/2); see `fixed_point_encode`. Wrapping flips their sign.
+        select: which leaves; by default every weight.
+        layouts: from `trace.layouts`.
+
+    Returns:
+        `params` with a `QuantizedArray` for every selected leaf; its values are those of `fixed_point_decode`.
+
+    Raises:
+        ValueError: as `quantize`.
+
+    Example:
+        >>> fixed_point({"kernel": jnp.array([[0.25], [-0.5], [0.7]])}, 4)["kernel"].materialize()
+        Array([[ 0.25  ], [-0.5   ], [ 0.4375]], dtype=float32)
+    """
+    check_bits(bits)
+
+    def visit(path: str, leaf: Any, layout: LeafLayout) -> QuantizedArray:
+        dense = dense_array(leaf)
+        check_finite(path, dense)
+        codes = fixed_point_codes(fixed_point_encode(dense, bits, overflow=overflow), bits)
+        keep = leaf if isinstance(leaf, SparseArray) else None
+        data = store_codes(codes, bits=bits, axis=packing_axis(codes.shape, bits, layout), keep=keep)
+        shape = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(dense.shape)]
+        return QuantizedArray(data=data, scale=jnp.full(shape, 2.0**-bits, jnp.float32), dtype=jnp.dtype(dense.dtype))
+
+    return _map_weights(visit, params, select, layouts)
+
+
+def weight_layouts(
+    params: Params, *, select: Selector | None, layouts: Params | None, spec: QuantSpec | None = None
+) -> Params:
+    """The layouts of the selected leaves that are not quantized yet, `Unselected` elsewhere.
+
+    With `spec`, a default selection goes without the leaves that its groups do not divide; one warning names them.
+
+    Raises:
+        ValueError: nothing is selected; a selected leaf is no float array, or cannot be cut into groups.
+    """
+
+    def visit(path: str, layout: LeafLayout, leaf: Any) -> Any:
+        weight = leaf.weight if isinstance(leaf, InputQuantizedArray) else leaf
+        if isinstance(weight, QuantizedArray):
+            return Unselected
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"Leaf {path!r} of dtype {leaf.dtype} and shape {tuple(leaf.shape)} is selected, but only floats can "
+                "be quantized; exclude it."
+            )
+        return layout
+
+    chosen = map_selected(visit, selected_layouts(params, select=select, layouts=layouts), params)
+    if spec is None or spec.group_size is None:
+        return chosen
+    shapes = dict(leaves_with_paths(params))
+    places = {path: (shapes[path].shape, layout) for path, layout in leaves_with_paths(chosen)}
+    rest = misfits(places, lambda _, shape, layout: cut(shape, spec, layout), select, advice=PARTIAL)
+    return map_selected(lambda path, layout: Unselected if path in rest else layout, chosen)
+
+
+def dense_array(leaf: Any) -> jax.Array:
+    """The plain array."""
+    return leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
+
+
+def on_weight(leaf: Any, fn: Callable[[Any], Any]) -> Any:
+    """`fn(leaf)`; of a leaf whose inputs are quantized, which they stay, `fn` of its weight."""
+    if isinstance(leaf, InputQuantizedArray):
+        return dataclasses.replace(leaf, weight=fn(leaf.weight))
+    return fn(leaf)
+
+
+def _map_weights(
+    fn: Callable[[str, Any, LeafLayout], Any],
+    params: Params,
+    select: Selector | None,
+    layouts: Params | None,
+    spec: QuantSpec | None = None,
+) -> Params:
+    """`fn(path, leaf, layout)` on the selected leaves that are not quantized yet; the others as they are."""
+
+    def visit(path: str, leaf: Any, layout: Any) -> Any:
+        return leaf if is_unselected(layout) else on_weight(leaf, lambda weight: fn(path, weight, layout))
+
+    return map_with_path(visit, params, weight_layouts(params, select=select, layouts=layouts, spec=spec))

@@ -1,0 +1,74 @@
+"""What compression did to each leaf, whichever method compressed it."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxcompress._src.calibration.infos import entry_infos
+from jaxcompress._src.calibration.matrices import Calibrated, checked_weight
+from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.quantization.rounding_info import RoundingInfo
+from jaxcompress._src.quantization.tables import Table, counted_leaves
+from jaxcompress._src.solvers.outputs import output_errors
+from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.types import Params, is_compressed
+
+
+@on_auto_axes
+def rounding_errors(
+    params: Params, compressed: Params, statistics: Params, *, layouts: Params | None = None
+) -> dict[str, RoundingInfo]:
+    """The error of each compressed leaf on the calibration rows: what one-shot methods return beside their trees.
+
+    For `quantize`, `fixed_point`, `cluster` and whatever else knows no statistics: sqrt(Σ |x W - x W'|² / Σ |x W|²),
+    and for tables that are looked up sqrt(Σ_r n_r |w_r - w'_r|² / Σ_r n_r |w_r|²), n_r being how often row r was read.
+
+    Args:
+        params: the dense tree.
+        compressed: the same tree with some leaves compressed.
+        statistics: from `calibration.input_statistics`, with "gram"; of the dense model.
+        layouts: from `trace.layouts`; needed where kernels are not (in..., out).
+
+    Returns:
+        A `RoundingInfo` with `bits_per_weight` and `error` for every compressed leaf that has statistics, by path
+        (`path[i]` for each entry of a stack).
+
+    Raises:
+        ValueError: no such leaf; one with another shape than in `params`, with statistics of another width, or with NaN
+            or Inf. Names the leaf.
+
+    Example:
+        >>> from jaxcompress.calibration import input_statistics
+        >>> from jaxcompress.quantization import QuantSpec, quantize
+        >>> params = {"kernel": jnp.array([[0.6], [7.0]])}
+        >>> statistics = input_statistics(lambda p, x: x @ p["kernel"], params, [(jnp.array([[5.0, 0.0]]),)])
+        >>> small = quantize(params, QuantSpec(bits=4, convention="narrow"))  # 0.6 becomes 1
+        >>> round(rounding_errors(params, small, statistics)["kernel"].error, 3)
+        0.667
+    """
+    new = dict(leaves_with_paths(compressed))
+    small = {path for path, leaf in new.items() if is_compressed(leaf)}
+
+    def not_small(params: Params) -> Params:
+        return map_with_path(lambda path, _: None if path in small else False, params)
+
+    contracted, tables = counted_leaves(params, statistics, needs="gram", select=not_small, layouts=layouts)
+    infos = [_infos(entry, new[entry.path]) for entry in (*contracted, *tables)]
+    return {name: info for own in infos for name, info in own.items()}
+
+
+def _infos(entry: Calibrated | Table, leaf: Any) -> dict[str, RoundingInfo]:
+    if tuple(leaf.shape) != tuple(entry.weight.shape):
+        raise ValueError(
+            f"Leaf {entry.path!r} has shape {tuple(entry.weight.shape)} in `params`, {tuple(leaf.shape)} compressed."
+        )
+    dense, found = (entry.matrix(array) for array in (entry.weight, checked_weight(entry.path, leaf)))
+    unseen = None
+    if isinstance(entry, Table):
+        often = jnp.sqrt(entry.counts.rows)[None, None]
+        gram, dense, found = jnp.eye(dense.shape[1])[None], dense * often, found * often
+    else:
+        gram, unseen = entry.flat(entry.statistics.gram, ndim=2), entry.unseen
+    error = output_errors(gram, dense, found, groups=entry.layout.groups)
+    return entry_infos(entry, functools.partial(RoundingInfo.of, leaf), errors={"error": error}, unseen=unseen)

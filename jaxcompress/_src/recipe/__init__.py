@@ -1,0 +1,1 @@
+"""Declared pipelines on text classifiers: recipes, data, the loops that run them."""

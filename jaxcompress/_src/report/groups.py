@@ -1,0 +1,48 @@
+"""Which group a leaf is counted in."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import jax
+
+from jaxcompress._src.tree.maps import flatten_like, leaves_with_paths
+from jaxcompress._src.types import Params, Selector, is_compressed
+
+Groups: TypeAlias = Mapping[str, Selector] | Callable[[str, Any], str]
+"""Names with selectors, or `(path, leaf) -> name`."""
+
+REST = "other"
+"""Where leaves go that no selector marks."""
+
+
+def group_names(params: Params, groups: Groups | None) -> list[str]:
+    """The group of every leaf, in the order of the tree (compressed arrays are leaves).
+
+    Args:
+        params: the tree.
+        groups: None: `embedding` for leaves whose path ends in `embedding`, `encoder` for all others.
+
+    Raises:
+        ValueError: two groups select the same leaf; names it.
+
+    Example:
+        >>> group_names({"embedding": 1, "kernel": 2}, None)
+        ['embedding', 'encoder']
+    """
+    leaves = leaves_with_paths(params)
+    if not isinstance(groups, Mapping):
+        choose = groups or _encoder_or_embedding
+        return [choose(path, leaf) for path, leaf in leaves]
+    treedef = jax.tree.structure(params, is_leaf=is_compressed)
+    marks = {name: flatten_like(treedef, select(params)) for name, select in groups.items()}
+    names = []
+    for at, (path, _) in enumerate(leaves):
+        found = [name for name in groups if marks[name][at]]
+        if len(found) > 1:
+            raise ValueError(f"Leaf {path!r} is in the groups {', '.join(map(repr, found))}; groups must not overlap.")
+        names.append(found[0] if found else REST)
+    return names
+
+
+def _encoder_or_embedding(path: str, _: Any) -> str:
+    return "embedding" if path.rsplit("/", 1)[-1] == "embedding" else "encoder"

@@ -1,0 +1,1 @@
+"""Array-level mathematics that several techniques share."""

@@ -1,0 +1,63 @@
+"""Swapping kept units for removed ones of the same group, by the whole Fisher matrix."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxcompress._src.meshes import on_auto_axes
+
+
+@on_auto_axes
+def rearrange(keep: Mapping[str, Any], matrices: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Makes (1 - m)^T F (1 - m) smaller in every group, at the same number of kept units.
+
+    A diagonal score does not see that two removed units did the same work. Starting from `keep`, the best swap of a
+    kept and a removed unit is made as long as one helps.
+
+    Args:
+        keep: name -> bool (count,), from `select_units`.
+        matrices: name -> (count, count), symmetric: `fisher_matrix`. Groups without an entry stay.
+
+    Returns:
+        The new `keep`.
+
+    Raises:
+        ValueError: a matrix has the wrong shape, or holds NaN or Inf; names the group.
+
+    Example:
+        >>> rearrange({"g": [True, False, False]}, {"g": [[1.0, 0, 0], [0, 1, 0.9], [0, 0.9, 1]]})
+        {'g': array([False,  True, False])}
+
+    References:
+        Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4.2.
+    """
+    return {
+        name: _swapped(name, np.array(kept, bool), matrices[name]) if name in matrices else np.array(kept, bool)
+        for name, kept in keep.items()
+    }
+
+
+def _swapped(name: str, kept: np.ndarray, matrix: Any) -> np.ndarray:
+    matrix = np.asarray(matrix, np.float64)
+    if matrix.shape != (len(kept), len(kept)):
+        raise ValueError(f"The matrix of {name!r} must have shape {(len(kept), len(kept))}, got {matrix.shape}.")
+    # With NaN no change ever compares as too small to make, and the search would not end.
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"The matrix of {name!r} holds NaN or Inf.")
+    diagonal = np.diag(matrix)
+    tolerance = 1e-12 * max(float(np.abs(diagonal).max(initial=0.0)), 1e-300)
+    pull = matrix @ ~kept
+    while True:
+        inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
+        if not len(inside) or not len(outside):
+            return kept
+        # Bringing o back and removing i instead changes the sum by this much.
+        back, away = diagonal[outside] - 2 * pull[outside], diagonal[inside] + 2 * pull[inside]
+        change = back[:, None] + away[None, :] - 2 * matrix[np.ix_(outside, inside)]
+        place = np.unravel_index(np.argmin(change), change.shape)
+        if change[place] >= -tolerance:
+            return kept
+        returning, leaving = outside[place[0]], inside[place[1]]
+        kept[returning], kept[leaving] = True, False
+        pull += matrix[:, leaving] - matrix[:, returning]

@@ -1,0 +1,1 @@
+"""What a model does with each leaf, read from its jaxpr."""

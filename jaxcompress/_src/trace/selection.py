@@ -1,0 +1,61 @@
+"""Which leaves a technique acts on."""
+
+from typing import Any
+
+from jaxcompress._src.trace.layout import LeafLayout, default_layout
+from jaxcompress._src.trace.left_out import large_left_out, listed, warn_left_out
+from jaxcompress._src.tree.maps import map_with_path
+from jaxcompress._src.tree.unselected import Unselected
+from jaxcompress._src.types import Params, Selector, is_compressed
+
+
+def selected_layouts(params: Params, *, select: Selector | None = None, layouts: Params | None = None) -> Params:
+    """The layouts of the leaves to act on, `Unselected` elsewhere: what every technique starts from.
+
+    A selection by `layouts` alone warns once, by a `LeftOutWarning`, of leaves above 1 % of the parameters that it
+    leaves out although they may be weights: those of the kind "other", but for biases, norms and learned positions.
+
+    Args:
+        params: the tree.
+        select: which leaves; by default every weight (contracted, looked up, or both: a tied table is one in all
+            methods) when `layouts` are given, otherwise every array with at least two axes.
+        layouts: from `layouts`; a leaf without known axes, and every leaf without `layouts`, gets `default_layout`.
+
+    Returns:
+        A partial tree of `LeafLayout`.
+
+    Raises:
+        ValueError: nothing is selected; says what is left out.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> selected_layouts({"bias": jnp.ones(4), "kernel": jnp.ones((3, 4))})["bias"]
+        Unselected
+    """
+    known = map_with_path(lambda _, leaf: None, params) if layouts is None else layouts
+    marks = map_with_path(lambda *_: None, params) if select is None else select(params)
+    found: list[str] = []
+
+    def visit(path: str, leaf: Any, layout: LeafLayout | None, mark: bool | None) -> Any:
+        if mark is None:
+            mark = layout.is_weight if layout is not None else len(getattr(leaf, "shape", ())) >= 2
+        if not mark:
+            return Unselected
+        found.append(path)
+        return layout if layout is not None and layout.is_weight else default_layout(path, leaf)
+
+    selected = map_with_path(visit, params, known, marks, is_leaf=is_compressed)
+    left_out = large_left_out(params, layouts) if select is None and layouts is not None else {}
+    if not found:
+        known = f" Left out are {listed(left_out)}" if left_out else ""
+        raise ValueError(
+            f"No leaf of the tree has two axes or more (or is used as a weight): nothing is selected.{known}"
+        )
+    warn_left_out(left_out, "The default selection leaves out", advice=_ADVICE, stacklevel=3)
+    return selected
+
+
+_ADVICE = (
+    "Name the leaves to act on by `select` (kernels of an unknown use count as (in..., out)); `trace.coverage` lists "
+    "what the model does with each leaf."
+)

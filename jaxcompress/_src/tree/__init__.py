@@ -1,0 +1,1 @@
+"""Trees of parameters: paths, selectors, partial trees, keys."""

@@ -1,0 +1,1 @@
+"""Units: which slices of which leaves live and die together."""

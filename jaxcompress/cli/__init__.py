@@ -1,3 +1,0 @@
-"""The command line."""
-
-from jaxcompress.cli._main import main as main

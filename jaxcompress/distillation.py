@@ -1,0 +1,11 @@
+"""Training a small model on the outputs of a large one, compressing it on the way."""
+
+from jaxcompress._src.distillation.losses import agreement as agreement
+from jaxcompress._src.distillation.losses import binary_targets as binary_targets
+from jaxcompress._src.distillation.losses import hard_labels as hard_labels
+from jaxcompress._src.distillation.losses import soft_targets as soft_targets
+from jaxcompress._src.distillation.state_losses import cosine_states as cosine_states
+from jaxcompress._src.distillation.state_losses import hidden_states as hidden_states
+from jaxcompress._src.distillation.student import select_layers as select_layers
+from jaxcompress._src.distillation.train_state import TrainState as TrainState
+from jaxcompress._src.distillation.train_step import make_train_step as make_train_step

@@ -1,0 +1,36 @@
+"""Pruning: scores, masks, and pruning while training."""
+
+from jaxcompress._src.pruning.allocation import erdos_renyi as erdos_renyi
+from jaxcompress._src.pruning.allocation import uniform as uniform
+from jaxcompress._src.pruning.evidence_scores import fisher_scores as fisher_scores
+from jaxcompress._src.pruning.evidence_scores import random_scores as random_scores
+from jaxcompress._src.pruning.evidence_scores import snip_scores as snip_scores
+from jaxcompress._src.pruning.evidence_scores import taylor_scores as taylor_scores
+from jaxcompress._src.pruning.gradual import gradual as gradual
+from jaxcompress._src.pruning.group_lasso import group_lasso as group_lasso
+from jaxcompress._src.pruning.leaf_info import LeafInfo as LeafInfo
+from jaxcompress._src.pruning.masks import apply_masks as apply_masks
+from jaxcompress._src.pruning.masks import clip_weights as clip_weights
+from jaxcompress._src.pruning.masks import magnitude_masks as magnitude_masks
+from jaxcompress._src.pruning.masks import masks_from_scores as masks_from_scores
+from jaxcompress._src.pruning.masks import threshold_masks as threshold_masks
+from jaxcompress._src.pruning.movement import movement as movement
+from jaxcompress._src.pruning.patterns import block as block
+from jaxcompress._src.pruning.patterns import n_of_m as n_of_m
+from jaxcompress._src.pruning.patterns import unstructured as unstructured
+from jaxcompress._src.pruning.rigl import rigl as rigl
+from jaxcompress._src.pruning.scores import gradient_scores as gradient_scores
+from jaxcompress._src.pruning.scores import magnitude_scores as magnitude_scores
+from jaxcompress._src.pruning.sensitivity import by_sensitivity as by_sensitivity
+from jaxcompress._src.pruning.sensitivity import measure_sensitivity as measure_sensitivity
+from jaxcompress._src.pruning.soft_movement import soft_movement as soft_movement
+from jaxcompress._src.pruning.sparse_evolution import sparse_evolution as sparse_evolution
+from jaxcompress._src.pruning.sparse_updates import sparse_updates as sparse_updates
+from jaxcompress._src.pruning.sparsegpt import sparsegpt as sparsegpt
+from jaxcompress._src.pruning.sr_ste import sr_ste as sr_ste
+from jaxcompress._src.pruning.store import store_masked as store_masked
+from jaxcompress._src.pruning.straight_through import straight_through_magnitude as straight_through_magnitude
+from jaxcompress._src.pruning.tune import alps as alps
+from jaxcompress._src.pruning.tune import tune_masked as tune_masked
+from jaxcompress._src.pruning.wanda import wanda as wanda
+from jaxcompress._src.pruning.wanda import wanda_scores as wanda_scores
