@@ -25,7 +25,7 @@ class LowRankArray:
 
     Attributes:
         left: floats, plain or compressed (a `QuantizedArray`, say).
-        right: likewise.
+        right: floats, plain or compressed.
         dtype: logical dtype; sums are made in float32 at least.
         residual: None, or an array that is added, plain or compressed.
     """

@@ -59,7 +59,7 @@ def segments(
     Args:
         apply: `(params, *inputs) -> outputs`.
         params: arrays, or `jax.ShapeDtypeStruct`.
-        inputs: trees of arrays, likewise; the first part takes their leaves as its values.
+        inputs: trees of arrays, or of `jax.ShapeDtypeStruct`; the first part takes their leaves as its values.
         paths: of the leaves that define the parts.
         together: path -> key; neighbours (in the order of first use) of equal keys share a part,
             and so do leaves that are first used by one operation.

@@ -59,7 +59,7 @@ def fallbacks(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Fal
     Args:
         apply: as for `execute`.
         *args: as for `apply`; arrays may be abstract.
-        **kwargs: likewise.
+        **kwargs: keywords of `apply`; arrays may be abstract.
 
     Returns:
         One entry for each use in the program text (the body of a scan counts once), in execution order.

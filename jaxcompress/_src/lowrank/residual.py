@@ -54,7 +54,7 @@ def with_residual(
         rank: see `svd`; a rule sees the spectra of W - C (of W, if the low-rank part comes first) in the first turn. A
             leaf that it would leave dense gets no factors: only C.
         statistics: see `activation_svd`.
-        fisher: likewise.
+        fisher: weights of the outputs; see `activation_svd`.
         iterations: number of turns, at least 1.
         first: which part is made first, with the other one zero. "residual", as LoftQ: factors of what quantization
             lost. "low rank": a residual of what the factors cannot hold, for sparse ones.

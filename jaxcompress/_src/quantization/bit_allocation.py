@@ -32,7 +32,7 @@ class FormatSensitivity:
     Attributes:
         specs: the formats.
         losses: float64 vectors, one entry for each format.
-        stored_bits: int64 vectors, likewise.
+        stored_bits: int64 vectors, one entry for each format.
         sizes: how many weights the leaf has.
     """
 

@@ -127,7 +127,7 @@ def refined(
     Args:
         weights: weights that can be stored with these scales.
         scale: of each block.
-        zero_point: likewise; stays.
+        zero_point: of each block; stays as it is.
         targets: T.
         hessian: H, damped.
         spec: gives the codes.

@@ -67,7 +67,7 @@ def hqq(
         kappa: κ.
         iterate: "best": for each block, of least mean |w - (q - z) s|. "legacy": as the public solver's default: it
             stops at the first step that does not lower the mean over the whole matrix, and takes the zero points after
-            that step; as there, ranges below 1e-4 are taken for none, so weights must not be very small.
+            that step; as in that solver, ranges below 1e-4 are taken for none, so weights must not be very small.
         exact_zero: keep weights of 0 exact; no published variant. Zero points then take the bits of a code.
         select: which leaves; see `trace.selected_layouts`.
         layouts: from `trace.layouts`.

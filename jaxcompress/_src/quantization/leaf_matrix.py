@@ -76,7 +76,7 @@ def stored(
         entry: the leaf.
         codes: as `round_to_codes` gives them; of whole groups, as `with_whole_groups` makes them.
         scale: blocks of the matrix; those of the leaf in the order of its flattened axes.
-        zero_point: likewise, or None.
+        zero_point: blocks of the matrix, as the scales, or None.
         spec: bits.
     """
     shape = entry.weight.shape

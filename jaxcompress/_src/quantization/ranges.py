@@ -55,8 +55,8 @@ def least_error_range(
 
     Args:
         w: the weights.
-        low: the full range.
-        high: likewise.
+        low: the lower end of the full range.
+        high: the upper end of the full range.
         spec: format, and p as `error_norm`.
         scales: how a range becomes scales.
     """

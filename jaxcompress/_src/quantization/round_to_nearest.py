@@ -66,7 +66,7 @@ def quantize_array_at(
     """`quantize_array` with scales that are known already, such as learned ones.
 
     Args:
-        w: as there.
+        w: the array, as for `quantize_array`.
         scale: in `spec.scale_dtype`, one entry per block.
         zero_point: None for symmetric codes.
         spec: format.

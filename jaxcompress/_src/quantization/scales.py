@@ -88,7 +88,7 @@ def range_scales(
         low: at most 0.
         high: at least 0.
         spec: gives format and rounding.
-        bits: as there.
+        bits: of the codes.
     """
     bits = spec.bits if bits is None else bits
     largest = jnp.maximum(high, -low)

@@ -37,7 +37,7 @@ def kl_divergence(p_logits: ArrayLike, q_logits: ArrayLike, *, confidence: float
 
     Args:
         p_logits: of the reference (the dense model), (examples, classes). -inf is probability 0.
-        q_logits: of the other model, likewise.
+        q_logits: of the other model, of the same shape.
         confidence: of the interval of the mean, in (0, 1).
 
     Returns:

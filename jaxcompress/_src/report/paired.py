@@ -69,7 +69,7 @@ def paired_difference(correct_a: ArrayLike, correct_b: ArrayLike, *, confidence:
 
     Args:
         correct_a: bool or 0 / 1, one for each example: whether a is right.
-        correct_b: likewise for b, on the same examples in the same order.
+        correct_b: bool or 0 / 1: whether b is right, on the same examples in the same order.
         confidence: of the interval, in (0, 1).
 
     Returns:
@@ -116,7 +116,7 @@ def agreement(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> Agreem
 
     Args:
         a: predictions, such as class numbers, one for each example. NaN agrees with nothing.
-        b: likewise.
+        b: predictions of the other model for the same examples.
         confidence: of the interval, in (0, 1).
 
     Raises:

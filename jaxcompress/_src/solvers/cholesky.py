@@ -73,7 +73,7 @@ def inverse_factor(matrix: Float[Array, "D D"], damping: ArrayLike) -> DampedFac
 
     Args:
         matrix: as for `damped_cholesky`.
-        damping: likewise.
+        damping: λ to begin with, as for `damped_cholesky`.
 
     Example:
         >>> import numpy as np

@@ -53,7 +53,7 @@ def folds(apply: Callable[..., Any], params: Params, *inputs: Any) -> list[Fold]
     Args:
         apply: `(params, *inputs) -> outputs`, pure.
         params: arrays or `jax.ShapeDtypeStruct`.
-        *inputs: trees of arrays, likewise.
+        *inputs: trees of arrays, or of `jax.ShapeDtypeStruct`.
 
     Returns:
         In the order of the model. Kernels in branches and `while` loops, and leaves of several uses, have none; nor do
