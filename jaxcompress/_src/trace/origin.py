@@ -42,7 +42,8 @@ class Origin:
         shape: of the parameter.
         axes: of the value.
         fixed: axis of the parameter -> what is added to the index along it.
-        moving: axis of the parameter -> what is added to the index along it, where a loop or a traced index says it: the number, or None where nothing is computed.
+        moving: axis of the parameter -> what a loop or a traced index adds to the index along it: the number, or None
+            where nothing is computed.
         when: traced conditions under which the value is there at all (one iteration of several); None as above.
         factors: what it is multiplied by.
         gathered: whether indices have chosen the entries of some axis.
