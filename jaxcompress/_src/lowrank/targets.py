@@ -16,6 +16,7 @@ from jaxcompress._src.calibration.statistics import InputStatistics, LookupCount
 from jaxcompress._src.calibration.unseen import fill_unseen, unseen_inputs, warn_unseen
 from jaxcompress._src.lowrank.factorize import Whitening, root_of_gram
 from jaxcompress._src.lowrank.leaves import Target, shape_of
+from jaxcompress._src.solvers.hessian import check_damping
 from jaxcompress._src.solvers.outputs import dense_targets
 from jaxcompress._src.trace.left_out import warn_left_out
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
@@ -43,10 +44,7 @@ def activation_targets(
     layouts: Params | None,
 ) -> Targets:
     """The leaves that have statistics in the norm of their outputs; see `activation_svd`."""
-    if not damping >= 0:
-        raise ValueError(f"`damping` must be at least 0, got {damping}.")
-    if not ridge >= 0:
-        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+    check_damping(damping, ridge)
     if whitening not in ("eigen", "cholesky"):
         raise ValueError(f"`whitening` must be 'eigen' or 'cholesky', got {whitening!r}.")
     grouped = _grouped(statistics, layouts)

@@ -20,7 +20,7 @@ from jaxcompress._src.pruning.leaf_info import LeafInfo, leaf_infos
 from jaxcompress._src.pruning.patterns import NOfM, Pattern, Unstructured, unstructured
 from jaxcompress._src.solvers.cholesky import inverse_factor
 from jaxcompress._src.solvers.columns import QuantizeColumn, StartGroup, block_sizes, solve_columns
-from jaxcompress._src.solvers.hessian import problem
+from jaxcompress._src.solvers.hessian import check_damping, problem
 from jaxcompress._src.solvers.outputs import not_worse, output_errors
 from jaxcompress._src.solvers.rank import keep_largest
 from jaxcompress._src.solvers.runs import keep_in_runs
@@ -156,10 +156,7 @@ def _check_options(pattern: Pattern, damping: float, ridge: float, block_size: i
     check_count(counting)
     if not isinstance(pattern, Unstructured | NOfM):
         raise ValueError(f"`sparsegpt` prunes single weights or n of m, got the pattern {pattern}.")
-    if not damping >= 0:
-        raise ValueError(f"`damping` must be at least 0, got {damping}.")
-    if not ridge >= 0:
-        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+    check_damping(damping, ridge)
     if block_size < 1:
         raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
     if share not in ("block", "leaf"):

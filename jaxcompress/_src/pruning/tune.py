@@ -18,7 +18,7 @@ from jaxcompress._src.pruning.counts import sparsity_by_path
 from jaxcompress._src.pruning.leaf_info import LeafInfo, leaf_infos
 from jaxcompress._src.pruning.patterns import NOfM, Pattern, Unstructured, unstructured
 from jaxcompress._src.solvers.alternating import alternating_mask
-from jaxcompress._src.solvers.hessian import damped, problem
+from jaxcompress._src.solvers.hessian import check_damping, damped, problem
 from jaxcompress._src.solvers.masked import masked_least_squares
 from jaxcompress._src.solvers.outputs import not_worse, output_errors
 from jaxcompress._src.solvers.rank import keep_largest
@@ -78,10 +78,7 @@ def tune_masked(
         Hassibi and Stork 1992; Kwon et al. 2022, "A fast post-training pruning framework for transformers", section
         5.3 (mask tuning by least squares).
     """
-    if not damping >= 0:
-        raise ValueError(f"`damping` must be at least 0, got {damping}.")
-    if not ridge >= 0:
-        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+    check_damping(damping, ridge)
 
     def masked(params: Params) -> Params:
         return map_with_path(lambda _, __, mask: not is_unselected(mask), params, masks)
@@ -149,10 +146,9 @@ def alps(
     """
     if not isinstance(pattern, Unstructured | NOfM):
         raise ValueError(f"`alps` prunes single weights or n of m, got the pattern {pattern}.")
-    if not damping >= 0 or iterations < 0:
-        raise ValueError(f"`damping` and `iterations` must be at least 0, got {damping} and {iterations}.")
-    if not ridge >= 0:
-        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+    check_damping(damping, ridge)
+    if iterations < 0:
+        raise ValueError(f"`iterations` must be at least 0, got {iterations}.")
     chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
     leaves, info = {}, {}

@@ -18,7 +18,7 @@ from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.solvers.cholesky import inverse_factor
 from jaxcompress._src.solvers.columns import solve_columns, solve_groups
 from jaxcompress._src.solvers.descent import coordinate_descent, least_squares_scales
-from jaxcompress._src.solvers.hessian import damped
+from jaxcompress._src.solvers.hessian import check_damping, damped
 from jaxcompress._src.solvers.outputs import not_worse, unit_of
 
 Order = Literal["natural", "activation"]
@@ -65,10 +65,7 @@ def check_rule(rule: Rule, damping: float, ridge: float) -> None:
         raise ValueError(f"`groups` must be one of {get_args(Groups)}, got {rule.groups!r}.")
     if (rule.order, rule.groups) == ("activation", "updated"):
         raise ValueError("`groups='updated'` needs `order='natural'`: otherwise no group is finished as a whole.")
-    if not damping >= 0:
-        raise ValueError(f"`damping` must be at least 0, got {damping}.")
-    if not ridge >= 0:
-        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+    check_damping(damping, ridge)
     if rule.block_size < 1 or rule.refine < 0:
         raise ValueError(
             f"`block_size` must be at least 1 and `refine` at least 0, got {rule.block_size} and {rule.refine}."

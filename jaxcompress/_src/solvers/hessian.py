@@ -41,6 +41,14 @@ class Damped(NamedTuple):
     retries: Int32[Array, ""]
 
 
+def check_damping(damping: float, ridge: float) -> None:
+    """Raises for what no problem can be solved with."""
+    if not damping >= 0:
+        raise ValueError(f"`damping` must be at least 0, got {damping}.")
+    if not ridge >= 0:
+        raise ValueError(f"`ridge` must not be negative, got {ridge}.")
+
+
 def problem(
     weights: Float32[Array, "D R"],
     gram: Float32[Array, "D D"],
