@@ -24,9 +24,9 @@ from lenets import NETWORKS, Network, Params
 
 import jaxcompress as jc
 from jaxcompress import gates
-from jaxcompress._src.structured import UnitGroup, remove_units, sum_units
 from jaxcompress.distillation import make_train_step, soft_targets
 from jaxcompress.recipe import Images, fashion_mnist, mnist_5k
+from jaxcompress.structured import UnitGroup, remove_units, sum_units
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 from jaxcompress._src.pruning.normalize import normalized_scores
 from jaxcompress._src.quantization.learned_rounding import RoundingSchedule
-from jaxcompress._src.structured import UnitGroup
 from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.clustering import CodebookSpec
 from jaxcompress.pruning import n_of_m
 from jaxcompress.quantization import QuantSpec
+from jaxcompress.structured import UnitGroup
 
 SPECS = {
     "fsdp": {"kernel": P("data", None), "bias": P("data")},

@@ -15,12 +15,12 @@ import jaxcompress as jc
 from jaxcompress import gates, lowrank, pruning
 from jaxcompress._src.gates.targets import shape_lagrangian
 from jaxcompress._src.schedules import final_value
-from jaxcompress._src.structured import UnitGroup
 from jaxcompress._src.types import Transform
 from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.quantization import QuantSpec, quantization_aware
 from jaxcompress.schedules import UnfinishedScheduleWarning, cubic
+from jaxcompress.structured import UnitGroup
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": jnp.asarray(RNG.normal(size=(8, 6)), jnp.float32)}

@@ -9,9 +9,9 @@ import pytest
 
 from jaxcompress import gates, trace
 from jaxcompress._src.gates.budget import kept_size
-from jaxcompress._src.structured import UnitGroup, remove_units
 from jaxcompress._src.units.count import expected_parameters
 from jaxcompress._src.units.group import UnitSlices, check_groups
+from jaxcompress.structured import UnitGroup, remove_units
 from jaxcompress.tree import by_path
 
 NAMES = ["first", "second", "last"]

@@ -15,10 +15,10 @@ from jaxcompress._src.gates.penalty import lambda_penalty
 from jaxcompress._src.gates.targets import shape_lagrangian, smallest_with
 from jaxcompress._src.gates.values import kept_units
 from jaxcompress._src.solvers.hard_concrete import deterministic_gates, nonzero_probability
-from jaxcompress._src.structured import UnitGroup, remove_units
 from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import QuantSpec, quantization_aware, quantize
+from jaxcompress.structured import UnitGroup, remove_units
 from jaxcompress.tree import by_path
 
 KEY = jax.random.key(0)

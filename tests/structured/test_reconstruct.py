@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from jaxcompress._src.calibration.pause import pausing
-from jaxcompress._src.structured import UnitGroup
 from jaxcompress._src.structured.shrink import mask_units
 from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.quantization import QuantSpec, quantize
-from jaxcompress.structured import reconstruct, shrink
+from jaxcompress.structured import UnitGroup, reconstruct, shrink
 
 WIDTH, INNER, BLOCKS = 4, (6, 10), 2
 KEEP = {"b0": np.array([1, 0, 1]), "b1": np.array([0, 1, 1, 0, 1])}  # units of two inner features

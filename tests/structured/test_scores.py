@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress._src.structured import UnitGroup
 from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import (
+    UnitGroup,
     fisher_matrix,
     fisher_unit_scores,
     gate_gradients,

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcompress import trace, tree
-from jaxcompress._src.structured import UnitGroup
 from jaxcompress._src.units.count import unit_sizes
 from jaxcompress._src.units.group import UnitSlices
 from jaxcompress.models import BertConfig, bert_units, from_pretrained, make_module, resized, save_pretrained
-from jaxcompress.structured import flop_costs, magnitude_unit_scores, parameter_costs, select_units, shrink
+from jaxcompress.structured import UnitGroup, flop_costs, magnitude_unit_scores, parameter_costs, select_units, shrink
 
 
 def _problem(counts, widths, fixed=3):

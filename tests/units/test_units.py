@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from jaxcompress._src.gates.budget import kept_size
-from jaxcompress._src.structured import UnitGroup, remove_units, sum_units
 from jaxcompress._src.units.count import expected_parameters, unit_parameters, unit_sizes
 from jaxcompress._src.units.group import UnitSlices, check_groups
 from jaxcompress._src.units.slicing import multiply_units, unit_masks
 from jaxcompress.quantization import QuantSpec, quantize
+from jaxcompress.structured import UnitGroup, remove_units, sum_units
 
 HEADS = UnitGroup(
     name="heads",
