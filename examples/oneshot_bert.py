@@ -98,7 +98,7 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="100 rows, 32 sentences, one seed, half of the weights only")
+    parser.add_argument("--quick", action="store_true", help="100 rows, 32 sentences, one seed, half of the weights")
     parser.add_argument("--model", type=Path, help="safetensors of a fine-tuned encoder and classifier")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int, Shaped
 
+from jaxcompress._src.calibration.factors import Multiples, Scale, multiples_of, scales_of
 from jaxcompress._src.trace.contraction import Roles, entries, roles
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.trace.origin import Factor, Origin
+from jaxcompress._src.trace.origin import Origin
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,8 +47,8 @@ class Rows:
     moving: tuple[tuple[int, Any], ...]
     when: tuple[Any, ...]
     outputs: Bool[np.ndarray, " R"] | None
-    scales: "tuple[Scale, ...]"
-    multiples: "Multiples | None" = None
+    scales: tuple[Scale, ...]
+    multiples: Multiples | None = None
     visits: Int[np.ndarray, "..."] | None = None
     sizes: Any = None
 
@@ -95,60 +96,6 @@ class Rows:
         # What meets a feature twice adds up.
         places = np.where(self.features < 0, self.width, self.features)
         return jnp.zeros((*rows.shape[:-1], self.width), rows.dtype).at[..., places].add(rows, mode="drop")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scale:
-    """What a leaf is multiplied by, as far as its inputs differ in it.
-
-    Attributes:
-        arrays: it, in the shape of the leaf's operand, for each stream.
-        taken: for each axis of the leaf's operand, the entry to take, or where the axis is in the other operand.
-    """
-
-    arrays: tuple[Any, ...]
-    taken: tuple[tuple[str, int], ...]
-
-    def beside(self, array: Shaped[Array, "..."], rank: int) -> Shaped[Array, "..."]:
-        """One of the arrays, to be multiplied by the other operand, of `rank` axes."""
-        own = array[tuple(number if what == "entry" else slice(None) for what, number in self.taken)]
-        places = [number for what, number in self.taken if what == "axis"]
-        order = sorted(range(len(places)), key=lambda k: places[k])
-        own = own.transpose(order)
-        return jnp.expand_dims(own, tuple(axis for axis in range(rank) if axis not in places))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Multiples:
-    """What the outputs of a leaf are multiplied by, and how often they are made.
-
-    Attributes:
-        arrays: for each factor, for each stream: it, in the shape of the leaf's operand.
-        order: its axes: those of which one entry is taken, stack axes, output axes.
-        taken: the entries to take.
-        stacked: number of stack axes.
-        there: which of the outputs there are, over the output axes.
-        outputs: how many different ones.
-        groups: of a convolution, into which the outputs fall one after another.
-    """
-
-    arrays: tuple[tuple[Any, ...], ...]
-    order: tuple[int, ...]
-    taken: tuple[int, ...]
-    stacked: int
-    there: Bool[np.ndarray, "..."]
-    outputs: int
-    groups: int
-
-    def mean_square(self, arrays: Sequence[Any], stream: int) -> Any:
-        """Sum of the squares over all copies of an output, on average; one for all, or for each stack entry."""
-        if not arrays:
-            return float(self.there.sum()) / max(self.outputs, 1)
-        product = math.prod(jnp.asarray(own[stream % len(own)], jnp.float32) for own in arrays)
-        squares = jnp.square(product).transpose(self.order)[self.taken]
-        squares = jnp.where(self.there, squares, 0.0)
-        sizes = *squares.shape[: self.stacked], self.groups, -1
-        return squares.reshape(sizes).sum(axis=-1).reshape(-1) * self.groups / max(self.outputs, 1)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -344,8 +291,8 @@ def _rows(
         moving=tuple(moving),
         when=origin.when,
         outputs=None if outputs.all() else outputs,
-        scales=_scales(origin, free, dict([*summed, *batched])),
-        multiples=_multiples(origin, parts, int(outputs.sum()), groups),
+        scales=scales_of(origin, free, dict([*summed, *batched])),
+        multiples=multiples_of(origin, parts, int(outputs.sum()), groups),
         visits=_visits(origin, layout),
     )
 
@@ -380,48 +327,8 @@ def _major_first(origin: Origin, place: int) -> tuple[int, int]:
     return first, -int(np.abs(np.diff(tables[first])).max(initial=0))
 
 
-def _scales(origin: Origin, free: Sequence[int], places: Mapping[int, int]) -> tuple[Scale, ...]:
-    """What differs between outputs stays out: each output has its own multiple of the same rows; see `Multiples`."""
-    taken = tuple(
-        ("axis", places[k]) if k in places else ("entry", int(np.argmax(axis.mask)))
-        for k, axis in enumerate(origin.axes)
-    )
-    return tuple(Scale(factor.arrays, taken) for factor in origin.factors if not _differs(origin, factor, free))
-
-
 def _visits(origin: Origin, layout: LeafLayout) -> Int[np.ndarray, "..."] | None:
     if len(layout.stack_axes) != 1 or layout.stack_axes[0] not in origin.visits:
         return None
     axis = layout.stack_axes[0]
     return origin.visits[axis] + origin.fixed.get(axis, 0)
-
-
-def _differs(origin: Origin, factor: Factor, places: Sequence[int]) -> bool:
-    return any(origin.axes[place].size > 1 and place not in factor.even for place in places)
-
-
-def _multiples(
-    origin: Origin, parts: tuple[Sequence[int], Sequence[int], Sequence[int]], outputs: int, groups: int
-) -> Multiples | None:
-    """What the outputs are multiplied by, where that is not 1; `parts` are the summed, stack and output axes."""
-    summed, stacked, free = parts
-    factors = [f for f in origin.factors if _differs(origin, f, free) and not _differs(origin, f, summed)]
-    rest = [k for k in range(len(origin.axes)) if k not in free and k not in stacked]
-    if any(_differs(origin, factor, [k for k in rest if k not in summed]) for factor in factors):
-        raise ValueError("its outputs are multiplied by other numbers in each entry of a batch")
-    there = np.ones((), bool)
-    for place in free:
-        there = np.logical_and.outer(there, origin.axes[place].mask)
-    if not factors and there.sum() == outputs:
-        return None
-    # They are the same for all inputs, but for those that are padding.
-    taken = tuple(int(np.argmax(origin.axes[place].mask)) for place in rest)
-    return Multiples(
-        arrays=tuple(factor.arrays for factor in factors),
-        order=(*rest, *stacked, *free),
-        taken=taken,
-        stacked=len(stacked),
-        there=there,
-        outputs=outputs,
-        groups=groups,
-    )

@@ -31,6 +31,7 @@ def walk(body: Body, values: Sequence[Any], visit: Visit) -> list[Any]:
 
     def straight(eqn: Any, values: list[Any]) -> Generator[Any, Any, Sequence[Any]]:
         return visit(eqn, values)
+        # Never reached: what makes this function a generator, of no steps.
         yield
 
     try:
