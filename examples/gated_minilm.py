@@ -67,7 +67,7 @@ def with_gates(
     keep = gates.units_within(state.trainable["log_alpha"], groups, params, sparsity=1 - share, measure=measure)
     # The gates have found the structure; its weights begin from the dense ones, fitted to do the work of the others.
     rows = np.random.default_rng(seed).permutation(len(tokens))[:FITTED_ROWS]
-    fitted, _ = structured.reconstruct(
+    fitted, _ = structured.refit(
         lambda p, ids, mask: module.apply({"params": p}, ids, mask)["logits"],
         dense,
         groups,

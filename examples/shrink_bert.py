@@ -104,7 +104,7 @@ def _gradients(task: Task, params: Any, groups: Any, made: list[dict[str, np.nda
 def _fitted(task: Task, groups: Any, keep: Any, made: list[dict[str, np.ndarray]], **options: Any) -> Any:
     """The dense parameters with the rows of kept units fitted by least squares, and 0 in the others."""
     with timed(f"Least squares {options or ''}"):
-        return structured.reconstruct(
+        return structured.refit(
             lambda p, ids, mask: task.module.apply({"params": p}, ids, mask)["logits"],
             task.params,
             groups,

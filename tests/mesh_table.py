@@ -181,6 +181,6 @@ CALLS: dict[str, Callable[[Place], Any]] = {
         jc.structured.gate_gradients(m.loss, m.params, units(), m.batches, per_example=False)
     ),
     "shrink": lambda m: jc.structured.shrink(m.params, units(), KEEP),
-    "structured.reconstruct": lambda m: jc.structured.reconstruct(m.apply, m.params, units(), KEEP, m.batches),
+    "structured.refit": lambda m: jc.structured.refit(m.apply, m.params, units(), KEEP, m.batches),
     "size_report": lambda m: [str(jc.report.size_report(m.quantized))],
 }

@@ -13,10 +13,10 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import gates, lowrank, pruning
-from jaxcompress._src.gates.targets import shape_lagrangian
 from jaxcompress._src.schedules import final_value
 from jaxcompress._src.types import Transform
 from jaxcompress._src.units.group import UnitSlices
+from jaxcompress._src.units.targets import shape_lagrangian
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.quantization import QuantSpec, quantization_aware
 from jaxcompress.schedules import UnfinishedScheduleWarning, cubic

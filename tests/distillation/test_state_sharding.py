@@ -11,8 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxcompress import gates, pruning
-from jaxcompress._src.gates.penalty import lambda_penalty
 from jaxcompress._src.transforms import chain
+from jaxcompress._src.units.penalty import lambda_penalty
 from jaxcompress.distillation import make_train_step
 from jaxcompress.schedules import constant
 from jaxcompress.tree import by_path, leaves_with_paths

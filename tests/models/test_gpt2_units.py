@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress._src.structured.shrink import mask_units
+from jaxcompress._src.units.shrink import mask_units
 from jaxcompress.models import gpt2_units
 from jaxcompress.structured import reconstruct, shrink
 

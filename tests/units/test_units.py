@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress._src.gates.budget import kept_size
+from jaxcompress._src.units.budget import kept_size
 from jaxcompress._src.units.count import expected_parameters, unit_parameters, unit_sizes
 from jaxcompress._src.units.group import UnitSlices, check_groups
 from jaxcompress._src.units.slicing import multiply_units, unit_masks

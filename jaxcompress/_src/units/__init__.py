@@ -1,1 +1,1 @@
-"""Units: which slices of which leaves live and die together."""
+"""Units: slices of leaves that live and die together; their scores, selection, gates and removal."""

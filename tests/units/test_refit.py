@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from jaxcompress._src.calibration.pause import pausing
-from jaxcompress._src.structured.shrink import mask_units
 from jaxcompress._src.units.group import UnitSlices
+from jaxcompress._src.units.shrink import mask_units
 from jaxcompress.quantization import QuantSpec, quantize
-from jaxcompress.structured import UnitGroup, reconstruct, shrink
+from jaxcompress.structured import UnitGroup, refit, shrink
 
 WIDTH, INNER, BLOCKS = 4, (6, 10), 2
 KEEP = {"b0": np.array([1, 0, 1]), "b1": np.array([0, 1, 1, 0, 1])}  # units of two inner features
@@ -118,7 +118,7 @@ def _gates(parts, target, held, bias):
 @pytest.mark.parametrize("form", ["rows", "gates"])
 @pytest.mark.parametrize(("ridge", "bias"), [(0.0, True), (0.1, True), (0.1, False)])
 def test_every_kernel_is_the_least_squares_solution(params, batches, form, ridge, bias):
-    found, info = reconstruct(apply, params, _groups(), KEEP, batches, form=form, ridge=ridge, bias=bias)
+    found, info = refit(apply, params, _groups(), KEEP, batches, form=form, ridge=ridge, bias=bias)
     x = np.concatenate([np.float64(batch).reshape(-1, WIDTH) for (batch,) in batches])
     for i, (kernel, new, _) in _reference(params, x, ridge=ridge, form=form, bias=bias).items():
         np.testing.assert_allclose(found[i]["down"], kernel, rtol=0, atol=2e-4)
@@ -129,7 +129,7 @@ def test_every_kernel_is_the_least_squares_solution(params, batches, form, ridge
 
 
 def test_the_error_that_is_reported_is_that_of_the_rows(params, batches):
-    _, info = reconstruct(apply, params, _groups(), KEEP, batches, ridge=0.0)
+    _, info = refit(apply, params, _groups(), KEEP, batches, ridge=0.0)
     x = np.concatenate([np.float64(batch).reshape(-1, WIDTH) for (batch,) in batches])
     block = jax.tree.map(np.float64, params["0"])
     target = np.tanh(x @ block["up"]) @ block["down"] + block["bias"]
@@ -143,16 +143,16 @@ def test_the_error_that_is_reported_is_that_of_the_rows(params, batches):
 
 @pytest.mark.parametrize("form", ["rows", "gates"])
 def test_transposed_kernels_give_the_transposed_solution(params, batches, form):
-    expected, _ = reconstruct(apply, params, _groups(), KEEP, batches, form=form)
+    expected, _ = refit(apply, params, _groups(), KEEP, batches, form=form)
     turned = {i: block | {"down": block["down"].T} for i, block in params.items()}
-    found, _ = reconstruct(transposed, turned, _groups(axis=1), KEEP, batches, form=form)
+    found, _ = refit(transposed, turned, _groups(axis=1), KEEP, batches, form=form)
     for i in found:
         np.testing.assert_allclose(found[i]["down"].T, expected[i]["down"], rtol=0, atol=1e-5)
         np.testing.assert_allclose(found[i]["bias"], expected[i]["bias"], rtol=0, atol=1e-5)
 
 
 def test_shrinking_keeps_the_function_that_was_fitted(params, batches):
-    found, _ = reconstruct(apply, params, _groups(), KEEP, batches)
+    found, _ = refit(apply, params, _groups(), KEEP, batches)
     small = shrink(found, _groups(), KEEP)
     assert small["1"]["down"].shape == (6, WIDTH)
     (x,) = batches[0]
@@ -163,11 +163,11 @@ def test_shrinking_keeps_the_function_that_was_fitted(params, batches):
 
 def test_all_units_kept_is_the_dense_model_and_none_a_constant(params, batches):
     all_of_them = {name: np.ones(len(kept), bool) for name, kept in KEEP.items()}
-    found, info = reconstruct(apply, params, _groups(), all_of_them, batches)
+    found, info = refit(apply, params, _groups(), all_of_them, batches)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), found, params)
     assert max(of["error"] for of in info.values()) < 1e-3
     none = {"b0": np.zeros(3, bool)}
-    found, info = reconstruct(apply, params, _groups(), none, batches)
+    found, info = refit(apply, params, _groups(), none, batches)
     assert not found["0"]["down"].any()
     assert found["1"]["down"] is params["1"]["down"]
     x = np.concatenate([np.float64(batch).reshape(-1, WIDTH) for (batch,) in batches])
@@ -182,8 +182,8 @@ def test_gates_are_clipped():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 1)), jnp.float32) * jnp.array([[0.01, 1.0]])
     group = UnitGroup(name="in", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
     arguments = (lambda p, x: x @ p["w"], {"w": jnp.ones((2, 1))}, [group], {"in": [True, False]}, [(x,)])
-    free, _ = reconstruct(*arguments, form="gates", ridge=0.0, limit=1000.0)
-    clipped, _ = reconstruct(*arguments, form="gates", ridge=0.0)
+    free, _ = refit(*arguments, form="gates", ridge=0.0, limit=1000.0)
+    clipped, _ = refit(*arguments, form="gates", ridge=0.0)
     np.testing.assert_allclose(free["w"], [[101.0], [0.0]], rtol=1e-3)
     np.testing.assert_allclose(clipped["w"], [[10.0], [0.0]], rtol=1e-6)
 
@@ -194,7 +194,7 @@ def test_inputs_that_are_zero_or_equal_are_no_error(form):
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 1)), jnp.float32) * jnp.array([[0.0, 1.0, 1.0, 1.0]])
     group = UnitGroup(name="in", count=4, slices=(UnitSlices(path="w", axis=0, gated=True),))
     params, keep = {"w": jnp.ones((4, 1))}, {"in": [True, True, True, False]}
-    found, info = reconstruct(lambda p, x: x @ p["w"], params, [group], keep, [(x,)], form=form, ridge=0.0)
+    found, info = refit(lambda p, x: x @ p["w"], params, [group], keep, [(x,)], form=form, ridge=0.0)
     assert np.isfinite(found["w"]).all()
     np.testing.assert_allclose(x @ found["w"], x @ params["w"], rtol=0, atol=1e-4)
     assert info["w"]["error"] < 3e-3
@@ -207,8 +207,8 @@ def test_rows_that_do_not_count_may_be_anything(params, batches):
     mask = jnp.arange(5)[None] < jnp.array([5, 3, 1, 4, 2, 5])[:, None]
     spoiled = jnp.where(mask[..., None], x, jnp.nan)
     alone = jnp.asarray(np.asarray(x)[np.asarray(mask)])[None]
-    expected, _ = reconstruct(apply, params, _groups(), KEEP, [(alone,)])
-    found, _ = reconstruct(
+    expected, _ = refit(apply, params, _groups(), KEEP, [(alone,)])
+    found, _ = refit(
         lambda p, x, mask: apply(p, x), params, _groups(), KEEP, [(spoiled, mask)], row_mask=lambda x, mask: mask
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-4), found, expected)
@@ -219,7 +219,7 @@ def test_sublayers_that_go_keep_a_bias_of_zero(params, batches):
     slices += [UnitSlices(path=f"{i}/bias", axis=None, unit=i, gated=True) for i in range(2)]
     layers = UnitGroup(name="layers", count=2, slices=tuple(slices))
     keep = KEEP | {"layers": [False, True]}
-    found, _ = reconstruct(apply, params, [*_groups(), layers], keep, batches)
+    found, _ = refit(apply, params, [*_groups(), layers], keep, batches)
     assert not found["0"]["bias"].any()
     assert not found["0"]["down"].any()
     assert found["1"]["bias"].any()
@@ -228,7 +228,7 @@ def test_sublayers_that_go_keep_a_bias_of_zero(params, batches):
 def test_bfloat16_kernels_stay_bfloat16(params, batches):
     halved = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
     inputs = [(x.astype(jnp.bfloat16),) for (x,) in batches]
-    found, info = reconstruct(apply, halved, _groups(), KEEP, inputs)
+    found, info = refit(apply, halved, _groups(), KEEP, inputs)
     assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype("bfloat16")}
     assert all(of["error"] < of["error_before"] for of in info.values())
 
@@ -260,21 +260,19 @@ def _looped(params, x):
 def test_bad_input_is_named(params, batches, change, message):
     arguments = {"apply": apply, "batches": batches[:1], "keep": {"b0": KEEP["b0"]}} | change
     with pytest.raises(ValueError, match=message):
-        reconstruct(
-            arguments.pop("apply"), params, _groups(), arguments.pop("keep"), arguments.pop("batches"), **arguments
-        )
+        refit(arguments.pop("apply"), params, _groups(), arguments.pop("keep"), arguments.pop("batches"), **arguments)
 
 
 def test_wrong_axis_two_owners_and_compressed_leaves_are_named(params, batches):
     groups = _groups()
     outputs = UnitGroup(name="out", count=WIDTH, slices=(UnitSlices(path="0/down", axis=1, gated=True),))
     with pytest.raises(ValueError, match="on axis 1 of '0/down', but the model sums over axis 0"):
-        reconstruct(apply, params, [outputs], {"out": [True, False, True, True]}, batches)
+        refit(apply, params, [outputs], {"out": [True, False, True, True]}, batches)
     keep = {"b0": KEEP["b0"], "out": [True, False, True, True]}
     with pytest.raises(ValueError, match="'0/down' has gated slices of 'b0' and of 'out'"):
-        reconstruct(apply, params, [*groups, outputs], keep, batches)
+        refit(apply, params, [*groups, outputs], keep, batches)
     with pytest.raises(ValueError, match="is compressed"):
-        reconstruct(apply, quantize(params, QuantSpec(bits=8)), groups, KEEP, batches)
+        refit(apply, quantize(params, QuantSpec(bits=8)), groups, KEEP, batches)
 
 
 def test_the_model_stops_at_its_kernels_and_goes_on_with_others(params, batches):
@@ -312,7 +310,7 @@ def test_units_of_several_runs_have_one_gate():
     group = UnitGroup(name="channels", count=2, slices=(part,))
     options = {"form": "gates", "ridge": 0.0, "bias": False}
     params, batches = {"w": jnp.asarray(kernel, jnp.float32)}, [(jnp.asarray(x, jnp.float32),)]
-    fitted, _ = reconstruct(lambda p, x: x @ p["w"], params, [group], {"channels": [True, False]}, batches, **options)
+    fitted, _ = refit(lambda p, x: x @ p["w"], params, [group], {"channels": [True, False]}, batches, **options)
     alone = x[:, 0::2] @ kernel[0::2]
     gate = (alone * (x @ kernel)).sum() / (alone**2).sum()
     np.testing.assert_allclose(fitted["w"][0::2], gate * kernel[0::2], rtol=1e-4)
@@ -333,7 +331,7 @@ def test_another_group_may_cut_the_outputs_of_a_kernel(turned):
         return jnp.tanh(x @ (params["w"].T if turned else params["w"])) @ params["v"]
 
     params = {"w": first.T if turned else first, "v": second}
-    fitted, info = reconstruct(apply, params, [inputs, hidden], keep, [(x,)], ridge=0.0)
+    fitted, info = refit(apply, params, [inputs, hidden], keep, [(x,)], ridge=0.0)
     kernel = np.asarray(fitted["w"].T if turned else fitted["w"])
     np.testing.assert_array_equal(kernel[4:], 0)
     wanted = np.linalg.lstsq(np.asarray(x[:, :4], np.float64), np.asarray(x @ first, np.float64), rcond=None)[0]

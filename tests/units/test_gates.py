@@ -10,12 +10,12 @@ from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
 from jaxcompress import gates
-from jaxcompress._src.gates.measure import expected_size
-from jaxcompress._src.gates.penalty import lambda_penalty
-from jaxcompress._src.gates.targets import shape_lagrangian, smallest_with
-from jaxcompress._src.gates.values import kept_units
 from jaxcompress._src.solvers.hard_concrete import deterministic_gates, nonzero_probability
 from jaxcompress._src.units.group import UnitSlices
+from jaxcompress._src.units.measure import expected_size
+from jaxcompress._src.units.penalty import lambda_penalty
+from jaxcompress._src.units.targets import shape_lagrangian, smallest_with
+from jaxcompress._src.units.values import kept_units
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import QuantSpec, quantization_aware, quantize
 from jaxcompress.structured import UnitGroup, remove_units

@@ -11,9 +11,9 @@ from flax.traverse_util import flatten_dict
 
 from jaxcompress import checkpoint
 from jaxcompress._src.models.shapes import config_from_params
-from jaxcompress._src.structured.shrink import mask_units
 from jaxcompress._src.units.count import unit_sizes
 from jaxcompress._src.units.group import UnitSlices
+from jaxcompress._src.units.shrink import mask_units
 from jaxcompress.models import bert_units, from_pretrained, make_module, resized, save_pretrained
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import UnitGroup, shrink

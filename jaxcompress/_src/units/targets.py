@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress._src.gates.measure import Measure, expected_size, full_size, parameters
-from jaxcompress._src.gates.penalty import Gated, Penalty, check_known
 from jaxcompress._src.schedules import constant, final_value, is_at
 from jaxcompress._src.solvers.multipliers import ascending, steer
 from jaxcompress._src.types import Schedule
 from jaxcompress._src.units.count import unit_sizes
+from jaxcompress._src.units.measure import Measure, expected_size, full_size, parameters
+from jaxcompress._src.units.penalty import Gated, Penalty, check_known
 
 Multipliers = dict[str, Any]
 

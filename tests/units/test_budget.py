@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import gates, trace
-from jaxcompress._src.gates.budget import kept_size
+from jaxcompress._src.units.budget import kept_size
 from jaxcompress._src.units.count import expected_parameters
 from jaxcompress._src.units.group import UnitSlices, check_groups
 from jaxcompress.structured import UnitGroup, remove_units

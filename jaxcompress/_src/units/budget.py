@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress._src.gates.measure import Measure, full_size, parameters
-from jaxcompress._src.gates.penalty import by_name, check_known
-from jaxcompress._src.gates.targets import check_shape
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params
 from jaxcompress._src.units.group import UnitGroup, UnitSlices, check_groups, index_owners
+from jaxcompress._src.units.measure import Measure, full_size, parameters
+from jaxcompress._src.units.penalty import by_name, check_known
+from jaxcompress._src.units.targets import check_shape
 
 Keep = dict[str, np.ndarray]
 

@@ -8,8 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.gates.penalty import Gated, Penalty, by_name, check_known
-from jaxcompress._src.gates.values import gate_values
 from jaxcompress._src.meshes import transform_on_auto_axes
 from jaxcompress._src.schedules import warn_unfinished
 from jaxcompress._src.solvers.hard_concrete import (
@@ -26,7 +24,9 @@ from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Selector, Transform, TransformState, is_compressed
 from jaxcompress._src.units.group import UnitGroup, check_groups
+from jaxcompress._src.units.penalty import Gated, Penalty, by_name, check_known
 from jaxcompress._src.units.slicing import multiply_units
+from jaxcompress._src.units.values import gate_values
 
 CLAMP = (-4.605170185988091, 4.605170185988092)
 """log 1e-2 and log 1e2."""
@@ -80,7 +80,7 @@ def hard_concrete(
             that a group has too, a `drop_rate` out of range or for something unknown, or what the penalty finds.
 
     Example:
-        >>> from jaxcompress._src.gates.penalty import lambda_penalty
+        >>> from jaxcompress._src.units.penalty import lambda_penalty
         >>> from jaxcompress._src.units.group import UnitSlices
         >>> rows = UnitGroup(name="rows", count=3, slices=(UnitSlices(path="w", axis=0, gated=True),))
         >>> params = {"w": jnp.ones((3, 2))}

@@ -2,7 +2,7 @@
 
 Run with captum 0.9.0 and torch 2.13.0:
 
-    python tests/gates/golden/make_hard_concrete.py
+    python tests/units/golden/make_hard_concrete.py
 
 The noise is drawn twice from the same seed: once to keep it, once inside Captum.
 """

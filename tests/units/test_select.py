@@ -114,7 +114,7 @@ def test_every_pool_keeps_the_same_share():
 
 
 def test_many_costs_are_selected_greedily(monkeypatch):
-    from jaxcompress._src.structured import select as _select
+    from jaxcompress._src.units import select as _select
 
     monkeypatch.setattr(_select, "_MOST_COMBINATIONS", 1)
     groups, params = _problem([2, 2, 2], [1, 2, 5], fixed=0)

@@ -10,17 +10,17 @@ import numpy as np
 from jaxcompress._src.calibration.moments import flat_weights, moments, relative_error
 from jaxcompress._src.calibration.pause import side_by_side
 from jaxcompress._src.calibration.site import Site
-from jaxcompress._src.structured.least_squares import fit_gates, fit_rows
-from jaxcompress._src.structured.shrink import check_keep, mask_units
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.types import Params, is_compressed
 from jaxcompress._src.units.group import UnitGroup, UnitSlices, index_owners
+from jaxcompress._src.units.least_squares import fit_gates, fit_rows
+from jaxcompress._src.units.shrink import check_keep, mask_units
 from jaxcompress._src.units.slicing import unit_masks
 
 Form = Literal["rows", "gates"]
 
 
-def reconstruct(
+def refit(
     apply: Callable[..., Any],
     params: Params,
     groups: Sequence[UnitGroup],
@@ -68,7 +68,7 @@ def reconstruct(
     Example:
         >>> group = UnitGroup(name="in", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
         >>> x = jnp.array([[1.0, 2.0], [2.0, 4.1], [3.0, 6.0]])  # the second input is twice the first
-        >>> params, info = reconstruct(
+        >>> params, info = refit(
         ...     lambda p, x: x @ p["w"], {"w": jnp.ones((2, 1))}, [group], {"in": [True, False]}, [(x,)], ridge=0.0
         ... )
         >>> round(float(params["w"][0, 0]), 2), round(info["w"]["error_before"], 2), info["w"]["error"] < 1e-2
@@ -174,13 +174,13 @@ def _owners(
     for group in groups:
         for part in group.gated if group.name in keep else ():
             if is_compressed(leaves[part.path]):
-                raise ValueError(f"Leaf {part.path!r} is compressed: reconstruct before quantizing.")
+                raise ValueError(f"Leaf {part.path!r} is compressed: refit before quantizing.")
             if part.unit is not None or leaves[part.path].ndim != 2:
                 continue
             if part.path in owners:
                 raise ValueError(
                     f"Leaf {part.path!r} has gated slices of {owners[part.path][0].name!r} and of {group.name!r}: "
-                    "reconstruct and `shrink` for one of them after the other."
+                    "refit and `shrink` for one of them after the other."
                 )
             owners[part.path] = group, part
     if not owners:

@@ -7,14 +7,14 @@ import optax
 import pytest
 
 from jaxcompress import gates
-from jaxcompress._src.gates.measure import expected_size
-from jaxcompress._src.gates.penalty import Gated, lambda_penalty
-from jaxcompress._src.gates.targets import shape_lagrangian, smallest_with
-from jaxcompress._src.gates.values import kept_units
 from jaxcompress._src.solvers.hard_concrete import nonzero_probability
 from jaxcompress._src.types import TransformState
 from jaxcompress._src.units.group import UnitSlices
+from jaxcompress._src.units.measure import expected_size
+from jaxcompress._src.units.penalty import Gated, lambda_penalty
 from jaxcompress._src.units.slicing import multiply_units
+from jaxcompress._src.units.targets import shape_lagrangian, smallest_with
+from jaxcompress._src.units.values import kept_units
 from jaxcompress.structured import UnitGroup
 from jaxcompress.trace import layouts
 from jaxcompress.tree import by_path

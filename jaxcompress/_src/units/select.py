@@ -7,11 +7,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxcompress._src.structured.shrink import check_entries
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params
 from jaxcompress._src.units.count import unit_sizes
 from jaxcompress._src.units.group import UnitGroup
+from jaxcompress._src.units.shrink import check_entries
 
 Within = Literal["all", "kind", "group"]
 

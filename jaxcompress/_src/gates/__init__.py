@@ -1,1 +1,0 @@
-"""Learned gates on units: hard concrete switches, the price of open ones, the choice at the end."""
