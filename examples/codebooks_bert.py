@@ -30,7 +30,7 @@ Method = Callable[[Model, Any], Any]
 
 def _rounded(model: Model, importance: Any) -> Any:
     del importance
-    return jc.quantization.quantize(model.params, spec_of(2), select=KERNELS, layouts=model.layouts)
+    return jc.quantization.quantize(model.params, spec_of(2), select=KERNELS, layouts=model.layouts)[0]
 
 
 def _values(per: Any) -> Method:

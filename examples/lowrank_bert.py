@@ -81,8 +81,8 @@ def main() -> None:
             judge.add(name, make(), seed=seed)
     judge.add("magnitude, equal bytes", magnitude(params, layouts, arguments.share, "leaf"))
     judge.add("magnitude over all leaves", magnitude(params, layouts, arguments.share, "global"))
-    judge.add("4 bits", quantize(params, FOUR_BITS, select=KERNELS, layouts=layouts))
-    judge.add("5 bits", quantize(params, FIVE_BITS, select=KERNELS, layouts=layouts))
+    judge.add("4 bits", quantize(params, FOUR_BITS, select=KERNELS, layouts=layouts)[0])
+    judge.add("5 bits", quantize(params, FIVE_BITS, select=KERNELS, layouts=layouts)[0])
     if arguments.epochs:
         small = judge.trees["activations, Fisher, budget"]
         rows = tokenize(minilm, split.train.rows(0, 64 if arguments.quick else None), max_length=64)
@@ -148,7 +148,7 @@ def four_bits(params: Any, layouts: Any, evidence: dict[str, Any]) -> Any:
     """4-bit weights, and factors of 8 bits of what that loses."""
 
     def rounded(spec: QuantSpec) -> Any:
-        return lambda tree, statistics, at: (quantize(tree, spec, layouts=at), None)
+        return lambda tree, statistics, at: quantize(tree, spec, layouts=at)
 
     found, _ = lowrank.with_residual(
         params, rounded(FOUR_BITS), rank=RANK, iterations=2, select=KERNELS, layouts=layouts, **evidence

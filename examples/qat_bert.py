@@ -59,7 +59,7 @@ def main() -> None:
     if arguments.quick:
         held_out, rows = first(held_out, 100), first(rows, 256)
     with timed("Rounding to nearest"):
-        models = {"dense": task.params, "rounded to nearest": quantize(task.params, spec, select=KERNELS)}
+        models = {"dense": task.params, "rounded to nearest": quantize(task.params, spec, select=KERNELS)[0]}
     if arguments.load:
         models["learned steps"] = jc.checkpoint.restore(arguments.load)[0]
     else:

@@ -159,7 +159,7 @@ def spec_of(bits: int, *, symmetric: bool = True) -> QuantSpec:
 
 def _rtn(model: Model, samples: Samples, bits: int) -> Any:
     del samples
-    return quantization.quantize(model.params, spec_of(bits), select=KERNELS, layouts=model.layouts)
+    return quantization.quantize(model.params, spec_of(bits), select=KERNELS, layouts=model.layouts)[0]
 
 
 def _hqq(model: Model, samples: Samples, bits: int) -> Any:
@@ -210,8 +210,8 @@ def _int8(*, smooth: bool = False, **inputs: Any) -> Method:
         if smooth:
             params, _ = quantization.smooth(params, _statistics(model, samples, "absolute_max"), _folds(model, samples))
         where = {"select": KERNELS, "layouts": model.layouts}
-        params = quantization.quantize(params, QuantSpec(bits=bits), **where)
-        return quantization.quantize_inputs(params, QuantSpec(bits=bits, **inputs), **where)
+        params, _ = quantization.quantize(params, QuantSpec(bits=bits), **where)
+        return quantization.quantize_inputs(params, QuantSpec(bits=bits, **inputs), **where)[0]
 
     return method
 

@@ -160,7 +160,7 @@ def _layouts(params: Any, batches: list[tuple[np.ndarray]]) -> Any:
 
 
 def _rtn(params: Any, batches: Any, bits: int) -> Any:
-    return quantization.quantize(params, spec_of(bits), select=KERNELS, layouts=_layouts(params, batches))
+    return quantization.quantize(params, spec_of(bits), select=KERNELS, layouts=_layouts(params, batches))[0]
 
 
 def _hqq(params: Any, batches: Any, bits: int, **options: Any) -> Any:

@@ -96,7 +96,7 @@ class Place:
 
     @functools.cached_property
     def quantized(self) -> Any:
-        return jc.quantization.quantize(self.params, SPEC)
+        return jc.quantization.quantize(self.params, SPEC)[0]
 
 
 def units() -> tuple[UnitGroup, ...]:
@@ -151,7 +151,7 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     "quantize": lambda m: m.quantized,
     "fake_quantize": lambda m: jc.quantization.fake_quantize(m.params, SPEC),
     "fake_quantize, gradient": lambda m: jax.jit(jax.grad(m.trained))(m.params, m.x),
-    "fixed_point": lambda m: jc.quantization.fixed_point(m.params, 8, select=ONE),
+    "fixed_point": lambda m: jc.quantization.fixed_point(m.params, 8, select=ONE)[0],
     "gptq": lambda m: jc.quantization.gptq(m.params, m.statistics, SPEC, select=ONE),
     "awq": lambda m: jc.quantization.awq(m.params, m.statistics, SPEC, steps=2, select=ONE),
     # Its zero points are means in which sums of other orders tip single codes.
@@ -166,7 +166,7 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     "quantize_inputs": lambda m: jc.execute(m.apply)(
         jc.quantization.quantize_inputs(
             m.quantized, PER_TENSOR, ranges=jc.quantization.input_ranges(m.apply, m.params, m.batches, PER_TENSOR)
-        ),
+        )[0],
         m.x,
     ),
     "cluster": lambda m: jc.clustering.cluster(m.params, CodebookSpec(values=4), select=ONE),

@@ -82,13 +82,13 @@ def _tuned(params, statistics, layouts):
 
 
 def _measured(params, statistics, layouts):
-    small = quantization.quantize(params, SPEC, layouts=layouts)
+    small, _ = quantization.quantize(params, SPEC, layouts=layouts)
     return quantization.rounding_errors(params, small, statistics, layouts=layouts)
 
 
 def _with_residual(params, statistics, layouts):
     def compress(rest, _, at):
-        return quantization.quantize(rest, SPEC, layouts=at), None
+        return quantization.quantize(rest, SPEC, layouts=at)
 
     options = {"rank": 2, "statistics": statistics, "iterations": 1, "layouts": layouts}
     return lowrank.with_residual(params, compress, **options)[1]

@@ -27,7 +27,7 @@ LAYOUT = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
 def _weights():
     w = jnp.asarray(np.random.default_rng(0).normal(size=(16, 6)), jnp.float32)
     leaves = {kind: make(w, LAYOUT) for kind, make in kinds.KINDS.items()}
-    inputs = quantize_inputs(quantize({"w": w}, QuantSpec(bits=8)), QuantSpec(bits=8))["w"]
+    inputs = quantize_inputs(quantize({"w": w}, QuantSpec(bits=8))[0], QuantSpec(bits=8))[0]["w"]
     return leaves | {"quantized inputs": inputs}
 
 
@@ -128,7 +128,7 @@ class _Unknown:
 
 
 def test_a_quantizer_that_cannot_be_written_down_is_named():
-    leaf = quantize_inputs({"w": jnp.ones((4, 3))}, QuantSpec(bits=8))["w"]
+    leaf = quantize_inputs({"w": jnp.ones((4, 3))}, QuantSpec(bits=8))[0]["w"]
     leaf = dataclasses.replace(leaf, inputs=_Unknown())
     exported = jax.export.export(jax.jit(lambda leaf: leaf.weight))(leaf)
     with pytest.raises(TypeError, match="InputQuantizedArray cannot be exported"):

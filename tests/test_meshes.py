@@ -100,7 +100,7 @@ def test_shard_map_is_opaque(place):
     statistics = jc.calibration.input_statistics(apply, params, [(x,)], select=jc.tree.by_path("outside"))
     hidden = np.asarray(x, np.float64) @ np.asarray(inside, np.float64)
     np.testing.assert_allclose(statistics["outside"].gram, hidden.T @ hidden, rtol=1e-4, atol=1e-4)
-    small = jc.quantization.quantize(params, SPEC)
+    small, _ = jc.quantization.quantize(params, SPEC)
     plain = {name: np.asarray(jc.materialize(leaf), np.float64) for name, leaf in small.items()}
     expected = np.asarray(x, np.float64) @ plain["inside"] @ plain["outside"]
     np.testing.assert_allclose(jax.jit(jc.execute(apply))(small, x), expected, rtol=1e-4, atol=1e-4)

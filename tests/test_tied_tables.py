@@ -33,8 +33,8 @@ def statistics():
 
 
 METHODS = {
-    "quantize": lambda **k: quantization.quantize(PARAMS, SPEC, **k),
-    "fixed_point": lambda **k: quantization.fixed_point(PARAMS, 4, **k),
+    "quantize": lambda **k: quantization.quantize(PARAMS, SPEC, **k)[0],
+    "fixed_point": lambda **k: quantization.fixed_point(PARAMS, 4, **k)[0],
     "hqq": lambda **k: quantization.hqq(PARAMS, SPEC, **k)[0],
     "gptq": lambda **k: quantization.gptq(PARAMS, statistics(), SPEC, **k)[0],
     "awq": lambda **k: quantization.awq(PARAMS, statistics(), SPEC, **k)[0],

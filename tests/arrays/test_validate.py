@@ -90,7 +90,7 @@ def test_good_arrays_pass(kind):
 @pytest.mark.parametrize("kind", [*kinds.KINDS, "quantized inputs", "packed"])
 def test_sizes_are_those_of_the_logical_array_and_bytes_those_that_are_stored(kind):
     if kind == "quantized inputs":
-        leaf = quantize_inputs({"w": make("int4 groups")}, QuantSpec(bits=8))["w"]
+        leaf = quantize_inputs({"w": make("int4 groups")}, QuantSpec(bits=8))[0]["w"]
     else:
         leaf = packed() if kind == "packed" else make(kind)
     plain = leaf.materialize()

@@ -223,7 +223,7 @@ def test_bfloat16_inputs_are_summed_in_float32():
 
 def test_compressed_leaves_count_as_what_they_stand_for(mlp):
     params, batches = mlp
-    packed = jc.quantization.quantize(
+    packed, _ = jc.quantization.quantize(
         params, jc.quantization.QuantSpec(bits=8), select=tree.by_path("up"), layouts=None
     )
     found = calibration.input_statistics(_mlp, packed, batches)

@@ -90,7 +90,7 @@ def test_layers_of_experts(params):
 
 def test_rounded_experts_run(params):
     at = trace.layouts(_apply, params, *BATCHES[0])
-    small = quantization.quantize(params, quantization.QuantSpec(bits=8), layouts=at)
+    small, _ = quantization.quantize(params, quantization.QuantSpec(bits=8), layouts=at)
     np.testing.assert_allclose(
         jc.execute(_apply)(small, *BATCHES[0]), _apply(jc.materialize(small), *BATCHES[0]), rtol=1e-5, atol=1e-5
     )

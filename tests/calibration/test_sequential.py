@@ -102,7 +102,7 @@ def test_compressed_leaves_come_back_and_are_run_on():
 
     def fn(params, statistics, layouts):
         seen.append(jax.tree.leaves(statistics, is_leaf=_is_statistics)[0])
-        return jc.quantization.quantize(params, jc.quantization.QuantSpec(bits=3), layouts=layouts), {}
+        return jc.quantization.quantize(params, jc.quantization.QuantSpec(bits=3), layouts=layouts)
 
     packed, _ = calibration.sequential(_apply, PARAMS, [(X,)], fn)
     assert all(isinstance(leaf, jc.arrays.QuantizedArray) for leaf in packed.values())

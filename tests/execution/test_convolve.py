@@ -88,7 +88,7 @@ def test_every_format_under_every_option_needs_no_plain_kernel():
 def test_inputs_are_rounded_too_and_gradients_are_those_of_the_plain_kernel():
     x, kernel = values(2, 5, 5, 4), values(3, 3, 4, 8, seed=1)
     leaf = quantize_array(kernel, QuantSpec(bits=8), KERNEL)
-    small = quantize_inputs({"k": leaf}, QuantSpec(bits=8, per_tensor=True))
+    small, _ = quantize_inputs({"k": leaf}, QuantSpec(bits=8, per_tensor=True))
     apply = lambda p, x: call(x, p["k"], padding="VALID")  # noqa: E731
     assert fallbacks(apply, small, x) == ()
     step = float(jnp.abs(x).max()) / 127

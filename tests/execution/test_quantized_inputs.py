@@ -126,7 +126,7 @@ def test_whole_numbers_are_exact(weights, inputs):
     params = {"kernel": jnp.asarray(rng.normal(size=(40, 7)), jnp.float32)}
     x = jnp.asarray(rng.normal(size=(3, 4, 40)) + 0.3, jnp.float32)
     apply = jax.jit(jc.execute(lambda p, x: x @ p["kernel"]))
-    stored = quantize_inputs(quantize(params, weights), inputs)
+    stored, _ = quantize_inputs(quantize(params, weights)[0], inputs)
     leaf = stored["kernel"]
     codes = leaf.inputs.codes(x, (2,), None, None)
     exact = np.asarray(codes.materialize(), np.float64) @ np.asarray(leaf.materialize(), np.float64)
@@ -150,7 +150,7 @@ def test_sums_that_int32_does_not_hold_run_on_rounded_floats(weights, inputs, mo
     # Ones have the outermost codes of both sides.
     params = {"kernel": jnp.ones((depth, 1))}
     apply = jax.jit(jc.execute(lambda p, x: x @ p["kernel"]))
-    stored, x = quantize_inputs(quantize(params, weights), inputs), jnp.ones((2, depth))
+    stored, x = quantize_inputs(quantize(params, weights)[0], inputs)[0], jnp.ones((2, depth))
     np.testing.assert_allclose(apply(stored, x), depth, rtol=1e-5)
     assert ("tensor<2x1xi32>" in apply.lower(stored, x).as_text()) == (terms == "most")
 
@@ -161,7 +161,7 @@ def test_whole_numbers_on_either_side_and_in_batches(side):
     w = jnp.asarray(rng.normal(size=(3, 16, 5)), jnp.float32)
     x = jnp.asarray(rng.normal(size=(4, 3, 16)), jnp.float32)
     layout = trace.LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
-    stored = quantize_inputs(quantize({"w": w}, UINT8, layouts={"w": layout}), UINT8, layouts={"w": layout})
+    stored, _ = quantize_inputs(quantize({"w": w}, UINT8, layouts={"w": layout})[0], UINT8, layouts={"w": layout})
 
     def apply(p, x):
         numbers = (((1,), (2,)), ((0,), (1,)))
@@ -182,8 +182,8 @@ def test_groups_and_sparse_zero_points_run_on_rounded_floats():
     params = {"kernel": jnp.asarray(rng.normal(size=(32, 6)), jnp.float32)}
     x = jnp.asarray(rng.normal(size=(2, 32)), jnp.float32)
     sparse = {"kernel": sparsify(params["kernel"], params["kernel"] > 0)}
-    for stored in (quantize(params, QuantSpec(bits=4, group_size=8)), quantize(sparse, UINT8)):
-        marked = quantize_inputs(stored, INT8)
+    for stored in (quantize(params, QuantSpec(bits=4, group_size=8))[0], quantize(sparse, UINT8)[0]):
+        marked, _ = quantize_inputs(stored, INT8)
         wanted = marked["kernel"].inputs.rounded(x, (1,), None, None) @ stored["kernel"].materialize()
         found = jax.jit(jc.execute(lambda p, x: x @ p["kernel"]))(marked, x)
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
@@ -192,7 +192,7 @@ def test_groups_and_sparse_zero_points_run_on_rounded_floats():
 def test_derivatives_are_those_of_rounded_floats():
     rng = np.random.default_rng(3)
     params = {"kernel": jnp.asarray(rng.normal(size=(32, 6)), jnp.float32)}
-    stored = quantize_inputs(quantize(params, INT8), INT8)
+    stored, _ = quantize_inputs(quantize(params, INT8)[0], INT8)
     x = jnp.asarray(rng.normal(size=(2, 32)), jnp.float32)
     grad = jax.grad(lambda x: jnp.sin(jc.execute(lambda p, x: x @ p["kernel"])(stored, x)).sum())(x)
     out = jc.execute(lambda p, x: x @ p["kernel"])(stored, x)
@@ -201,7 +201,7 @@ def test_derivatives_are_those_of_rounded_floats():
 
 def test_convolutions_round_their_inputs():
     model = zoo.conv()
-    stored = quantize_inputs(
+    stored, _ = quantize_inputs(
         model.params, QuantSpec(bits=3), layouts=trace.layouts(model.apply, model.params, *model.inputs)
     )
     (x,) = model.inputs

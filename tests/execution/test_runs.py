@@ -50,11 +50,11 @@ def test_runs_are_leaves_in_the_order_of_layers():
     np.testing.assert_array_equal(join_stacks(jax.tree.map(lambda x: x, SPLIT))["kernel"], _params()["kernel"])
     with pytest.raises(ValueError, match=r"`at` must ascend, between 1 and 11 for leaf 'kernel' .*got \[3, 12\]"):
         split_stacks(_params(), [3, 12], select=by_path("kernel"))
-    small = quantize(SPLIT, QuantSpec(bits=4), select=by_path("kernel/1:10"))
+    small, _ = quantize(SPLIT, QuantSpec(bits=4), select=by_path("kernel/1:10"))
     with pytest.raises(ValueError, match=r"Leaf kernel/1:10 is compressed: run `jaxcompress.execute`"):
         join_stacks(small)
     with pytest.raises(ValueError, match="Leaf 'head' is compressed already"):
-        split_stacks(quantize(_params(), QuantSpec(bits=4), select=by_path("head")), [1], select=by_path("head"))
+        split_stacks(quantize(_params(), QuantSpec(bits=4), select=by_path("head"))[0], [1], select=by_path("head"))
 
 
 def test_statistics_of_runs_are_those_of_their_layers():
@@ -71,8 +71,8 @@ def test_statistics_of_runs_are_those_of_their_layers():
 @pytest.mark.parametrize("cast", [False, True])
 def test_each_run_goes_through_the_scan_in_its_stored_form(reverse, unroll, cast):
     apply = _joined(reverse=reverse, unroll=unroll, cast=cast)
-    small = quantize(SPLIT, QuantSpec(bits=4, group_size=4), select=by_path("kernel/1:10"))
-    small = quantize(small, QuantSpec(bits=8), select=by_path("kernel/11:12"))
+    small, _ = quantize(SPLIT, QuantSpec(bits=4, group_size=4), select=by_path("kernel/1:10"))
+    small, _ = quantize(small, QuantSpec(bits=8), select=by_path("kernel/11:12"))
     wanted = jax.jit(apply)(jc.materialize(small), X)
     found = jax.jit(jc.execute(apply))(small, X)
     for one, other in zip(found, wanted, strict=True):
@@ -81,7 +81,7 @@ def test_each_run_goes_through_the_scan_in_its_stored_form(reverse, unroll, cast
 
 
 def test_single_layers_by_index_and_what_needs_the_whole():
-    small = quantize(SPLIT, QuantSpec(bits=4), select=by_path("kernel/1:10"))
+    small, _ = quantize(SPLIT, QuantSpec(bits=4), select=by_path("kernel/1:10"))
 
     def indexed(params, x):
         kernels = join_stacks(params)["kernel"]
@@ -94,8 +94,8 @@ def test_single_layers_by_index_and_what_needs_the_whole():
 
 
 def test_a_stack_that_cannot_be_cut_is_made_plain_and_noted():
-    small = quantize(SPLIT, QuantSpec(bits=8), select=by_path("kernel/0:1"))
-    bias = quantize({"b": _params()["bias"]}, QuantSpec(bits=8, per_tensor=True), select=by_path("b"))["b"]
+    small, _ = quantize(SPLIT, QuantSpec(bits=8), select=by_path("kernel/0:1"))
+    bias = quantize({"b": _params()["bias"]}, QuantSpec(bits=8, per_tensor=True), select=by_path("b"))[0]["b"]
     found = jc.execute(_joined())({**small, "bias": bias}, X)[0]
     np.testing.assert_allclose(found, _joined()(jc.materialize({**small, "bias": bias}), X)[0], rtol=1e-5, atol=1e-6)
     notes = fallbacks(_joined(), {**small, "bias": bias}, X)
@@ -136,7 +136,7 @@ def test_stacks_that_are_joined_again_and_again(stack):
     def apply(p, x):
         return jax.lax.scan(lambda x, w: (x @ w / 4, None), x, stack(p))[0], stack(p)[:0].sum()
 
-    small, x = quantize(params, QuantSpec(bits=8), select=by_path("a")), jnp.ones((2, 4))
+    small, x = quantize(params, QuantSpec(bits=8), select=by_path("a"))[0], jnp.ones((2, 4))
     wanted = apply(jc.materialize(small), x)
     for found, own in zip(jc.execute(apply)(small, x), wanted, strict=True):
         np.testing.assert_allclose(found, own, rtol=1e-5, atol=1e-6)

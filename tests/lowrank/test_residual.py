@@ -25,7 +25,7 @@ def normal(*shape, seed=0):
 
 def rounded(params, statistics, layouts):
     del statistics
-    return quantize(params, SPEC, layouts=layouts), None
+    return quantize(params, SPEC, layouts=layouts)
 
 
 def largest(params, statistics, layouts):
@@ -44,7 +44,7 @@ def test_one_turn_is_the_error_of_rounding_made_low_rank():
     small, info = with_residual(params, rounded, rank=4, iterations=1)
     leaf = small["w"]
     validate_array(leaf)
-    quantized = quantize(params, SPEC)["w"].materialize()
+    quantized = quantize(params, SPEC)[0]["w"].materialize()
     u, s, vt = np.linalg.svd(np.asarray(params["w"] - quantized, np.float64))
     wanted = np.asarray(quantized, np.float64) + (u[:, :4] * s[:4]) @ vt[:4]
     np.testing.assert_allclose(leaf.materialize(), wanted, atol=1e-5)
@@ -179,7 +179,7 @@ def test_factors_are_quantized_like_two_kernels(shape, layout):
     layouts = {"w": layout}
     small, _ = svd({"w": normal(*shape)}, rank=8, layouts=layouts)
     spec = QuantSpec(bits=8, group_size=4)
-    found, _ = compress_factors(small, lambda p, s, at: (quantize(p, spec, layouts=at), None), layouts=layouts)
+    found, _ = compress_factors(small, lambda p, s, at: quantize(p, spec, layouts=at), layouts=layouts)
     leaf = found["w"]
     validate_array(leaf)
     assert isinstance(leaf.left, QuantizedArray)
@@ -230,8 +230,8 @@ def test_factors_of_nothing_and_of_other_layouts_are_refused():
 
 def test_all_of_it_together_is_smaller_than_the_factors():
     params = {"kernel": normal(64, 48)}
-    small, _ = with_residual(params, lambda p, s, at: (quantize(p, QuantSpec(bits=2), layouts=at), None), rank=8)
-    small, _ = compress_factors(small, lambda p, s, at: (quantize(p, QuantSpec(bits=8), layouts=at), None))
+    small, _ = with_residual(params, lambda p, s, at: quantize(p, QuantSpec(bits=2), layouts=at), rank=8)
+    small, _ = compress_factors(small, lambda p, s, at: quantize(p, QuantSpec(bits=8), layouts=at))
     assert isinstance(small["kernel"], LowRankArray)
     report = jc.report.size_report(small)
     # 2 bits and a scale per output; 8 bits for each of the factors' numbers and a scale for each of their columns.

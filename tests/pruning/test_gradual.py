@@ -164,7 +164,7 @@ def test_finalize_accepts_leaves_that_were_quantized_before(name):
     params = _params()
     transform = pruning.gradual(schedule=constant(0.5), every=1, pattern=PATTERNS[name])
     _, state, _ = _run(transform, params, 1)
-    quantized = quantize(params, QuantSpec(bits=4, group_size=32))
+    quantized, _ = quantize(params, QuantSpec(bits=4, group_size=32))
     stored = transform.finalize(quantized, state)["w"]
     validate_array(stored)
     assert stored.bits == 4

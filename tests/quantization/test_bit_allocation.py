@@ -66,7 +66,7 @@ def test_the_choice_is_the_best_of_all():
 def test_second_order_losses_in_numpy():
     evidence = fisher(lambda p, x: jnp.mean(_apply(p, x)), PARAMS, [X])
     table = fisher_sensitivity(PARAMS, evidence, SPECS, select=jc.tree.by_path("a|b"))
-    small = quantize({"a": PARAMS["a"]}, SPECS[1])["a"].materialize()
+    small = quantize({"a": PARAMS["a"]}, SPECS[1])[0]["a"].materialize()
     gap = np.asarray(PARAMS["a"], np.float64) - np.asarray(small, np.float64)
     assert table.losses["a"][1] == pytest.approx(0.5 * np.sum(np.asarray(evidence["a"]) * gap**2), rel=1e-4)
     assert np.all(np.diff(table.losses["b"]) < 0)
@@ -88,7 +88,7 @@ def test_budgets_that_cannot_be_met_are_named():
 def test_corrected_biases_give_the_dense_means():
     params = {"a": PARAMS["a"], "b": PARAMS["b"], "bias": PARAMS["bias"]}
     rows = X + 1
-    small = quantize(params, QuantSpec(bits=2))
+    small, _ = quantize(params, QuantSpec(bits=2))
     corrected, shifts = correct_biases(_apply, params, small, [(rows[:9],), (rows[9:],)])
     run = jc.execute(_apply)
     wanted = _apply(params, rows).mean(axis=0)
@@ -108,7 +108,7 @@ def _twice_read(params, x):
 def test_a_kernel_whose_output_is_read_twice_is_fitted_once():
     make = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)  # noqa: E731
     params = {"up": make(8, 8), "first": make(8), "down": make(8, 5), "second": jnp.zeros(5)}
-    small = quantize(params, QuantSpec(bits=3))
+    small, _ = quantize(params, QuantSpec(bits=3))
     corrected, shifts = correct_biases(_twice_read, params, small, [(X,)])
     assert list(shifts) == ["up", "down"]
     gap = jc.execute(_twice_read)(corrected, X).mean(axis=0) - _twice_read(params, X).mean(axis=0)
@@ -126,7 +126,7 @@ def test_what_no_plain_matmul_reads_is_passed_over():
         return _apply(params, x) + params["table"][ids].sum()
 
     ids = jnp.array([1, 2])
-    small = quantize(params, QuantSpec(bits=2))
+    small, _ = quantize(params, QuantSpec(bits=2))
     _, shifts = correct_biases(apply, params, small, [(ids, X)])
     assert list(shifts) == ["b"]
     experts = {"k": jnp.stack([PARAMS["a"]] * 2)}

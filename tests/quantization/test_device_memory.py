@@ -43,7 +43,7 @@ def test_four_bits_cost_four_and_a_half(bert):
     apply, params, inputs = bert
     select = jc.tree.by_path(".*/(kernel|embedding)")
     layouts = jc.trace.layouts(apply, params, *inputs)
-    small = quantize(params, SPEC, select=select, layouts=layouts)
+    small, _ = quantize(params, SPEC, select=select, layouts=layouts)
     rest = sum(leaf.nbytes for _, leaf in leaves_with_paths(small) if not is_compressed(leaf))
     program, _ = compiled(apply, small, *inputs)
     held = program.memory_analysis().argument_size_in_bytes - rest - sum(x.nbytes for x in inputs)
@@ -56,9 +56,9 @@ def test_four_bits_cost_four_and_a_half(bert):
 def test_no_float_copy_is_an_argument_or_a_constant(bert, marked):
     apply, params, inputs = bert
     select = jc.tree.by_path("bert/.*/kernel")
-    small = quantize(params, SPEC, select=select, layouts=jc.trace.layouts(apply, params, *inputs))
+    small, _ = quantize(params, SPEC, select=select, layouts=jc.trace.layouts(apply, params, *inputs))
     shapes = {leaf.shape for _, leaf in leaves_with_paths(small) if isinstance(leaf, QuantizedArray)}
-    small = quantize_inputs(small, QuantSpec(bits=8), select=select) if marked else small
+    small = quantize_inputs(small, QuantSpec(bits=8), select=select)[0] if marked else small
     program, constants = compiled(apply, small, *inputs)
     floats = [leaf.shape for leaf in jax.tree.leaves(small) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     assert not shapes & set(floats)

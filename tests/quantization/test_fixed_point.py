@@ -47,7 +47,7 @@ def test_trees(bits):
     w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 12, 5)) * 0.2, jnp.float32).at[:, 3].set(0.0)
     layouts = {"kernel": LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))}
     for leaf in (w, sparsify(w, w != 0, stack_ndim=1)):
-        made = fixed_point({"kernel": leaf}, bits, layouts=layouts)["kernel"]
+        made = fixed_point({"kernel": leaf}, bits, layouts=layouts)[0]["kernel"]
         validate_array(made)
         wanted = fixed_point_decode(fixed_point_encode(w, bits, overflow="saturate"), bits)
         plain = jax.jit(lambda leaf: leaf.materialize())

@@ -59,7 +59,7 @@ def test_weights_and_errors_are_those_of_the_algorithm():
     found, info = gptq(PARAMS, STATISTICS, SPEC, **PUBLISHED)
     expected = _by_hand(W, X.T @ X, SPEC)
     np.testing.assert_allclose(found["kernel"].materialize(), expected, rtol=1e-4, atol=1e-5)
-    nearest = quantization.quantize({"kernel": PARAMS["kernel"]}, SPEC)["kernel"].materialize()
+    nearest = quantization.quantize({"kernel": PARAMS["kernel"]}, SPEC)[0]["kernel"].materialize()
     assert info["kernel"].error == pytest.approx(_error(expected), abs=2e-3)
     assert info["kernel"].error_before == pytest.approx(_error(nearest), abs=2e-3)
     assert info["kernel"].error < info["kernel"].error_before

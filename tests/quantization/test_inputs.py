@@ -124,7 +124,7 @@ def test_stacks_have_a_range_for_each_entry():
     select = jc.tree.by_path(".*kernel")
     found = input_ranges(model.apply, model.params, [model.inputs], SPEC, select=select)
     assert found["Dense_1"]["kernel"].scale.shape == (3,)
-    stored = quantize_inputs(model.params, SPEC, ranges=found, select=select, layouts=layouts)
+    stored, _ = quantize_inputs(model.params, SPEC, ranges=found, select=select, layouts=layouts)
     got = jax.jit(jc.execute(model.apply))(stored, *model.inputs)
     plain = model.apply(model.params, *model.inputs)
     assert 0 < float(jnp.abs(got - plain).max()) < 0.05 * float(jnp.abs(plain).max())
@@ -139,7 +139,7 @@ def test_padding_does_not_count():
 
 def test_dynamic_ranges_are_one_for_each_token():
     (x,) = batches(1)[0]
-    stored = quantize_inputs(quantize(params(), QuantSpec(bits=8)), QuantSpec(bits=8))
+    stored, _ = quantize_inputs(quantize(params(), QuantSpec(bits=8))[0], QuantSpec(bits=8))
     scale = np.abs(np.float64(x)).max(-1, keepdims=True) / 127
     first = np.round(np.float64(x) / scale) * scale @ np.float64(stored["first"].materialize())
     hidden = np.tanh(first)
@@ -152,12 +152,12 @@ def test_dynamic_ranges_are_one_for_each_token():
 
 def test_weights_are_quantized_in_any_order():
     spec = QuantSpec(bits=4)
-    first = quantize_inputs(quantize(params(), spec), QuantSpec(bits=8))
-    second = quantize(quantize_inputs(params(), QuantSpec(bits=8)), spec)
+    first, _ = quantize_inputs(quantize(params(), spec)[0], QuantSpec(bits=8))
+    second, _ = quantize(quantize_inputs(params(), QuantSpec(bits=8))[0], spec)
     assert jax.tree.structure(first) == jax.tree.structure(second)
     for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
         np.testing.assert_array_equal(x, y)
-    faked = fake_quantize(quantize_inputs(params(), QuantSpec(bits=8)), spec)["first"]
+    faked = fake_quantize(quantize_inputs(params(), QuantSpec(bits=8))[0], spec)["first"]
     assert isinstance(faked, InputQuantizedArray)
     np.testing.assert_array_equal(faked.weight, first["first"].materialize())
 
@@ -166,17 +166,17 @@ def test_tables_that_are_looked_up_are_left_alone():
     model = zoo.embed()
     with pytest.raises(ValueError, match="only looked up have no range"):
         input_ranges(model.apply, model.params, [model.inputs], SPEC)
-    stored = quantize_inputs({"embedding": jnp.ones((4, 3)), "kernel": jnp.ones((3, 2))}, QuantSpec(bits=8))
+    stored, _ = quantize_inputs({"embedding": jnp.ones((4, 3)), "kernel": jnp.ones((3, 2))}, QuantSpec(bits=8))
     assert [type(leaf).__name__ for _, leaf in leaves_with_paths(stored)] == ["ArrayImpl", "InputQuantizedArray"]
 
 
 def test_survives_a_checkpoint(tmp_path):
     spec = QuantSpec(bits=8, symmetric=False, per_tensor=True)
     found = input_ranges(apply, params(), batches(), spec)
-    mx = quantize_inputs(
-        quantize(params(), QuantSpec(format="mxfp4", group_size=4)), QuantSpec(format="mxfp8_e4m3", group_size=4)
+    mx, _ = quantize_inputs(
+        quantize(params(), QuantSpec(format="mxfp4", group_size=4))[0], QuantSpec(format="mxfp8_e4m3", group_size=4)
     )
-    stored = {"static": quantize_inputs(quantize(params(), QuantSpec(bits=8)), spec, ranges=found), "mx": mx}
+    stored = {"static": quantize_inputs(quantize(params(), QuantSpec(bits=8))[0], spec, ranges=found)[0], "mx": mx}
     save(tmp_path / "model", stored)
     back, _ = restore(tmp_path / "model")
     assert jax.tree.structure(back) == jax.tree.structure(stored)
@@ -245,8 +245,8 @@ def test_shards_follow_the_weight():
     layout = jc.trace.LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,))
     w = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 8)), jnp.float32)
     ranges = {"w": InputRange(jnp.array([0.02, 0.03]))}
-    small = quantize({"w": w}, QuantSpec(bits=8), layouts={"w": layout})
-    leaf = quantize_inputs(small, SPEC, ranges=ranges, layouts={"w": layout})["w"]
+    small, _ = quantize({"w": w}, QuantSpec(bits=8), layouts={"w": layout})
+    leaf = quantize_inputs(small, SPEC, ranges=ranges, layouts={"w": layout})[0]["w"]
     shardings = component_shardings(leaf, NamedSharding(mesh, PartitionSpec("layers", None, "model")))
     assert shardings.scale.spec == PartitionSpec("layers")
     placed = jax.device_put(leaf, shardings)

@@ -58,7 +58,7 @@ def test_the_parts_one_after_another_are_the_model():
 def test_blocks_come_closer_to_the_dense_ones():
     params, batch = _params(), _batch()
     layouts = jc.trace.layouts(_model, params, *batch)
-    start = quantize(params, SPEC, layouts=layouts)
+    start, _ = quantize(params, SPEC, layouts=layouts)
     found, info = learned_rounding(
         _model,
         params,
@@ -87,7 +87,7 @@ def test_scales_that_are_powers_of_two_stay():
     params = {"w": jnp.array([[0.29], [0.23], [0.31]])}
     x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.1], [4.0, 4.1, 0.0]])
     schedule = RoundingSchedule(rate=0.05, steps=200)
-    for start, moves in ((fixed_point(params, 3), False), (quantize(params, QuantSpec(bits=4)), True)):
+    for start, moves in ((fixed_point(params, 3)[0], False), (quantize(params, QuantSpec(bits=4))[0], True)):
         found, _ = learned_rounding(lambda p, x: x @ p["w"], params, start, [(x,)], together=str, schedule=schedule)
         assert bool((found["w"].scale != start["w"].scale).any()) == moves
         assert bool((found["w"].codes() != start["w"].codes()).any()) or moves
@@ -95,7 +95,7 @@ def test_scales_that_are_powers_of_two_stay():
 
 def test_rows_count_what_they_weigh():
     params, (x, mask) = _params(), _batch()
-    start = quantize(params, SPEC, layouts=jc.trace.layouts(_model, params, x, mask))
+    start, _ = quantize(params, SPEC, layouts=jc.trace.layouts(_model, params, x, mask))
     options = {"together": lambda path: path.split("/")[0], "schedule": RoundingSchedule(steps=0)}
     # A row that weighs two is a row that stands there twice.
     weights = jnp.asarray([[2.0], [1.0], [1.0], [1.0], [1.0], [0.0]]) * mask
@@ -120,10 +120,10 @@ def test_what_cannot_be_learned_is_named():
     layouts = jc.trace.layouts(_model, params, *batch)
     masks = jax.tree.map(lambda leaf: leaf != 0, sparse)
     stored = {"one": {"up": jc.pruning.store_masked(sparse["one"]["up"], masks["one"]["up"], layouts["one"]["up"], jc.pruning.unstructured())}}  # fmt: skip  # noqa: E501
-    small = quantize(stored, QuantSpec(bits=4))
+    small, _ = quantize(stored, QuantSpec(bits=4))
     with pytest.raises(ValueError, match="'one/up' has a table of levels, or sparse codes"):
         learned_rounding(_model, params, {**params, "one": {**params["one"], **small["one"]}}, [batch], together=str)
-    small = quantize(params, SPEC, layouts=layouts)
+    small, _ = quantize(params, SPEC, layouts=layouts)
     spoilt = jax.tree.map(lambda leaf: leaf, params)
     spoilt["two"]["up"] = spoilt["two"]["up"].at[0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match="Leaf 'two/up' holds 1 NaN"):
@@ -153,8 +153,8 @@ def _indexed(params, x, mask):
 def test_layers_of_a_stack_are_blocks(model):
     params, batch = _params(), _batch()
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), params["one"], params["two"])
-    start = quantize(stacked, SPEC, layouts=jc.trace.layouts(model, stacked, *batch))
-    flat = quantize(params, SPEC, layouts=jc.trace.layouts(_model, params, *batch))
+    start, _ = quantize(stacked, SPEC, layouts=jc.trace.layouts(model, stacked, *batch))
+    flat, _ = quantize(params, SPEC, layouts=jc.trace.layouts(_model, params, *batch))
     options = {"schedule": RoundingSchedule(steps=60, rate=0.03), "row_mask": lambda x, mask: mask}
     asked = []
     found, info = learned_rounding(
@@ -184,7 +184,7 @@ def test_stacks_in_stacks_and_reversed_scans():
 
         return jax.lax.scan(outer, x, params["w"])[0]
 
-    start = quantize(params, QuantSpec(bits=3), layouts=jc.trace.layouts(model, params, x))
+    start, _ = quantize(params, QuantSpec(bits=3), layouts=jc.trace.layouts(model, params, x))
     order = []
     found, info = learned_rounding(
         model,
@@ -202,7 +202,7 @@ def test_stacks_in_stacks_and_reversed_scans():
 def test_a_scale_that_all_layers_share_keeps_them_together():
     params, batch = _params(), _batch()
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), params["one"], params["two"])
-    start = quantize(stacked, QuantSpec(bits=4))
+    start, _ = quantize(stacked, QuantSpec(bits=4))
     start["down"] = dataclasses.replace(start["down"], scale=start["down"].scale.max(axis=0, keepdims=True))
     found, info = learned_rounding(
         _scanned, stacked, start, [batch], together=lambda path: path, schedule=RoundingSchedule(steps=3)
@@ -222,7 +222,7 @@ def test_a_stack_along_another_axis_stays_one_leaf():
     # Groups of one input: every part of the leaf is as long as it along the first axis, too.
     layouts = jc.trace.layouts(model, params, x)
     assert layouts["w"].stack_axes == (1,)
-    start = quantize(params, QuantSpec(bits=8, group_size=1), layouts=layouts)
+    start, _ = quantize(params, QuantSpec(bits=8, group_size=1), layouts=layouts)
     assert start["w"].scale.shape == (4, 2, 4)
     _, info = learned_rounding(
         model, params, start, [(x,)], together=lambda path: path, schedule=RoundingSchedule(steps=2)
@@ -252,7 +252,7 @@ def test_stacks_of_all_kinds_are_learned_entry_by_entry(name):
     params = {"w": jnp.asarray(rng.normal(size=(3, 4, 4)), jnp.float32)}
     x = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
     layouts = jc.trace.layouts(STACKS[name], params, x)
-    rounded = quantize(params, QuantSpec(bits=3), layouts=layouts)
+    rounded, _ = quantize(params, QuantSpec(bits=3), layouts=layouts)
     schedule = RoundingSchedule(steps=2)
     found, info = learned_rounding(STACKS[name], params, rounded, [(x,)], together=str, schedule=schedule)
     assert sorted(info) == ["w[0]", "w[1]", "w[2]"]
@@ -268,7 +268,7 @@ def test_a_stack_with_an_unused_layer_is_learned_as_one_leaf():
     def apply(p, x):
         return x @ p["w"][0] @ p["w"][2]
 
-    rounded = quantize(params, QuantSpec(bits=3), layouts=jc.trace.layouts(apply, params, x))
+    rounded, _ = quantize(params, QuantSpec(bits=3), layouts=jc.trace.layouts(apply, params, x))
     schedule = RoundingSchedule(steps=2)
     found, info = learned_rounding(apply, params, rounded, [(x,)], together=str, schedule=schedule)
     assert list(info) == ["w"]

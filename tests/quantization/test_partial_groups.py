@@ -122,9 +122,9 @@ def test_methods_round_partial_groups_and_checkpoints_keep_them(tmp_path):
         "updated": gptq(params, statistics, asymmetric, order="natural", groups="updated")[0]["k"],
         "hqq": hqq(params, asymmetric)[0]["k"],
         "awq": awq(params, statistics, asymmetric)[0]["k"],
-        "sparse": quantize({"k": sparsify(params["k"], params["k"] > 0)}, PARTIAL)["k"],
+        "sparse": quantize({"k": sparsify(params["k"], params["k"] > 0)}, PARTIAL)[0]["k"],
     }
-    nearest = quantize(params, asymmetric)["k"]
+    nearest = quantize(params, asymmetric)[0]["k"]
 
     def lost(leaf):
         gap = np.asarray(x, np.float64) @ (np.asarray(leaf.materialize(), np.float64) - np.asarray(params["k"]))
@@ -153,12 +153,12 @@ def _calls():
     spec = QuantSpec(bits=4, group_size=8)
     fractions = QuantSpec(bits=4, group_size=8, symmetric=False)
     return params, {
-        "quantize": lambda **k: quantize(params, spec, **k),
+        "quantize": lambda **k: quantize(params, spec, **k)[0],
         "fake_quantize": lambda **k: fake_quantize(params, spec, **k),
         "gptq": lambda **k: gptq(params, statistics, spec, **k)[0],
         "awq": lambda **k: awq(params, statistics, spec, **k)[0],
         "hqq": lambda **k: hqq(params, fractions, **k)[0],
-        "quantize_inputs": lambda **k: quantize_inputs(params, spec, **k),
+        "quantize_inputs": lambda **k: quantize_inputs(params, spec, **k)[0],
         "cluster": lambda **k: cluster(params, CodebookSpec(values=4, group_size=8), **k)[0],
         "lsq": lambda **k: lsq(spec, **k).init(params, key=jax.random.key(0)).trainable.scale,
     }
@@ -185,7 +185,7 @@ def test_what_the_group_size_does_not_divide_is_left_out_and_named_unless_it_was
 
 def calls_plain(params):
     with pytest.warns(LeftOutWarning):
-        return quantize(params, QuantSpec(bits=4, group_size=8))["bias_table"]
+        return quantize(params, QuantSpec(bits=4, group_size=8))[0]["bias_table"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
 from jaxcompress.arrays import QuantizedArray, component_shardings, sparsify
-from jaxcompress.quantization import QuantSpec, fake_quantize, fixed_point, quantize
+from jaxcompress.quantization import QuantSpec, fake_quantize, fixed_point, quantize, quantize_inputs
 from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import by_path
 
@@ -29,7 +29,7 @@ def kinds(tree):
 
 
 def test_default_takes_every_leaf_with_two_axes():
-    small = quantize(params(), QuantSpec(bits=4, group_size=8))
+    small, _ = quantize(params(), QuantSpec(bits=4, group_size=8))
     assert kinds(small) == {
         "embedding": "QuantizedArray",
         "layer/bias": "ArrayImpl",
@@ -41,11 +41,28 @@ def test_default_takes_every_leaf_with_two_axes():
 
 
 def test_calls_with_different_selectors_compose():
-    small = quantize(params(), QuantSpec(bits=8), select=by_path("embedding"))
-    small = quantize(small, QuantSpec(bits=4))
+    small, _ = quantize(params(), QuantSpec(bits=8), select=by_path("embedding"))
+    small, _ = quantize(small, QuantSpec(bits=4))
     assert (small["embedding"].bits, small["layer"]["kernel"].bits) == (8, 4)
-    again = quantize(small, QuantSpec(bits=2))
+    again, _ = quantize(small, QuantSpec(bits=2))
     assert again["embedding"] is small["embedding"]
+
+
+def test_infos_hold_the_stored_bits_of_every_entry_of_a_stack():
+    stack = {"layers": jnp.ones((2, 16, 6)), "kernel": jnp.ones((16, 6))}
+    layouts = {
+        "layers": LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,)),
+        "kernel": LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,)),
+    }
+    grouped = QuantSpec(bits=4, group_size=8, scale_dtype="bfloat16")
+    small, info = quantize(stack, grouped, layouts=layouts)
+    bits = {name: own.bits_per_weight for name, own in info.items()}
+    assert bits == {"kernel": 6.0, "layers[0]": 6.0, "layers[1]": 6.0}
+    assert {own.error for own in info.values()} == {None}
+    _, marked = quantize_inputs(small, QuantSpec(bits=8), select=by_path("layers"), layouts=layouts)
+    assert {name: own.bits_per_weight for name, own in marked.items()} == {"layers[0]": 6.0, "layers[1]": 6.0}
+    _, fixed = fixed_point(stack, 8, layouts=layouts)
+    assert fixed["kernel"].bits_per_weight == 8 + 32 / 96
 
 
 def test_layouts_give_the_axes():
@@ -55,7 +72,7 @@ def test_layouts_give_the_axes():
     }
     layouts["layer"]["bias"] = LeafLayout(kind="other", output_axes=(0,))
     with pytest.warns(jc.trace.LeftOutWarning, match="embedding"):
-        small = quantize(params(), QuantSpec(bits=4), layouts=layouts)
+        small, _ = quantize(params(), QuantSpec(bits=4), layouts=layouts)
     assert kinds(small)["embedding"] == "ArrayImpl"
     assert small["layer"]["kernel"].scale.shape == (16, 1)
     assert small["layer"]["kernel"].data.axis == -1
@@ -68,14 +85,14 @@ def test_fake_quantize_equals_quantize(spec):
     tree = params()
     tree["layer"]["kernel"] = tree["layer"]["kernel"].at[2:5].set(0.0)
     fake = jax.jit(lambda p: fake_quantize(p, spec))(tree)
-    plain = jax.jit(jc.materialize)(quantize(tree, spec))
+    plain = jax.jit(jc.materialize)(quantize(tree, spec)[0])
     for x, y in zip(jax.tree.leaves(fake), jax.tree.leaves(plain), strict=True):
         assert x.dtype == y.dtype
         np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
 
 
 def test_fake_quantize_leaves_quantized_leaves_alone():
-    tree = quantize(params(), QuantSpec(bits=8), select=by_path("embedding"))
+    tree, _ = quantize(params(), QuantSpec(bits=8), select=by_path("embedding"))
     fake = fake_quantize(tree, QuantSpec(bits=4))
     assert fake["embedding"] is tree["embedding"]
     assert fake["layer"]["bias"] is tree["layer"]["bias"]
@@ -87,7 +104,7 @@ def test_other_compressed_leaves_stand_for_the_plain_array():
     tree["layer"]["kernel"] = sparsify(kernel, kernel != 0)
     spec = QuantSpec(bits=4)
     fake = jax.jit(lambda p: fake_quantize(p, spec))(tree)["layer"]["kernel"]
-    np.testing.assert_array_equal(fake, quantize(tree, spec)["layer"]["kernel"].materialize())
+    np.testing.assert_array_equal(fake, quantize(tree, spec)[0]["layer"]["kernel"].materialize())
     np.testing.assert_array_equal(fake == 0, kernel == 0)
 
 
@@ -112,7 +129,7 @@ def test_nan_spreads_over_its_block_only():
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("compress", [lambda p: quantize(p, QuantSpec(bits=4)), lambda p: fixed_point(p, 4)])
+@pytest.mark.parametrize("compress", [lambda p: quantize(p, QuantSpec(bits=4))[0], lambda p: fixed_point(p, 4)[0]])
 def test_values_that_are_not_finite_are_named(compress, bad):
     tree = params()
     tree["layer"]["kernel"] = tree["layer"]["kernel"].at[3, 2].set(bad)
@@ -152,12 +169,13 @@ def test_sharded_equals_unsharded():
     sharding = NamedSharding(mesh, PartitionSpec("data", "model"))
     for x, y in zip(jax.jit(all_specs)(jax.device_put(w, sharding)), jax.jit(all_specs)(w), strict=True):
         np.testing.assert_array_equal(np.asarray(x).view(np.uint8), np.asarray(y).view(np.uint8))
-    leaf = quantize({"kernel": w}, specs[0])["kernel"]
+    leaf = quantize({"kernel": w}, specs[0])[0]["kernel"]
     placed = jax.device_put(leaf, component_shardings(leaf, sharding))
     np.testing.assert_array_equal(jax.jit(lambda leaf: leaf.materialize())(placed), leaf.materialize())
 
 
 def test_abstract_trees():
-    small = jax.eval_shape(lambda p: quantize(p, QuantSpec(bits=4)), params())
+    small, info = jax.eval_shape(lambda p: quantize(p, QuantSpec(bits=4)), params())
+    assert info == quantize(params(), QuantSpec(bits=4))[1]
     assert isinstance(small["embedding"], QuantizedArray)
     assert small["embedding"].shape == (7, 16)

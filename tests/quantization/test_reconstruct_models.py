@@ -32,7 +32,7 @@ def _errors(apply, params):
     layouts = jc.trace.layouts(apply, params, X)
     found, info = reconstruct(apply, params, [(X,)], SPEC)
     trees = {
-        "nearest": quantize(params, SPEC, layouts=layouts),
+        "nearest": quantize(params, SPEC, layouts=layouts)[0],
         "gptq": gptq(params, input_statistics(apply, params, [(X,)]), SPEC, layouts=layouts)[0],
         "reconstruct": found,
     }
@@ -139,7 +139,7 @@ def test_biases_of_their_own_behind_a_shared_kernel_are_corrected_one_by_one():
     def apply(params, x):
         return jnp.tanh(x @ params["w"] + params["b0"][None]) @ params["w"] + params["b1"][None]
 
-    small = quantize(params, QuantSpec(bits=2), select=jc.tree.by_path("w"))
+    small, _ = quantize(params, QuantSpec(bits=2), select=jc.tree.by_path("w"))
     corrected, shifts = correct_biases(apply, params, small, [(X,)])
     assert list(shifts) == ["w, b0", "w, b1"]
     means = [np.asarray(apply(jc.materialize(tree), X), np.float64).mean(axis=0) for tree in (params, corrected)]

@@ -101,7 +101,7 @@ def test_the_layers_of_a_scan_become_what_they_do_written_out(layers, options):
 def test_the_fit_of_a_scan_is_closer_than_rounding_to_nearest(layers):
     stack = {"layers": _stacked(layers), "head": _random(WIDTH, 5)}
     layouts = jc.trace.layouts(scanned, stack, X)
-    nearest = jc.materialize(quantize(stack, SPEC, layouts=layouts))
+    nearest = jc.materialize(quantize(stack, SPEC, layouts=layouts)[0])
     found, _ = reconstruct(scanned, stack, [(X,)], SPEC)
     wanted = scanned(stack, X)
     gaps = [float(jnp.linalg.norm(scanned(tree, X) - wanted)) for tree in (jc.materialize(found), nearest)]
@@ -116,7 +116,7 @@ def test_biases_of_a_scan_give_the_dense_means(layers, options):
     kernels = {"layers": {name: name in ORDER for name in LAYER}, "head": False}
     run = lambda p, x: scanned(p, x, **options)  # noqa: E731
     layouts = jc.trace.layouts(run, stack, X)
-    small = quantize(stack, QuantSpec(bits=2), select=lambda _: kernels, layouts=layouts)
+    small, _ = quantize(stack, QuantSpec(bits=2), select=lambda _: kernels, layouts=layouts)
     corrected, shifts = correct_biases(run, stack, small, [(X[:2],), (X[2:],)])
     assert len(shifts) == LAYERS * len(ORDER)
     mine = _layers_of(jc.materialize(small), options)
@@ -176,7 +176,7 @@ def test_every_kernel_of_a_flax_scan_is_visited_in_order(axis):
     wanted = apply(params, X)
     layouts = jc.trace.layouts(apply, params, X)
     kernels = lambda tree: jc.tree.map_with_path(lambda path, _: path.endswith("kernel"), tree)  # noqa: E731
-    nearest = quantize(params, SPEC, select=kernels, layouts=layouts)
+    nearest, _ = quantize(params, SPEC, select=kernels, layouts=layouts)
     gaps = [float(jnp.linalg.norm(jc.execute(apply)(tree, X) - wanted)) for tree in (found, nearest)]
     assert gaps[0] < gaps[1]
 

@@ -57,9 +57,9 @@ WEIGHTS = lambda params: {name: name != "bias" for name in params}  # noqa: E731
 @pytest.mark.parametrize("bits", [2, 4])
 def test_rounding_to_nearest_and_shared_values_and_fixed_point(evidence, bits):
     statistics, layouts = evidence
-    nearest = quantize(PARAMS, QuantSpec(bits=bits, group_size=4), select=WEIGHTS, layouts=layouts)
+    nearest, _ = quantize(PARAMS, QuantSpec(bits=bits, group_size=4), select=WEIGHTS, layouts=layouts)
     shared, _ = jc.clustering.cluster(PARAMS, jc.clustering.CodebookSpec(values=2**bits), select=WEIGHTS)
-    for small in (nearest, shared, fixed_point(PARAMS, bits, select=WEIGHTS, layouts=layouts)):
+    for small in (nearest, shared, fixed_point(PARAMS, bits, select=WEIGHTS, layouts=layouts)[0]):
         found = rounding_errors(PARAMS, small, statistics, layouts=layouts)
         wanted = _references(small)
         assert set(found) == set(wanted)
@@ -84,6 +84,6 @@ def test_what_cannot_be_compared_is_named(evidence):
     with pytest.raises(ValueError, match="nothing to compress"):
         rounding_errors(PARAMS, PARAMS, statistics, layouts=layouts)
     other = PARAMS | {"heads": jnp.ones((8, 2, 2))}
-    small = quantize(other, QuantSpec(bits=4), select=WEIGHTS, layouts=layouts)
+    small, _ = quantize(other, QuantSpec(bits=4), select=WEIGHTS, layouts=layouts)
     with pytest.raises(ValueError, match=r"Leaf 'heads' has shape \(8, 2, 3\) in `params`, \(8, 2, 2\) compressed"):
         rounding_errors(PARAMS, small, statistics, layouts=layouts)

@@ -67,7 +67,7 @@ def test_finalize_stores_what_apply_returns_after_pruning(spec):
 
 
 def test_leaves_compressed_before_stay_as_they_are():
-    tree = quantize(params(), QuantSpec(bits=8), select=by_path("second/kernel"))
+    tree, _ = quantize(params(), QuantSpec(bits=8), select=by_path("second/kernel"))
     transform = quantization_aware(QuantSpec(bits=4))
     state = transform.init(tree, key=KEY)
     for out in (transform.apply(tree, state), transform.finalize(tree, state)):
@@ -122,7 +122,7 @@ def test_begin_with_leaves_that_are_compressed():
     tree = params()
     kernel = jnp.where(tree["first"]["kernel"] > 0, tree["first"]["kernel"], 0)
     tree["first"]["kernel"] = sparsify(kernel, kernel != 0)
-    tree = quantize(tree, QuantSpec(bits=8), select=by_path("second/kernel"))
+    tree, _ = quantize(tree, QuantSpec(bits=8), select=by_path("second/kernel"))
     transform = quantization_aware(QuantSpec(bits=4), begin=1)
     state = transform.init(tree, key=KEY)
     equal_bits(transform.apply(tree, state)["first"]["kernel"], kernel)

@@ -89,6 +89,6 @@ def test_methods_that_solve_pack_them_and_those_that_need_fractions_do_not():
     statistics = input_statistics(lambda p, x: x @ p["kernel"], params, [(x,)])
     small, info = gptq(params, statistics, spec(2, 8))
     assert small["kernel"].zero_point.bits == 2
-    assert info["kernel"].bits_per_weight == quantize(params, spec(2, 8))["kernel"].nbits / 64 == 4.25
+    assert info["kernel"].bits_per_weight == quantize(params, spec(2, 8))[0]["kernel"].nbits / 64 == 4.25
     fractions, _ = hqq(params, spec(2, 8))
     assert fractions["kernel"].zero_point.dtype == jnp.bfloat16

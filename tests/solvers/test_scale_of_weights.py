@@ -36,7 +36,7 @@ METHODS = {
     "gptq": lambda p: quantization.gptq(p, STATISTICS, SPEC),
     "gptq of a table": lambda p: quantization.gptq(p, COUNTS, QuantSpec(bits=3), layouts=LOOKUP),
     "awq": lambda p: quantization.awq(p, STATISTICS, SPEC),
-    "least squares of ranges": lambda p: (quantization.quantize(p, QuantSpec(bits=3, range_rule="mse")), {}),
+    "least squares of ranges": lambda p: quantization.quantize(p, QuantSpec(bits=3, range_rule="mse")),
     "wanda": lambda p: pruning.wanda(p, STATISTICS, sparsity=0.5),
     "sparsegpt": lambda p: pruning.sparsegpt(p, STATISTICS, sparsity=0.5),
     "alps": lambda p: pruning.alps(p, STATISTICS, sparsity=0.5),
@@ -80,7 +80,7 @@ def test_dependent_inputs_without_damping_are_no_worse_than_rounding_to_nearest(
             spec = QuantSpec(bits=3, group_size=4, symmetric=symmetric)
             found, info = quantization.gptq({"k": W}, _statistics(rows), spec, damping=damping, **options)
             lost = np.linalg.norm(rows @ (np.asarray(found["k"].materialize(), np.float64) - np.asarray(W)))
-            nearest = quantization.quantize({"k": W}, spec)["k"].materialize()
+            nearest = quantization.quantize({"k": W}, spec)[0]["k"].materialize()
             plain = np.linalg.norm(rows @ (np.asarray(nearest, np.float64) - np.asarray(W)))
             assert lost <= plain * (1 + 1e-4)
             assert info["k"].error <= info["k"].error_before * (1 + 1e-3)

@@ -83,7 +83,7 @@ def test_awq_is_better_than_rounding_to_nearest():
         axes = layouts(APPLY, PARAMS, X)
         statistics = input_statistics(APPLY, PARAMS, [(X,)], select=select)
         small, info = awq(PARAMS, statistics, spec, folds=found, select=select, layouts=axes)
-        plain = quantize(PARAMS, spec, select=select, layouts=axes)
+        plain, _ = quantize(PARAMS, spec, select=select, layouts=axes)
         wanted = APPLY(PARAMS, X)
         gaps = [
             float(jnp.linalg.norm(APPLY({**tree, kernel: jax.tree.map(jnp.asarray, _plain(tree[kernel]))}, X) - wanted))

@@ -32,7 +32,7 @@ def _apply(params, x):
 LAYOUTS = trace.layouts(_apply, PARAMS, X)
 
 DEFAULTS = {
-    "quantize": lambda **kw: quantization.quantize(PARAMS, SPEC, **kw),
+    "quantize": lambda **kw: quantization.quantize(PARAMS, SPEC, **kw)[0],
     "fake_quantize": lambda **kw: quantization.fake_quantize(PARAMS, SPEC, **kw),
     "hqq": lambda **kw: quantization.hqq(PARAMS, quantization.QuantSpec(bits=8, symmetric=False), **kw),
     "magnitude_scores": lambda **kw: pruning.magnitude_scores(PARAMS, **kw),

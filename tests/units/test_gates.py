@@ -181,7 +181,7 @@ def test_zeros_survive_the_quantizer(spec):
 def test_leaves_that_were_compressed_before_are_materialized_where_a_gate_acts():
     params, transform = make_params(), transform_of()
     state = located(transform, params)
-    stored = quantize(params, QuantSpec(bits=8), select=by_path("(first|last)/kernel"))
+    stored, _ = quantize(params, QuantSpec(bits=8), select=by_path("(first|last)/kernel"))
     found = transform.finalize(stored, state)
     assert_equal_trees(found, transform.finalize(jc.materialize(stored), state))
 

@@ -272,7 +272,7 @@ def test_wrong_axis_two_owners_and_compressed_leaves_are_named(params, batches):
     with pytest.raises(ValueError, match="'0/down' has gated slices of 'b0' and of 'out'"):
         refit(apply, params, [*groups, outputs], keep, batches)
     with pytest.raises(ValueError, match="is compressed"):
-        refit(apply, quantize(params, QuantSpec(bits=8)), groups, KEEP, batches)
+        refit(apply, quantize(params, QuantSpec(bits=8))[0], groups, KEEP, batches)
 
 
 def test_the_model_stops_at_its_kernels_and_goes_on_with_others(params, batches):

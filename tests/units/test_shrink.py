@@ -222,7 +222,7 @@ def test_compressed_and_stacked_leaves_are_named(config):
     groups = bert_units(config)
     rows = UnitGroup(name="rows", count=4, slices=(UnitSlices(path="w", axis=0),))
     with pytest.raises(ValueError, match="'w' is compressed: remove units before quantizing"):
-        shrink(quantize({"w": jnp.ones((4, 3))}, QuantSpec(bits=8)), [rows], {"rows": [True, False, True, True]})
+        shrink(quantize({"w": jnp.ones((4, 3))}, QuantSpec(bits=8))[0], [rows], {"rows": [True, False, True, True]})
     stacked = {"layers": {"kernel": jnp.ones((2, 3, 4))}}
     with pytest.raises(ValueError, match=r"needs the leaf 'bert/encoder/layer/0/attention.*\n  layers/kernel"):
         shrink(stacked, groups, {})

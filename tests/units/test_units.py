@@ -165,7 +165,7 @@ def test_values_of_the_wrong_length_and_compressed_leaves_are_named(params):
     with pytest.raises(ValueError, match="'heads' needs 3 values"):
         multiply_units(params, [HEADS], {"heads": jnp.ones(2)})
     with pytest.raises(ValueError, match="Leaf 'fused' is compressed"):
-        remove_units(quantize(params, QuantSpec(bits=8)), [HEADS], {"heads": [True, False, True]})
+        remove_units(quantize(params, QuantSpec(bits=8))[0], [HEADS], {"heads": [True, False, True]})
 
 
 def test_a_channel_owns_a_row_for_every_position():

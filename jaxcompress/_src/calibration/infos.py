@@ -3,7 +3,7 @@
 Shape letters: E stack entries; S matrices, one for each stack entry and group; D inputs.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -11,15 +11,16 @@ from jaxtyping import Array, Bool, Num
 
 from jaxcompress._src.calibration.matrices import MatrixLeaf
 from jaxcompress._src.calibration.unseen import nothing_seen, unseen_counts
+from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.tree.paths import entry_name
 
 _Info = TypeVar("_Info")
 
 
-def entry_names(leaf: MatrixLeaf) -> list[str]:
+def entry_names(path: str, shape: Sequence[int], layout: LeafLayout) -> list[str]:
     """`path[i]` for each entry of a stack (`path[i,j]` where it has two axes); `path` of a leaf without a stack."""
-    sizes = [leaf.weight.shape[axis] for axis in leaf.layout.stack_axes]
-    return [entry_name(leaf.path, *index) for index in np.ndindex(*sizes)]
+    sizes = [shape[axis] for axis in layout.stack_axes]
+    return [entry_name(path, *index) for index in np.ndindex(*sizes)]
 
 
 def entry_infos(
@@ -48,7 +49,7 @@ def entry_infos(
         >>> entry_infos(leaf, dict, errors=errors, unseen=unseen)["layers[1]"]
         {'unseen_inputs': 1, 'unseen_entries': 1, 'error': None}
     """
-    names = entry_names(leaf)
+    names = entry_names(leaf.path, leaf.weight.shape, leaf.layout)
     if not names:
         return {}
     marks = None if unseen is None else np.asarray(unseen).reshape(len(names), leaf.layout.groups, unseen.shape[1])

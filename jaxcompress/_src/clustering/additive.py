@@ -227,5 +227,7 @@ def _describe(
 ) -> dict[str, AdditiveInfo]:
     bits = stored.nbits / max(leaf.weight.size, 1)
     rounds = [tuple(float(error) for error in own) for own in errors]
-    named = zip(entry_names(leaf), weighed_errors(leaf, stored, h), rounds, strict=True)
+    named = zip(
+        entry_names(leaf.path, leaf.weight.shape, leaf.layout), weighed_errors(leaf, stored, h), rounds, strict=True
+    )
     return {name: AdditiveInfo(error=last, errors=own, bits_per_weight=bits) for name, last, own in named}

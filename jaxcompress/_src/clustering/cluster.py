@@ -117,7 +117,7 @@ def describe(
     """Error and entropy of a clustered leaf, entry by entry."""
     errors = weighed_errors(leaf, stored, jnp.ones(()) if importance is None else jnp.asarray(importance))
     rows = leaf.rows(codes), leaf.rows(stored.materialize())
-    named = zip(entry_names(leaf), errors, *rows, strict=True)
+    named = zip(entry_names(leaf.path, leaf.weight.shape, leaf.layout), errors, *rows, strict=True)
     return {name: _info(error, own, values) for name, error, own, values in named}
 
 

@@ -29,7 +29,7 @@ def compress_factors(
     Args:
         params: the tree; leaves that are no `LowRankArray` stay as they are, and so do residuals.
         compress: `(params, statistics, layouts) -> (params, info)`, called once, with {path: {"left": ..., "right":
-            ...}} of plain factors; such as `lambda p, s, at: (quantization.quantize(p, spec, layouts=at), None)`. A
+            ...}} of plain factors; such as `lambda p, s, at: quantization.quantize(p, spec, layouts=at)`. A
             factor has the axes of its leaf, of size 1 where it does not vary, and the rank as its last axis. The inputs
             of "left" are those of the leaf, the inputs of "right" are the rank.
         statistics: from `input_statistics`, of the leaves. Given "gram", both factors get their own: XᵀX, and LᵀXᵀX L

@@ -49,7 +49,7 @@ def with_residual(
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
         compress: `(params, statistics, layouts) -> (params, info)`, called with partial trees of W - L, such as
-            `lambda p, s, at: (quantization.quantize(p, spec, layouts=at), None)`. What it returns (compressed leaves,
+            `lambda p, s, at: quantization.quantize(p, spec, layouts=at)`. What it returns (compressed leaves,
             or plain ones) becomes `LowRankArray.residual`.
         rank: see `svd`; a rule sees the spectra of W - C (of W, if the low-rank part comes first) in the first turn. A
             leaf that it would leave dense gets no factors: only C.

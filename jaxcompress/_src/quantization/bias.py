@@ -47,7 +47,7 @@ def correct_biases(
         >>> from jaxcompress.quantization import QuantSpec, quantize
         >>> params = {"w": jnp.array([[0.6], [0.6], [7.0]]), "b": jnp.zeros(1)}
         >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0]])
-        >>> small = quantize(params, QuantSpec(bits=4, convention="narrow"))
+        >>> small, _ = quantize(params, QuantSpec(bits=4, convention="narrow"))
         >>> corrected, _ = correct_biases(lambda p, x: x @ p["w"] + p["b"][None], params, small, [(x,)])
         >>> round(float(corrected["b"][0]), 3)  # 1.2 became 2, and x is 1.5 on average
         -1.2

@@ -51,7 +51,7 @@ def quantized_inputs(
 
     def mark(params: Params, state: TransformState, *, key: Any = None) -> Params:
         del state, key
-        return quantize_inputs(params, spec, ranges=ranges, select=select, layouts=layouts)
+        return quantize_inputs(params, spec, ranges=ranges, select=select, layouts=layouts)[0]
 
     return identity()._replace(apply=mark, finalize=mark)
 

@@ -14,6 +14,7 @@ from jaxcompress._src.arrays.straight_through import straight_through
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.learned import Gradient, learned_quantize_array, whole_zero_point
 from jaxcompress._src.quantization.rounding import round_to_codes
+from jaxcompress._src.quantization.rounding_info import RoundingInfo, storage_infos
 from jaxcompress._src.quantization.scales import block_scales
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
@@ -81,7 +82,7 @@ def quantize_inputs(
     ranges: Params | None = None,
     select: Selector | None = None,
     layouts: Params | None = None,
-) -> Params:
+) -> tuple[Params, dict[str, RoundingInfo]]:
     """Marks weights so that `execute` quantizes what they are multiplied with.
 
     Without `ranges`, ranges are dynamic: found in every call from the input at hand, one scale for each token (row of
@@ -97,7 +98,8 @@ def quantize_inputs(
         layouts: from `trace.layouts`.
 
     Returns:
-        `params` with an `InputQuantizedArray` for every selected leaf.
+        `(params, info)`: an `InputQuantizedArray` for every selected leaf, and a `RoundingInfo` by path (`path[i]` for
+        each entry of a stack) with the bits per weight, ranges included.
 
     Raises:
         ValueError: nothing is selected; a leaf without a range; static ranges with a spec that is not `per_tensor`;
@@ -105,7 +107,7 @@ def quantize_inputs(
 
     Example:
         >>> import jaxcompress as jc
-        >>> params = quantize_inputs({"kernel": jnp.eye(2)}, QuantSpec(bits=2, convention="narrow"))
+        >>> params, _ = quantize_inputs({"kernel": jnp.eye(2)}, QuantSpec(bits=2, convention="narrow"))
         >>> jc.execute(lambda p, x: x @ p["kernel"])(params, jnp.array([[4.0, 1.0], [1.0, 0.9]]))
         Array([[4., 0.],
                [1., 1.]], dtype=float32)
@@ -133,7 +135,8 @@ def quantize_inputs(
         check_stack(path, leaf, layout, entry)
         return with_input_rounding(leaf, rounding, scale=entry.scale, zero_point=entry.zero_point)
 
-    return map_with_path(visit, params, chosen, entries)
+    marked = map_with_path(visit, params, chosen, entries)
+    return marked, storage_infos(marked, chosen)
 
 
 def with_input_rounding(leaf: Any, rounding: InputRounding, **static: Any) -> InputQuantizedArray:

@@ -91,7 +91,7 @@ def learned_rounding(
         >>> from jaxcompress.quantization import QuantSpec, quantize
         >>> params = {"w": jnp.array([[0.7], [0.55], [7.0]])}
         >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [4.0, 4.1, 0.0]])
-        >>> start = quantize(params, QuantSpec(bits=4))
+        >>> start, _ = quantize(params, QuantSpec(bits=4))
         >>> schedule = RoundingSchedule(rate=0.05, steps=400)
         >>> found, info = learned_rounding(
         ...     lambda p, x: x @ p["w"], params, start, [(x,)], together=str, schedule=schedule

@@ -15,6 +15,7 @@ from jaxcompress._src.quantization.blocks import PARTIAL, cut, packing_axis
 from jaxcompress._src.quantization.fake_quant import fake_quantize_array
 from jaxcompress._src.quantization.fixed_point import Overflow, check_bits, fixed_point_codes, fixed_point_encode
 from jaxcompress._src.quantization.round_to_nearest import quantize_array, store_codes
+from jaxcompress._src.quantization.rounding_info import RoundingInfo, storage_infos
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.trace.misfits import misfits
@@ -28,7 +29,7 @@ from jaxcompress._src.types import Params, Selector, is_compressed
 @on_auto_axes
 def quantize(
     params: Params, spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None
-) -> Params:
+) -> tuple[Params, dict[str, RoundingInfo]]:
     """Round-to-nearest quantization of the selected leaves.
 
     Several calls with different `select` and `spec` compose, because leaves that are quantized already are left as they
@@ -42,23 +43,27 @@ def quantize(
         layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
 
     Returns:
-        `params` with a `QuantizedArray` for every selected leaf.
+        `(params, info)`: a `QuantizedArray` for every selected leaf, and a `RoundingInfo` by path (`path[i]` for each
+        entry of a stack) with the bits per weight; errors need statistics, see `rounding_errors`.
 
     Raises:
         ValueError: nothing is selected; or a selected leaf is no float array, holds NaN or Inf, or has axes that the
             group size does not divide. Names the leaf.
 
     Example:
-        >>> small = quantize({"bias": jnp.ones(8), "kernel": jnp.ones((64, 8))}, QuantSpec(bits=4, group_size=32))
-        >>> small["kernel"].bits, small["kernel"].scale.shape
-        (4, (2, 8))
+        >>> params = {"bias": jnp.ones(8), "kernel": jnp.ones((64, 8))}
+        >>> small, info = quantize(params, QuantSpec(bits=4, group_size=32))
+        >>> small["kernel"].bits, small["kernel"].scale.shape, info["kernel"].bits_per_weight
+        (4, (2, 8), 5.0)
     """
 
     def visit(path: str, leaf: Any, layout: LeafLayout) -> Any:
         check_finite(path, dense_array(leaf))
         return quantize_array(leaf if isinstance(leaf, SparseArray) else dense_array(leaf), spec, layout)
 
-    return _map_weights(visit, params, select, layouts, spec)
+    selected = weight_layouts(params, select=select, layouts=layouts, spec=spec)
+    small = _map_weights(visit, params, selected)
+    return small, storage_infos(small, selected)
 
 
 @on_auto_axes
@@ -72,7 +77,7 @@ def fake_quantize(
 ) -> Params:
     """The values of the selected leaves after quantization, with straight-through gradients; for use inside a loss.
 
-    `materialize(quantize(params, spec))` is equal to it, bit for bit. Leaves that are quantized already are left as
+    `materialize(quantize(params, spec)[0])` is equal to it, bit for bit. Leaves that are quantized already are left as
     they are; other compressed leaves become the plain, rounded array that they would stand for.
 
     Args:
@@ -95,9 +100,7 @@ def fake_quantize(
     return _map_weights(
         lambda _, leaf, layout: fake_quantize_array(dense_array(leaf), spec, layout, bits=bits),
         params,
-        select,
-        layouts,
-        spec,
+        weight_layouts(params, select=select, layouts=layouts, spec=spec),
     )
 
 
@@ -109,7 +112,7 @@ def fixed_point(
     overflow: Overflow = "saturate",
     select: Selector | None = None,
     layouts: Params | None = None,
-) -> Params:
+) -> tuple[Params, dict[str, RoundingInfo]]:
     """Fixed-point storage of the selected leaves: codes of b bits in two's complement, scale 2^-b.
 
     Args:
@@ -120,13 +123,15 @@ def fixed_point(
         layouts: from `trace.layouts`.
 
     Returns:
-        `params` with a `QuantizedArray` for every selected leaf; its values are those of `fixed_point_decode`.
+        `(params, info)`: a `QuantizedArray` for every selected leaf, with the values of `fixed_point_decode`, and a
+        `RoundingInfo` by path, as from `quantize`.
 
     Raises:
         ValueError: as `quantize`.
 
     Example:
-        >>> fixed_point({"kernel": jnp.array([[0.25], [-0.5], [0.7]])}, 4)["kernel"].materialize()
+        >>> small, _ = fixed_point({"kernel": jnp.array([[0.25], [-0.5], [0.7]])}, 4)
+        >>> small["kernel"].materialize()
         Array([[ 0.25  ], [-0.5   ], [ 0.4375]], dtype=float32)
     """
     check_bits(bits)
@@ -140,7 +145,9 @@ def fixed_point(
         shape = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(dense.shape)]
         return QuantizedArray(data=data, scale=jnp.full(shape, 2.0**-bits, jnp.float32), dtype=jnp.dtype(dense.dtype))
 
-    return _map_weights(visit, params, select, layouts)
+    selected = weight_layouts(params, select=select, layouts=layouts)
+    small = _map_weights(visit, params, selected)
+    return small, storage_infos(small, selected)
 
 
 def weight_layouts(
@@ -186,16 +193,10 @@ def on_weight(leaf: Any, fn: Callable[[Any], Any]) -> Any:
     return fn(leaf)
 
 
-def _map_weights(
-    fn: Callable[[str, Any, LeafLayout], Any],
-    params: Params,
-    select: Selector | None,
-    layouts: Params | None,
-    spec: QuantSpec | None = None,
-) -> Params:
-    """`fn(path, leaf, layout)` on the selected leaves that are not quantized yet; the others as they are."""
+def _map_weights(fn: Callable[[str, Any, LeafLayout], Any], params: Params, selected: Params) -> Params:
+    """`fn(path, leaf, layout)` where `selected` has a layout; the other leaves as they are."""
 
     def visit(path: str, leaf: Any, layout: Any) -> Any:
         return leaf if is_unselected(layout) else on_weight(leaf, lambda weight: fn(path, weight, layout))
 
-    return map_with_path(visit, params, weight_layouts(params, select=select, layouts=layouts, spec=spec))
+    return map_with_path(visit, params, selected)

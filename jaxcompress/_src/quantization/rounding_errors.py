@@ -43,7 +43,7 @@ def rounding_errors(
         >>> from jaxcompress.quantization import QuantSpec, quantize
         >>> params = {"kernel": jnp.array([[0.6], [7.0]])}
         >>> statistics = input_statistics(lambda p, x: x @ p["kernel"], params, [(jnp.array([[5.0, 0.0]]),)])
-        >>> small = quantize(params, QuantSpec(bits=4, convention="narrow"))  # 0.6 becomes 1
+        >>> small, _ = quantize(params, QuantSpec(bits=4, convention="narrow"))  # 0.6 becomes 1
         >>> round(rounding_errors(params, small, statistics)["kernel"].error, 3)
         0.667
     """

@@ -4,17 +4,23 @@ import dataclasses
 import math
 from typing import Any
 
-from jaxcompress._src.types import CompressedArray
+import jax
+
+from jaxcompress._src.calibration.infos import entry_names
+from jaxcompress._src.tree.maps import leaves_with_paths
+from jaxcompress._src.types import CompressedArray, Params
 
 FALLBACKS = {"keep": "rounded to nearest", "zero": "set to 0"}
 """What became of weights whose inputs were never seen, for the warning."""
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RoundingInfo:
     """What happened to one leaf, or to one stack entry.
 
-    Errors are relative: ||X W - X W'|| / ||X W|| over the calibration rows.
+    Errors are relative: ||X W - X W'|| / ||X W|| over the calibration rows. A static node: traced functions may
+    return infos.
 
     Attributes:
         bits_per_weight: what is stored of the leaf, scales and zero points included.
@@ -41,3 +47,13 @@ class RoundingInfo:
     def of(cls, leaf: CompressedArray, **figures: Any) -> "RoundingInfo":
         """With the bits of a compressed leaf."""
         return cls(bits_per_weight=leaf.nbits / max(math.prod(leaf.shape), 1), **figures)
+
+
+def storage_infos(compressed: Params, layouts: Params) -> dict[str, RoundingInfo]:
+    """Of methods without data: the bits of every leaf that has a layout, by the names of its stack entries."""
+    leaves = dict(leaves_with_paths(compressed))
+    return {
+        name: RoundingInfo.of(leaves[path])
+        for path, layout in leaves_with_paths(layouts)
+        for name in entry_names(path, leaves[path].shape, layout)
+    }

@@ -69,7 +69,7 @@ def quantization_aware(
 
     def finalize(params: Params, state: TransformState) -> Params:
         _warn_before_the_end(spec, begin, bits, state)
-        return quantize(params, spec, select=select, layouts=layouts)
+        return quantize(params, spec, select=select, layouts=layouts)[0]
 
     def apply(params: Params, state: TransformState, *, key=None) -> Params:
         del key

@@ -175,7 +175,7 @@ def _layouts(module: nn.Module, params: Params) -> Params:
 def _with_frozen_steps(recipe: Recipe, params: Params, layouts: Params) -> Params:
     for step in recipe.quantize:
         if step.frozen:
-            params = quantize(params, step.spec(), select=by_path(step.select), layouts=layouts)
+            params, _ = quantize(params, step.spec(), select=by_path(step.select), layouts=layouts)
     for step in recipe.cluster:
         if step.frozen:
             params, _ = cluster(params, step.spec(), select=by_path(step.select), layouts=layouts)

@@ -42,7 +42,7 @@ def split_stacks(params: Params, at: Sequence[int], *, select: Selector) -> Para
         >>> params = split_stacks({"w": jnp.ones((3, 4, 4))}, [1], select=by_path("w"))
         >>> jax.tree.map(jnp.shape, params)
         {'w': {'0:1': (1, 4, 4), '1:3': (2, 4, 4)}}
-        >>> small = quantize(params, QuantSpec(bits=4), select=by_path("w/1:3"))
+        >>> small, _ = quantize(params, QuantSpec(bits=4), select=by_path("w/1:3"))
         >>> jax.tree.map(jnp.shape, small["w"]["0:1"]), small["w"]["1:3"].bits
         ((1, 4, 4), 4)
     """

@@ -19,8 +19,8 @@ layouts = {
     "b": LeafLayout(kind="matmul", stack_axes=(0,), input_axes=(1,), output_axes=(2,)),
 }
 spec = QuantSpec(bits=2, group_size=4, symmetric=False, scale_dtype="bfloat16")
-small = quantize(dense, spec, layouts=layouts, select=jc.tree.by_path("a"))
-small = quantize(small, QuantSpec(bits=3, symmetric=False), layouts=layouts, select=jc.tree.by_path("b"))
+small, _ = quantize(dense, spec, layouts=layouts, select=jc.tree.by_path("a"))
+small, _ = quantize(small, QuantSpec(bits=3, symmetric=False), layouts=layouts, select=jc.tree.by_path("b"))
 folder = Path(__file__).parent
 jc.checkpoint.save(folder / "plain_zero_points", small)
 np.savez(folder / "plain_zero_points.npz", **{name: leaf.materialize() for name, leaf in small.items()})
