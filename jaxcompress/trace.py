@@ -6,4 +6,4 @@ from jaxcompress._src.trace.folds import folds as folds
 from jaxcompress._src.trace.layout import LeafLayout as LeafLayout
 from jaxcompress._src.trace.layouts import layouts as layouts
 from jaxcompress._src.trace.left_out import LeftOutWarning as LeftOutWarning
-from jaxcompress._src.trace.misfits import BlockError as BlockError
+from jaxcompress._src.weights.selection import BlockError as BlockError

@@ -20,6 +20,7 @@ LAYERS = [
     {"trace"},
     {"execution"},
     {"calibration"},
+    {"weights"},
     {"solvers"},
     {"pruning", "quantization", "clustering", "lowrank", "units", "distillation"},
     {"models"},

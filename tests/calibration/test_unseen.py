@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import clustering, lowrank, pruning, quantization
-from jaxcompress._src.calibration.unseen import fill_unseen
+from jaxcompress._src.weights.unseen import fill_unseen
 from jaxcompress.calibration import InputStatistics, LookupCounts, input_statistics, sequential
 from jaxcompress.quantization import QuantSpec
 from jaxcompress.trace import LeafLayout, folds

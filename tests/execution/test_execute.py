@@ -16,9 +16,9 @@ from jaxcompress._src.arrays.validate import validate_array
 from jaxcompress._src.execution.execute import fallbacks
 from jaxcompress._src.execution.values import Fallback
 from jaxcompress._src.trace.layout import default_layout
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.unselected import map_selected
 from jaxcompress._src.types import is_compressed
+from jaxcompress._src.weights.selection import selected_layouts
 from jaxcompress.arrays import component_shardings
 
 

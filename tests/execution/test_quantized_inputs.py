@@ -14,9 +14,9 @@ from jaxcompress import trace, tree
 from jaxcompress._src.arrays.packed import pack
 from jaxcompress._src.arrays.validate import validate_array
 from jaxcompress._src.execution.execute import fallbacks
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.unselected import map_selected
 from jaxcompress._src.types import is_compressed
+from jaxcompress._src.weights.selection import selected_layouts
 from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, sparsify
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
 

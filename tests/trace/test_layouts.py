@@ -8,7 +8,7 @@ import zoo
 
 from jaxcompress import trace, tree
 from jaxcompress._src.trace.origin import reshape_runs
-from jaxcompress._src.trace.selection import selected_layouts
+from jaxcompress._src.weights.selection import selected_layouts
 
 
 def _by_path(apply, params, *inputs):

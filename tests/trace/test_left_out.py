@@ -12,7 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jaxcompress as jc
 from jaxcompress import clustering, lowrank, pruning, quantization, trace, tree
-from jaxcompress._src.trace.selection import selected_layouts
+from jaxcompress._src.weights.selection import selected_layouts
 
 RNG = np.random.default_rng(0)
 PARAMS = {

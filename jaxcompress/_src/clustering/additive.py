@@ -13,17 +13,17 @@ from jaxtyping import Array, Float32, Float64, Shaped, UInt8
 
 from jaxcompress._src.arrays.additive import AdditiveCodebookArray
 from jaxcompress._src.arrays.packed import pack
-from jaxcompress._src.calibration.infos import entry_names
-from jaxcompress._src.calibration.matrices import MatrixLeaf
 from jaxcompress._src.clustering.additive_fit import fit_additive
 from jaxcompress._src.clustering.additive_spec import AdditiveSpec
 from jaxcompress._src.clustering.leaves import checked_importance, checked_leaf, weighed_errors
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.infos import entry_names
+from jaxcompress._src.weights.matrices import MatrixLeaf
+from jaxcompress._src.weights.selection import selected_layouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ def additive_quantize(
         importance: h, a partial tree of arrays that broadcast against the leaves, as for `cluster`: `input_importance`
             or `calibration.fisher`. `Unselected`, None or no tree: 1. Where it is 0, weights may become anything; where
             it is 0 for a whole leaf or stacked copy, all of it counts alike.
-        select: which leaves; by default every weight (see `trace.selected_layouts`).
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
 
     Returns:

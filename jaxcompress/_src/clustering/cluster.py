@@ -10,8 +10,6 @@ import numpy as np
 from jaxcompress._src.arrays.codebook import CodebookArray
 from jaxcompress._src.arrays.packed import pack
 from jaxcompress._src.arrays.sparse import SparseArray, sparsify_like
-from jaxcompress._src.calibration.infos import entry_names
-from jaxcompress._src.calibration.matrices import MatrixLeaf
 from jaxcompress._src.clustering.fit import fit_tables, nearest_codes
 from jaxcompress._src.clustering.leaves import checked_importance, checked_leaf, clusterable, weighed_errors
 from jaxcompress._src.clustering.spec import CodebookSpec
@@ -20,6 +18,8 @@ from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.infos import entry_names
+from jaxcompress._src.weights.matrices import MatrixLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ def cluster(
         spec: how many values, which weights share a table, and what a code costs.
         importance: h, a partial tree of arrays that broadcast against the leaves: `calibration.fisher`, or
             `input_importance` of input statistics. `Unselected`, None or no tree: 1.
-        select: which leaves; by default every weight (see `trace.selected_layouts`).
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
 
     Returns:

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress._src.calibration.matrices import MatrixLeaf
 from jaxcompress._src.calibration.statistics import InputStatistics, LookupCounts
-from jaxcompress._src.calibration.unseen import fill_unseen, unseen_inputs, warn_unseen
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import Unselected
 from jaxcompress._src.types import Params
+from jaxcompress._src.weights.matrices import MatrixLeaf
+from jaxcompress._src.weights.unseen import fill_unseen, unseen_inputs, warn_unseen
 
 
 @on_auto_axes

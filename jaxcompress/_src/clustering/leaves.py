@@ -8,14 +8,13 @@ import numpy as np
 from jaxtyping import Array, Shaped
 
 from jaxcompress._src.arrays.sparse import SparseArray
-from jaxcompress._src.calibration.matrices import MatrixLeaf
 from jaxcompress._src.clustering.spec import CodebookSpec
-from jaxcompress._src.trace.misfits import misfits
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.checks import check_finite, is_traced
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
 from jaxcompress._src.types import CompressedArray, Params, Selector, is_compressed
+from jaxcompress._src.weights.matrices import MatrixLeaf
+from jaxcompress._src.weights.selection import misfits, selected_layouts
 
 
 def clusterable(params: Params, spec: CodebookSpec, *, select: Selector | None, layouts: Params | None) -> Params:

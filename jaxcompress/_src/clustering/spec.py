@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.trace.misfits import BlockError
+from jaxcompress._src.weights.selection import BlockError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

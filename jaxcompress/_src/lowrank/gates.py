@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress._src.calibration.matrices import MatrixLeaf, entries, matrices, with_leaves
 from jaxcompress._src.lowrank.leaves import low_rank_leaf, shape_of
 from jaxcompress._src.lowrank.targets import activation_targets, plain_targets
 from jaxcompress._src.meshes import transform_on_auto_axes
@@ -27,11 +26,12 @@ from jaxcompress._src.solvers.hard_concrete import (
     sample_gates,
 )
 from jaxcompress._src.solvers.multipliers import steer
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import is_unselected, without_compressed
 from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState
+from jaxcompress._src.weights.matrices import MatrixLeaf, entries, matrices, with_leaves
+from jaxcompress._src.weights.selection import selected_layouts
 
 _CLAMP = (-4.605170185988091, 4.605170185988092)
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -75,7 +75,7 @@ def rank_gates(
         strength: λ: a fixed price, λ s.
         warm_up: step -> how far towards t: the target is 1 - warm_up (1 - t).
         drop_rate: 1 - P(z != 0) at the start, in (0, 1).
-        select: which leaves; see `trace.selected_layouts`. Those that are compressed when the training begins stay as
+        select: which leaves; by default every weight. Those that are compressed when the training begins stay as
             they are.
         layouts: from `trace.layouts`.
         distribution: constants of the hard concrete distribution.

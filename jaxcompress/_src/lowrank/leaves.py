@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress._src.arrays.low_rank import LowRankArray
-from jaxcompress._src.calibration.infos import entry_infos
-from jaxcompress._src.calibration.matrices import MatrixLeaf, with_leaves
 from jaxcompress._src.lowrank.factorize import Directions, apply_norm, directions, output_scale, truncate
 from jaxcompress._src.lowrank.ranks import RankRule, Spectrum, as_rule, spectrum
 from jaxcompress._src.solvers.outputs import output_errors, unit_of
 from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.weights.infos import entry_infos
+from jaxcompress._src.weights.matrices import MatrixLeaf, with_leaves
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

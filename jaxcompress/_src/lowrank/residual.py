@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxcompress._src.arrays.low_rank import LowRankArray
-from jaxcompress._src.calibration.matrices import MatrixLeaf, entries, map_entries, with_leaves
 from jaxcompress._src.lowrank.factorize import apply_norm, directions, output_scale, truncate
 from jaxcompress._src.lowrank.leaves import LowRankInfo, Target, low_rank_leaf, shape_of, spectrum_of
 from jaxcompress._src.lowrank.ranks import RankRule, as_rule
@@ -19,6 +18,7 @@ from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected
 from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.weights.matrices import MatrixLeaf, entries, map_entries, with_leaves
 
 CompressFn = Callable[[Params, Params, Params], tuple[Params, Any]]
 """`(params, statistics, layouts) -> (params, info)`, on partial trees, as `calibration.sequential` takes it."""

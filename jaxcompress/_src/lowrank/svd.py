@@ -23,7 +23,7 @@ def svd(
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
         rank: one for all leaves, by path, or a rule: `parameter_share`, `energy`, `budget`. A stack has one rank.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`; needed where kernels are not (in..., out). Inputs and outputs with several axes
             count as one each; stack entries are factored one by one.
 

@@ -11,9 +11,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float32
 
-from jaxcompress._src.calibration.matrices import MatrixLeaf, checked_fisher, entries, matrices
 from jaxcompress._src.calibration.statistics import InputStatistics, LookupCounts
-from jaxcompress._src.calibration.unseen import fill_unseen, unseen_inputs, warn_unseen
 from jaxcompress._src.lowrank.factorize import Whitening, root_of_gram
 from jaxcompress._src.lowrank.leaves import Target, shape_of
 from jaxcompress._src.solvers.hessian import check_damping
@@ -21,6 +19,8 @@ from jaxcompress._src.solvers.outputs import dense_targets
 from jaxcompress._src.trace.left_out import warn_left_out
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.matrices import MatrixLeaf, checked_fisher, entries, matrices
+from jaxcompress._src.weights.unseen import fill_unseen, unseen_inputs, warn_unseen
 
 Side = Literal["inputs", "outputs", "both"]
 Targets = tuple[Params, list[Target]]

@@ -14,9 +14,9 @@ from jaxcompress._src.pruning.masks import masks_from_scores
 from jaxcompress._src.pruning.ranking import check_sparsity
 from jaxcompress._src.pruning.sparsity import leaf_sparsities
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.unselected import map_selected
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.selection import selected_layouts
 
 Allocation: TypeAlias = Callable[..., Params]
 """`(params, *, sparsity, select=None, layouts=None) -> partial tree of sparsities`, such as `erdos_renyi`."""
@@ -30,7 +30,7 @@ def uniform(
     Args:
         params: gives shapes only.
         sparsity: of all chosen leaves together, in [0, 1].
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:
@@ -56,7 +56,7 @@ def erdos_renyi(
     Args:
         params: gives shapes only.
         sparsity: of all chosen leaves together, in [0, 1].
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`; layers of a stack are layers of their own, the axes of attention heads are
             multiplied out. Without it every leaf is taken as a (spatial..., in, out) kernel.
 
@@ -86,7 +86,7 @@ def erdos_renyi_kernel(
     Args:
         params: gives shapes only.
         sparsity: of all chosen leaves together, in [0, 1].
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: as `erdos_renyi`.
 
     Returns:

@@ -2,11 +2,11 @@
 
 from typing import Any, Literal
 
-from jaxcompress._src.calibration.matrices import Calibrated
 from jaxcompress._src.pruning.patterns import NOfM, Pattern
 from jaxcompress._src.pruning.ranking import check_sparsity, is_tree
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.tree.unselected import is_unselected
+from jaxcompress._src.weights.matrices import Calibrated
 
 Count = Literal["exact", "reference"]
 """`exact`: round(s n) of n, lowest index kept. `reference`: as the method's public implementation counts."""

@@ -9,14 +9,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.calibration.matrices import checked_weight
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.checks import check_finite, is_traced
 from jaxcompress._src.tree.keys import split_key
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import is_unselected, map_selected
 from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.weights.matrices import checked_weight
+from jaxcompress._src.weights.selection import selected_layouts
 
 
 @on_auto_axes
@@ -28,7 +28,7 @@ def taylor_scores(
     Args:
         params: the tree; a compressed leaf counts as the array it stands for.
         gradients: of the loss, such as `calibration.gradients` gives them.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:
@@ -59,7 +59,7 @@ def fisher_scores(
         params: the tree.
         fisher: the mean over samples of the squared gradient of each sample's loss, such as `calibration.fisher`
             gives it.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:
@@ -89,7 +89,7 @@ def movement_scores(
     Args:
         params: the tree; gives the leaves and their shapes.
         movement: the sum, as `add_movement` accumulates it.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:
@@ -139,7 +139,7 @@ def snip_scores(
     Args:
         params: the initialised weights.
         gradients: of the loss on a batch (or the mean over several).
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:
@@ -170,7 +170,7 @@ def random_scores(
     Args:
         params: the tree.
         key: typed; split per leaf.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:

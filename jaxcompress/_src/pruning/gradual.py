@@ -46,7 +46,7 @@ def gradual(
         freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
         rerank: also rank where the sparsity has not changed since the last time, so that weights go on swapping places
             (a ranking costs 20 to 45 reads of the weights).
-        select: which leaves; see `trace.selected_layouts`. Those that are compressed when the training begins stay as
+        select: which leaves; by default every weight. Those that are compressed when the training begins stay as
             they are, in every function of the transform.
         layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.

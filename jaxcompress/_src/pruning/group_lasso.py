@@ -67,7 +67,7 @@ def group_lasso(
         freeze_at: the update from which groups that are zero stay zero, and the others are no longer shrunk: the
             fine-tuning that takes the bias of the penalty away. After a training that ended before, `finalize` warns
             (`UnfinishedScheduleWarning`).
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`; stacked layers have groups of their own.
         store: what `finalize` makes of leaves: "sparse" under a bit mask, or "dense" with zeros.
 

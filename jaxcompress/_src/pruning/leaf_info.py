@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Num
 
-from jaxcompress._src.calibration.infos import entry_infos
-from jaxcompress._src.calibration.matrices import Calibrated
+from jaxcompress._src.weights.infos import entry_infos
+from jaxcompress._src.weights.matrices import Calibrated
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

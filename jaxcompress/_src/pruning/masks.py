@@ -7,16 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxcompress._src.calibration.matrices import checked_weight
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.pruning.counting_rules import CountingRule, check_rule, drops, settle_ties
 from jaxcompress._src.pruning.patterns import Pattern, unstructured
 from jaxcompress._src.pruning.ranking import Scope, as_it_is, check_sparsity, ranked_masks
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.checks import check_finite, is_traced
 from jaxcompress._src.tree.unselected import is_unselected, map_selected
 from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.weights.matrices import checked_weight
+from jaxcompress._src.weights.selection import selected_layouts
 
 _UNSTRUCTURED = unstructured()
 
@@ -90,7 +90,7 @@ def magnitude_masks(
         sparsity: see `masks_from_scores`.
         scope: see `masks_from_scores`.
         pattern: see `masks_from_scores`.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:

@@ -41,7 +41,7 @@ def movement(
             steps: equal scores keep the lowest index.
         every: updates between rankings; see `gradual`.
         freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.
         pattern: see `masks_from_scores`.

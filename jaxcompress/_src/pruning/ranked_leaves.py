@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress._src.calibration.matrices import checked_weight
 from jaxcompress._src.pruning.masks import apply_masks, overlay
 from jaxcompress._src.pruning.patterns import Pattern, unstructured
 from jaxcompress._src.pruning.ranking import Scope, check_sparsity, ranked_masks
 from jaxcompress._src.pruning.store import store_masked
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.unselected import map_selected, without_compressed
 from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.weights.matrices import checked_weight
+from jaxcompress._src.weights.selection import selected_layouts
 
 Store = Literal["sparse", "dense"]
 
@@ -31,7 +31,7 @@ class RankedLeaves:
     that an earlier stage compresses in the end are pruned in `finalize`.
 
     Attributes:
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.
         pattern: see `masks_from_scores`.

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress._src.calibration.gradients import gradients
-from jaxcompress._src.calibration.matrices import checked_weight
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.unselected import map_selected
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.matrices import checked_weight
+from jaxcompress._src.weights.selection import selected_layouts
 
 Variant = Literal["normalized", "absolute", "taylor"]
 
@@ -20,7 +20,7 @@ def magnitude_scores(params: Params, *, select: Selector | None = None, layouts:
 
     Args:
         params: the tree; a compressed leaf counts as the array it stands for.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:
@@ -57,7 +57,7 @@ def gradient_scores(
         params: plain arrays.
         batches: streamed; each is used once, and counts the same.
         variant: one of the three.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:

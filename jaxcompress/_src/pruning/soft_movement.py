@@ -50,7 +50,7 @@ def soft_movement(
             last one, and warns if training ended before it was reached. With scores that begin at 0, all weights are
             kept below τ = 1/2.
         strength: λ, or step -> λ. In the paper it rises with the threshold: λ_final τ / τ_final.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
         store: see `gradual`.
 

@@ -31,7 +31,7 @@ def sparse_evolution(
         every: updates between two changes; an epoch in the paper.
         fraction: share of the kept weights that is replaced, ζ; or update -> share.
         allocation: how a single sparsity is spread over leaves.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
         store: see `gradual`.
 

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxcompress._src.calibration.matrices import Calibrated, calibrated, entries, with_leaves
-from jaxcompress._src.calibration.unseen import Unseen, check_unseen, warn_unseen
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.pruning.counts import Count, check_count, sparsity_by_path
 from jaxcompress._src.pruning.leaf_info import LeafInfo, leaf_infos
@@ -25,6 +23,8 @@ from jaxcompress._src.solvers.outputs import not_worse, output_errors
 from jaxcompress._src.solvers.rank import keep_largest
 from jaxcompress._src.solvers.runs import keep_in_runs
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.matrices import Calibrated, calibrated, entries, with_leaves
+from jaxcompress._src.weights.unseen import Unseen, check_unseen, warn_unseen
 
 _UNSTRUCTURED = unstructured()
 

@@ -37,7 +37,7 @@ def sr_ste(
         n: kept.
         m: length of a run along the innermost input axis.
         strength: λ, 2e-4 in the paper; 0 is plain straight-through.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
         store: see `gradual`.
 

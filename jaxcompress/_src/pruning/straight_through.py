@@ -41,7 +41,7 @@ def straight_through_magnitude(
         every: updates between rankings; see `gradual`. At 1 the mask is always that of the present weights, which costs
             20 to 45 reads of them at every step (two to three under `n_of_m` with a constant sparsity).
         freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.
         pattern: see `masks_from_scores`.

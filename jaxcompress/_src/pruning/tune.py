@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32
 
-from jaxcompress._src.calibration.matrices import Calibrated, calibrated, entries, with_leaves
-from jaxcompress._src.calibration.unseen import warn_unseen
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.pruning.counts import sparsity_by_path
 from jaxcompress._src.pruning.leaf_info import LeafInfo, leaf_infos
@@ -26,6 +24,8 @@ from jaxcompress._src.solvers.runs import keep_in_runs
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.matrices import Calibrated, calibrated, entries, with_leaves
+from jaxcompress._src.weights.unseen import warn_unseen
 
 _UNSTRUCTURED = unstructured()
 

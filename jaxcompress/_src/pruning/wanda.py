@@ -6,8 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.calibration.matrices import Calibrated, calibrated, entries, map_entries, with_leaves
-from jaxcompress._src.calibration.unseen import Unseen, check_unseen, fill_unseen, warn_unseen
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.pruning.counts import Count, check_count, sparsity_by_path
 from jaxcompress._src.pruning.leaf_info import LeafInfo, leaf_infos
@@ -16,6 +14,8 @@ from jaxcompress._src.pruning.patterns import NOfM, Pattern, unstructured
 from jaxcompress._src.solvers.outputs import output_errors
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.matrices import Calibrated, calibrated, entries, map_entries, with_leaves
+from jaxcompress._src.weights.unseen import Unseen, check_unseen, fill_unseen, warn_unseen
 
 _UNSTRUCTURED = unstructured()
 

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._src.arrays.quantized import QuantizedArray
-from jaxcompress._src.calibration.matrices import checked_fisher, checked_weight
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.round_to_nearest import quantize_array
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.solvers.budget import cheapest_choice
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import map_selected
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.matrices import checked_fisher, checked_weight
+from jaxcompress._src.weights.selection import selected_layouts
 
 Counted = Literal["stored", "codes"]
 """What a mean of bits counts: scales and zero points too, or codes alone."""
@@ -57,7 +57,7 @@ def fisher_sensitivity(
         params: the tree.
         fisher: from `calibration.fisher`: one pass of gradients.
         specs: the formats.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:
@@ -100,7 +100,7 @@ def measured_sensitivity(
         params: plain arrays.
         batches: each counts the same; not the test set.
         specs: the formats.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from jaxcompress._src.arrays.packed import codes_per_block
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.trace.misfits import BlockError
+from jaxcompress._src.weights.selection import BlockError
 
 
 def scale_shape(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tuple[int, ...]:

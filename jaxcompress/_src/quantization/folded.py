@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from jaxcompress._src.calibration.statistics import InputStatistics
-from jaxcompress._src.calibration.unseen import fill_unseen
 from jaxcompress._src.trace.folds import Fold, FoldedLeaf
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params
+from jaxcompress._src.weights.unseen import fill_unseen
 
 
 def sizes(leaf: Any, place: FoldedLeaf) -> tuple[int, int]:

@@ -11,9 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
-from jaxcompress._src.calibration.infos import entry_infos
-from jaxcompress._src.calibration.matrices import Calibrated
-from jaxcompress._src.calibration.unseen import Unseen, check_unseen, warn_unseen
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress._src.quantization.leaf_matrix import (
@@ -33,6 +30,9 @@ from jaxcompress._src.quantization.tables import counted_leaves, nearest_table
 from jaxcompress._src.solvers.hessian import problem
 from jaxcompress._src.solvers.outputs import output_errors
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.infos import entry_infos
+from jaxcompress._src.weights.matrices import Calibrated
+from jaxcompress._src.weights.unseen import Unseen, check_unseen, warn_unseen
 
 
 @on_auto_axes

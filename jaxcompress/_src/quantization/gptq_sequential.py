@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from jaxcompress._src.calibration.sequential import sequential
-from jaxcompress._src.calibration.unseen import Unseen
 from jaxcompress._src.quantization.blocks import PARTIAL
 from jaxcompress._src.quantization.gptq import gptq
 from jaxcompress._src.quantization.gptq_matrix import Groups, Order
@@ -13,9 +12,10 @@ from jaxcompress._src.quantization.range_search import BEST_RANGES, RangeSearch
 from jaxcompress._src.quantization.rounding_info import RoundingInfo
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.left_out import warn_left_out
-from jaxcompress._src.trace.misfits import BlockError
 from jaxcompress._src.tree.maps import leaf_paths, map_with_path
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.selection import BlockError
+from jaxcompress._src.weights.unseen import Unseen
 
 
 def gptq_sequential(

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from jaxcompress._src.arrays.quantized import dequantize, split_blocks
-from jaxcompress._src.calibration.infos import entry_infos
-from jaxcompress._src.calibration.matrices import MatrixLeaf, entries, matrices
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.blocks import reduced_axes, scale_shape
 from jaxcompress._src.quantization.leaf_matrix import (
@@ -28,6 +26,8 @@ from jaxcompress._src.quantization.rounding_info import RoundingInfo
 from jaxcompress._src.quantization.scales import block_scales, cast_scale
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.infos import entry_infos
+from jaxcompress._src.weights.matrices import MatrixLeaf, entries, matrices
 
 Iterate = Literal["best", "legacy"]
 """Which zero points are taken: for every block the best ones met, or where the public solver stops."""
@@ -69,7 +69,7 @@ def hqq(
             stops at the first step that does not lower the mean over the whole matrix, and takes the zero points after
             that step; as in that solver, ranges below 1e-4 are taken for none, so weights must not be very small.
         exact_zero: keep weights of 0 exact; no published variant. Zero points then take the bits of a code.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 
     Returns:

@@ -18,11 +18,10 @@ from jaxcompress._src.quantization.rounding_info import RoundingInfo, storage_in
 from jaxcompress._src.quantization.scales import block_scales
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.trace.misfits import BlockError, misfits
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.selection import BlockError, misfits, selected_layouts
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from jaxcompress._src.arrays.quantized import QuantizedArray, dequantize
-from jaxcompress._src.calibration.matrices import MatrixLeaf
 from jaxcompress._src.calibration.pause import stops_and_refusals
 from jaxcompress._src.calibration.site import LeafPart
 from jaxcompress._src.quantization.blocks import PARTIAL, cut, packing_axis, padded_shape, partial_axis
@@ -20,10 +19,11 @@ from jaxcompress._src.quantization.rounding import round_to_codes
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.trace.layouts import layouts
-from jaxcompress._src.trace.misfits import misfits
 from jaxcompress._src.tree.checks import is_traced
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.matrices import MatrixLeaf
+from jaxcompress._src.weights.selection import misfits
 
 _Leaf = TypeVar("_Leaf", bound=MatrixLeaf)
 
@@ -99,7 +99,7 @@ def fitting(leaves: Sequence[_Leaf], spec: QuantSpec, select: Selector | None) -
     """The leaves that the blocks of `spec` divide: others are left out, with a warning, unless `select` asked for them.
 
     Raises:
-        trace.BlockError: see `trace.misfits`.
+        trace.BlockError: see `without_misfits`.
     """
     places = {leaf.path: (leaf.weight.shape, leaf.layout) for leaf in leaves}
     rest = misfits(places, lambda _, shape, layout: cut(shape, spec, layout), select, advice=PARTIAL)

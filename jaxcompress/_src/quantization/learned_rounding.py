@@ -11,7 +11,6 @@ import optax
 
 from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.arrays.quantized import QuantizedArray
-from jaxcompress._src.calibration.matrices import checked_weight
 from jaxcompress._src.calibration.segments import Segment, UnmetError, segments
 from jaxcompress._src.calibration.unstack import entries_of, entry_paths, unstacked, whole_stacks
 from jaxcompress._src.meshes import on_auto_axes_as
@@ -21,6 +20,7 @@ from jaxcompress._src.quantization.soft_rounding import choice_of, decision, fir
 from jaxcompress._src.trace.layouts import layouts as traced_layouts
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.weights.matrices import checked_weight
 
 
 class RoundingSchedule(NamedTuple):

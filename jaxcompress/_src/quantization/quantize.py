@@ -18,12 +18,11 @@ from jaxcompress._src.quantization.round_to_nearest import quantize_array, store
 from jaxcompress._src.quantization.rounding_info import RoundingInfo, storage_infos
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.trace.misfits import misfits
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.checks import check_finite
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
 from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.weights.selection import misfits, selected_layouts
 
 
 @on_auto_axes
@@ -38,7 +37,7 @@ def quantize(
     Args:
         params: the tree.
         spec: format, granularity, range.
-        select: which leaves; by default every weight (see `trace.selected_layouts`) that the group size divides: one
+        select: which leaves; by default every weight that the group size divides: one
             `trace.LeftOutWarning` names the others.
         layouts: from `trace.layouts`; without them kernels are (in..., out), embeddings (rows, features).
 

@@ -14,11 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float64
 
 from jaxcompress._src.arrays.quantized import QuantizedArray
-from jaxcompress._src.calibration.matrices import MatrixLeaf, entries, matrices
 from jaxcompress._src.calibration.moments import Moments, flat_weights, moments, relative_error
 from jaxcompress._src.calibration.pause import side_by_side, stops
 from jaxcompress._src.calibration.site import LeafPart, Site
-from jaxcompress._src.calibration.unseen import Unseen, check_unseen, unseen_counts, warn_unseen
 from jaxcompress._src.quantization.blocks import PARTIAL, cut
 from jaxcompress._src.quantization.gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress._src.quantization.leaf_matrix import (
@@ -35,9 +33,11 @@ from jaxcompress._src.quantization.shared_kernels import pooled_moments
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layouts import layouts as traced_layouts
 from jaxcompress._src.trace.left_out import warn_left_out
-from jaxcompress._src.trace.misfits import misfits
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.matrices import MatrixLeaf, entries, matrices
+from jaxcompress._src.weights.selection import misfits
+from jaxcompress._src.weights.unseen import Unseen, check_unseen, unseen_counts, warn_unseen
 
 Targets = Literal["dense", "weights"]
 """What a kernel comes close to: what the dense model writes, or its own weights on the inputs that it gets."""

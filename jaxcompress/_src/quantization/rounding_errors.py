@@ -5,14 +5,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxcompress._src.calibration.infos import entry_infos
-from jaxcompress._src.calibration.matrices import Calibrated, checked_weight
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.rounding_info import RoundingInfo
 from jaxcompress._src.quantization.tables import Table, counted_leaves
 from jaxcompress._src.solvers.outputs import output_errors
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.weights.infos import entry_infos
+from jaxcompress._src.weights.matrices import Calibrated, checked_weight
 
 
 @on_auto_axes

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from jaxcompress._src.calibration.infos import entry_names
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import CompressedArray, Params
+from jaxcompress._src.weights.infos import entry_names
 
 FALLBACKS = {"keep": "rounded to nearest", "zero": "set to 0"}
 """What became of weights whose inputs were never seen, for the warning."""

@@ -12,9 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress._src.calibration.infos import entry_infos
-from jaxcompress._src.calibration.matrices import Calibrated, calibrated, checked_weight, entries
-from jaxcompress._src.calibration.unseen import fill_unseen, warn_unseen
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.folded import as_matrix_inputs, by_stack, features, fold_statistic, moved, sizes
 from jaxcompress._src.quantization.leaf_matrix import (
@@ -34,6 +31,9 @@ from jaxcompress._src.solvers.outputs import output_errors, unit_of
 from jaxcompress._src.trace.folds import Fold, FoldedLeaf
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.infos import entry_infos
+from jaxcompress._src.weights.matrices import Calibrated, calibrated, checked_weight, entries
+from jaxcompress._src.weights.unseen import fill_unseen, warn_unseen
 
 CLIP = RangeSearch(steps=10, shrink=0.5, norm=2.0, weighted=True)
 """AWQ's search for ranges: ten of them, down to a half."""

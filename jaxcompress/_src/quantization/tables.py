@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress._src.calibration.infos import entry_infos
-from jaxcompress._src.calibration.matrices import Calibrated, MatrixLeaf, calibrated, checked_weight, entries
 from jaxcompress._src.calibration.statistics import LookupCounts
 from jaxcompress._src.quantization.leaf_matrix import MATRIX, check_blocks, rounded, stored, with_whole_groups
 from jaxcompress._src.quantization.range_search import RangeSearch, searched_scales
@@ -24,6 +22,8 @@ from jaxcompress._src.solvers.outputs import unit_of
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.weights.infos import entry_infos
+from jaxcompress._src.weights.matrices import Calibrated, MatrixLeaf, calibrated, checked_weight, entries
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

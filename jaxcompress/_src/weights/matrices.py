@@ -15,14 +15,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from jaxcompress._src.calibration.statistics import InputStatistics
-from jaxcompress._src.calibration.unseen import unseen_inputs
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
-from jaxcompress._src.trace.selection import selected_layouts
 from jaxcompress._src.tree.checks import check_finite, is_traced
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
 from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.weights.selection import selected_layouts
+from jaxcompress._src.weights.unseen import unseen_inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,7 @@ def matrices(params: Params, *, select: Selector | None = None, layouts: Params 
 
     Args:
         params: the tree.
-        select: which leaves; see `trace.selected_layouts`.
+        select: which leaves; by default every weight.
         layouts: from `trace.layouts`; by default kernels are (in..., out).
 
     Raises:

@@ -1,5 +1,6 @@
-"""Which leaves a technique acts on."""
+"""Which leaves a technique acts on: those asked for, and of a default those that it can take."""
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
@@ -7,6 +8,10 @@ from jaxcompress._src.trace.left_out import large_left_out, listed, warn_left_ou
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected
 from jaxcompress._src.types import Params, Selector, is_compressed
+
+
+class BlockError(ValueError):
+    """Groups or tiles that do not divide the axes of a leaf."""
 
 
 def selected_layouts(params: Params, *, select: Selector | None = None, layouts: Params | None = None) -> Params:
@@ -53,6 +58,40 @@ def selected_layouts(params: Params, *, select: Selector | None = None, layouts:
         )
     warn_left_out(left_out, "The default selection leaves out", advice=_ADVICE, stacklevel=3)
     return selected
+
+
+def misfits(
+    places: Mapping[str, tuple[Sequence[int], LeafLayout]],
+    cut: Callable[[str, Sequence[int], LeafLayout], Any],
+    select: Selector | None,
+    *,
+    advice: str = "Give `select` without them.",
+) -> frozenset[str]:
+    """The paths of leaves that cannot be cut into blocks, where they are there by default; one warning names them.
+
+    Args:
+        places: path -> shape and layout of each leaf.
+        cut: `(path, shape, layout)`; raises `BlockError` where the blocks do not divide a leaf.
+        select: what the caller gave.
+        advice: what to do about it.
+
+    Raises:
+        BlockError: leaves were asked for by `select`, or none can be cut; names them all.
+    """
+    errors: dict[str, BlockError] = {}
+    for path, place in places.items():
+        try:
+            cut(path, *place)
+        except BlockError as err:
+            errors[path] = err
+    if errors and (select is not None or len(errors) == len(places)):
+        first = next(iter(errors.values()))
+        for path in errors:
+            first.add_note(f"at leaf {path!r}")
+        raise first
+    reasons = {path: str(err) for path, err in errors.items()}
+    warn_left_out(reasons, "The default selection leaves out", advice=advice, stacklevel=4)
+    return frozenset(errors)
 
 
 _ADVICE = (

@@ -9,10 +9,10 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Array, Bool, Num
 
-from jaxcompress._src.calibration.matrices import MatrixLeaf
-from jaxcompress._src.calibration.unseen import nothing_seen, unseen_counts
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.tree.paths import entry_name
+from jaxcompress._src.weights.matrices import MatrixLeaf
+from jaxcompress._src.weights.unseen import nothing_seen, unseen_counts
 
 _Info = TypeVar("_Info")
 

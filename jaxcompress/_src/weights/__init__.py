@@ -1,0 +1,1 @@
+"""Evidence about a model: statistics of inputs, gradients."""
