@@ -45,10 +45,10 @@ def with_gates(
     groups = bert_units(module.config)
     first = Training(epochs=1, learning_rate=1e-4, seed=seed, **DISTILLATION)
     steps = len(tokens) // first.batch_size
-    measure = gates.parameters(count=count)
+    costs = structured.parameter_costs(dense, select=count)
     penalty = gates.lagrangian(
         sparsity=1 - share,
-        measure=measure,
+        costs=costs,
         warm_up=optax.schedules.linear_schedule(0.0, 1.0, round(GATES_AT_END * steps)),
     )
     transform = gates.hard_concrete(groups, penalty=penalty, drop_rate=0.05)
@@ -64,7 +64,8 @@ def with_gates(
         progress=progress,
         name="Gates",
     )
-    keep = gates.units_within(state.trainable["log_alpha"], groups, params, sparsity=1 - share, measure=measure)
+    log_alpha = state.trainable["log_alpha"]
+    keep = structured.select_units(log_alpha, groups, params, sparsity=1 - share, costs=costs, rule="rank").keep
     # The gates have found the structure; its weights begin from the dense ones, fitted to do the work of the others.
     rows = np.random.default_rng(seed).permutation(len(tokens))[:FITTED_ROWS]
     fitted, _ = structured.refit(
@@ -93,8 +94,8 @@ def by_magnitude(
     """The baseline: units by magnitude, the same share of heads and of columns, and all epochs of distillation."""
     groups = bert_units(module.config)
     scores = structured.magnitude_unit_scores(dense, groups)
-    costs = structured.parameter_costs(dense, count)
-    keep = structured.select_units(scores, groups, dense, share=share, costs=costs, within="kind").keep
+    costs = structured.parameter_costs(dense, select=count)
+    keep = structured.select_units(scores, groups, dense, sparsity=1 - share, costs=costs, rule="kind").keep
     small = structured.shrink(dense, groups, keep)
     return distilled(module, dense, small, tokens, epochs=epochs, learning_rate=2e-4, progress=progress, seed=seed)
 

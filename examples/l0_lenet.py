@@ -23,10 +23,10 @@ import optax
 from lenets import NETWORKS, Network, Params
 
 import jaxcompress as jc
-from jaxcompress import gates
+from jaxcompress import gates, structured
 from jaxcompress.distillation import make_train_step, soft_targets
 from jaxcompress.recipe import Images, fashion_mnist, mnist_5k
-from jaxcompress.structured import UnitGroup, remove_units, sum_units
+from jaxcompress.structured import UnitGroup
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ def with_gates(network: Network, params: Params, rows: Rows, plan: Plan, groups:
     state = train(network, params, rows, plan, plan.gate_epochs, key=key, transform=transform)
     log_alpha = state.transform_state.trainable["log_alpha"]
     print_gates(log_alpha, state.transform_state.trainable["multipliers"])
-    keep = gates.units_within(log_alpha, groups, state.params, sparsity=1 - plan.keep, at_least=1)
+    keep = select(log_alpha, groups, state.params, plan)
     return gates.multiply_gates(state.params, groups, gates.gate_values(log_alpha, keep=keep)), keep
 
 
@@ -156,18 +156,21 @@ def by_norm(network: Network, params: Params, rows: Rows, plan: Plan, groups: An
     """The same after training without gates, by the norm of a unit's weights, relative to that of its group."""
     # Without decay, weights of pixels that are always black would keep their first, large norm.
     state = train(network, params, rows, plan, plan.gate_epochs, key=key, weight_decay=plan.dense_weight_decay)
-    norms = {}
-    for group in groups:
-        squares = sum_units(group, jax.tree.map(jnp.square, state.params))
-        norms[group.name] = jnp.sqrt(squares / squares.mean())
-    keep = gates.units_within(norms, groups, state.params, sparsity=1 - plan.keep, at_least=1)
+    norms = structured.magnitude_unit_scores(state.params, groups, per_weight=False)
+    norms = {name: norm / jnp.sqrt(jnp.square(norm).mean()) for name, norm in norms.items()}
+    keep = select(norms, groups, state.params, plan)
     values = {name: jnp.asarray(kept, jnp.float32) for name, kept in keep.items()}
     return gates.multiply_gates(state.params, groups, values), keep
 
 
+def select(scores: Any, groups: Any, params: Params, plan: Plan) -> Any:
+    """The units that fit, one of each group at least."""
+    return structured.select_units(scores, groups, params, sparsity=1 - plan.keep, rule="rank", at_least=1).keep
+
+
 def shrink(masked: Params, groups: tuple[UnitGroup, ...], keep: Any, *many: Rows) -> tuple[Params, list[Rows]]:
     """Smaller arrays, and rows without the input features that nobody reads."""
-    small = remove_units(masked, groups, keep)
+    small = structured.shrink(masked, groups, keep)
     if "inputs" not in keep:
         return small, list(many)
     features = jnp.asarray(np.flatnonzero(keep["inputs"]))

@@ -65,17 +65,17 @@ def post_training(task: Task, *, share: float, examples: int, seed: int = 0, rou
     groups = bert_units(task.module.config)
     rows = np.random.default_rng(seed).permutation(len(task.train))[:examples]
     made = batches(task.train, rows)
-    costs = structured.parameter_costs(task.params, ENCODER)
+    costs = structured.parameter_costs(task.params, select=ENCODER)
     gradients = _gradients(task, task.params, groups, made)
 
     def select(scores: Any, share: float, **options: Any) -> Any:
-        return structured.select_units(scores, groups, task.params, share=share, costs=costs, **options).keep
+        return structured.select_units(scores, groups, task.params, sparsity=1 - share, costs=costs, **options).keep
 
     def by_fisher(gradients: Any, share: float) -> Any:
         keep = select(structured.fisher_unit_scores(gradients), share)
-        return structured.rearrange(keep, structured.fisher_matrix(gradients))
+        return structured.swap_units(keep, gradients)
 
-    magnitude = select(structured.magnitude_unit_scores(task.params, groups), share, within="kind")
+    magnitude = select(structured.magnitude_unit_scores(task.params, groups), share, rule="kind")
     swapped = by_fisher(gradients, share)
     keep, fitted = by_fisher(gradients, share ** (1 / rounds)), task.params
     for i in range(rounds):
@@ -87,7 +87,7 @@ def post_training(task: Task, *, share: float, examples: int, seed: int = 0, rou
         "magnitude": (task.params, magnitude),
         "Fisher": (task.params, select(structured.fisher_unit_scores(gradients), share)),
         "Fisher, rearranged": (task.params, swapped),
-        "+ gates fitted": (_fitted(task, groups, swapped, made, form="gates", bias=False), swapped),
+        "+ gates fitted": (_fitted(task, groups, swapped, made, fit="gates", bias=False), swapped),
         "+ rows fitted": (_fitted(task, groups, swapped, made), swapped),
         f"+ rows fitted, {rounds} rounds": (fitted, keep),
         "magnitude, rows fitted": (_fitted(task, groups, magnitude, made), magnitude),

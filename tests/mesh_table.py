@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 from jaxcompress._src.pruning.normalize import normalized_scores
 from jaxcompress._src.quantization.learned_rounding import RoundingSchedule
-from jaxcompress._src.units.group import UnitSlices
+from jaxcompress._src.units.swap import fisher_matrix
 from jaxcompress.clustering import CodebookSpec
 from jaxcompress.pruning import n_of_m
 from jaxcompress.quantization import QuantSpec
-from jaxcompress.structured import UnitGroup
+from jaxcompress.structured import UnitGroup, UnitSlices
 
 SPECS = {
     "fsdp": {"kernel": P("data", None), "bias": P("data")},
@@ -177,7 +177,7 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     "execute, jit": lambda m: jax.jit(jc.execute(m.apply))(m.quantized, m.x),
     "materialize": lambda m: jc.materialize(m.quantized),
     "unit scores": lambda m: jc.structured.magnitude_unit_scores(m.params, units()),
-    "gate gradients": lambda m: jc.structured.fisher_matrix(
+    "gate gradients": lambda m: fisher_matrix(
         jc.structured.gate_gradients(m.loss, m.params, units(), m.batches, per_example=False)
     ),
     "shrink": lambda m: jc.structured.shrink(m.params, units(), KEEP),

@@ -18,7 +18,7 @@ calls = {
     "start": lambda: jc.quantization.lsq(jc.quantization.QuantSpec(bits=4), start="zero"),
     "per": lambda: ClusterStep(select=".*", values=4, per="row"),
     "storage": lambda: Saving(storage="zip"),
-    "form": lambda: deterministic_gates(jnp.ones(3), form="mean"),
+    "estimator": lambda: deterministic_gates(jnp.ones(3), estimator="mean"),
 }
 for option, call in calls.items():
     try:
@@ -30,11 +30,11 @@ for option, call in calls.items():
 
 def test_wrong_names_list_the_right_ones():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
-    scope, variant, store, start, per, storage, form = done.stdout.splitlines()
+    scope, variant, store, start, per, storage, estimator = done.stdout.splitlines()
     assert scope == "`scope` must be 'leaf', 'global' or 'row', got 'layer'."
     assert variant == "`variant` must be 'normalized', 'absolute' or 'taylor', got 'squared'."
     assert store == "`store` must be 'sparse' or 'dense', got 'csr'."
     assert start == "`start` must be one of ('mean', 'range'), got 'zero'."
     assert per == "`per` must be 'leaf' or 'output', got 'row'."
     assert storage == "`storage` must be 'orbax' or 'entropy', got 'zip'."
-    assert form == "`form` must be 'louizos' or 'topk', got 'mean'."
+    assert estimator == "`estimator` must be 'louizos' or 'topk', got 'mean'."

@@ -15,12 +15,10 @@ import jaxcompress as jc
 from jaxcompress import gates, lowrank, pruning
 from jaxcompress._src.schedules import final_value
 from jaxcompress._src.types import Transform
-from jaxcompress._src.units.group import UnitSlices
-from jaxcompress._src.units.targets import shape_lagrangian
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.quantization import QuantSpec, quantization_aware
 from jaxcompress.schedules import UnfinishedScheduleWarning, cubic
-from jaxcompress.structured import UnitGroup
+from jaxcompress.structured import UnitGroup, UnitSlices
 
 RNG = np.random.default_rng(0)
 PARAMS = {"w": jnp.asarray(RNG.normal(size=(8, 6)), jnp.float32)}
@@ -136,7 +134,7 @@ TABLE = {
     "gates of a shape": Row(
         make=lambda end: gates.hard_concrete(
             [dataclasses.replace(ROWS, kind="rows")],
-            penalty=shape_lagrangian({"rows": 4}, warm_up=optax.linear_schedule(0.0, 1.0, end)),
+            penalty=gates.lagrangian(shape={"rows": 4}, warm_up=optax.linear_schedule(0.0, 1.0, end)),
         ),
         holds=lambda leaf: int((np.asarray(leaf) == 0).all(1).sum()) == 4,
         early="`warm_up` is",

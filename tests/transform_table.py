@@ -15,13 +15,12 @@ from jaxcompress import gates, lowrank, pruning
 from jaxcompress._src.quantization.input_transforms import quantized_inputs
 from jaxcompress._src.quantization.inputs import InputRange
 from jaxcompress._src.types import Transform
-from jaxcompress._src.units.group import UnitSlices
 from jaxcompress._src.units.penalty import lambda_penalty
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import QuantSpec, lsq, lsq_inputs, pact_inputs, quantization_aware
 from jaxcompress.schedules import constant, cubic
-from jaxcompress.structured import UnitGroup
+from jaxcompress.structured import UnitGroup, UnitSlices
 from jaxcompress.tree import Unselected
 
 STEPS = 5

@@ -43,14 +43,14 @@ def main() -> None:
     mask = jnp.ones_like(ids)
     params = jax.jit(module.init)(jax.random.key(1), ids)["params"]
     encoder = jc.tree.by_path("encoder/.*")
-    costs = structured.parameter_costs(params, encoder)
+    costs = structured.parameter_costs(params, select=encoder)
     groups = bert_units(config)
     scores = structured.magnitude_unit_scores(params, groups)
     models, sizes = {"dense": (module, params)}, {}
     for name, share in SHARES.items():
-        found = structured.select_units(scores, groups, params, share=share, costs=costs, within="group")
+        found = structured.select_units(scores, groups, params, sparsity=1 - share, costs=costs, rule="group")
         small = structured.shrink(params, groups, found.keep)
-        models[name], sizes[name] = (resized(module, small), small), found.share
+        models[name], sizes[name] = (resized(module, small), small), 1 - found.sparsity
     runs = {name: functools.partial(_compiled(module), params, ids, mask) for name, (module, params) in models.items()}
     compared = report.compare_latency(runs, repeats=10 if quick else arguments.repeats, warmup=5, baseline="dense")
     rows = [("dense", "100.0%", "", f"{1000 * compared.latencies['dense'].median:.1f}", "1.00", "")]

@@ -7,7 +7,7 @@ import pytest
 
 from jaxcompress._src.units.shrink import mask_units
 from jaxcompress.models import gpt2_units
-from jaxcompress.structured import reconstruct, shrink
+from jaxcompress.structured import refit, shrink
 
 LAYERS, HEADS, SIZE, INNER = 2, 3, 4, 10
 HIDDEN = HEADS * SIZE
@@ -96,7 +96,7 @@ def test_a_head_owns_three_runs_of_the_fused_kernel(params, groups):
 
 
 def test_least_squares_through_fused_and_transposed_kernels(params, groups, x):
-    fitted, info = reconstruct(gpt2, params, groups, KEEP, [(x,)])
+    fitted, info = refit(gpt2, params, groups, KEEP, [(x,)])
     assert list(info) == [f"transformer/h/{i}/{name}/c_proj/kernel" for i in range(2) for name in ("attn", "mlp")]
     assert all(of["error"] <= of["error_before"] for of in info.values())
     run = jax.jit(gpt2)

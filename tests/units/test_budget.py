@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from jaxcompress import gates, trace
-from jaxcompress._src.units.budget import kept_size
-from jaxcompress._src.units.count import expected_parameters
-from jaxcompress._src.units.group import UnitSlices, check_groups
-from jaxcompress.structured import UnitGroup, remove_units
+from jaxcompress._src.units.costs import expected_cost
+from jaxcompress._src.units.group import check_groups
+from jaxcompress.structured import UnitGroup, UnitSlices, flop_costs, parameter_costs, select_units, shrink
 from jaxcompress.tree import by_path
 
 NAMES = ["first", "second", "last"]
@@ -35,8 +34,14 @@ def scores(seed=0, groups=GROUPS):
     return {group.name: rng.normal(size=group.count).astype(np.float32) for group in groups}
 
 
+def select(*args, **options):
+    """The units that `select_units` keeps by rank; the run-time types of the tests would refuse some mistakes first."""
+    options = {"rule": "rank"} | options
+    return select_units(*args, **options).keep
+
+
 def left_over(keep, params=PARAMS, groups=GROUPS):
-    return sum(leaf.size for leaf in jax.tree.leaves(remove_units(params, groups, keep)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shrink(params, groups, keep)))
 
 
 def _reference(values, groups, params, budget):
@@ -53,7 +58,7 @@ def _reference(values, groups, params, budget):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("budget", [20, 60, 111, FULL - 1])
 def test_against_trying_unit_after_unit(seed, budget):
-    found = gates.units_within(scores(seed), GROUPS, PARAMS, size=budget)
+    found = select(scores(seed), GROUPS, PARAMS, budget=budget)
     expected = _reference(scores(seed), GROUPS, PARAMS, budget)
     for name, kept in expected.items():
         np.testing.assert_array_equal(found[name], kept)
@@ -63,7 +68,7 @@ def test_against_trying_unit_after_unit(seed, budget):
 def test_the_asked_size_is_reached_within_one_percent(sparsity):
     params = make_params((784, 300, 100, 10))
     groups = gates.layer_units(params, [f"{name}/kernel" for name in NAMES])
-    keep = gates.units_within(scores(1, groups), groups, params, sparsity=sparsity)
+    keep = select(scores(1, groups), groups, params, sparsity=sparsity)
     full = sum(leaf.size for leaf in jax.tree.leaves(params))
     target = (1 - sparsity) * full
     assert 0.99 * target <= left_over(keep, params, groups) <= target
@@ -73,19 +78,19 @@ def test_the_asked_size_is_reached_within_one_percent(sparsity):
 
 def test_a_target_of_one_and_one_that_is_too_small():
     with pytest.raises(ValueError, match=rf"budget 0.* the least possible is 3 of {FULL} \(sparsity 0.97"):
-        gates.units_within(scores(), GROUPS, PARAMS, sparsity=1.0)
-    keep = gates.units_within(scores(), GROUPS, PARAMS, size=3)
+        select(scores(), GROUPS, PARAMS, sparsity=1.0)
+    keep = select(scores(), GROUPS, PARAMS, budget=3)
     assert left_over(keep) == 3
-    keep = gates.units_within(scores(), GROUPS, PARAMS, sparsity=1, measure=gates.parameters(count=by_path("first/.*")))
-    small = remove_units(PARAMS, GROUPS, keep)
+    keep = select(scores(), GROUPS, PARAMS, sparsity=1, costs=parameter_costs(PARAMS, select=by_path("first/.*")))
+    small = shrink(PARAMS, GROUPS, keep)
     assert small["first"]["kernel"].size == small["first"]["bias"].size == 0
     # One of each group: 1 x 1 + 1, 1 x 1 + 1, 1 x 3 + 3.
     with pytest.raises(ValueError, match=f"the least possible is 10 of {FULL}"):
-        gates.units_within(scores(), GROUPS, PARAMS, size=9, at_least=1)
-    keep = gates.units_within(scores(), GROUPS, PARAMS, size=10, at_least=1)
+        select(scores(), GROUPS, PARAMS, budget=9, at_least=1)
+    keep = select(scores(), GROUPS, PARAMS, budget=10, at_least=1)
     assert [kept.sum() for kept in keep.values()] == [1, 1, 1]
     assert all(kept[np.argmax(scores()[name])] for name, kept in keep.items())
-    keep = gates.units_within(scores(), GROUPS, PARAMS, size=40, at_least={"inputs": 4, "second/kernel": 2})
+    keep = select(scores(), GROUPS, PARAMS, budget=40, at_least={"inputs": 4, "second/kernel": 2})
     assert keep["inputs"].sum() >= 4
     assert keep["second/kernel"].sum() >= 2
 
@@ -96,7 +101,7 @@ def test_equal_scores_are_dealt_evenly():
         for i, count in enumerate((10, 20))
     ]
     params = {"w0": jnp.ones((10, 3)), "w1": jnp.ones((20, 3))}
-    keep = gates.units_within({"rows0": np.zeros(10), "rows1": np.zeros(20)}, groups, params, sparsity=0.5)
+    keep = select({"rows0": np.zeros(10), "rows1": np.zeros(20)}, groups, params, sparsity=0.5)
     assert keep["rows0"].tolist() == [True] * 5 + [False] * 5
     assert keep["rows1"].tolist() == [True] * 10 + [False] * 10
 
@@ -106,13 +111,13 @@ def test_groups_of_one_unit_and_of_one_weight():
     params = {"w": jnp.ones((4, 2)), "v": jnp.ones((1, 1))}
     single = UnitGroup(name="one", count=1, slices=(UnitSlices(path="v", axis=0, gated=True),))
     for budget, expected in ((9, (True, True)), (8, (True, False)), (7, (False, True)), (0, (False, False))):
-        keep = gates.units_within({"all": [1.0], "one": [0.0]}, [group, single], params, size=budget)
+        keep = select({"all": [1.0], "one": [0.0]}, [group, single], params, budget=budget)
         assert (bool(keep["all"][0]), bool(keep["one"][0])) == expected
 
 
 def test_a_layer_that_goes_leaves_room_for_others():
     heads = [
-        UnitGroup(name=f"heads{i}", count=2, slices=(UnitSlices(path=f"w{i}", axis=0, size=2, gated=True),))
+        UnitGroup(name=f"heads{i}", count=2, slices=(UnitSlices(path=f"w{i}", axis=0, width=2, gated=True),))
         for i in range(2)
     ]
     layers = UnitGroup(
@@ -122,7 +127,7 @@ def test_a_layer_that_goes_leaves_room_for_others():
     )
     params = {f"w{i}": jnp.ones((4, 5)) for i in range(2)}
     values = {"heads0": [3.0, 3.0], "heads1": [2.0, 1.0], "layers": [-1.0, 2.0]}
-    keep = gates.units_within(values, [*heads, layers], params, size=20)
+    keep = select(values, [*heads, layers], params, budget=20)
     assert keep["layers"].tolist() == [False, True]
     assert left_over(keep, params, [*heads, layers]) == 20
 
@@ -146,28 +151,26 @@ def test_flops_and_repeated_slices():
     ]
     assert groups[1].slices[-1].repeat == 36
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32)
-    measure = gates.flops(trace.layouts(model, params, x))
-    keep = gates.units_within(
-        {"inputs": [5.0], "conv/kernel": [0.0, 3.0, 1.0, 2.0]}, groups, params, sparsity=0.5, measure=measure
-    )
+    costs = flop_costs(params, layouts=trace.layouts(model, params, x))
+    keep = select({"inputs": [5.0], "conv/kernel": [0.0, 3.0, 1.0, 2.0]}, groups, params, sparsity=0.5, costs=costs)
     assert keep["conv/kernel"].tolist() == [False, True, False, True]
     values = {name: jnp.asarray(kept, jnp.float32) for name, kept in keep.items()}
     masked = gates.multiply_gates(params, groups, values)
-    np.testing.assert_allclose(model(remove_units(params, groups, keep), x), model(masked, x), rtol=1e-5)
+    np.testing.assert_allclose(model(shrink(params, groups, keep), x), model(masked, x), rtol=1e-5)
 
 
 def test_the_size_is_that_of_the_expected_one_at_certain_gates():
-    count = kept_size(PARAMS, GROUPS, gates.parameters()(PARAMS))
     for seed in range(5):
         keep = {name: values > 0 for name, values in scores(seed).items()}
-        assert count(keep) == left_over(keep) == float(expected_parameters(PARAMS, GROUPS, keep))
+        gates_ = {name: jnp.asarray(own, jnp.float32) for name, own in keep.items()}
+        assert expected_cost(PARAMS, GROUPS, keep) == left_over(keep) == float(expected_cost(PARAMS, GROUPS, gates_))
 
 
 def test_single_weights_compete_with_units():
     params = {"w": jnp.ones((2, 3)), "v": jnp.ones((4, 2))}
     rows = UnitGroup(name="rows", count=4, slices=(UnitSlices(path="v", axis=0, gated=True),))
     values = {"rows": [0.5, 3.0, -1.0, 0.0], "w": np.array([[1.0, -2.0, 0.1], [4.0, 0.2, -3.0]])}
-    keep = gates.units_within(values, [rows], params, size=7)
+    keep = select(values, [rows], params, budget=7)
     assert keep["rows"].tolist() == [True, True, False, False]
     assert keep["w"].tolist() == [[True, False, False], [True, True, False]]
     masked = gates.multiply_gates(
@@ -177,11 +180,11 @@ def test_single_weights_compete_with_units():
 
 
 def test_an_exact_shape():
-    keep = gates.units_within(scores(), GROUPS, PARAMS, shape={"neurons": 3})
+    keep = select(scores(), GROUPS, PARAMS, shape={"neurons": 3}, rule="total")
     assert keep["inputs"].all()
     for name in ("first/kernel", "second/kernel"):
         assert set(np.flatnonzero(keep[name])) == set(np.argsort(-scores()[name])[:3])
-    keep = gates.units_within(scores(), GROUPS, PARAMS, shape={"neurons": 0, "inputs": 9})
+    keep = select(scores(), GROUPS, PARAMS, shape={"neurons": 0, "inputs": 9}, rule="total")
     assert keep["inputs"].all()
     assert not keep["first/kernel"].any()
 
@@ -189,17 +192,17 @@ def test_an_exact_shape():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "Give one of `sparsity`, `size` and `shape`"),
-        ({"sparsity": 0.5, "size": 3.0}, "Give one of"),
+        ({}, "Give one of `sparsity`, `budget` and `shape`"),
+        ({"sparsity": 0.5, "budget": 3.0}, "Give one of"),
         ({"sparsity": -0.1}, r"must be in \[0, 1\]"),
         ({"shape": {"heads": 1}}, "`shape` names 'heads'"),
         ({"shape": {"neurons": 6}}, "'second/kernel' has 5"),
-        ({"size": 50, "at_least": {"heads": 1}}, "`at_least` names 'heads'"),
+        ({"budget": 50, "at_least": {"heads": 1}}, "`at_least` names 'heads'"),
     ],
 )
 def test_mistakes_are_named(options, message):
     with pytest.raises(ValueError, match=message):
-        gates.units_within(scores(), GROUPS, PARAMS, **options)
+        select(scores(), GROUPS, PARAMS, **options)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +215,7 @@ def test_mistakes_are_named(options, message):
 )
 def test_scores_that_do_not_fit_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        gates.units_within(scores() | change, GROUPS, PARAMS, size=50)
+        select(scores() | change, GROUPS, PARAMS, budget=50)
 
 
 def test_layers_without_biases_and_of_convolutions():
@@ -240,7 +243,7 @@ def test_layers_that_do_not_fit_are_named(kernels, message):
 def test_budgets_that_are_no_numbers_and_no_units():
     rows = UnitGroup(name="rows", count=4, slices=(UnitSlices(path="w", axis=0),))
     params = {"w": jnp.ones((4, 2))}
-    with pytest.raises(ValueError, match="`size` must be at least 0, got nan"):
-        gates.units_within({"rows": [1.0, 2.0, 3.0, 4.0]}, [rows], params, size=float("nan"))
-    with pytest.raises(ValueError, match="`log_alpha` is empty"):
-        gates.units_within({}, [rows], params, sparsity=0.0)
+    with pytest.raises(ValueError, match="`budget` must be at least 0, got nan"):
+        select({"rows": [1.0, 2.0, 3.0, 4.0]}, [rows], params, budget=float("nan"))
+    with pytest.raises(ValueError, match="`scores` has no entry for the unit group 'rows'"):
+        select({}, [rows], params, sparsity=0.0)

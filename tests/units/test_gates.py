@@ -11,14 +11,12 @@ from jax.sharding import PartitionSpec as P
 import jaxcompress as jc
 from jaxcompress import gates
 from jaxcompress._src.solvers.hard_concrete import deterministic_gates, nonzero_probability
-from jaxcompress._src.units.group import UnitSlices
-from jaxcompress._src.units.measure import expected_size
+from jaxcompress._src.units.costs import expected_cost
+from jaxcompress._src.units.lagrangian import smallest_with
 from jaxcompress._src.units.penalty import lambda_penalty
-from jaxcompress._src.units.targets import shape_lagrangian, smallest_with
-from jaxcompress._src.units.values import kept_units
 from jaxcompress.distillation import make_train_step
 from jaxcompress.quantization import QuantSpec, quantization_aware, quantize
-from jaxcompress.structured import UnitGroup, remove_units
+from jaxcompress.structured import UnitGroup, UnitSlices, shrink
 from jaxcompress.tree import by_path
 
 KEY = jax.random.key(0)
@@ -67,12 +65,12 @@ def assert_equal_trees(found, expected):
         assert x.dtype == y.dtype
 
 
-@pytest.mark.parametrize("form", ["louizos", "topk"])
-def test_units_are_multiplied_where_they_are_read(form):
-    params, transform = make_params(), transform_of(form=form)
+@pytest.mark.parametrize("estimator", ["louizos", "topk"])
+def test_units_are_multiplied_where_they_are_read(estimator):
+    params, transform = make_params(), transform_of(estimator=estimator)
     state = located(transform, params)
     found = transform.apply(params, state)
-    factors = [deterministic_gates(LOCATIONS[group.name], form=form)[:, None] for group in GROUPS]
+    factors = [deterministic_gates(LOCATIONS[group.name], estimator=estimator)[:, None] for group in GROUPS]
     for name, factor in zip(SIZES, factors, strict=True):
         np.testing.assert_array_equal(found[name]["kernel"], params[name]["kernel"] * factor)
         np.testing.assert_array_equal(found[name]["bias"], params[name]["bias"])
@@ -83,13 +81,13 @@ def test_units_are_multiplied_where_they_are_read(form):
         np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["louizos", "topk"])
-def test_what_is_closed_can_be_taken_out(form):
-    params, transform = make_params(), transform_of(form=form)
+@pytest.mark.parametrize("estimator", ["louizos", "topk"])
+def test_what_is_closed_can_be_taken_out(estimator):
+    params, transform = make_params(), transform_of(estimator=estimator)
     state = located(transform, params)
     masked = transform.finalize(params, state)
-    keep = kept_units(LOCATIONS, GROUPS, form=form)
-    small = remove_units(masked, GROUPS, keep)
+    keep = {name: np.asarray(z) > 0 for name, z in gates.gate_values(LOCATIONS, estimator=estimator).items()}
+    small = shrink(masked, GROUPS, keep)
     left = [int(kept.sum()) for kept in keep.values()]
     assert [small[name]["kernel"].shape for name in SIZES] == list(zip(left, [*left[1:], 4], strict=True))
     assert all(0 < n < group.count for n, group in zip(left, GROUPS, strict=True))
@@ -153,7 +151,7 @@ def test_single_weights_have_gates_of_their_own():
     p = {name: np.asarray(nonzero_probability(x), np.float64) for name, x in log_alpha.items()}
     total = p["inputs"].sum() * 8 + 8 + 48 + 6 + p["last/bias"].sum() + p["last/kernel"].sum()
     full = 12 * 8 + 8 + 48 + 6 + 24 + 4
-    size = expected_size(params, GROUPS[:1], p, gates.parameters()(params))
+    size = expected_cost(params, GROUPS[:1], p)
     np.testing.assert_allclose(size, total, rtol=1e-6)
     multipliers = {"linear": jnp.float32(3.0), "quadratic": jnp.float32(0.0)}
     state = state._replace(trainable=state.trainable | {"multipliers": multipliers})
@@ -170,7 +168,7 @@ def test_zeros_survive_the_quantizer(spec):
     state = transform.init(params, key=KEY)
     state = state._replace(trainable=({**state.trainable[0], "log_alpha": dict(LOCATIONS)}, ()))
     found = jax.jit(transform.apply)(params, state)
-    keep = kept_units(LOCATIONS, GROUPS)
+    keep = {name: np.asarray(z) > 0 for name, z in gates.gate_values(LOCATIONS).items()}
     for name, kept in zip(SIZES, keep.values(), strict=True):
         assert (found[name]["kernel"][~kept] == 0).all()
     x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 12)), jnp.float32)
@@ -254,12 +252,12 @@ def test_training_traces_once_and_is_the_same_on_eight_devices_and_after_a_check
             "'rows' needs the leaf 'none'",
         ),
         ({"penalty": lambda_penalty({"heads": 1.0}, examples=1)}, "`strength` names 'heads'"),
-        ({"penalty": gates.lagrangian(size=1e6)}, "above the full size, 186"),
+        ({"penalty": gates.lagrangian(budget=1e6)}, "above the full cost, 186"),
         ({"penalty": gates.lagrangian(sparsity=1.0)}, "the least possible is 4 of 186"),
-        ({"penalty": gates.lagrangian(sparsity=0.5, measure=lambda params: {})}, "counts nothing"),
-        ({"penalty": smallest_with(loss_bound=1.0, measure=lambda params: {})}, "counts nothing"),
-        ({"penalty": shape_lagrangian({"heads": 2})}, "`shape` names 'heads'; there are inputs, neurons"),
-        ({"penalty": shape_lagrangian({"neurons": 7})}, "asks for 7 neurons; .*'second/kernel' has 6"),
+        ({"penalty": gates.lagrangian(sparsity=0.5, costs={})}, "counts nothing"),
+        ({"penalty": smallest_with(loss_bound=1.0, costs={})}, "counts nothing"),
+        ({"penalty": gates.lagrangian(shape={"heads": 2})}, "`shape` names 'heads'; there are inputs, neurons"),
+        ({"penalty": gates.lagrangian(shape={"neurons": 7})}, "asks for 7 neurons; .*'second/kernel' has 6"),
     ],
 )
 def test_mistakes_are_named(options, message):

@@ -48,7 +48,7 @@ def test_captum_agrees(golden, name):
     probability = nonzero_probability(log_alpha, distribution=distribution)
     np.testing.assert_allclose(probability, golden[f"{name}/nonzero_probability"], rtol=1e-6)
     np.testing.assert_allclose(probability.sum(), golden[f"{name}/expected_l0"], rtol=1e-6)
-    found = deterministic_gates(log_alpha, form="louizos", distribution=distribution)
+    found = deterministic_gates(log_alpha, estimator="louizos", distribution=distribution)
     np.testing.assert_allclose(found, golden[f"{name}/deterministic"], atol=1e-6)
 
 
@@ -122,23 +122,25 @@ def test_topk_against_its_description(seed, ties):
     log_alpha = np.random.default_rng(seed).normal(scale=3, size=37).astype(np.float32)
     if ties:
         log_alpha = np.round(log_alpha)
-    found = jax.jit(lambda x: deterministic_gates(x, form="topk"))(_f32(log_alpha))
+    found = jax.jit(lambda x: deterministic_gates(x, estimator="topk"))(_f32(log_alpha))
     np.testing.assert_allclose(found, _reference_topk(log_alpha), rtol=1e-5)
 
 
 def test_topk_of_equal_single_and_extreme_gates():
-    equal = deterministic_gates(jnp.full(10, -1.5986), form="topk")
+    equal = deterministic_gates(jnp.full(10, -1.5986), estimator="topk")
     assert (np.asarray(equal) > 0).tolist() == [True] * 5 + [False] * 5
-    assert deterministic_gates(_f32([-4.0]), form="topk").tolist() == [0.0]
-    assert deterministic_gates(_f32([1.0]), form="topk")[0] > 0
-    assert (deterministic_gates(jnp.full(7, 30.0), form="topk") > 0).all()
-    assert (deterministic_gates(jnp.full(7, -30.0), form="topk") == 0).all()
-    assert (soft_gates(jnp.full(7, -10.0), form="topk") > 0).all()
+    assert deterministic_gates(_f32([-4.0]), estimator="topk").tolist() == [0.0]
+    assert deterministic_gates(_f32([1.0]), estimator="topk")[0] > 0
+    assert (deterministic_gates(jnp.full(7, 30.0), estimator="topk") > 0).all()
+    assert (deterministic_gates(jnp.full(7, -30.0), estimator="topk") == 0).all()
+    assert (soft_gates(jnp.full(7, -10.0), estimator="topk") > 0).all()
 
 
 def test_louizos_closes_below_the_logit_of_one_twelfth():
     border = np.log((1 / 12) / (11 / 12))
-    found = deterministic_gates(_f32([border - 1e-3, border + 1e-3, -border - 1e-3, -border + 1e-3]), form="louizos")
+    found = deterministic_gates(
+        _f32([border - 1e-3, border + 1e-3, -border - 1e-3, -border + 1e-3]), estimator="louizos"
+    )
     assert found[0] == 0 < found[1] < 0.01
     assert 0.99 < found[2] < 1 == found[3]
 

@@ -9,13 +9,11 @@ import pytest
 from jaxcompress import gates
 from jaxcompress._src.solvers.hard_concrete import nonzero_probability
 from jaxcompress._src.types import TransformState
-from jaxcompress._src.units.group import UnitSlices
-from jaxcompress._src.units.measure import expected_size
+from jaxcompress._src.units.costs import expected_cost
+from jaxcompress._src.units.lagrangian import smallest_with
 from jaxcompress._src.units.penalty import Gated, lambda_penalty
-from jaxcompress._src.units.slicing import multiply_units
-from jaxcompress._src.units.targets import shape_lagrangian, smallest_with
-from jaxcompress._src.units.values import kept_units
-from jaxcompress.structured import UnitGroup
+from jaxcompress._src.units.slices import multiply_units
+from jaxcompress.structured import UnitGroup, UnitSlices, flop_costs, parameter_costs
 from jaxcompress.trace import layouts
 from jaxcompress.tree import by_path
 
@@ -29,7 +27,7 @@ HEADS = UnitGroup(
     name="heads",
     kind="heads",
     count=2,
-    slices=(UnitSlices(path="out", axis=0, size=2, gated=True),),
+    slices=(UnitSlices(path="out", axis=0, width=2, gated=True),),
 )
 GROUPS = (COLUMNS, HEADS)
 P = {"columns": np.array([0.9, 0.2, 0.4]), "heads": np.array([0.3, 0.8])}
@@ -84,20 +82,24 @@ def _sparsity(weights=None):
     return 1 - left / full, full
 
 
-@pytest.mark.parametrize("measured", ["parameters", "some", "flops"])
+@pytest.mark.parametrize("measured", ["parameters", "all", "some", "flops"])
 def test_the_lagrangian_by_hand(params, measured):
     def model(params, x):
         return jnp.tanh(x @ params["up"]) @ params["down"] + params["bias"][None], x[:, :4] @ params["out"]
 
-    measure, weights = {
-        "parameters": (gates.parameters(), None),
-        "some": (gates.parameters(count=by_path("up|out")), {"up": 1.0, "out": 1.0}),
-        "flops": (gates.flops(layouts(model, params, jnp.ones((10, 5)))), {"up": 20.0, "down": 20.0, "out": 20.0}),
+    costs, weights = {
+        "parameters": (None, None),
+        "all": (parameter_costs(params), None),
+        "some": (parameter_costs(params, select=by_path("up|out")), {"up": 1.0, "out": 1.0}),
+        "flops": (
+            flop_costs(params, layouts=layouts(model, params, jnp.ones((10, 5)))),
+            {"up": 20.0, "down": 20.0, "out": 20.0},
+        ),
     }[measured]
     sparsity, full = _sparsity(weights)
     start = optax.linear_schedule(0.0, 1.0, 100)
-    for options, target in (({"sparsity": 0.7}, 0.7), ({"size": 0.5 * full}, 0.5)):
-        penalty = gates.lagrangian(**options, measure=measure, warm_up=start, initial=(2.0, 30.0))
+    for options, target in (({"sparsity": 0.7}, 0.7), ({"budget": 0.5 * full}, 0.5)):
+        penalty = gates.lagrangian(**options, costs=costs, warm_up=start, initial=(2.0, 30.0))
         for step, share in ((0, 0.0), (50, 0.5), (500, 1.0)):
             given = gated(params, step=step)
             distance = sparsity - share * target
@@ -115,7 +117,7 @@ def test_the_gradient_of_the_expected_size_is_that_of_its_formula(params):
     def size(c, h):
         return (5 * c.sum() + 7 * c.sum() + 12 * h.sum() + 7) / 67
 
-    gradient = jax.grad(lambda p: expected_size(params, GROUPS, p, gates.parameters()(params)) / 67)(
+    gradient = jax.grad(lambda p: expected_cost(params, GROUPS, p) / 67)(
         {name: jnp.asarray(p, jnp.float32) for name, p in P.items()}
     )
     for k in range(3):
@@ -134,7 +136,7 @@ def test_one_pair_of_multipliers_for_each_kind_of_a_shape(params):
         step=0,
         loss=0.0,
     )
-    penalty = shape_lagrangian({"heads": 1, "columns": 2}, initial=(3.0, 5.0))
+    penalty = gates.lagrangian(shape={"heads": 1, "columns": 2}, initial=(3.0, 5.0))
     multipliers = penalty.init(given)
     assert set(multipliers) == {"heads", "columns"}
     distances = {
@@ -200,13 +202,13 @@ def train_toy(penalty, steps=1500, rate=0.05):
     (params, state, _), (losses, multipliers) = jax.jit(lambda c, k: jax.lax.scan(step, c, k))(
         start, jax.random.split(jax.random.key(1), steps)
     )
-    kept = kept_units(state.trainable["log_alpha"], [FEATURES])["features"]
+    kept = np.asarray(gates.gate_values(state.trainable["log_alpha"])["features"]) > 0
     return params, state, kept, losses, multipliers, loss_of
 
 
 @pytest.mark.parametrize("left", [2, 4, 6])
 def test_a_toy_reaches_its_target_with_the_right_features(left):
-    _, state, kept, _, multipliers, _ = train_toy(gates.lagrangian(size=left))
+    _, state, kept, _, multipliers, _ = train_toy(gates.lagrangian(budget=left))
     expected = float(nonzero_probability(state.trainable["log_alpha"]["features"]).sum())
     assert abs(expected - left) < 0.25
     assert kept.tolist() == [True] * left + [False] * (8 - left)
@@ -216,7 +218,7 @@ def test_a_toy_reaches_its_target_with_the_right_features(left):
 
 
 def test_a_toy_reaches_its_shape():
-    _, _, kept, *_ = train_toy(shape_lagrangian({"features": 3}, warm_up=optax.linear_schedule(0.0, 1.0, 500)))
+    _, _, kept, *_ = train_toy(gates.lagrangian(shape={"features": 3}, warm_up=optax.linear_schedule(0.0, 1.0, 500)))
     assert kept.tolist() == [True] * 3 + [False] * 5
 
 
@@ -241,10 +243,10 @@ def test_lambda_zero_opens_and_a_large_one_closes_everything():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: gates.lagrangian(), "Give one of `sparsity` and `size`"),
-        (lambda: gates.lagrangian(sparsity=0.5, size=3.0), "Give one of `sparsity` and `size`"),
+        (lambda: gates.lagrangian(), "Give one of `sparsity`, `budget` and `shape`"),
+        (lambda: gates.lagrangian(sparsity=0.5, budget=3.0), "Give one of `sparsity`, `budget` and `shape`"),
         (lambda: gates.lagrangian(sparsity=1.5), r"`sparsity` must be in \[0, 1\], got 1.5"),
-        (lambda: shape_lagrangian({}), "`shape` is empty"),
+        (lambda: gates.lagrangian(shape={}), "`shape` is empty"),
         (lambda: smallest_with(loss_bound=float("nan")), "`loss_bound` must be a finite number"),
         (lambda: smallest_with(loss_bound=1.0, initial=-1.0), "`initial` must not be negative"),
         (lambda: lambda_penalty(-1.0, examples=1), "must not be negative"),
@@ -261,11 +263,11 @@ def test_targets_of_zero_and_one(params):
     assert set(gates.lagrangian(sparsity=0.0).init(given)) == {"linear", "quadratic"}
     with pytest.raises(ValueError, match=r"least possible is 7 of 67 \(sparsity 0.895522\)"):
         gates.lagrangian(sparsity=1.0).init(given)
-    gates.lagrangian(sparsity=1.0, measure=gates.parameters(count=by_path("up|down"))).init(given)
+    gates.lagrangian(sparsity=1.0, costs=parameter_costs(params, select=by_path("up|down"))).init(given)
 
 
 def test_nan_is_no_price_and_no_target():
     with pytest.raises(ValueError, match="must not be negative, got nan"):
         lambda_penalty(float("nan"), examples=3)
-    with pytest.raises(ValueError, match="`size` must be at least 0, got nan"):
-        gates.lagrangian(size=float("nan"))
+    with pytest.raises(ValueError, match="`budget` must be at least 0, got nan"):
+        gates.lagrangian(budget=float("nan"))

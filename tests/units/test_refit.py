@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from jaxcompress._src.calibration.pause import pausing
-from jaxcompress._src.units.group import UnitSlices
 from jaxcompress._src.units.shrink import mask_units
 from jaxcompress.quantization import QuantSpec, quantize
-from jaxcompress.structured import UnitGroup, refit, shrink
+from jaxcompress.structured import UnitGroup, UnitSlices, refit, shrink
 
 WIDTH, INNER, BLOCKS = 4, (6, 10), 2
 KEEP = {"b0": np.array([1, 0, 1]), "b1": np.array([0, 1, 1, 0, 1])}  # units of two inner features
@@ -21,8 +20,8 @@ def _groups(axis=0):
             name=f"b{i}",
             count=INNER[i] // 2,
             slices=(
-                UnitSlices(path=f"{i}/up", axis=1, size=2),
-                UnitSlices(path=f"{i}/down", axis=axis, size=2, gated=True),
+                UnitSlices(path=f"{i}/up", axis=1, width=2),
+                UnitSlices(path=f"{i}/down", axis=axis, width=2, gated=True),
             ),
         )
         for i in range(BLOCKS)
@@ -67,7 +66,7 @@ def _rows_of(keep):
     return np.flatnonzero(np.repeat(np.asarray(keep), 2))
 
 
-def _reference(params, x, *, ridge, form, bias=True):
+def _reference(params, x, *, ridge, fit, bias=True):
     """Fits every block by `lstsq` on the rows themselves, with the ridge as further rows."""
     blocks = jax.tree.map(np.float64, params)
     dense, pruned, found = x, x, {}
@@ -78,7 +77,7 @@ def _reference(params, x, *, ridge, form, bias=True):
         target = dense - pruned
         hold = np.sqrt(ridge * np.square(inner).sum(0).mean())
         start = block["down"][kept]
-        if form == "rows":
+        if fit == "rows":
             solved, new = _lstsq(inner, target, hold, start, None if bias else block["bias"])
         else:
             units = np.repeat(np.arange(len(kept) // 2), 2)
@@ -115,12 +114,12 @@ def _gates(parts, target, held, bias):
     return solved[: len(parts)], solved[len(parts) :] if bias is None else bias
 
 
-@pytest.mark.parametrize("form", ["rows", "gates"])
+@pytest.mark.parametrize("fit", ["rows", "gates"])
 @pytest.mark.parametrize(("ridge", "bias"), [(0.0, True), (0.1, True), (0.1, False)])
-def test_every_kernel_is_the_least_squares_solution(params, batches, form, ridge, bias):
-    found, info = refit(apply, params, _groups(), KEEP, batches, form=form, ridge=ridge, bias=bias)
+def test_every_kernel_is_the_least_squares_solution(params, batches, fit, ridge, bias):
+    found, info = refit(apply, params, _groups(), KEEP, batches, fit=fit, ridge=ridge, bias=bias)
     x = np.concatenate([np.float64(batch).reshape(-1, WIDTH) for (batch,) in batches])
-    for i, (kernel, new, _) in _reference(params, x, ridge=ridge, form=form, bias=bias).items():
+    for i, (kernel, new, _) in _reference(params, x, ridge=ridge, fit=fit, bias=bias).items():
         np.testing.assert_allclose(found[i]["down"], kernel, rtol=0, atol=2e-4)
         np.testing.assert_allclose(found[i]["bias"], new, rtol=0, atol=2e-4)
         assert found[i]["up"] is params[i]["up"]
@@ -134,18 +133,18 @@ def test_the_error_that_is_reported_is_that_of_the_rows(params, batches):
     block = jax.tree.map(np.float64, params["0"])
     target = np.tanh(x @ block["up"]) @ block["down"] + block["bias"]
     energy = np.square(target - block["bias"]).sum()
-    (_, _, error) = _reference(params, x, ridge=0.0, form="rows")["0"]
+    (_, _, error) = _reference(params, x, ridge=0.0, fit="rows")["0"]
     np.testing.assert_allclose(info["0/down"]["error"], np.sqrt(error / energy), rtol=1e-3)
     masked = block["down"] * np.repeat(KEEP["b0"], 2)[:, None]
     before = np.square(target - np.tanh(x @ block["up"]) @ masked - block["bias"]).sum()
     np.testing.assert_allclose(info["0/down"]["error_before"], np.sqrt(before / energy), rtol=1e-3)
 
 
-@pytest.mark.parametrize("form", ["rows", "gates"])
-def test_transposed_kernels_give_the_transposed_solution(params, batches, form):
-    expected, _ = refit(apply, params, _groups(), KEEP, batches, form=form)
+@pytest.mark.parametrize("fit", ["rows", "gates"])
+def test_transposed_kernels_give_the_transposed_solution(params, batches, fit):
+    expected, _ = refit(apply, params, _groups(), KEEP, batches, fit=fit)
     turned = {i: block | {"down": block["down"].T} for i, block in params.items()}
-    found, _ = refit(transposed, turned, _groups(axis=1), KEEP, batches, form=form)
+    found, _ = refit(transposed, turned, _groups(axis=1), KEEP, batches, fit=fit)
     for i in found:
         np.testing.assert_allclose(found[i]["down"].T, expected[i]["down"], rtol=0, atol=1e-5)
         np.testing.assert_allclose(found[i]["bias"], expected[i]["bias"], rtol=0, atol=1e-5)
@@ -182,19 +181,19 @@ def test_gates_are_clipped():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 1)), jnp.float32) * jnp.array([[0.01, 1.0]])
     group = UnitGroup(name="in", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
     arguments = (lambda p, x: x @ p["w"], {"w": jnp.ones((2, 1))}, [group], {"in": [True, False]}, [(x,)])
-    free, _ = refit(*arguments, form="gates", ridge=0.0, limit=1000.0)
-    clipped, _ = refit(*arguments, form="gates", ridge=0.0)
+    free, _ = refit(*arguments, fit="gates", ridge=0.0, limit=1000.0)
+    clipped, _ = refit(*arguments, fit="gates", ridge=0.0)
     np.testing.assert_allclose(free["w"], [[101.0], [0.0]], rtol=1e-3)
     np.testing.assert_allclose(clipped["w"], [[10.0], [0.0]], rtol=1e-6)
 
 
-@pytest.mark.parametrize("form", ["rows", "gates"])
-def test_inputs_that_are_zero_or_equal_are_no_error(form):
+@pytest.mark.parametrize("fit", ["rows", "gates"])
+def test_inputs_that_are_zero_or_equal_are_no_error(fit):
     """A singular matrix, without a ridge."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 1)), jnp.float32) * jnp.array([[0.0, 1.0, 1.0, 1.0]])
     group = UnitGroup(name="in", count=4, slices=(UnitSlices(path="w", axis=0, gated=True),))
     params, keep = {"w": jnp.ones((4, 1))}, {"in": [True, True, True, False]}
-    found, info = refit(lambda p, x: x @ p["w"], params, [group], keep, [(x,)], form=form, ridge=0.0)
+    found, info = refit(lambda p, x: x @ p["w"], params, [group], keep, [(x,)], fit=fit, ridge=0.0)
     assert np.isfinite(found["w"]).all()
     np.testing.assert_allclose(x @ found["w"], x @ params["w"], rtol=0, atol=1e-4)
     assert info["w"]["error"] < 3e-3
@@ -308,7 +307,7 @@ def test_units_of_several_runs_have_one_gate():
     kernel = rng.normal(size=(6, 4))
     part = UnitSlices(path="w", axis=0, repeat=3, gated=True)
     group = UnitGroup(name="channels", count=2, slices=(part,))
-    options = {"form": "gates", "ridge": 0.0, "bias": False}
+    options = {"fit": "gates", "ridge": 0.0, "bias": False}
     params, batches = {"w": jnp.asarray(kernel, jnp.float32)}, [(jnp.asarray(x, jnp.float32),)]
     fitted, _ = refit(lambda p, x: x @ p["w"], params, [group], {"channels": [True, False]}, batches, **options)
     alone = x[:, 0::2] @ kernel[0::2]

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress._src.units.group import UnitSlices
+from jaxcompress._src.units.swap import fisher_matrix
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import (
     UnitGroup,
-    fisher_matrix,
+    UnitSlices,
     fisher_unit_scores,
     gate_gradients,
     magnitude_unit_scores,
@@ -19,7 +19,7 @@ from jaxcompress.structured import (
 GROUP = UnitGroup(
     name="g",
     count=3,
-    slices=(UnitSlices(path="up", axis=1, size=2), UnitSlices(path="down", axis=0, size=2, gated=True)),
+    slices=(UnitSlices(path="up", axis=1, width=2), UnitSlices(path="down", axis=0, width=2, gated=True)),
 )
 
 

@@ -11,12 +11,11 @@ from flax.traverse_util import flatten_dict
 
 from jaxcompress import checkpoint
 from jaxcompress._src.models.shapes import config_from_params
-from jaxcompress._src.units.count import unit_sizes
-from jaxcompress._src.units.group import UnitSlices
+from jaxcompress._src.units.costs import unit_costs
 from jaxcompress._src.units.shrink import mask_units
 from jaxcompress.models import bert_units, from_pretrained, make_module, resized, save_pretrained
 from jaxcompress.quantization import QuantSpec, quantize
-from jaxcompress.structured import UnitGroup, shrink
+from jaxcompress.structured import UnitGroup, UnitSlices, shrink
 
 HEADS, COLUMNS = "bert/encoder/layer/{}/heads", "bert/encoder/layer/{}/columns"
 
@@ -157,7 +156,7 @@ def test_kept_weights_are_the_same_bits(config, params, seed):
     np.testing.assert_array_equal(after[f"{path}/self/key/kernel"], before[f"{path}/self/key/kernel"][:, heads])
     np.testing.assert_array_equal(after[f"{path}/self/value/bias"], before[f"{path}/self/value/bias"][heads])
     np.testing.assert_array_equal(after[f"{path}/output/dense/kernel"], before[f"{path}/output/dense/kernel"][heads])
-    sizes = [np.sum(unit_sizes(group, params)[~keep[group.name]]) for group in groups]
+    sizes = [np.sum(unit_costs(group, params)[~keep[group.name]]) for group in groups]
     assert sum(leaf.size for leaf in after.values()) == sum(leaf.size for leaf in before.values()) - sum(sizes)
 
 
@@ -250,7 +249,7 @@ def test_keep_that_does_not_fit_is_named(config, params, function, keep, message
             UnitGroup(
                 name="x",
                 count=3,
-                slices=(UnitSlices(path="bert/encoder/layer/0/attention/output/dense/kernel", axis=0, size=3),),
+                slices=(UnitSlices(path="bert/encoder/layer/0/attention/output/dense/kernel", axis=0, width=3),),
             ),
             "'bert/encoder/layer/0/heads' and 'x' are in conflict on axis 0",
         ),

@@ -5,23 +5,23 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxcompress.structured import rearrange
+from jaxcompress.structured import swap_units
 
 
 def _cost(removed, matrix):
     return removed @ matrix @ removed
 
 
-def _matrix(seed, count=7, rank=3):
-    gradients = np.random.default_rng(seed).normal(size=(rank, count))
-    return gradients.T @ gradients
+def _problem(seed, count=7, examples=3):
+    gradients = np.random.default_rng(seed).normal(size=(examples, count))
+    return gradients, gradients.T @ gradients / examples
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("number", [1, 3, 6])
 def test_no_single_swap_helps_any_more(seed, number):
-    matrix, kept = _matrix(seed), np.arange(7) < number
-    found = rearrange({"g": kept}, {"g": matrix})["g"]
+    (gradients, matrix), kept = _problem(seed), np.arange(7) < number
+    found = swap_units({"g": kept}, {"g": gradients})["g"]
     assert found.sum() == number
     cost = _cost((~found).astype(float), matrix)
     assert cost <= _cost((~kept).astype(float), matrix)
@@ -32,43 +32,42 @@ def test_no_single_swap_helps_any_more(seed, number):
 
 
 def test_the_best_of_all_choices_is_never_left():
-    matrix = _matrix(3)
+    gradients, matrix = _problem(3)
     choices = [np.isin(np.arange(7), chosen) for chosen in itertools.combinations(range(7), 3)]
     best = min(choices, key=lambda kept: _cost((~kept).astype(float), matrix))
-    np.testing.assert_array_equal(rearrange({"g": best}, {"g": matrix})["g"], best)
+    np.testing.assert_array_equal(swap_units({"g": best}, {"g": gradients})["g"], best)
 
 
 def test_copies_share_their_work():
     """Units 0 and 1 do the same: removing both costs four times one of them, which the diagonal does not see."""
     gradients = np.array([[1.0, 1.0, 0.0], [0.0, 0.0, 1.5]])
-    matrix = gradients.T @ gradients
-    found = rearrange({"g": [False, False, True]}, {"g": matrix})["g"]
+    found = swap_units({"g": [False, False, True]}, {"g": gradients})["g"]
     assert found.tolist() in ([True, False, False], [False, True, False])
 
 
 @pytest.mark.parametrize("kept", [[True] * 3, [False] * 3])
 def test_nothing_to_swap(kept):
-    assert rearrange({"g": kept}, {"g": np.eye(3)})["g"].tolist() == kept
+    assert swap_units({"g": kept}, {"g": np.eye(3)})["g"].tolist() == kept
 
 
-def test_groups_without_a_matrix_stay_and_the_input_is_not_changed():
+def test_groups_without_gradients_stay_and_the_input_is_not_changed():
     kept = np.array([True, False])
-    found = rearrange({"a": kept, "b": kept}, {"b": np.diag([0.0, 1.0])})
+    found = swap_units({"a": kept, "b": kept}, {"b": np.diag([0.0, 1.0])})
     assert found["a"].tolist() == [True, False]
     assert found["b"].tolist() == [False, True]
     assert kept.tolist() == [True, False]
-    np.testing.assert_array_equal(rearrange({"a": kept}, {"a": np.zeros((2, 2))})["a"], kept)
+    np.testing.assert_array_equal(swap_units({"a": kept}, {"a": np.zeros((2, 2))})["a"], kept)
 
 
 def test_wrong_shapes_are_named():
-    with pytest.raises(ValueError, match=r"The matrix of 'g' must have shape \(2, 2\), got \(3, 3\)"):
-        rearrange({"g": [True, False]}, {"g": np.eye(3)})
+    with pytest.raises(ValueError, match="The gradients of 'g' are of 3 units; `keep` has 2"):
+        swap_units({"g": [True, False]}, {"g": np.eye(3)})
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_matrix_that_is_not_finite_is_named(value):
+def test_gradients_that_are_not_finite_are_named(value):
     """The search would never end: no change compares as too small."""
-    matrix = np.eye(3)
-    matrix[1, 2] = value
-    with pytest.raises(ValueError, match="The matrix of 'g' holds NaN or Inf"):
-        rearrange({"g": [True, False, False]}, {"g": matrix})
+    gradients = np.eye(3)
+    gradients[1, 2] = value
+    with pytest.raises(ValueError, match="The gradients of 'g' hold NaN or Inf"), np.errstate(invalid="ignore"):
+        swap_units({"g": [True, False, False]}, {"g": gradients})

@@ -5,21 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress._src.units.budget import kept_size
-from jaxcompress._src.units.count import expected_parameters, unit_parameters, unit_sizes
-from jaxcompress._src.units.group import UnitSlices, check_groups
-from jaxcompress._src.units.slicing import multiply_units, unit_masks
+from jaxcompress._src.units.costs import expected_cost, unit_costs
+from jaxcompress._src.units.group import check_groups
+from jaxcompress._src.units.slices import multiply_units, sum_units, unit_masks
 from jaxcompress.quantization import QuantSpec, quantize
-from jaxcompress.structured import UnitGroup, remove_units, sum_units
+from jaxcompress.structured import UnitGroup, UnitSlices, shrink
 
 HEADS = UnitGroup(
     name="heads",
     count=3,
     kind="heads",
     slices=(
-        UnitSlices(path="fused", axis=0, start=0, size=2),
-        UnitSlices(path="fused", axis=0, start=6, size=2),
-        UnitSlices(path="out/kernel", axis=0, size=2, gated=True),
+        UnitSlices(path="fused", axis=0, offset=0, width=2),
+        UnitSlices(path="fused", axis=0, offset=6, width=2),
+        UnitSlices(path="out/kernel", axis=0, width=2, gated=True),
     ),
 )
 LAYERS = UnitGroup(
@@ -64,7 +63,7 @@ def test_the_gradient_of_a_gate_is_the_sum_over_its_slices(params):
 def test_removing_takes_the_same_indices_as_masking(params):
     keep = {"heads": np.array([True, False, True])}
     masks = unit_masks(params, [HEADS], keep)
-    small = remove_units(params, [HEADS], keep)
+    small = shrink(params, [HEADS], keep)
     assert small["fused"].shape == (8, 5)
     assert small["out"]["kernel"].shape == (4, 4)
     for path, leaf, full in (
@@ -77,7 +76,7 @@ def test_removing_takes_the_same_indices_as_masking(params):
 
 
 def test_a_layer_takes_everything_of_its_heads(params):
-    small = remove_units(params, [HEADS, LAYERS], {"heads": [True] * 3, "layers": [False, True]})
+    small = shrink(params, [HEADS, LAYERS], {"heads": [True] * 3, "layers": [False, True]})
     assert small["fused"].shape == (0, 5)
     assert small["out"]["kernel"].shape == (0, 4)
     np.testing.assert_array_equal(small["out"]["bias"], np.zeros(4))
@@ -89,9 +88,9 @@ def test_a_layer_takes_everything_of_its_heads(params):
 @pytest.mark.parametrize("layer", [True, False])
 def test_the_expected_size_is_exact_for_certain_units(params, kept, layer):
     keep = {"heads": np.array(kept), "layers": np.array([layer, True])}
-    small = remove_units(params, [HEADS, LAYERS], keep)
+    small = shrink(params, [HEADS, LAYERS], keep)
     size = sum(leaf.size for leaf in jax.tree.leaves(small)) - (0 if layer else 4)
-    assert float(expected_parameters(params, [HEADS, LAYERS], keep)) == size
+    assert float(expected_cost(params, [HEADS, LAYERS], keep)) == size
 
 
 def test_the_expected_size_is_the_mean_over_draws(params):
@@ -100,14 +99,14 @@ def test_the_expected_size_is_the_mean_over_draws(params):
     total = 0.0
     for outcome in np.ndindex(2, 2, 2):
         chance = np.prod(np.where(outcome, p, 1 - p))
-        total += chance * float(expected_parameters(params, [HEADS], {"heads": np.array(outcome, bool)}))
-    np.testing.assert_allclose(float(expected_parameters(params, [HEADS], {"heads": p})), total, rtol=1e-6)
+        total += chance * float(expected_cost(params, [HEADS], {"heads": np.array(outcome, bool)}))
+    np.testing.assert_allclose(float(expected_cost(params, [HEADS], {"heads": p})), total, rtol=1e-6)
 
 
 def test_counts_of_single_units_and_of_weighted_leaves(params):
-    assert unit_parameters(HEADS, params) == 2 * 5 + 2 * 5 + 2 * 4
-    assert unit_parameters(LAYERS, params) == 12 * 5 + 6 * 4 + 4
-    found = expected_parameters(params, [HEADS], {"heads": [1.0, 1.0, 0.5]}, weights={"out/kernel": 10.0})
+    assert unit_costs(HEADS, params)[0] == 2 * 5 + 2 * 5 + 2 * 4
+    assert unit_costs(LAYERS, params)[0] == 12 * 5 + 6 * 4 + 4
+    found = expected_cost(params, [HEADS], {"heads": [1.0, 1.0, 0.5]}, costs={"out/kernel": 10.0})
     assert float(found) == 10 * 5 * 4
 
 
@@ -133,14 +132,14 @@ def _group(name="other", count=1, **options):
         (lambda: _group(path="absent", axis=0), "needs the leaf 'absent'. The leaves are:\n  fused"),
         (lambda: _group(path="fused", axis=2), r"needs axis 2 of 'fused', whose shape is \(12, 5\)"),
         (lambda: _group(path="fused", axis=1, count=6), "needs indices 0 to 5 on axis 1"),
-        (lambda: _group(path="out/kernel", axis=0, count=2, size=3), "in conflict on axis 0 of 'out/kernel'"),
-        (lambda: _group(path="out/kernel", axis=0, count=1, start=1, size=4), "in conflict on axis 0"),
+        (lambda: _group(path="out/kernel", axis=0, count=2, width=3), "in conflict on axis 0 of 'out/kernel'"),
+        (lambda: _group(path="out/kernel", axis=0, count=1, offset=1, width=4), "in conflict on axis 0"),
         (lambda: _group("heads", path="fused", axis=1), "Two unit groups have the name 'heads'"),
         (lambda: _group(path="fused", axis=0, count=0), "`count` must be at least 1"),
         (lambda: _group(path="fused", axis=0, unit=1), "belongs to unit 1, but there are 1"),
         (lambda: _group(path="fused", axis=None), "`axis` may be None only where `unit` is given"),
         (lambda: _group(path="fused", axis=-1), "`axis` must not be negative"),
-        (lambda: _group(path="fused", axis=0, size=0), "`size` at least 1"),
+        (lambda: _group(path="fused", axis=0, width=0), "`width` at least 1"),
         (lambda: _group(path="fused", axis=0, repeat=0), "`repeat` at least 1, got 0, 1 and 0"),
         (lambda: _group(path="fused", axis=0, count=5, repeat=3), "needs indices 0 to 14 on axis 0 of 'fused'"),
         (lambda: _group(path="out/kernel", axis=0, count=3, repeat=2), "in conflict on axis 0 of 'out/kernel'"),
@@ -152,7 +151,7 @@ def test_bad_groups_are_named(params, group, message):
 
 
 def test_nested_and_disjoint_groups_are_no_conflict(params):
-    pairs = _group("pairs", path="fused", axis=0, count=3, size=4)
+    pairs = _group("pairs", path="fused", axis=0, count=3, width=4)
     single = _group("single", path="fused", axis=0, count=12)
     behind = _group("behind", path="out/kernel", axis=1, count=4)
     check_groups([HEADS, LAYERS, single, behind], params)
@@ -160,19 +159,19 @@ def test_nested_and_disjoint_groups_are_no_conflict(params):
 
 
 def test_values_of_the_wrong_length_and_compressed_leaves_are_named(params):
-    with pytest.raises(ValueError, match="'heads' needs 3 values"):
-        remove_units(params, [HEADS], {"heads": [True]})
+    with pytest.raises(ValueError, match=r"`keep\['heads'\]` needs 3 values"):
+        shrink(params, [HEADS], {"heads": [True]})
     with pytest.raises(ValueError, match="'heads' needs 3 values"):
         multiply_units(params, [HEADS], {"heads": jnp.ones(2)})
     with pytest.raises(ValueError, match="Leaf 'fused' is compressed"):
-        remove_units(quantize(params, QuantSpec(bits=8))[0], [HEADS], {"heads": [True, False, True]})
+        shrink(quantize(params, QuantSpec(bits=8))[0], [HEADS], {"heads": [True, False, True]})
 
 
 def test_a_channel_owns_a_row_for_every_position():
     """After flattening (2, 2, 3) in the order of NHWC, channel c has the rows c, 3 + c, 6 + c and 9 + c."""
     slices = (
         UnitSlices(path="conv", axis=3),
-        UnitSlices(path="dense", axis=0, start=1, repeat=4, gated=True),
+        UnitSlices(path="dense", axis=0, offset=1, repeat=4, gated=True),
     )
     group = UnitGroup(name="channels", count=3, slices=slices)
     rng = np.random.default_rng(1)
@@ -181,9 +180,9 @@ def test_a_channel_owns_a_row_for_every_position():
         "dense": jnp.asarray(rng.normal(size=(14, 2)), jnp.float32),
     }
     check_groups([group], params)
-    assert unit_parameters(group, params) == 25 + 4 * 2
+    assert unit_costs(group, params)[0] == 25 + 4 * 2
     rows = np.array([0, *(1 + np.array([0, 2, 3, 5, 6, 8, 9, 11])), 13])
-    small = remove_units(params, [group], {"channels": [True, False, True]})
+    small = shrink(params, [group], {"channels": [True, False, True]})
     np.testing.assert_array_equal(small["dense"], np.asarray(params["dense"])[rows])
     assert small["conv"].shape == (5, 5, 1, 2)
     gates = np.array([0.5, 2.0, 3.0])
@@ -191,7 +190,7 @@ def test_a_channel_owns_a_row_for_every_position():
     np.testing.assert_allclose(found, params["dense"] * np.array([1, *np.tile(gates, 4), 1])[:, None], rtol=1e-6)
     expected = np.asarray(params["dense"])[1:13].reshape(4, 3, 2).sum(axis=(0, 2))
     np.testing.assert_allclose(sum_units(group, params, gated_only=True), expected, rtol=1e-5)
-    size = expected_parameters(params, [group], {"channels": [1.0, 0.5, 0.0]})
+    size = expected_cost(params, [group], {"channels": [1.0, 0.5, 0.0]})
     assert float(size) == 25 * 1.5 + 2 * (2 + 4 * 1.5)
 
 
@@ -199,15 +198,15 @@ def test_units_of_repeated_runs_may_nest_in_pixels_but_not_cut_pairs():
     params = {"dense": jnp.ones((12, 2))}
     channels = _group("channels", path="dense", axis=0, count=3, repeat=4)
     check_groups([channels, _group("rows", path="dense", axis=0, count=12)], params)
-    check_groups([channels, _group("all", path="dense", axis=0, count=1, size=12)], params)
+    check_groups([channels, _group("all", path="dense", axis=0, count=1, width=12)], params)
     with pytest.raises(ValueError, match="in conflict"):
-        check_groups([channels, _group("pairs", path="dense", axis=0, count=6, size=2)], params)
+        check_groups([channels, _group("pairs", path="dense", axis=0, count=6, width=2)], params)
 
 
 @pytest.mark.parametrize(
     "part",
     [
-        UnitSlices(path="w", axis=0, start=2, size=3, repeat=2, gated=True),
+        UnitSlices(path="w", axis=0, offset=2, width=3, repeat=2, gated=True),
         UnitSlices(path="w", axis=1, gated=True, repeat=5),
     ],
 )
@@ -217,16 +216,16 @@ def test_sizes_sums_masks_and_removal_agree_for_any_slices(part):
     params, group = {"w": jnp.asarray(w, jnp.float32)}, UnitGroup(name="units", count=count, slices=(part,))
     sizes, sums = np.zeros(count), np.zeros(count)
     for place in itertools.product(range(16), range(10)):
-        run, within = divmod(place[part.axis] - part.start, count * part.size)
-        if place[part.axis] >= part.start and run < part.repeat:
-            sizes[within // part.size] += 1
-            sums[within // part.size] += w[place]
-    np.testing.assert_array_equal(unit_sizes(group, params), sizes)
-    assert unit_parameters(group, params) == sizes[0]
+        run, within = divmod(place[part.axis] - part.offset, count * part.width)
+        if place[part.axis] >= part.offset and run < part.repeat:
+            sizes[within // part.width] += 1
+            sums[within // part.width] += w[place]
+    np.testing.assert_array_equal(unit_costs(group, params), sizes)
     np.testing.assert_allclose(sum_units(group, params), sums, rtol=1e-5)
-    small = remove_units(params, [group], {"units": [True, False]})
+    small = shrink(params, [group], {"units": [True, False]})
     assert small["w"].size == w.size - sizes[1]
-    assert float(expected_parameters(params, [group], {"units": [1.0, 0.0]})) == small["w"].size
-    assert kept_size(params, [group], {"w": 1.0})({"units": np.array([True, False])}) == small["w"].size
+    assert float(expected_cost(params, [group], {"units": [1.0, 0.0]})) == small["w"].size
+    assert expected_cost(params, [group], {"units": np.array([True, False])}, {"w": 1.0}) == small["w"].size
+    assert float(expected_cost(params, [group], {"units": jnp.array([1.0, 0.0])})) == small["w"].size
     masked = np.broadcast_to(unit_masks(params, [group], {"units": np.array([True, False])})["w"], w.shape)
     assert masked.sum() == w.size - sizes[1]

@@ -167,7 +167,7 @@ def _gates(setup: _Setup, state: TransformState, key: jax.Array | None) -> dict[
     log_alpha = state.trainable["log_alpha"]
     if key is None:
         return {
-            path: deterministic_gates(own, form="louizos", distribution=setup.distribution)
+            path: deterministic_gates(own, estimator="louizos", distribution=setup.distribution)
             for path, own in log_alpha.items()
         }
     keys = dict(zip(sorted(log_alpha), jax.random.split(key, len(log_alpha)), strict=True))

@@ -45,12 +45,12 @@ def bert_head_units(config: BertConfig) -> tuple[UnitGroup, ...]:
     groups = []
     for path, heads, _ in _layers(config):
         slices = [
-            UnitSlices(path=f"{path}/attention/self/{name}/{leaf}", axis=axis, size=config.head_size)
+            UnitSlices(path=f"{path}/attention/self/{name}/{leaf}", axis=axis, width=config.head_size)
             for name in ("query", "key", "value")
             for leaf, axis in (("kernel", 1), ("bias", 0))
         ]
         output = f"{path}/attention/output/dense/kernel"
-        slices.append(UnitSlices(path=output, axis=0, size=config.head_size, gated=True))
+        slices.append(UnitSlices(path=output, axis=0, width=config.head_size, gated=True))
         if heads:
             groups.append(UnitGroup(name=f"{path}/heads", kind="heads", count=heads, slices=tuple(slices)))
     return tuple(groups)

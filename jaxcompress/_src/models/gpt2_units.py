@@ -28,7 +28,7 @@ def gpt2_units(
         >>> groups = gpt2_units(num_layers=2, num_heads=4, hidden_size=32)
         >>> [(group.name, group.count) for group in groups[:2]]
         [('transformer/h/0/heads', 4), ('transformer/h/0/columns', 128)]
-        >>> [(part.path, part.start, part.size) for part in groups[0].slices[:2]]
+        >>> [(part.path, part.offset, part.width) for part in groups[0].slices[:2]]
         [('transformer/h/0/attn/c_attn/kernel', 0, 8), ('transformer/h/0/attn/c_attn/kernel', 32, 8)]
     """
     if hidden_size % num_heads:
@@ -45,13 +45,13 @@ def gpt2_units(
 
 
 def _heads(path: str, heads: int, hidden: int) -> UnitGroup:
-    size = hidden // heads
+    width = hidden // heads
     fused = [
-        UnitSlices(path=f"{path}/attn/c_attn/{leaf}", axis=0, start=part * hidden, size=size)
+        UnitSlices(path=f"{path}/attn/c_attn/{leaf}", axis=0, offset=part * hidden, width=width)
         for leaf in ("kernel", "bias")
         for part in range(3)
     ]
-    output = UnitSlices(path=f"{path}/attn/c_proj/kernel", axis=1, size=size, gated=True)
+    output = UnitSlices(path=f"{path}/attn/c_proj/kernel", axis=1, width=width, gated=True)
     return UnitGroup(name=f"{path}/heads", kind="heads", count=heads, slices=(*fused, output))
 
 

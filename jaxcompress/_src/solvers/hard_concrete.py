@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 from jaxcompress._src.solvers.rank import keep_largest
 
-Form = Literal["louizos", "topk"]
+Estimator = Literal["louizos", "topk"]
 """What a gate is without noise; see `deterministic_gates`."""
 
 
@@ -126,7 +126,7 @@ def nonzero_probability(
 
 
 def deterministic_gates(
-    log_alpha: Float[Array, "*units"], *, form: Form, distribution: HardConcrete = STANDARD
+    log_alpha: Float[Array, "*units"], *, estimator: Estimator, distribution: HardConcrete = STANDARD
 ) -> Float[Array, "*units"]:
     """Gates without noise.
 
@@ -136,34 +136,34 @@ def deterministic_gates(
 
     Args:
         log_alpha: gates of one group ("topk" counts over all of them).
-        form: which one.
+        estimator: which one.
         distribution: constants.
 
     Raises:
-        ValueError: an unknown form.
+        ValueError: an unknown estimator.
 
     Example:
         >>> log_alpha = jnp.array([-4.0, 0.0, 4.0, -3.0])
-        >>> deterministic_gates(log_alpha, form="louizos").round(3)
+        >>> deterministic_gates(log_alpha, estimator="louizos").round(3)
         Array([0. , 0.5, 1. , 0. ], dtype=float32)
-        >>> deterministic_gates(log_alpha, form="topk").round(2)
+        >>> deterministic_gates(log_alpha, estimator="topk").round(2)
         Array([0.        , 0.5       , 0.98999995, 0.        ], dtype=float32)
 
     References:
         "louizos": Louizos et al. 2018, equation 13. "topk": the released code of CoFi (Xia, Zhong and Chen 2022,
         "Structured pruning learns compact and accurate models") and of LLM-Shearing.
     """
-    soft = soft_gates(log_alpha, form=form, distribution=distribution)
-    return soft if form == "louizos" else jnp.where(_outranks(log_alpha, distribution), soft, 0.0)
+    soft = soft_gates(log_alpha, estimator=estimator, distribution=distribution)
+    return soft if estimator == "louizos" else jnp.where(_outranks(log_alpha, distribution), soft, 0.0)
 
 
 def soft_gates(
-    log_alpha: Float[Array, "*units"], *, form: Form, distribution: HardConcrete = STANDARD
+    log_alpha: Float[Array, "*units"], *, estimator: Estimator, distribution: HardConcrete = STANDARD
 ) -> Float[Array, "*units"]:
     """As `deterministic_gates`, but "topk" sets none to zero: for units that were chosen in another way."""
-    if form not in ("louizos", "topk"):
-        raise ValueError(f"`form` must be 'louizos' or 'topk', got {form!r}.")
-    if form == "louizos":
+    if estimator not in ("louizos", "topk"):
+        raise ValueError(f"`estimator` must be 'louizos' or 'topk', got {estimator!r}.")
+    if estimator == "louizos":
         return _stretch(jax.nn.sigmoid(log_alpha), distribution)
     return jax.nn.sigmoid(0.8 * log_alpha / distribution.beta)
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,21 +12,22 @@ from jaxcompress._src.meshes import transform_on_auto_axes
 from jaxcompress._src.schedules import warn_unfinished
 from jaxcompress._src.solvers.hard_concrete import (
     STANDARD,
-    Form,
+    Estimator,
     HardConcrete,
+    deterministic_gates,
     initial_log_alpha,
     nonzero_probability,
     sample_gates,
+    soft_gates,
 )
 from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.checks import is_traced
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Selector, Transform, TransformState, is_compressed
-from jaxcompress._src.units.group import UnitGroup, check_groups
-from jaxcompress._src.units.penalty import Gated, Penalty, by_name, check_known
-from jaxcompress._src.units.slicing import multiply_units
-from jaxcompress._src.units.values import gate_values
+from jaxcompress._src.units.group import UnitGroup, by_name, check_groups, check_known
+from jaxcompress._src.units.penalty import Gated, Penalty
+from jaxcompress._src.units.slices import multiply_units
 
 CLAMP = (-4.605170185988091, 4.605170185988092)
 """log 1e-2 and log 1e2."""
@@ -38,7 +39,7 @@ class _Setup:
     penalty: Penalty
     select: Selector | None
     drop_rate: float | Mapping[str, float]
-    form: Form
+    estimator: Estimator
     clamp: tuple[float, float]
     distribution: HardConcrete
 
@@ -50,7 +51,7 @@ def hard_concrete(
     penalty: Penalty,
     select: Selector | None = None,
     drop_rate: float | Mapping[str, float] = 0.5,
-    form: Form = "louizos",
+    estimator: Estimator = "louizos",
     clamp: tuple[float, float] = CLAMP,
     distribution: HardConcrete = STANDARD,
 ) -> Transform:
@@ -58,15 +59,15 @@ def hard_concrete(
 
     `apply` draws one sample for each gate and call, or takes the deterministic form without a key; `penalty` prices
     open gates; `project` clamps log alpha. `finalize` folds the deterministic gates into the weights they multiply:
-    closed units are exactly zero there, and `units.remove_units` with `kept_units(...)` takes them out for good. It
-    warns (`UnfinishedScheduleWarning`) where they are not what the penalty was asked for.
+    closed units are exactly zero there, and `structured.shrink` takes them out for good. It warns
+    (`UnfinishedScheduleWarning`) where they are not what the penalty was asked for.
 
     Args:
         groups: units with gates; each needs gated slices.
-        penalty: `lambda_penalty`, `lagrangian`, `shape_lagrangian` or `smallest_with`.
+        penalty: the price of open gates, from `lagrangian`.
         select: leaves whose single weights have gates of their own; they may be in no group.
         drop_rate: 1 - P at the start, in (0, 1); by name or kind of a group or path of a leaf, 0.5 for those left out.
-        form: what gates are without noise; see `deterministic_gates`.
+        estimator: what gates are without noise: "louizos" or "topk" of `deterministic_gates`.
         clamp: log alpha stays in between.
         distribution: constants of the hard concrete distribution.
 
@@ -75,13 +76,13 @@ def hard_concrete(
         penalty}; `state.fixed` is the number of updates (int32).
 
     Raises:
-        ValueError: neither groups nor `select`, an empty `clamp`, an unknown form; from `init`: whatever
-            `units.check_groups` finds, a group without gated slices, a gated leaf that is no float, a selected leaf
+        ValueError: neither groups nor `select`, an empty `clamp`, an unknown estimator; from `init`: whatever
+            `check_groups` finds, a group without gated slices, a gated leaf that is no float, a selected leaf
             that a group has too, a `drop_rate` out of range or for something unknown, or what the penalty finds.
 
     Example:
         >>> from jaxcompress._src.units.penalty import lambda_penalty
-        >>> from jaxcompress._src.units.group import UnitSlices
+        >>> from jaxcompress.structured import UnitSlices
         >>> rows = UnitGroup(name="rows", count=3, slices=(UnitSlices(path="w", axis=0, gated=True),))
         >>> params = {"w": jnp.ones((3, 2))}
         >>> transform = hard_concrete([rows], penalty=lambda_penalty(1.0, examples=100))
@@ -100,11 +101,11 @@ def hard_concrete(
         penalty=penalty,
         select=select,
         drop_rate=drop_rate,
-        form=form,
+        estimator=estimator,
         clamp=clamp,
         distribution=distribution,
     )
-    _check_options(setup.groups, select, form, clamp)
+    _check_options(setup.groups, select, estimator, clamp)
     apply = functools.partial(_apply, setup)
     return identity()._replace(
         init=functools.partial(_init, setup),
@@ -140,6 +141,36 @@ def multiply_gates(params: Params, groups: Sequence[UnitGroup], values: Mapping[
     return multiply_units(map_with_path(multiply, params), groups, values)
 
 
+def gate_values(
+    log_alpha: Mapping[str, Any],
+    *,
+    estimator: Estimator = "louizos",
+    keep: Mapping[str, Any] | None = None,
+    distribution: HardConcrete = STANDARD,
+) -> dict[str, jax.Array]:
+    """The deterministic gates, by name; to be multiplied into the weights by `multiply_gates`.
+
+    Args:
+        log_alpha: `state.trainable["log_alpha"]`.
+        estimator: what gates are without noise: "louizos" or "topk" of `deterministic_gates`.
+        keep: name -> bool: units that were selected otherwise, by `structured.select_units` say. Those left out are
+            zero, the others have their `soft_gates`. Names without an entry have their deterministic gates.
+        distribution: constants.
+
+    Example:
+        >>> gate_values({"rows": jnp.array([4.0, 4.0])}, keep={"rows": [True, False]})
+        {'rows': Array([1., 0.], dtype=float32)}
+    """
+    values = {}
+    for name, location in log_alpha.items():
+        if keep is None or name not in keep:
+            values[name] = deterministic_gates(location, estimator=estimator, distribution=distribution)
+        else:
+            soft = soft_gates(location, estimator=estimator, distribution=distribution)
+            values[name] = jnp.where(jnp.asarray(keep[name], bool), soft, 0.0)
+    return values
+
+
 def _split(key: jax.Array, named: Mapping[str, Any]) -> dict[str, jax.Array]:
     """A key for each name, whatever the order of the mapping: `jit` sorts it."""
     return dict(zip(sorted(named), jax.random.split(key, len(named)), strict=True))
@@ -158,7 +189,7 @@ def _init(setup: _Setup, params: Params, *, key: jax.Array, statistics: Any = No
 def _apply(setup: _Setup, params: Params, state: TransformState, *, key: jax.Array | None = None) -> Params:
     log_alpha = state.trainable["log_alpha"]
     if key is None:
-        values = gate_values(log_alpha, form=setup.form, distribution=setup.distribution)
+        values = gate_values(log_alpha, estimator=setup.estimator, distribution=setup.distribution)
     else:
         keys = _split(key, log_alpha)
         values = {name: sample_gates(keys[name], x, distribution=setup.distribution) for name, x in log_alpha.items()}
@@ -185,12 +216,12 @@ def _project(setup: _Setup, params: Params, state: TransformState) -> tuple[Para
 
 def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
     log_alpha = state.trainable["log_alpha"]
-    values = gate_values(log_alpha, form=setup.form, distribution=setup.distribution)
+    values = gate_values(log_alpha, estimator=setup.estimator, distribution=setup.distribution)
     if not any(is_traced(leaf) for leaf in jax.tree.leaves(state)) and int(state.fixed) > 0:
         switches = {name: (value > 0).astype(jnp.float32) for name, value in values.items()}
         gated = Gated(params=params, groups=setup.groups, probabilities=switches, step=state.fixed, loss=jnp.zeros(()))
         if message := setup.penalty.shortfall(gated):
-            warn_unfinished(f"{message}Choose units by `units_within`, which is exact, or train on.")
+            warn_unfinished(f"{message}Select units by `structured.select_units`, which is exact, or train on.")
     return multiply_gates(params, setup.groups, values)
 
 
@@ -199,11 +230,11 @@ def _gated(setup: _Setup, params: Params, log_alpha: Mapping[str, Any], step: An
     return Gated(params=params, groups=setup.groups, probabilities=probabilities, step=step, loss=loss)
 
 
-def _check_options(groups: tuple[UnitGroup, ...], select: Any, form: str, clamp: tuple[float, float]) -> None:
+def _check_options(groups: tuple[UnitGroup, ...], select: Any, estimator: str, clamp: tuple[float, float]) -> None:
     if not groups and select is None:
         raise ValueError("Nothing has a gate: give `groups`, `select`, or both.")
-    if form not in ("louizos", "topk"):
-        raise ValueError(f"`form` must be 'louizos' or 'topk', got {form!r}.")
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"`estimator` must be 'louizos' or 'topk', got {estimator!r}.")
     if not clamp[0] < clamp[1]:
         raise ValueError(f"`clamp` must be (low, high) with low < high, got {clamp}.")
 
@@ -238,7 +269,6 @@ def _check_float(path: str, leaf: Any) -> None:
 def _drop_rates(
     drop_rate: float | Mapping[str, float], groups: tuple[UnitGroup, ...], shapes: Mapping[str, Any]
 ) -> dict[str, float]:
-    kinds = {group.name: group.kind for group in groups}
     if isinstance(drop_rate, Mapping):
-        check_known(drop_rate, {*shapes, *(kind for kind in kinds.values() if kind)}, "drop_rate")
-    return {name: by_name(drop_rate, name, kinds.get(name, ""), 0.5) for name in shapes}
+        check_known(drop_rate, {*shapes, *(group.kind for group in groups if group.kind)}, "drop_rate")
+    return {name: by_name(drop_rate, name, groups, 0.5) for name in shapes}

@@ -1,7 +1,8 @@
 """What belongs to a unit, as data: groups of units, and the slices of leaves that each of them owns."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -13,15 +14,15 @@ from jaxcompress._src.types import Params
 class UnitSlices:
     """The part of one leaf that belongs to the units of a group.
 
-    Without `unit`, unit k owns the `size` indices from `start + k * size` on, along `axis`, and the same again after
-    every `count * size` indices, `repeat` times in all. With `unit`, that one unit owns the whole leaf: removing it
+    Without `unit`, unit k owns the `width` indices from `offset + k * width` on, along `axis`, and the same again after
+    every `count * width` indices, `repeat` times in all. With `unit`, that one unit owns the whole leaf: removing it
     leaves length 0 along `axis`, or, if `axis` is None, a leaf of zeros (the bias of an output that stays).
 
     Attributes:
         path: of the leaf, as `tree.path_string` writes it.
         axis: of the leaf, not negative; None only together with `unit`.
-        start: first index that belongs to unit 0.
-        size: indices of each unit, in one run.
+        offset: first index that belongs to unit 0.
+        width: indices of each unit, in one run.
         repeat: runs of each unit: of a channel, after flattening (height, width, channel), that is height * width.
         unit: the only unit that owns this leaf; None: all do, in turn.
         gated: whether a gate multiplies these slices. Of a head or an FFN column, that is the rows of the kernel that
@@ -30,8 +31,8 @@ class UnitSlices:
 
     path: str
     axis: int | None
-    start: int = 0
-    size: int = 1
+    offset: int = 0
+    width: int = 1
     repeat: int = 1
     unit: int | None = None
     gated: bool = False
@@ -42,10 +43,10 @@ class UnitSlices:
             raise ValueError(f"Slices of {self.path!r}: `axis` may be None only where `unit` is given.")
         if self.axis is not None and self.axis < 0:
             raise ValueError(f"Slices of {self.path!r}: `axis` must not be negative, got {self.axis}.")
-        if self.start < 0 or self.size < 1 or self.repeat < 1:
+        if self.offset < 0 or self.width < 1 or self.repeat < 1:
             raise ValueError(
-                f"Slices of {self.path!r}: `start` must be at least 0, `size` at least 1 and `repeat` at least 1, "
-                f"got {self.start}, {self.size} and {self.repeat}."
+                f"Slices of {self.path!r}: `offset` must be at least 0, `width` at least 1 and `repeat` at least 1, "
+                f"got {self.offset}, {self.width} and {self.repeat}."
             )
 
 
@@ -108,15 +109,20 @@ def index_owners(part: UnitSlices, count: int, length: int) -> np.ndarray:
         int (length,).
 
     Example:
-        >>> index_owners(UnitSlices(path="w", axis=0, start=1, size=2, repeat=2), 2, 10).tolist()
+        >>> index_owners(UnitSlices(path="w", axis=0, offset=1, width=2, repeat=2), 2, 10).tolist()
         [-1, 0, 0, 1, 1, 0, 0, 1, 1, -1]
     """
     if part.unit is not None:
         return np.full(length, part.unit)
     owners = np.full(length, -1)
-    runs = np.tile(np.repeat(np.arange(count), part.size), part.repeat)
-    owners[part.start : part.start + len(runs)] = runs
+    runs = np.tile(np.repeat(np.arange(count), part.width), part.repeat)
+    owners[part.offset : part.offset + len(runs)] = runs
     return owners
+
+
+def leaf_shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    """The shape of every array, by path."""
+    return {path: tuple(leaf.shape) for path, leaf in leaves_with_paths(params) if hasattr(leaf, "shape")}
 
 
 def check_groups(groups: Sequence[UnitGroup], params: Params) -> None:
@@ -137,7 +143,7 @@ def check_groups(groups: Sequence[UnitGroup], params: Params) -> None:
     names = [group.name for group in groups]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Two unit groups have the name {repeated[0]!r}.")
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves_with_paths(params) if hasattr(leaf, "shape")}
+    shapes = leaf_shapes(params)
     claims: dict[tuple[str, int], list[tuple[UnitGroup, UnitSlices]]] = {}
     for group in groups:
         for part in group.slices:
@@ -157,6 +163,24 @@ def check_groups(groups: Sequence[UnitGroup], params: Params) -> None:
                     )
 
 
+def by_name(option: Any, name: str, groups: Sequence[UnitGroup], default: Any) -> Any:
+    """The entry of an option that may be given by name (of a group, or path of a leaf), by kind, or once for all."""
+    if not isinstance(option, Mapping):
+        return option
+    kinds = {group.name: group.kind for group in groups}
+    return option.get(name, option.get(kinds.get(name, ""), default))
+
+
+def check_known(names: Iterable[str], known: set[str], option: str) -> None:
+    """Checks that what an option names exists.
+
+    Raises:
+        ValueError: it does not; lists what does.
+    """
+    if unknown := sorted(set(names) - known):
+        raise ValueError(f"`{option}` names {unknown[0]!r}; there are {', '.join(sorted(known)) or 'none'}.")
+
+
 def _check_slices(group: UnitGroup, part: UnitSlices, shapes: dict[str, tuple[int, ...]]) -> None:
     if part.path not in shapes:
         listed = "".join(f"\n  {path} {shape}" for path, shape in shapes.items())
@@ -164,10 +188,10 @@ def _check_slices(group: UnitGroup, part: UnitSlices, shapes: dict[str, tuple[in
     shape = shapes[part.path]
     if part.axis is not None and part.axis >= len(shape):
         raise ValueError(f"Unit group {group.name!r} needs axis {part.axis} of {part.path!r}, whose shape is {shape}.")
-    end = part.start + group.count * part.size * part.repeat
+    end = part.offset + group.count * part.width * part.repeat
     if part.unit is None and part.axis is not None and end > shape[part.axis]:
         raise ValueError(
-            f"Unit group {group.name!r} needs indices {part.start} to {end - 1} on axis {part.axis} of {part.path!r}, "
+            f"Unit group {group.name!r} needs indices {part.offset} to {end - 1} on axis {part.axis} of {part.path!r}, "
             f"whose shape is {shape}."
         )
 

@@ -3,9 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
-from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params
-from jaxcompress._src.units.group import UnitGroup, UnitSlices
+from jaxcompress._src.units.group import UnitGroup, UnitSlices, leaf_shapes
 
 
 def layer_units(params: Params, kernels: Sequence[str], *, inputs: bool = True) -> tuple[UnitGroup, ...]:
@@ -35,7 +34,7 @@ def layer_units(params: Params, kernels: Sequence[str], *, inputs: bool = True) 
         >>> [(group.name, group.kind, group.count) for group in layer_units(params, ["a/kernel", "b/kernel"])]
         [('inputs', 'inputs', 4), ('a/kernel', 'neurons', 3)]
     """
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves_with_paths(params) if hasattr(leaf, "shape")}
+    shapes = leaf_shapes(params)
     if not kernels:
         raise ValueError("`kernels` is empty.")
     for path in kernels:

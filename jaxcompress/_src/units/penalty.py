@@ -1,7 +1,7 @@
 """What a penalty is, and the plain one: so much for every expected weight."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.types import Params, is_compressed
-from jaxcompress._src.units.group import UnitGroup
-from jaxcompress._src.units.slicing import sum_units
+from jaxcompress._src.units.costs import unit_costs
+from jaxcompress._src.units.group import UnitGroup, by_name, check_known
+from jaxcompress._src.units.slices import sum_units
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def lambda_penalty(strength: float | Mapping[str, float], *, examples: int, weig
         ValueError: a negative argument, or `examples` below 1; from `init`: `strength` names nothing that exists.
 
     Example:
-        >>> from jaxcompress._src.units.group import UnitSlices
+        >>> from jaxcompress.structured import UnitSlices
         >>> rows = UnitGroup(name="rows", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
         >>> params, probabilities = {"w": jnp.ones((2, 3))}, {"rows": jnp.array([1.0, 0.5])}
         >>> gated = Gated(params=params, groups=(rows,), probabilities=probabilities, step=0, loss=0.0)
@@ -91,35 +92,17 @@ def lambda_penalty(strength: float | Mapping[str, float], *, examples: int, weig
         groups = {group.name: group for group in gated.groups}
         touched = {part.path for group in gated.groups for part in group.gated} | set(gated.probabilities)
         squares = map_with_path(lambda path, leaf: _squares(leaf) if path in touched else leaf, gated.params)
-        ones = map_with_path(lambda path, leaf: jnp.ones(leaf.shape) if path in touched else leaf, gated.params)
         of_leaves = dict(leaves_with_paths(squares))
         total = jnp.zeros((), jnp.float32)
         for name, probability in gated.probabilities.items():
             group = groups.get(name)
-            price = by_name(strength, name, group.kind if group else "", 0.0)
-            size = sum_units(group, ones, gated_only=True) if group else 1.0
+            price = by_name(strength, name, gated.groups, 0.0)
+            size = unit_costs(dataclasses.replace(group, slices=group.gated), gated.params) if group else 1.0
             norm = sum_units(group, squares, gated_only=True) if group else of_leaves[name]
             total = total + jnp.sum(probability * (price * size + 0.5 * weight_decay * norm))
         return total / examples
 
     return Penalty(init, value)
-
-
-def by_name(option: Any, name: str, kind: str, default: Any) -> Any:
-    """The entry of an option that may be given by name, by kind, or for all."""
-    if not isinstance(option, Mapping):
-        return option
-    return option.get(name, option.get(kind, default))
-
-
-def check_known(option: Mapping[str, Any] | Sequence[str], known: set[str], label: str) -> None:
-    """Checks that the keys of an option exist.
-
-    Raises:
-        ValueError: one does not; lists those that do.
-    """
-    if unknown := sorted(set(option) - known):
-        raise ValueError(f"`{label}` names {unknown[0]!r}; there are {', '.join(sorted(known)) or 'none'}.")
 
 
 def _squares(leaf: Any) -> jax.Array:

@@ -15,9 +15,9 @@ from jaxcompress._src.types import Params, is_compressed
 from jaxcompress._src.units.group import UnitGroup, UnitSlices, index_owners
 from jaxcompress._src.units.least_squares import fit_gates, fit_rows
 from jaxcompress._src.units.shrink import check_keep, mask_units
-from jaxcompress._src.units.slicing import unit_masks
+from jaxcompress._src.units.slices import unit_masks
 
-Form = Literal["rows", "gates"]
+Fit = Literal["rows", "gates"]
 
 
 def refit(
@@ -27,7 +27,7 @@ def refit(
     keep: Mapping[str, Any],
     batches: Iterable[tuple[Any, ...]],
     *,
-    form: Form = "rows",
+    fit: Fit = "rows",
     bias: bool = True,
     ridge: float = 1e-2,
     limit: float = 10.0,
@@ -48,7 +48,7 @@ def refit(
         keep: name -> bool (count,). Kernels of groups without an entry stay as they are.
         batches: tuples of inputs; no labels are needed. All go through both models side by side, kernel by kernel:
             one forward pass each, and memory for what one layer holds for all of them, twice.
-        form: "rows": the whole rows of the kept units are free. "gates": one number for each unit multiplies its rows.
+        fit: "rows": the whole rows of the kept units are free. "gates": one number for each unit multiplies its rows.
         bias: fit the bias too, where one is added to the output and nothing else reads it.
         ridge: how much the solution is held to where it was.
         limit: of the absolute value of gates.
@@ -66,6 +66,7 @@ def refit(
             the leaf.
 
     Example:
+        >>> from jaxcompress.structured import UnitSlices
         >>> group = UnitGroup(name="in", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
         >>> x = jnp.array([[1.0, 2.0], [2.0, 4.1], [3.0, 6.0]])  # the second input is twice the first
         >>> params, info = refit(
@@ -78,7 +79,7 @@ def refit(
         Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4.3: "gates", no bias.
     """
     check_keep(params, groups, keep)
-    _check_options(form, ridge, limit)
+    _check_options(fit, ridge, limit)
     batches = list(batches)
     if not batches:
         raise ValueError("`batches` is empty: least squares needs inputs.")
@@ -100,7 +101,7 @@ def refit(
         whole, before = _Kernel.of(params, site), _Kernel.of(fitted, site)
         kept = np.flatnonzero(_kept_inputs(mask, params, site))
         options = {"ridge": ridge, "free_bias": free}
-        if form == "rows":
+        if fit == "rows":
             after = _Kernel(*fit_rows(sums, whole.weight, before.bias, kept, **options))
         else:
             units = _unit_of_row(*owner, len(whole.weight))
@@ -194,9 +195,9 @@ def _unit_of_row(group: UnitGroup, part: UnitSlices, rows: int) -> np.ndarray:
     return np.where(owners >= 0, owners, group.count + np.arange(rows))
 
 
-def _check_options(form: str, ridge: float, limit: float) -> None:
-    if form not in get_args(Form):
-        raise ValueError(f"`form` must be 'rows' or 'gates', got {form!r}.")
+def _check_options(fit: str, ridge: float, limit: float) -> None:
+    if fit not in get_args(Fit):
+        raise ValueError(f"`fit` must be 'rows' or 'gates', got {fit!r}.")
     if not ridge >= 0:
         raise ValueError(f"`ridge` must not be negative, got {ridge}.")
     if not limit > 0:

@@ -1,19 +1,20 @@
 """How much each unit matters. All scores are `{name of the group: float32 (count,)}`; the lowest go first."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.types import Params, is_compressed
-from jaxcompress._src.units.count import unit_sizes
+from jaxcompress._src.units.costs import unit_costs
 from jaxcompress._src.units.group import UnitGroup, check_groups
-from jaxcompress._src.units.slicing import multiply_units, sum_units
+from jaxcompress._src.units.slices import multiply_units, sum_units
 
 Gradients = Mapping[str, Float32[Array, "examples units"]]
 """Name of a group -> derivative of each example's loss by the gate of each unit, at gates of 1."""
@@ -32,7 +33,7 @@ def magnitude_unit_scores(
         gated_only: only the slices that a gate multiplies, such as the rows of the output kernel.
 
     Example:
-        >>> from jaxcompress._src.units.group import UnitSlices
+        >>> from jaxcompress.structured import UnitSlices
         >>> group = UnitGroup(name="rows", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
         >>> magnitude_unit_scores({"w": jnp.array([[3.0, 4.0], [0.0, 0.0]])}, [group], per_weight=False)
         {'rows': Array([5., 0.], dtype=float32)}
@@ -50,9 +51,9 @@ def magnitude_unit_scores(
 
     squares, scores = map_with_path(square, params), {}
     for group in groups:
-        counted = UnitGroup(name=group.name, count=group.count, slices=group.gated) if gated_only else group
-        sizes = np.maximum(unit_sizes(counted, params), 1.0) if per_weight else np.ones(group.count)
-        scores[group.name] = jnp.sqrt(sum_units(counted, squares) / jnp.asarray(sizes, jnp.float32))
+        counted = dataclasses.replace(group, slices=group.gated) if gated_only else group
+        numbers = np.maximum(unit_costs(counted, params), 1.0) if per_weight else np.ones(group.count)
+        scores[group.name] = jnp.sqrt(sum_units(counted, squares) / jnp.asarray(numbers, jnp.float32))
     return scores
 
 
@@ -82,7 +83,7 @@ def gate_gradients(
         ValueError: no batches; a group without gated slices; a gradient with NaN or Inf. Names the group.
 
     Example:
-        >>> from jaxcompress._src.units.group import UnitSlices
+        >>> from jaxcompress.structured import UnitSlices
         >>> group = UnitGroup(name="rows", count=2, slices=(UnitSlices(path="w", axis=0, gated=True),))
         >>> batches = [jnp.array([[1.0, 2.0], [3.0, 4.0]])]
         >>> gate_gradients(lambda p, x: (x @ p["w"]).mean(), {"w": jnp.ones(2)}, [group], batches)
@@ -141,14 +142,3 @@ def fisher_unit_scores(gradients: Gradients) -> dict[str, Float32[Array, " units
         Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4.1.
     """
     return {name: jnp.square(g).mean(axis=0) for name, g in gradients.items()}
-
-
-@on_auto_axes
-def fisher_matrix(gradients: Gradients) -> dict[str, Float[Array, "units units"]]:
-    """G^T G / N of each group: its block of the Fisher information, for `rearrange`.
-
-    Example:
-        >>> fisher_matrix({"rows": jnp.array([[1.0, -2.0], [3.0, -4.0]])})["rows"].tolist()
-        [[5.0, -7.0], [-7.0, 10.0]]
-    """
-    return {name: g.T @ g / len(g) for name, g in gradients.items()}

@@ -1,22 +1,25 @@
 """Which units to keep under a budget."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params
-from jaxcompress._src.units.count import unit_sizes
-from jaxcompress._src.units.group import UnitGroup
-from jaxcompress._src.units.shrink import check_entries
+from jaxcompress._src.units.budget import allowed_cost, check_budget, check_reachable, check_shape
+from jaxcompress._src.units.costs import Costs, expected_cost, total_cost, unit_costs
+from jaxcompress._src.units.group import UnitGroup, by_name, check_groups, check_known, leaf_shapes
+from jaxcompress._src.units.knapsack import highest_total, in_order, same_share
 
-Within = Literal["all", "kind", "group"]
+Rule = Literal["total", "rank", "kind", "group"]
+"""How units compete; see `select_units`."""
 
-# All combinations of counts are tried up to this number; more are found greedily.
-_MOST_COMBINATIONS = 2_000_000
+Keep = Mapping[str, np.ndarray]
+"""Name of a group -> bool (count,), True = kept; or path of a leaf whose weights have gates -> its shape."""
+
+# Budgets may be computed: 0.9 of 10 is less than 9 in floats. Relative to the total cost.
+_SLACK = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,22 +28,22 @@ class Selection:
 
     Attributes:
         keep: name of a group -> bool (count,), True = kept.
-        cost: of what is left, all counted leaves together.
-        total: of everything.
-        least: of what stays even when no unit does.
+        cost: of what is left.
+        total: the cost of everything.
+        least: the cost of what stays even when no unit does.
         exact: whether no other choice within the budget has a higher total score.
     """
 
-    keep: Mapping[str, np.ndarray]
+    keep: Keep
     cost: float
     total: float
     least: float
     exact: bool
 
     @property
-    def share(self) -> float:
-        """`cost / total`: the share that is left."""
-        return self.cost / self.total
+    def sparsity(self) -> float:
+        """`1 - cost / total`: the share that goes."""
+        return 1 - self.cost / self.total
 
 
 def select_units(
@@ -48,189 +51,213 @@ def select_units(
     groups: Sequence[UnitGroup],
     params: Params,
     *,
-    share: float,
-    costs: Mapping[str, float] | None = None,
-    within: Within = "all",
+    sparsity: int | float | None = None,
+    budget: int | float | None = None,
+    shape: Mapping[str, int] | None = None,
+    costs: Costs | None = None,
+    rule: Rule = "total",
     uniform: bool = False,
+    at_least: int | Mapping[str, int] = 0,
 ) -> Selection:
-    """The units with the highest total score whose cost, with all that stays anyway, is within a budget.
+    """The units with the highest scores whose cost, with all that stays anyway, is within a budget.
 
-    Maximises Σ score of kept units, subject to: cost of what is left <= share · cost of everything. Among units of one
-    cost the best are those with the highest scores, so only the number kept of each cost has to be found: all
-    combinations of numbers are tried (heads and columns: two costs). With too many of them, greedily by score per
-    cost. Among equal scores the earlier group, then the lower index, is kept.
+    Units compete by one of four rules:
+
+    - "total": the highest sum of scores within the budget, for scores that add up: Fisher information, Taylor. All
+      combinations of numbers of units of each cost are tried; with too many of them, greedily by score per cost.
+      Among equal scores the earlier group, then the lower index, is kept.
+    - "rank": in the order of the scores, whatever fits, for locations of gates that were trained against one price of
+      a weight: log alpha already says what a unit is worth beyond its cost, and one threshold over all groups is the
+      right cut. Ties are dealt evenly over the groups, the lowest indices of each first. Groups may nest, and leaves
+      whose single weights have gates compete too.
+    - "kind", "group": every kind, or group, keeps the same share of its units, its highest: for scores that cannot be
+      compared across them, such as magnitudes.
 
     Args:
-        scores: name -> (count,), from a score function; finite, not negative.
-        groups: the units; no leaf may belong to two of them.
-        params: gives the sizes.
-        share: of the total cost that may be left, in [0, 1].
-        costs: path -> cost of one weight, from `parameter_costs` or `flop_costs`; paths without an entry cost nothing.
-            By default every weight of the tree costs 1.
-        within: "all": units compete with all others. "kind" or "group": every kind, or group, keeps the same share of
-            its units (for scores that cannot be compared across them, such as magnitudes).
+        scores: name of a group -> (count,), from a score function, or the "log_alpha" of gates. With "rank" also path
+            of a leaf whose weights have gates -> its shape.
+        groups: the units. Except with "rank" or `shape`, no leaf may belong to two groups.
+        params: gives the shapes.
+        sparsity: the budget as 1 - cost of what is left / cost of everything. Either this, `budget` or `shape`.
+        budget: the cost of what is left.
+        shape: kind -> units that stay in each group of it, its highest; other kinds keep everything.
+        costs: path -> cost of one weight, from `parameter_costs` or `flop_costs`. By default every weight of the tree
+            costs 1.
+        rule: how units compete.
         uniform: all groups of a kind keep the same number of units: equal widths in all layers, as one configuration
-            for all of them (Hugging Face) and a scan over layers need. Each group keeps its best.
+            for all of them (Hugging Face) and a scan over layers need. Each group keeps its best. Not with "rank".
+        at_least: units that each group keeps in any case, its highest; by name or kind, 0 for those left out. With
+            "rank" only.
 
     Returns:
         The selection. Units cannot be split: its cost is at most the budget, and less than one unit below it (where
         there are units left to keep).
 
     Raises:
-        ValueError: `share` is not in [0, 1], or below what stays when all units go (names that least share); scores
-            are missing, of the wrong length, negative or not finite; two groups own the same leaf; with `uniform`,
-            groups of one kind with different numbers of units, or units of different sizes in one group.
+        ValueError: not exactly one of `sparsity`, `budget` and `shape`; a budget below what stays when all units go,
+            which is named; an impossible shape; scores that are missing, of the wrong shape, not finite, or, except
+            with "rank" or `shape`, negative; two groups that own the same leaf; with `uniform`, groups of one kind
+            with different numbers of units, or units of different costs in one group; options that the rule does not
+            have.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from jaxcompress._src.units.group import UnitSlices
+        >>> from jaxcompress.structured import UnitSlices
         >>> group = UnitGroup(name="rows", count=3, slices=(UnitSlices(path="w", axis=0),))
         >>> params = {"w": jnp.ones((3, 10)), "b": jnp.ones(10)}
-        >>> found = select_units({"rows": [0.5, 2.0, 1.0]}, [group], params, share=0.8)
-        >>> found.keep, found.cost, found.share
-        ({'rows': array([False,  True,  True])}, 30.0, 0.75)
+        >>> selection = select_units({"rows": [0.5, 2.0, 1.0]}, [group], params, sparsity=0.2)
+        >>> selection.keep, selection.cost, selection.sparsity
+        ({'rows': array([False,  True,  True])}, 30.0, 0.25)
 
     References:
-        Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", algorithm 1: all numbers of heads.
+        "total": Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", algorithm 1.
     """
-    check_entries(params, groups, scores)
-    values = _values(scores, groups)
-    _check_disjoint(groups)
-    if within not in get_args(Within):
-        raise ValueError(f"`within` must be one of {', '.join(map(repr, get_args(Within)))}, got {within!r}.")
-    sizes = np.concatenate([unit_sizes(group, params, weights=costs) for group in groups])
-    total = _total(params, costs)
-    least = total - float(sizes.sum())
-    _check_share(share, least, total)
-    # The product may be an ulp below the size that the share was computed from.
-    budget = share * total * (1 + 1e-12) - least
-    if uniform:
-        kept, exact = _equal_widths(values, sizes, budget, groups, within)
-    elif within == "all":
-        kept, exact = _best(values, sizes, budget)
+    check_budget(sparsity=sparsity, budget=budget, shape=shape)
+    _check_rule(rule, shape, uniform, at_least)
+    check_groups(groups, params)
+    values = _check_scores(scores, groups, params, rule=rule, signed=rule == "rank" or shape is not None)
+    total = total_cost(params, costs)
+    nothing = {name: np.zeros(own.shape, bool) for name, own in values.items()}
+    least = expected_cost(params, groups, nothing, costs)
+    if shape is not None:
+        check_shape(groups, shape)
+        keep = {group.name: _highest(values[group.name], shape.get(group.kind, group.count)) for group in groups}
+        exact = True
     else:
-        kept, exact = _same_share(values, sizes, _pools(groups, within), budget), False
-    borders = np.cumsum([group.count for group in groups])[:-1]
-    keep = {group.name: part for group, part in zip(groups, np.split(kept, borders), strict=True)}
-    return Selection(keep=keep, cost=least + float(sizes[kept].sum()), total=total, least=least, exact=exact)
+        allowed = allowed_cost(total, sparsity=sparsity, budget=budget)
+        check_reachable(allowed, least, total, slack=_SLACK)
+        allowed += _SLACK * total
+        if rule == "rank":
+            keep, exact = _by_rank(values, groups, params, costs, allowed, total, at_least), False
+        else:
+            keep, exact = _by_value(values, groups, params, costs, allowed - least, rule, uniform)
+    return Selection(keep=keep, cost=expected_cost(params, groups, keep, costs), total=total, least=least, exact=exact)
 
 
-def _best(values: np.ndarray, sizes: np.ndarray, budget: float) -> tuple[np.ndarray, bool]:
-    classes = [np.flatnonzero(sizes == size) for size in np.unique(sizes)[::-1] if size]
-    ranked = [members[np.argsort(-values[members], kind="stable")] for members in classes]
-    kept = sizes == 0  # what costs nothing stays
-    if not ranked:
-        return kept, True
-    *large, small = ranked
-    if np.prod([len(members) + 1.0 for members in large]) > _MOST_COMBINATIONS:
-        return _greedy(values, sizes, budget), False
-    for members, number in zip(ranked, _numbers(values, sizes, large, small, budget), strict=True):
-        kept[members[:number]] = True
-    return kept, True
+def _by_value(
+    scores: Keep,
+    groups: Sequence[UnitGroup],
+    params: Params,
+    costs: Costs | None,
+    budget: float,
+    rule: Rule,
+    uniform: bool,
+) -> tuple[Keep, bool]:
+    """Choices of units that cost the same whatever else is kept."""
+    _check_disjoint(groups)
+    values = np.concatenate([scores[group.name] for group in groups])
+    prices = np.concatenate([unit_costs(group, params, costs) for group in groups])
+    members = np.split(np.arange(len(values)), np.cumsum([group.count for group in groups])[:-1])
+    # Rows of units that stay or go together: single ones, or the n-th best of every group of a kind.
+    blocks = _equal_widths(groups, members, values, prices) if uniform else [own[:, None] for own in members]
+    gains = np.concatenate([values[block].sum(axis=1) for block in blocks])
+    spent = np.concatenate([prices[block].sum(axis=1) for block in blocks])
+    rows = np.split(np.arange(len(gains)), np.cumsum([len(block) for block in blocks])[:-1])
+    if rule == "total":
+        kept, exact = highest_total(gains, spent, budget)
+    else:
+        pools = rows if uniform or rule == "group" else _by_kind(groups, rows)
+        kept, exact = same_share(gains, spent, budget, pools), False
+    units = np.zeros(len(values), bool)
+    for block, own in zip(blocks, rows, strict=True):
+        units[block[kept[own]]] = True
+    return {group.name: units[own] for group, own in zip(groups, members, strict=True)}, exact
 
 
-def _numbers(
-    values: np.ndarray, sizes: np.ndarray, large: list[np.ndarray], small: np.ndarray, budget: float
-) -> tuple[int, ...]:
-    """How many of each class to keep: every combination of the large ones, and as many small ones as then fit."""
-    gains = [np.concatenate([[0.0], np.cumsum(values[members])]) for members in (*large, small)]
-    counts = np.meshgrid(*[np.arange(len(members), -1, -1) for members in large], indexing="ij")
-    spent = sum((number * sizes[members[0]] for number, members in zip(counts, large, strict=True)), np.zeros(()))
-    rest = np.floor((budget - spent) / sizes[small[0]] + 1e-9)
-    last = np.clip(rest, 0, len(small)).astype(int)
-    gain = sum((g[number] for g, number in zip(gains, counts, strict=False)), np.zeros(())) + gains[-1][last]
-    # Of equally good choices the first: that with most of the largest units, which are the fewest.
-    place = np.unravel_index(np.argmax(np.where(rest < 0, -np.inf, gain)), gain.shape)
-    return (*(int(number[place]) for number in counts), int(last[place]))
-
-
-def _greedy(values: np.ndarray, sizes: np.ndarray, budget: float) -> np.ndarray:
-    kept = sizes == 0
-    for place in np.argsort(-values / np.where(kept, 1.0, sizes), kind="stable"):
-        if not kept[place] and sizes[place] <= budget:
-            kept[place] = True
-            budget -= float(sizes[place])
-    return kept
-
-
-def _same_share(values: np.ndarray, sizes: np.ndarray, pools: list[np.ndarray], budget: float) -> np.ndarray:
-    """The largest common share, rounded down in each pool, that fits; then one more unit of a pool while one fits."""
-    ranked = [pool[np.argsort(-values[pool], kind="stable")] for pool in pools]
-    share = min(max(budget, 0.0) / max(float(sizes.sum()), 1.0), 1.0)
-    kept, numbers = np.zeros(len(values), bool), [int(share * len(pool) + 1e-9) for pool in pools]
-    for members, number in zip(ranked, numbers, strict=True):
-        kept[members[:number]] = True
-    budget -= float(sizes[kept].sum())
-    for members, number in sorted(zip(ranked, numbers, strict=True), key=lambda pair: pair[1] / len(pair[0])):
-        if number < len(members) and sizes[members[number]] <= budget + 1e-9:
-            kept[members[number]] = True
-            budget -= float(sizes[members[number]])
-    return kept
+def _by_kind(groups: Sequence[UnitGroup], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    pools: dict[str, list[np.ndarray]] = {}
+    for group, own in zip(groups, rows, strict=True):
+        pools.setdefault(group.kind, []).append(own)
+    return [np.concatenate(pool) for pool in pools.values()]
 
 
 def _equal_widths(
-    values: np.ndarray, sizes: np.ndarray, budget: float, groups: Sequence[UnitGroup], within: Within
-) -> tuple[np.ndarray, bool]:
-    """The same number of units in all groups of a kind: what is selected is the n-th best of each, together."""
-    members = np.split(np.arange(len(values)), np.cumsum([group.count for group in groups])[:-1])
-    ranked = [own[np.argsort(-values[own], kind="stable")] for own in members]
+    groups: Sequence[UnitGroup], members: Sequence[np.ndarray], values: np.ndarray, prices: np.ndarray
+) -> list[np.ndarray]:
+    """For each kind, (count, groups): in row n the n-th best unit of each group."""
     kinds: dict[str, list[np.ndarray]] = {}
-    for group, order in zip(groups, ranked, strict=True):
+    for group, own in zip(groups, members, strict=True):
         together = kinds.setdefault(group.kind or group.name, [])
-        if together and len(together[0]) != len(order):
+        if together and len(together[0]) != len(own):
             raise ValueError(
-                f"`uniform`: unit group {group.name!r} has {len(order)} units, another of kind {group.kind!r} has "
+                f"`uniform`: unit group {group.name!r} has {len(own)} units, another of kind {group.kind!r} has "
                 f"{len(together[0])}."
             )
-        if len(set(sizes[order])) > 1:
-            raise ValueError(f"`uniform`: the units of group {group.name!r} differ in size.")
-        together.append(order)
-    levels = [np.stack(orders) for orders in kinds.values()]
-    gains = np.concatenate([values[level].sum(axis=0) for level in levels])
-    prices = np.concatenate([sizes[level].sum(axis=0) for level in levels])
-    borders = np.cumsum([level.shape[1] for level in levels])[:-1]
-    if within == "all":
-        chosen, exact = _best(gains, prices, budget)
-    else:
-        chosen, exact = _same_share(gains, prices, np.split(np.arange(len(gains)), borders), budget), False
-    kept = np.zeros(len(values), bool)
-    for level, own in zip(levels, np.split(chosen, borders), strict=True):
-        kept[level[:, own]] = True
-    return kept, exact
+        if len(set(prices[own])) > 1:
+            raise ValueError(f"`uniform`: the units of group {group.name!r} differ in cost.")
+        together.append(own[np.argsort(-values[own], kind="stable")])
+    return [np.stack(orders, axis=1) for orders in kinds.values()]
 
 
-def _pools(groups: Sequence[UnitGroup], within: Within) -> list[np.ndarray]:
-    names = list(itertools.chain.from_iterable([g.kind if within == "kind" else g.name] * g.count for g in groups))
-    return [np.flatnonzero(np.array(names) == name) for name in dict.fromkeys(names)]
+def _by_rank(
+    scores: Keep,
+    groups: Sequence[UnitGroup],
+    params: Params,
+    costs: Costs | None,
+    allowed: float,
+    total: float,
+    at_least: int | Mapping[str, int],
+) -> Keep:
+    """Choices of units whose costs may depend on what else is kept."""
+    if isinstance(at_least, Mapping):
+        check_known(at_least, {*scores, *(group.kind for group in groups if group.kind)}, "at_least")
+    required = {name: _highest(own, by_name(at_least, name, groups, 0)) for name, own in scores.items()}
+    check_reachable(allowed, expected_cost(params, groups, required, costs), total, slack=0.0)
+    counts = [own.size for own in scores.values()]
+    owners = np.repeat(np.arange(len(counts)), counts)
+    index = np.concatenate([np.arange(count) for count in counts])
+    values = np.concatenate([own.ravel() for own in scores.values()])
+    first = np.concatenate([own.ravel() for own in required.values()])
+    # The relative place within its group deals equal scores evenly over the groups.
+    order = np.lexsort((owners, index / np.repeat(counts, counts), -values, ~first))
+
+    def split(kept: np.ndarray) -> Keep:
+        parts = np.split(kept, np.cumsum(counts)[:-1])
+        return {name: part.reshape(own.shape) for (name, own), part in zip(scores.items(), parts, strict=True)}
+
+    def fits(kept: np.ndarray) -> bool:
+        return expected_cost(params, groups, split(kept), costs) <= allowed
+
+    alike = {group.name: all(part.unit is None for part in group.slices) for group in groups}
+    return split(in_order(order, int(first.sum()), owners, [alike.get(name, True) for name in scores], fits))
 
 
-def _total(params: Params, costs: Mapping[str, float] | None) -> float:
-    leaves = [(path, leaf) for path, leaf in leaves_with_paths(params) if hasattr(leaf, "shape")]
-    return float(sum(leaf.size * (1.0 if costs is None else costs.get(path, 0.0)) for path, leaf in leaves))
+def _highest(scores: np.ndarray, number: int) -> np.ndarray:
+    kept = np.zeros(scores.size, bool)
+    kept[np.argsort(-scores.ravel(), kind="stable")[: max(number, 0)]] = True
+    return kept.reshape(scores.shape)
 
 
-def _values(scores: Mapping[str, Any], groups: Sequence[UnitGroup]) -> np.ndarray:
-    if not groups:
+def _check_rule(rule: str, shape: Mapping[str, int] | None, uniform: bool, at_least: int | Mapping[str, int]) -> None:
+    if rule not in get_args(Rule):
+        raise ValueError(f"`rule` must be one of {', '.join(map(repr, get_args(Rule)))}, got {rule!r}.")
+    if uniform and (rule == "rank" or shape is not None):
+        raise ValueError("`uniform` goes with the rules 'total', 'kind' and 'group', without `shape`.")
+    if at_least and (rule != "rank" or shape is not None):
+        raise ValueError("`at_least` goes with the rule 'rank', without `shape`.")
+
+
+def _check_scores(
+    scores: Mapping[str, Any], groups: Sequence[UnitGroup], params: Params, *, rule: Rule, signed: bool
+) -> dict[str, np.ndarray]:
+    """The scores in float64, once they fit groups and leaves."""
+    if not groups and not scores:
         raise ValueError("`groups` is empty: there are no units to select.")
-    for group in groups:
-        if group.name not in scores:
-            raise ValueError(f"`scores` has no entry for the unit group {group.name!r}.")
-        values = np.asarray(scores[group.name], np.float64)
-        if not (np.isfinite(values).all() and (values >= 0).all()):
-            raise ValueError(f"The scores of {group.name!r} must be finite and not negative, got {values.tolist()}.")
-    return np.concatenate([np.asarray(scores[group.name], np.float64) for group in groups])
-
-
-def _check_share(share: float, least: float, total: float) -> None:
-    if not 0 <= share <= 1:
-        raise ValueError(f"`share` must be in [0, 1], got {share}.")
-    if total <= 0:
-        raise ValueError("No counted leaf costs anything: check the paths in `costs`.")
-    if share * total * (1 + 1e-12) < least:
-        raise ValueError(
-            f"`share` is {share}, but {least:.0f} of the total cost of {total:.0f} belong to no unit: the least "
-            f"possible is {least / total:.6f}."
-        )
+    counts = {group.name: (group.count,) for group in groups}
+    shapes = counts if rule != "rank" else leaf_shapes(params) | counts
+    if missing := [name for name in counts if name not in scores]:
+        raise ValueError(f"`scores` has no entry for the unit group {missing[0]!r}.")
+    values = {name: np.asarray(own, np.float64) for name, own in scores.items()}
+    for name, own in values.items():
+        if name not in shapes:
+            raise ValueError(f"The scores name {name!r}, which is neither a unit group nor a leaf.")
+        if own.shape != shapes[name]:
+            raise ValueError(f"The scores of {name!r} need the shape {shapes[name]}, got {own.shape}.")
+        if not np.isfinite(own).all():
+            raise ValueError(f"The scores of {name!r} hold NaN or Inf.")
+        if not signed and not (own >= 0).all():
+            raise ValueError(f"The scores of {name!r} must not be negative, got {own.tolist()}.")
+    return values
 
 
 def _check_disjoint(groups: Sequence[UnitGroup]) -> None:

@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.tree.maps import map_with_path
-from jaxcompress._src.types import Params
-from jaxcompress._src.units.group import UnitGroup, check_groups
-from jaxcompress._src.units.slicing import remove_units, unit_masks
+from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.units.group import UnitGroup, UnitSlices, check_groups
+from jaxcompress._src.units.slices import spread_units, unit_masks
 
 
 @on_auto_axes
@@ -19,7 +19,8 @@ def shrink(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any])
 
     The function stays that of the masked parameters (`mask_units`), up to rounding, wherever a removed unit contributes
     nothing once its gated slices are zero: heads, columns, neurons, sublayers. Hidden features are different, because
-    a norm then averages over fewer features.
+    a norm then averages over fewer features. A leaf that belongs to one unit and has no axis to shrink, such as the
+    bias of an output that stays, becomes zero.
 
     Args:
         params: plain leaves where a group has slices.
@@ -31,11 +32,10 @@ def shrink(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any])
         `models.resized(module, params)` is the module that runs it.
 
     Raises:
-        ValueError: `keep` names no group, or has the wrong length; whatever `units.check_groups` finds; a leaf is
+        ValueError: `keep` names no group, or has the wrong length; whatever `check_groups` finds; a leaf is
             compressed.
 
     Example:
-        >>> from jaxcompress._src.units.group import UnitSlices
         >>> slices = (UnitSlices(path="up", axis=1), UnitSlices(path="down", axis=0, gated=True))
         >>> group = UnitGroup(name="columns", count=3, slices=slices)
         >>> params = {"up": jnp.ones((2, 3)), "down": jnp.ones((3, 5))}
@@ -44,7 +44,25 @@ def shrink(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any])
         ((2, 2), (2, 5))
     """
     check_keep(params, groups, keep)
-    return remove_units(params, groups, keep)
+    owners: dict[str, list[tuple[UnitSlices, np.ndarray]]] = {}
+    for group in groups:
+        for part in group.slices if group.name in keep else ():
+            owners.setdefault(part.path, []).append((part, np.asarray(keep[group.name], bool)))
+
+    def remove(path: str, leaf: Any) -> Any:
+        parts = owners.get(path, ())
+        if parts and is_compressed(leaf):
+            raise ValueError(f"Leaf {path!r} is compressed: remove units before quantizing, or `materialize` first.")
+        if any(part.axis is None and not kept[part.unit] for part, kept in parts):
+            leaf = jnp.zeros_like(leaf)
+        for axis in sorted({part.axis for part, _ in parts if part.axis is not None}):
+            along = [spread_units(part, kept, leaf.shape[axis]) for part, kept in parts if part.axis == axis]
+            stays = np.logical_and.reduce(along)
+            if not stays.all():
+                leaf = jnp.take(leaf, np.flatnonzero(stays), axis=axis)
+        return leaf
+
+    return map_with_path(remove, params)
 
 
 @on_auto_axes
@@ -53,19 +71,17 @@ def mask_units(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, A
 
     Args:
         params: plain leaves where a group has gated slices.
-        groups: as for `shrink`.
-        keep: as for `shrink`.
+        groups: the units.
+        keep: name of a group -> bool (count,). Groups without an entry keep everything.
 
     Example:
-        >>> from jaxcompress._src.units.group import UnitSlices
         >>> group = UnitGroup(name="columns", count=2, slices=(UnitSlices(path="down", axis=0, gated=True),))
         >>> mask_units({"down": jnp.ones((2, 2))}, [group], {"columns": [True, False]})["down"]
         Array([[1., 1.],
                [0., 0.]], dtype=float32)
     """
     check_keep(params, groups, keep)
-    gated = [group_of_gated for group in groups if (group_of_gated := _gated(group)) is not None]
-    masks = unit_masks(params, gated, keep)
+    masks = unit_masks(params, groups, keep, gated_only=True)
 
     def mask(path: str, leaf: Any) -> Any:
         return leaf if path not in masks else jnp.where(masks[path], leaf, jnp.zeros((), leaf.dtype))
@@ -75,15 +91,6 @@ def mask_units(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, A
 
 def check_keep(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any]) -> None:
     """Checks groups against parameters, and `keep` against groups."""
-    check_entries(params, groups, keep)
-    for name, kept in keep.items():
-        # Numbers of units, say, would be taken for True.
-        if not np.isin(np.asarray(kept), (0, 1)).all():
-            raise ValueError(f"`keep[{name!r}]` must hold True and False, got {np.asarray(kept).tolist()}.")
-
-
-def check_entries(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any]) -> None:
-    """Checks groups against parameters, and that there is one entry for each unit."""
     check_groups(groups, params)
     counts = {group.name: group.count for group in groups}
     for name, kept in keep.items():
@@ -91,7 +98,6 @@ def check_entries(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str
             raise ValueError(f"`keep` names the unit group {name!r}; the groups are {', '.join(counts) or 'none'}.")
         if np.shape(kept) != (counts[name],):
             raise ValueError(f"`keep[{name!r}]` needs {counts[name]} values, got shape {np.shape(kept)}.")
-
-
-def _gated(group: UnitGroup) -> UnitGroup | None:
-    return UnitGroup(name=group.name, count=group.count, slices=group.gated) if group.gated else None
+        # Numbers of units, say, would be taken for True.
+        if not np.isin(np.asarray(kept), (0, 1)).all():
+            raise ValueError(f"`keep[{name!r}]` must hold True and False, got {np.asarray(kept).tolist()}.")

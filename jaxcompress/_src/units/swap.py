@@ -9,42 +9,57 @@ from jaxcompress._src.meshes import on_auto_axes
 
 
 @on_auto_axes
-def rearrange(keep: Mapping[str, Any], matrices: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Makes (1 - m)^T F (1 - m) smaller in every group, at the same number of kept units.
+def swap_units(keep: Mapping[str, Any], gradients: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Makes (1 - m)^T F (1 - m) smaller in every group, at the same number of kept units m.
 
-    A diagonal score does not see that two removed units did the same work. Starting from `keep`, the best swap of a
-    kept and a removed unit is made as long as one helps.
+    F = G^T G / N is the group's block of the Fisher information of the gates. A diagonal score does not see that two
+    removed units did the same work. Starting from `keep`, the best swap of a kept and a removed unit is made as long
+    as one helps.
 
     Args:
         keep: name -> bool (count,), from `select_units`.
-        matrices: name -> (count, count), symmetric: `fisher_matrix`. Groups without an entry stay.
+        gradients: name -> G, (examples, count), from `gate_gradients`. Groups without an entry stay.
 
     Returns:
         The new `keep`.
 
     Raises:
-        ValueError: a matrix has the wrong shape, or holds NaN or Inf; names the group.
+        ValueError: gradients of the wrong shape, or with NaN or Inf; names the group.
 
     Example:
-        >>> rearrange({"g": [True, False, False]}, {"g": [[1.0, 0, 0], [0, 1, 0.9], [0, 0.9, 1]]})
+        >>> import jax.numpy as jnp
+        >>> gradients = {"g": jnp.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.9], [0.0, 0.0, 0.4]])}
+        >>> swap_units({"g": [True, False, False]}, gradients)
         {'g': array([False,  True, False])}
 
     References:
         Kwon et al. 2022, "A Fast Post-Training Pruning Framework for Transformers", section 4.2.
     """
+    matrices = fisher_matrix(gradients)
     return {
         name: _swapped(name, np.array(kept, bool), matrices[name]) if name in matrices else np.array(kept, bool)
         for name, kept in keep.items()
     }
 
 
+@on_auto_axes
+def fisher_matrix(gradients: Mapping[str, Any]) -> dict[str, Any]:
+    """G^T G / N of each group: its block of the Fisher information.
+
+    Example:
+        >>> fisher_matrix({"rows": np.array([[1.0, -2.0], [3.0, -4.0]])})["rows"].tolist()
+        [[5.0, -7.0], [-7.0, 10.0]]
+    """
+    return {name: g.T @ g / len(g) for name, g in gradients.items()}
+
+
 def _swapped(name: str, kept: np.ndarray, matrix: Any) -> np.ndarray:
     matrix = np.asarray(matrix, np.float64)
     if matrix.shape != (len(kept), len(kept)):
-        raise ValueError(f"The matrix of {name!r} must have shape {(len(kept), len(kept))}, got {matrix.shape}.")
+        raise ValueError(f"The gradients of {name!r} are of {len(matrix)} units; `keep` has {len(kept)}.")
     # With NaN no change ever compares as too small to make, and the search would not end.
     if not np.isfinite(matrix).all():
-        raise ValueError(f"The matrix of {name!r} holds NaN or Inf.")
+        raise ValueError(f"The gradients of {name!r} hold NaN or Inf.")
     diagonal = np.diag(matrix)
     tolerance = 1e-12 * max(float(np.abs(diagonal).max(initial=0.0)), 1e-300)
     pull = matrix @ ~kept
