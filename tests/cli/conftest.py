@@ -9,7 +9,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from jaxcompress._src.cli.main import main
-from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress._src.models.bert.parameters import parameter_shapes
 from jaxcompress.models import BertConfig, make_module, save_pretrained
 
 POOLING = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress._src.models.bert.parameters import parameter_shapes
 from jaxcompress.models import BertConfig, make_module
 
 collect_ignore = ["golden"]  # its script runs beside transformers 4.57 only

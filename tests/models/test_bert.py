@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress._src.models.bert_heads import BertForMaskedLM, BertForSequenceClassification
-from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress._src.models.bert.heads import BertForMaskedLM, BertForSequenceClassification
+from jaxcompress._src.models.bert.parameters import parameter_shapes
 from jaxcompress.models import BertConfig, from_pretrained, make_module
 
 HEADS = ("encoder", "sequence_classification", "masked_lm")

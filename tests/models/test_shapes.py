@@ -7,8 +7,8 @@ import pytest
 from flax.core import freeze
 from flax.traverse_util import unflatten_dict
 
-from jaxcompress._src.models.parameters import parameter_shapes
-from jaxcompress._src.models.shapes import config_from_params
+from jaxcompress._src.models.bert.parameters import parameter_shapes
+from jaxcompress._src.models.bert.shapes import config_from_params
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from jaxcompress._src.models.shapes import config_from_params
+from jaxcompress._src.models.bert.shapes import config_from_params
 from jaxcompress.models import BertConfig, make_module
 
 IDS = np.array([[3, 9, 4, 7, 1], [8, 2, 6, 0, 0]])

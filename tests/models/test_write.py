@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from jaxcompress._src.models import hf_write as _hf_write
+from jaxcompress._src.models.hf import write as _hf_write
 from jaxcompress.models import from_pretrained, make_module, save_pretrained
 
 HEADS = ("encoder", "sequence_classification", "masked_lm")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress._src.models.bert.parameters import parameter_shapes
 from jaxcompress.models import BertConfig, make_module
 
 IDS = np.array([[3, 9, 4, 7, 1], [8, 2, 6, 0, 0]])

@@ -10,7 +10,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxcompress import checkpoint
-from jaxcompress._src.models.shapes import config_from_params
+from jaxcompress._src.models.bert.shapes import config_from_params
 from jaxcompress._src.units.costs import unit_costs
 from jaxcompress._src.units.shrink import mask_units
 from jaxcompress.models import bert_units, from_pretrained, make_module, resized, save_pretrained

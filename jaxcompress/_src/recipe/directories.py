@@ -13,10 +13,10 @@ from flax import linen as nn
 from jaxcompress._src.checkpoint.restore import restore
 from jaxcompress._src.checkpoint.save import save
 from jaxcompress._src.execution.materialize import materialize
-from jaxcompress._src.models.bert_heads import make_module
-from jaxcompress._src.models.hf_config import config_from_huggingface, config_to_huggingface
-from jaxcompress._src.models.hf_read import from_pretrained
-from jaxcompress._src.models.hf_write import save_pretrained
+from jaxcompress._src.models.bert.heads import make_module
+from jaxcompress._src.models.bert.settings import config_from_huggingface, config_to_huggingface
+from jaxcompress._src.models.hf.read import from_pretrained
+from jaxcompress._src.models.hf.write import save_pretrained
 from jaxcompress._src.recipe.companions import copy_companions
 from jaxcompress._src.recipe.recipe import Recipe
 from jaxcompress._src.types import Params

@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 from flax import linen as nn
 
-from jaxcompress._src.models.hf_read import from_pretrained
-from jaxcompress._src.models.hf_write import save_pretrained
+from jaxcompress._src.models.hf.read import from_pretrained
+from jaxcompress._src.models.hf.write import save_pretrained
 from jaxcompress._src.recipe.assets import MINILM, cache_directory
 from jaxcompress._src.recipe.progress import Progress
 from jaxcompress._src.recipe.steps import Training

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress._src.models.config import BertConfig
-from jaxcompress._src.models.hf_config import read_config
+from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.settings import read_config
 from jaxcompress._src.recipe.text import Texts
 
 

@@ -1,7 +1,7 @@
 """The units of a BERT: what can be removed as a whole."""
 
-from jaxcompress._src.models.config import BertConfig
-from jaxcompress._src.models.parameters import parameter_shapes
+from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.parameters import parameter_shapes
 from jaxcompress._src.units.group import UnitGroup, UnitSlices
 
 

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress._src.models.activations import ACTIVATIONS
-from jaxcompress._src.models.bert import BertModel
-from jaxcompress._src.models.bert_layers import dense
-from jaxcompress._src.models.config import BertConfig
+from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.layers import dense
+from jaxcompress._src.models.bert.model import BertModel
 
 
 class BertForSequenceClassification(nn.Module):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxcompress._src.models.config import MOST_LAYERS, BertConfig
+from jaxcompress._src.models.bert.config import MOST_LAYERS, BertConfig
 
 SUPPORTED_MODEL_TYPES = ("bert",)
 

@@ -6,7 +6,7 @@ from typing import Any
 from flax import traverse_util
 from flax.core import unfreeze
 
-from jaxcompress._src.models.config import BertConfig
+from jaxcompress._src.models.bert.config import BertConfig
 from jaxcompress._src.types import Params
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
 
-from jaxcompress._src.models.hf_names import bare_path, by_bare_path, path_of_torch_name
+from jaxcompress._src.models.hf.names import bare_path, by_bare_path, path_of_torch_name
 
 SAFETENSORS = "model.safetensors"
 

@@ -11,11 +11,11 @@ import flax.linen as nn
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxcompress._src.models.config import BertConfig
-from jaxcompress._src.models.hf_config import config_to_huggingface
-from jaxcompress._src.models.hf_files import SAFETENSORS
-from jaxcompress._src.models.hf_names import torch_name
-from jaxcompress._src.models.parameters import check_parameters, flatten_params
+from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.parameters import check_parameters, flatten_params
+from jaxcompress._src.models.bert.settings import config_to_huggingface
+from jaxcompress._src.models.hf.names import torch_name
+from jaxcompress._src.models.hf.tensors import SAFETENSORS
 from jaxcompress._src.types import Params
 
 

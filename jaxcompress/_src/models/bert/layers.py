@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress._src.models.activations import ACTIVATIONS
-from jaxcompress._src.models.config import BertConfig
+from jaxcompress._src.models.bert.config import BertConfig
 
 
 class Attention(NamedTuple):

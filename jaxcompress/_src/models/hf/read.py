@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from jaxcompress._src.models.bert_heads import make_module
-from jaxcompress._src.models.config import BertConfig
-from jaxcompress._src.models.hf_config import read_config
-from jaxcompress._src.models.hf_files import StoredTensor, read_tensors
-from jaxcompress._src.models.hf_names import HEAD_COMPONENTS, bare_path, torch_name
-from jaxcompress._src.models.parameters import listed, parameter_shapes
+from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.heads import make_module
+from jaxcompress._src.models.bert.parameters import listed, parameter_shapes
+from jaxcompress._src.models.bert.settings import read_config
+from jaxcompress._src.models.hf.names import HEAD_COMPONENTS, bare_path, torch_name
+from jaxcompress._src.models.hf.tensors import StoredTensor, read_tensors
 from jaxcompress._src.types import Params
 
 _DECODER = "cls/predictions/decoder"

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress._src.models.bert_layers import Attention, Embeddings, Encoder, dense
-from jaxcompress._src.models.config import BertConfig
+from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.layers import Attention, Embeddings, Encoder, dense
 
 
 class BertModel(nn.Module):

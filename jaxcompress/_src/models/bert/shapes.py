@@ -7,8 +7,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from jaxcompress._src.models.config import BertConfig
-from jaxcompress._src.models.parameters import check_parameters, flatten_params
+from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.parameters import check_parameters, flatten_params
 from jaxcompress._src.types import Params
 
 

@@ -1,0 +1,1 @@
+"""BERT in Flax, whose sizes may differ from layer to layer."""

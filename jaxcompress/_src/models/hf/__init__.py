@@ -1,0 +1,1 @@
+"""Files of Hugging Face, of any family."""
