@@ -18,7 +18,7 @@ from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.solvers.cholesky import inverse_factor
 from jaxcompress._src.solvers.columns import solve_columns, solve_groups
 from jaxcompress._src.solvers.descent import coordinate_descent, least_squares_scales
-from jaxcompress._src.solvers.hessian import check_damping, damped
+from jaxcompress._src.solvers.hessian import check_damping
 from jaxcompress._src.solvers.outputs import not_worse, unit_of
 
 Order = Literal["natural", "activation"]
@@ -102,7 +102,7 @@ def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], 
     risky = (factor.retries > 0) | (jnp.asarray(damping) < _LITTLE) | (rule.refine > 0)
     weights = jax.lax.cond(risky, lambda: not_worse(weights, nearest, targets, hessian), lambda: weights)
     if rule.refine:
-        whole = damped(hessian, factor.damping).hessian
+        whole = hessian + factor.damping * importance.mean() * jnp.eye(len(importance), dtype=jnp.float32)
         weights, scale = refined(weights, scale, zero_point, targets, whole, spec, rule.refine)
     codes = round_to_codes(weights, scale, zero_point, spec)
     return Solved(codes, scale, zero_point, weights, factor.damping, factor.retries)

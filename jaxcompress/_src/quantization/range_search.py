@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxcompress._src.arrays.quantized import split_blocks
-from jaxcompress._src.quantization.blocks import reduced_axes
+from jaxcompress._src.quantization.blocks import reduced_axes, scale_shape
 from jaxcompress._src.quantization.leaf_matrix import rounded
-from jaxcompress._src.quantization.scales import block_scales
+from jaxcompress._src.quantization.scales import block_scales, scales_of_shares
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.solvers.outputs import unit_of
 from jaxcompress._src.trace.layout import LeafLayout
@@ -88,16 +88,16 @@ def searched_scales(
     if both:
         pairs = jnp.stack(jnp.meshgrid(shares, shares, indexing="ij"), axis=-1).reshape(-1, 2)
 
-    unit = unit_of(w)
+    unit, shape = unit_of(w), scale_shape(w.shape, spec, layout)
+    axes = reduced_axes(w.shape, shape)
+    scales = scales_of_shares(w, spec, layout)
 
     def attempt(pair: Any) -> Any:
-        scale, zero_point = block_scales(jnp.where(w < 0, pair[0] * w, pair[1] * w), spec, layout)
+        scale, zero_point = scales(pair[0], pair[1])
         lost = (jnp.abs(rounded(w, scale, zero_point, spec) - w) / unit) ** search.norm
         if search.weighted and importance is not None:
             lost = lost * importance
-        axes = reduced_axes(w.shape, scale.shape)
-        total = split_blocks(lost, scale.shape).sum(axis=axes, keepdims=True).reshape(scale.shape)
-        return total, scale, zero_point
+        return _sums(split_blocks(lost, shape), axes).reshape(shape), scale, zero_point
 
     def better(best: Any, pair: Any) -> Any:
         found = attempt(pair)
@@ -106,3 +106,10 @@ def searched_scales(
 
     (_, scale, zero_point), _ = jax.lax.scan(better, attempt(pairs[0]), pairs[1:])
     return scale, zero_point
+
+
+def _sums(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
+    """Sums over some axes, as a product with ones: what XLA fuses into a sum on the CPU is not vectorized."""
+    kept = [axis for axis in range(x.ndim) if axis not in axes]
+    ones = jnp.ones([x.shape[axis] for axis in axes], x.dtype)
+    return jnp.einsum(x, list(range(x.ndim)), ones, list(axes), kept, precision=jax.lax.Precision.HIGHEST)

@@ -1,5 +1,6 @@
 """From the weights of each block to its scale and zero point."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,6 +78,23 @@ def block_scales(
     if spec.range_rule == "mse":
         low, high = least_error_range(w, low, high, spec, scales)
     return scales(low, high)
+
+
+def scales_of_shares(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> Callable[[Any, Any], Any]:
+    """`(p, q) -> block_scales` of the weights with the negative ones times p and the others times q, both positive.
+
+    Where the range of a block is that of its extreme values, they are looked for once.
+    """
+    if spec.range_rule != "min-max" or spec.bits == 1 or spec.format in ("ternary", "fixed_point"):
+        return lambda p, q: block_scales(jnp.where(w < 0, p * w, q * w), spec, layout)
+    shape, bound = scale_shape(w.shape, spec, layout), _largest_magnitude(w.dtype, spec)
+    low, high = block_range(split_blocks(w.astype(jnp.float32), shape), reduced_axes(w.shape, shape), spec)
+
+    def scales(p: Any, q: Any) -> tuple[Array, Array | None]:
+        scale, zero_point = range_scales(_cut(p * low, bound), _cut(q * high, bound), spec)
+        return scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
+
+    return scales
 
 
 def range_scales(
