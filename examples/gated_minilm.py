@@ -10,7 +10,7 @@ from minilm import batches
 
 import jaxcompress as jc
 from jaxcompress import gates, structured
-from jaxcompress.models import bert_units, resized
+from jaxcompress.models import resized, unit_groups
 from jaxcompress.recipe import Progress, Tokens, Training, train
 
 DISTILLATION = {"temperature": 2.0, "soft_targets": 1.0, "pooled": 1.0, "hidden": 1.0}
@@ -42,7 +42,7 @@ def with_gates(
         progress: shows both stages.
         seed: of order and gates.
     """
-    groups = bert_units(module.config)
+    groups = unit_groups(module.config)
     first = Training(epochs=1, learning_rate=1e-4, seed=seed, **DISTILLATION)
     steps = len(tokens) // first.batch_size
     costs = structured.parameter_costs(dense, select=count)
@@ -92,7 +92,7 @@ def by_magnitude(
     seed: int = 0,
 ) -> tuple[nn.Module, Any]:
     """The baseline: units by magnitude, the same share of heads and of columns, and all epochs of distillation."""
-    groups = bert_units(module.config)
+    groups = unit_groups(module.config)
     scores = structured.magnitude_unit_scores(dense, groups)
     costs = structured.parameter_costs(dense, select=count)
     keep = structured.select_units(scores, groups, dense, sparsity=1 - share, costs=costs, rule="kind").keep

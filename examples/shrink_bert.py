@@ -24,7 +24,7 @@ from gated_minilm import by_magnitude, with_gates
 from minilm import ENCODER, Lines, Models, Task, batches, compare, load_task, table, timed
 
 from jaxcompress import structured
-from jaxcompress.models import bert_units, resized
+from jaxcompress.models import resized, unit_groups
 from jaxcompress.recipe import Tokens
 
 
@@ -62,7 +62,7 @@ def post_training(task: Task, *, share: float, examples: int, seed: int = 0, rou
 
     The last one goes down to `share` in several rounds: what was fitted is scored again before more is taken out.
     """
-    groups = bert_units(task.module.config)
+    groups = unit_groups(task.module.config)
     rows = np.random.default_rng(seed).permutation(len(task.train))[:examples]
     made = batches(task.train, rows)
     costs = structured.parameter_costs(task.params, select=ENCODER)

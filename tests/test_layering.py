@@ -29,7 +29,7 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MAY_IMPORT_FEW = {"models": {"types", "units"}, "solvers": set()}
+MAY_IMPORT_FEW = {"models": {"types", "tree", "units"}, "solvers": set()}
 ONLY_HERE = {"orbax": "checkpoint", "typer": "cli", "rich": "cli", "matplotlib": "cli", "transformers": "recipe"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem != "__init__")
 FACADES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__main__")

@@ -18,7 +18,7 @@ import numpy as np
 
 import jaxcompress as jc
 from jaxcompress import report, structured
-from jaxcompress.models import BertConfig, bert_units, make_module, resized
+from jaxcompress.models import BertConfig, make_module, resized, unit_groups
 
 SHARES = {"50 %": 0.5, "25 %": 0.25}
 LIMITS = {"50 %": 0.6, "25 %": 0.35}
@@ -44,7 +44,7 @@ def main() -> None:
     params = jax.jit(module.init)(jax.random.key(1), ids)["params"]
     encoder = jc.tree.by_path("encoder/.*")
     costs = structured.parameter_costs(params, select=encoder)
-    groups = bert_units(config)
+    groups = unit_groups(config)
     scores = structured.magnitude_unit_scores(params, groups)
     models, sizes = {"dense": (module, params)}, {}
     for name, share in SHARES.items():

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxcompress._src.models.bert.settings import config_from_huggingface, config_to_huggingface, read_config
+from jaxcompress._src.models.hf.config import config_from_huggingface, config_to_huggingface, read_config
 from jaxcompress.models import BertConfig
 
 SETTINGS = {

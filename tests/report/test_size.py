@@ -17,7 +17,7 @@ from jaxcompress._src.arrays.packed import pack
 from jaxcompress._src.report.table import leaf_table, total_table
 from jaxcompress.arrays import CodebookArray, QuantizedArray, sparsify
 from jaxcompress.report import describe_leaf, disk_bytes, format_table, size_report
-from jaxcompress.tree import by_path, partition_trainable
+from jaxcompress.tree import by_path, exclude, partition_trainable
 
 CODES = jnp.asarray(np.arange(64 * 8).reshape(64, 8) % 7 - 3, jnp.int8)
 HALF = jnp.arange(64)[:, None] % 4 < jnp.full((1, 8), 2)
@@ -115,12 +115,13 @@ def test_counts_of_sharded_arrays():
 def test_tied_leaves_are_counted_once_and_say_so():
     table, leaf = jnp.ones((10, 4)), LEAVES["groups"][0]
     params = {"embed": {"embedding": table}, "head": {"kernel": table}, "x": leaf, "y": jax.tree.map(lambda x: x, leaf)}
-    report = size_report(params | {"z": jnp.ones((10, 4))})
+    tables = by_path(".*/embedding")
+    report = size_report(params | {"z": jnp.ones((10, 4))}, groups={"rest": exclude(tables), "tables": tables})
     assert [item.tied_to for item in report.leaves] == [None, "embed/embedding", None, "x", None]
     assert report.total.weights == 40 + 512 + 40
     assert [(group.name, group.leaves, group.weights) for group in report.groups] == [
-        ("encoder", 2, 552),
-        ("embedding", 1, 40),
+        ("rest", 2, 552),
+        ("tables", 1, 40),
     ]
     assert "tied to embed/embedding" in format_table(leaf_table(report))
 
@@ -130,13 +131,9 @@ def test_one_abstract_leaf_that_stands_for_many_is_no_tie():
     assert size_report([abstract, abstract]).total.weights == 6
 
 
-def test_default_groups_look_at_the_last_part_of_the_path():
-    params = {"embedding": {"kernel": jnp.ones(1)}, "word": {"embedding": jnp.ones(2)}, "my_embedding": jnp.ones(4)}
-    assert {leaf.path: leaf.group for leaf in size_report(params).leaves} == {
-        "embedding/kernel": "encoder",
-        "word/embedding": "embedding",
-        "my_embedding": "encoder",
-    }
+def test_default_groups_are_the_first_keys():
+    params = {"word": {"kernel": jnp.ones(1), "embedding": jnp.ones(2)}, "embedding": jnp.ones(4)}
+    assert [(group.name, group.weights) for group in size_report(params).groups] == [("embedding", 4), ("word", 3)]
 
 
 def test_groups_by_selectors_and_by_function():
@@ -181,7 +178,7 @@ def test_to_dict_is_json_with_every_field(tmp_path):
     assert found["disk_bytes"] == 5
     assert found["total"]["weights"] == 515
     assert found["total"]["sparsity"] == report.total.sparsity
-    assert found["groups"][0]["name"] == "encoder"
+    assert [group["name"] for group in found["groups"]] == ["a", "b"]
     assert found["leaves"][0]["shape"] == [64, 8]
     assert set(found["leaves"][0]) == {field.name for field in dataclasses.fields(report.leaves[0])} | {
         "bits_per_weight"
@@ -198,7 +195,7 @@ def test_tables_are_rectangular_and_show_what_is_unknown(tmp_path):
         assert len(lines) == len(table.rows) + 1
     assert leaf_table(report).rows[0] == ("a", "int8", "64x8", "512", "-", "512 B", "8.00")
     assert leaf_table(report).rows[1][2] == "scalar"
-    assert [row[0] for row in total_table(report).rows] == ["encoder", "embedding", "total", "on disk"]
+    assert [row[0] for row in total_table(report).rows] == ["a", "b", "embedding", "total", "on disk"]
     assert total_table(report).rows[-1] == ("on disk", "", "", "", "2.1 kB", "1.0 kB", "15.97", "2.00x")
 
 

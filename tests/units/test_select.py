@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from jaxcompress import trace, tree
 from jaxcompress._src.units.costs import unit_costs
-from jaxcompress.models import BertConfig, bert_units, from_pretrained, make_module, resized, save_pretrained
+from jaxcompress.models import BertConfig, from_pretrained, make_module, resized, save_pretrained, unit_groups
 from jaxcompress.structured import (
     UnitGroup,
     UnitSlices,
@@ -69,7 +69,7 @@ def test_the_budget_is_filled_even_by_units_without_a_score():
 
 
 def test_what_is_left_has_the_size_that_was_promised(config, params):
-    groups = bert_units(config)
+    groups = unit_groups(config)
     rng = np.random.default_rng(0)
     costs = parameter_costs(params, select=tree.by_path("bert/encoder/.*"))
     for share in (0.3, 0.5, 0.77, 1.0):
@@ -194,7 +194,7 @@ def _unchecked(*args, **options):
 
 
 def test_groups_that_share_a_leaf_are_refused(config, params):
-    groups = bert_units(config, layers=True)
+    groups = unit_groups(config, kinds=["heads", "columns", "attentions", "ffns"])
     scores = {group.name: np.ones(group.count) for group in groups}
     with pytest.raises(ValueError, match=r"/layer/\d/heads' and 'bert/encoder/attentions' both own weights"):
         select_units(scores, groups, params, sparsity=0.5)
@@ -261,7 +261,7 @@ def test_a_tree_of_equal_widths_goes_back_into_a_scan_and_into_hugging_face(draw
         intermediate_size=10,
         max_position_embeddings=8,
     )
-    params, groups = draw(config), bert_units(config, heads=False)
+    params, groups = draw(config), unit_groups(config, kinds=["columns"])
     keep = select_units(magnitude_unit_scores(params, groups), groups, params, sparsity=0.1, uniform=True).keep
     assert 0 < keep["encoder/layer/0/columns"].sum() == keep["encoder/layer/1/columns"].sum() < 10
     small = shrink(params, groups, keep)

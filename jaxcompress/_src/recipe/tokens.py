@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.models.bert.settings import read_config
+from jaxcompress._src.models.family import Config
+from jaxcompress._src.models.hf.config import read_config
 from jaxcompress._src.recipe.text import Texts
 
 
@@ -35,9 +35,7 @@ class Tokens:
         return len(self.ids)
 
 
-def tokenize(
-    directory: Path, texts: Texts, *, max_length: int | None = None, config: BertConfig | None = None
-) -> Tokens:
+def tokenize(directory: Path, texts: Texts, *, max_length: int | None = None, config: Config | None = None) -> Tokens:
     """Tokenizes with the tokenizer that lies in a Hugging Face directory.
 
     Args:

@@ -14,11 +14,10 @@ from jaxcompress._src.distillation.losses import hard_labels, soft_targets
 from jaxcompress._src.distillation.outputs import LossFn
 from jaxcompress._src.distillation.state_losses import hidden_states
 from jaxcompress._src.distillation.train_step import make_train_step
+from jaxcompress._src.models.families import config_of, head_of
 from jaxcompress._src.recipe.heads import (
     SentencePooling,
-    compared_output,
-    described,
-    head_of,
+    compared_outputs,
     possible_losses,
     with_sentence_vector,
 )
@@ -79,12 +78,12 @@ def prepared(
     """
     training, left_out = possible_losses(training, head_of(module))
     _check_rows(module, tokens, training)
-    most = module.config.max_position_embeddings  # pyright: ignore[reportAttributeAccessIssue]
+    most = config_of(module).max_position_embeddings
     widths = training.widths or row_widths(tokens, most=most)
     if widths[-1] > most:
         raise ValueError(f"`widths` may go up to the {most} positions of the model, got {widths[-1]}.")
     for loss in left_out:
-        note(f"`{loss}` is left out: {described(head_of(module))} has no output for it.")
+        note(f"`{loss}` is left out: {head_of(module).description} has no output for it.")
     if cut := sum(len(row) > widths[-1] for row in tokens.ids):
         note(f"{cut} of {len(tokens)} rows are cut to {widths[-1]} tokens, the last of `widths`.")
     return dataclasses.replace(training, widths=widths)
@@ -179,7 +178,7 @@ def _with_teacher(batch: dict[str, Any], cached: Mapping[str, np.ndarray] | None
 
 
 def _losses(training: Training, module: nn.Module) -> dict[str, tuple[float, LossFn]]:
-    layers = range(module.config.num_hidden_layers + 1)  # pyright: ignore[reportAttributeAccessIssue]
+    layers = range(config_of(module).num_hidden_layers + 1)
     every: dict[str, Callable[[str], LossFn]] = {
         "soft_targets": lambda output: soft_targets(temperature=training.temperature, output=output),
         "pooled": lambda output: hidden_states(pairs=None, output=output, mask=None),
@@ -187,8 +186,8 @@ def _losses(training: Training, module: nn.Module) -> dict[str, tuple[float, Los
         "hard_labels": lambda output: hard_labels(output=output),
     }
     weights = {name: getattr(training, name) for name in every}
-    head = head_of(module)
-    return {name: (weight, every[name](compared_output(name, head))) for name, weight in weights.items() if weight}
+    outputs = compared_outputs(head_of(module))
+    return {name: (weight, every[name](outputs[name])) for name, weight in weights.items() if weight}
 
 
 def _check_rows(module: nn.Module, tokens: Tokens, training: Training) -> None:
@@ -206,7 +205,7 @@ def check_labels(module: nn.Module, labels: np.ndarray) -> None:
     Raises:
         ValueError: a label is none of its classes; names the first such row.
     """
-    classes = module.config.num_labels  # pyright: ignore[reportAttributeAccessIssue]
+    classes = config_of(module).num_labels
     unknown = np.flatnonzero(labels >= classes)
     if len(unknown):
         raise ValueError(

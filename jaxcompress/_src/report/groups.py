@@ -20,18 +20,18 @@ def group_names(params: Params, groups: Groups | None) -> list[str]:
 
     Args:
         params: the tree.
-        groups: None: `embedding` for leaves whose path ends in `embedding`, `encoder` for all others.
+        groups: how to name them; None: by the first key of the path.
 
     Raises:
         ValueError: two groups select the same leaf; names it.
 
     Example:
-        >>> group_names({"embedding": 1, "kernel": 2}, None)
-        ['embedding', 'encoder']
+        >>> group_names({"encoder": {"kernel": 1, "bias": 2}, "head": 3}, None)
+        ['encoder', 'encoder', 'head']
     """
     leaves = leaves_with_paths(params)
     if not isinstance(groups, Mapping):
-        choose = groups or _encoder_or_embedding
+        choose = groups or _first_key
         return [choose(path, leaf) for path, leaf in leaves]
     treedef = jax.tree.structure(params, is_leaf=is_compressed)
     marks = {name: flatten_like(treedef, select(params)) for name, select in groups.items()}
@@ -44,5 +44,5 @@ def group_names(params: Params, groups: Groups | None) -> list[str]:
     return names
 
 
-def _encoder_or_embedding(path: str, _: Any) -> str:
-    return "embedding" if path.rsplit("/", 1)[-1] == "embedding" else "encoder"
+def _first_key(path: str, _: Any) -> str:
+    return path.split("/", 1)[0]

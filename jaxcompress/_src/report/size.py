@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -130,8 +130,7 @@ def size_report(
     Args:
         params: concrete or abstract (`jax.eval_shape`); compressed arrays are leaves.
         groups: how to sum: a mapping from names to selectors, which must not overlap (the rest is `other`), or a
-            function `(path, leaf) -> name`. By default, `embedding` is every leaf whose path ends in `embedding`, and
-            `encoder` is everything else.
+            function `(path, leaf) -> name`. By default, the first key of the path.
         disk_path: a file or directory whose size belongs into the report.
         baseline: dtype of the dense model that sizes are compared with.
 
@@ -149,7 +148,7 @@ def size_report(
         >>> kernel = QuantizedArray(data=codes, scale=scale, dtype=jnp.dtype("float32"))
         >>> report = size_report({"dense": {"kernel": kernel}, "embed": {"embedding": jnp.zeros((10, 64))}})
         >>> [(group.name, group.dense_bytes, group.stored_bytes) for group in report.groups]
-        [('encoder', 2048, 544), ('embedding', 2560, 2560)]
+        [('dense', 2048, 544), ('embed', 2560, 2560)]
         >>> report.leaves[0].kind, report.leaves[0].bits_per_weight
         ('int8 per-channel', 8.5)
     """
@@ -161,7 +160,7 @@ def size_report(
         _measure(path, leaf, group, None if tie is None else kept[tie][0], dtype.itemsize)
         for (path, leaf, group), tie in zip(kept, ties, strict=True)
     )
-    names = sorted({leaf.group for leaf in leaves}, key=_place(groups))
+    names = _ordered([leaf.group for leaf in leaves], groups)
     return SizeReport(
         leaves=leaves,
         groups=tuple(_sum(name, [leaf for leaf in leaves if leaf.group == name]) for name in names),
@@ -203,10 +202,11 @@ def _sum(name: str, leaves: Sequence[LeafSize]) -> SizeTotal:
     )
 
 
-def _place(groups: Groups | None) -> Callable[[str], Any]:
-    """Sorts group names: as given, then by name."""
-    given = list(groups) if isinstance(groups, Mapping) else ["encoder", "embedding"]
-    return lambda name: (given.index(name) if name in given else len(given), name)
+def _ordered(names: Sequence[str], groups: Groups | None) -> list[str]:
+    """Names of groups once each: as given, those of a function and the rest in the order of the tree."""
+    present = dict.fromkeys(names)
+    given = [name for name in groups if name in present] if isinstance(groups, Mapping) else []
+    return list(dict.fromkeys([*given, *present]))
 
 
 def _ratio(part: int, whole: int) -> float:

@@ -42,7 +42,7 @@ def total_table(report: SizeReport) -> Table:
         >>> from jaxcompress.report import format_table, size_report
         >>> print(format_table(total_table(size_report({"kernel": jnp.ones((50, 10), "bfloat16")}))))
         group    leaves  weights  nonzero  dense (float32)  stored  bits/weight  ratio
-        encoder       1      500   100.0%           2.0 kB  1.0 kB        16.00  2.00x
+        kernel        1      500   100.0%           2.0 kB  1.0 kB        16.00  2.00x
         total         1      500   100.0%           2.0 kB  1.0 kB        16.00  2.00x
     """
     header = ("group", "leaves", "weights", "nonzero", f"dense ({report.baseline})", "stored", "bits/weight", "ratio")

@@ -28,8 +28,8 @@ def shrink(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any])
         keep: name of a group -> bool (count,). Groups without an entry keep everything.
 
     Returns:
-        A tree of the same structure with smaller arrays; kept weights are bit-identical. For a BERT,
-        `models.resized(module, params)` is the module that runs it.
+        A tree of the same structure with smaller arrays; kept weights are bit-identical.
+        `models.resized(module, params)` is the module of a family that runs it.
 
     Raises:
         ValueError: `keep` names no group, or has the wrong length; whatever `check_groups` finds; a leaf is

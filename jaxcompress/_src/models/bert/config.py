@@ -3,12 +3,31 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args, no_type_check
 
 from jaxcompress._src.models.activations import ACTIVATIONS
+from jaxcompress._src.models.family import Head
 
-Head: TypeAlias = Literal["encoder", "sequence_classification", "masked_lm"]
 Pooling: TypeAlias = Literal["cls", "mean"]
+
+HEADS: Mapping[str, Head] = MappingProxyType(
+    {
+        "encoder": Head(description="a plain encoder", answer="vector", architectures=("BertModel",)),
+        "sequence_classification": Head(
+            description="a classifier",
+            answer="classes",
+            architectures=("BertForSequenceClassification",),
+            outputs=("logits", "pooler_output"),
+        ),
+        "masked_lm": Head(
+            description="a masked language model",
+            answer="tokens",
+            architectures=("BertForMaskedLM", "BertForPreTraining"),
+            outputs=("logits",),
+        ),
+    }
+)
 
 MOST_LAYERS = 10_000
 """Sizes are kept for each layer: a slip of the pen would fill the memory with them."""
@@ -74,7 +93,7 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
     classifier_dropout: float | None = None
     initializer_range: float = 0.02
-    head: Head = "encoder"
+    head: str = "encoder"
     num_labels: int = 2
     pooling: Pooling = "cls"
     id2label: tuple[str, ...] = ()
@@ -97,7 +116,7 @@ class BertConfig:
         for name in ("layer_norm_eps", "initializer_range"):
             object.__setattr__(self, name, _positive(name, getattr(self, name)))
         _check_choice("hidden_act", self.hidden_act, tuple(ACTIVATIONS))
-        _check_choice("head", self.head, get_args(Head))
+        _check_choice("head", self.head, tuple(HEADS))
         _check_choice("pooling", self.pooling, get_args(Pooling))
         object.__setattr__(self, "id2label", _labels(self.id2label, self.num_labels))
         object.__setattr__(self, "extra", dict(self.extra))

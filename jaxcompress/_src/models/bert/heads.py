@@ -65,21 +65,8 @@ class BertForMaskedLM(nn.Module):
         return {"logits": predictions(outputs["last_hidden_state"], bert), **outputs}
 
 
-def make_module(config: BertConfig, *, dtype: Any = jnp.float32) -> nn.Module:
-    """The module of `config.head`.
-
-    Args:
-        config: sizes, constants and head.
-        dtype: of the computation.
-
-    Example:
-        >>> config = BertConfig(
-        ...     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        ...     head="masked_lm",
-        ... )
-        >>> type(make_module(config)).__name__
-        'BertForMaskedLM'
-    """
+def bert_module(config: BertConfig, dtype: Any) -> nn.Module:
+    """The module of `config.head`."""
     if config.head == "encoder":
         return BertModel(config, dtype)
     if config.head == "sequence_classification":

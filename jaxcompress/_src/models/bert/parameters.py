@@ -1,13 +1,6 @@
 """Every parameter of a BERT and its shape, from the config alone."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from flax import traverse_util
-from flax.core import unfreeze
-
 from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.types import Params
 
 
 def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
@@ -43,37 +36,6 @@ def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
         **_norm("cls/predictions/transform/LayerNorm", hidden),
         "cls/predictions/bias": (config.vocab_size,),
     }
-
-
-def flatten_params(params: Params) -> dict[str, Any]:
-    """The leaves of nested dicts, by path with slashes. A compressed leaf is one leaf."""
-    return traverse_util.flatten_dict(unfreeze(params), sep="/")
-
-
-def check_parameters(leaves: Mapping[str, Any], config: BertConfig) -> None:
-    """Checks that leaves are those of the config.
-
-    Args:
-        leaves: anything with a `.shape`, by path.
-        config: what they must fit.
-
-    Raises:
-        ValueError: leaves are missing or unknown, or the shape of one differs; the message names them.
-    """
-    expected = parameter_shapes(config)
-    if missing := [path for path in expected if path not in leaves]:
-        raise ValueError(f"These leaves are missing from the params of a {config.head!r} BERT: {listed(missing)}.")
-    if unknown := [path for path in leaves if path not in expected]:
-        raise ValueError(f"These leaves do not belong to the params of a {config.head!r} BERT: {listed(unknown)}.")
-    for path, shape in expected.items():
-        if (found := tuple(leaves[path].shape)) != shape:
-            raise ValueError(f"Leaf {path!r} has shape {found}, expected {shape}.")
-
-
-def listed(names: list[str], *, most: int = 8) -> str:
-    """Names for a message: the first few, and how many more."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
 
 
 def _embedding_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:

@@ -1,14 +1,10 @@
 """Between `BertConfig` and the settings of a Hugging Face `config.json`."""
 
-import json
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from jaxcompress._src.models.bert.config import MOST_LAYERS, BertConfig
-
-SUPPORTED_MODEL_TYPES = ("bert",)
+from jaxcompress._src.models.bert.config import HEADS, MOST_LAYERS, BertConfig
+from jaxcompress._src.models.hf.settings import head_by_architecture, placeholder_labels, read_labels
 
 _OWN_KEY = "jaxcompress"
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -29,17 +25,6 @@ _UNSUPPORTED = {  # settings under which BERT computes something else, and the o
     "quantization_config": None,
 }
 _TIED = "tie_word_embeddings"  # matters to a masked language model only
-_HEADS = {
-    "BertModel": "encoder",
-    "BertForSequenceClassification": "sequence_classification",
-    "BertForMaskedLM": "masked_lm",
-    "BertForPreTraining": "masked_lm",
-}
-_ARCHITECTURES = {
-    "encoder": "BertModel",
-    "sequence_classification": "BertForSequenceClassification",
-    "masked_lm": "BertForMaskedLM",
-}
 _DERIVED = (  # made from the config, or from the weights, whenever they are written
     "architectures",
     "model_type",
@@ -53,7 +38,7 @@ _DERIVED = (  # made from the config, or from the weights, whenever they are wri
 )
 
 
-def config_from_huggingface(settings: Mapping[str, Any], *, head: str | None = None) -> BertConfig:
+def bert_config(settings: Mapping[str, Any], head: str | None) -> BertConfig:
     """The config that the settings of a Hugging Face `config.json` describe.
 
     What Hugging Face has no key for stands in a mapping under the key `jaxcompress`: `pooling` ("mean"), `head_size`
@@ -62,32 +47,32 @@ def config_from_huggingface(settings: Mapping[str, Any], *, head: str | None = N
 
     Args:
         settings: the parsed `config.json`.
-        head: "encoder", "sequence_classification" or "masked_lm"; by default, what `architectures` says.
+        head: "encoder", "sequence_classification" or "masked_lm"; None: what `architectures` says.
 
     Raises:
-        ValueError: another model type, an unsupported setting, a missing size, or no known architecture.
+        ValueError: an unsupported setting, a missing size, or no known architecture.
 
     Example:
         >>> settings = {
         ...     "model_type": "bert", "architectures": ["BertModel"], "vocab_size": 60, "hidden_size": 32,
         ...     "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "pad_token_id": 0,
         ... }
-        >>> config = config_from_huggingface(settings)
+        >>> config = bert_config(settings, None)
         >>> config.head, config.num_attention_heads, config.extra
         ('encoder', (4, 4), {'pad_token_id': 0})
-        >>> config_to_huggingface(config)["num_attention_heads"]
+        >>> bert_settings(config)["num_attention_heads"]
         4
     """
     _check_supported(settings)
-    head = head if head is not None else _head(settings.get("architectures"))
+    head = head if head is not None else head_by_architecture(settings.get("architectures"), HEADS)
     if head == "masked_lm" and not settings.get(_TIED, True):
         raise ValueError(f"`{_TIED}` is False; only a decoder tied to the word embedding is supported.")
-    labels = _id2label(settings.get("id2label"))
+    labels = read_labels(settings.get("id2label"))
     known = {*_REQUIRED, *_OPTIONAL, *_UNSUPPORTED, *_DERIVED, _TIED}
     return BertConfig(
-        head=head,  # pyright: ignore[reportArgumentType]  # checked by BertConfig
+        head=head,
         num_labels=len(labels) or settings.get("num_labels", 2),
-        id2label=() if labels == _placeholders(len(labels)) else labels,
+        id2label=() if labels == placeholder_labels(len(labels)) else labels,
         extra={name: value for name, value in settings.items() if name not in known},
         **{name: settings[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
         **_layer_sizes(settings),
@@ -95,8 +80,8 @@ def config_from_huggingface(settings: Mapping[str, Any], *, head: str | None = N
     )
 
 
-def config_to_huggingface(config: BertConfig) -> dict[str, Any]:
-    """The settings of a Hugging Face `config.json`, from which `config_from_huggingface` makes the same config.
+def bert_settings(config: BertConfig) -> dict[str, Any]:
+    """The settings of a Hugging Face `config.json`, from which `bert_config` makes the same config.
 
     For sizes that are not uniform, the keys of Hugging Face hold the largest: it then refuses the weights, loudly.
 
@@ -108,7 +93,7 @@ def config_to_huggingface(config: BertConfig) -> dict[str, Any]:
     """
     settings: dict[str, Any] = {
         **config.extra,
-        "architectures": [_ARCHITECTURES[config.head]],
+        "architectures": [HEADS[config.head].architectures[0]],
         "model_type": "bert",
         **{name: getattr(config, name) for name in (*_REQUIRED, *_OPTIONAL)},
         "num_attention_heads": max(config.num_attention_heads),
@@ -116,7 +101,7 @@ def config_to_huggingface(config: BertConfig) -> dict[str, Any]:
     }
     labels = config.id2label
     if config.head == "sequence_classification":
-        labels = labels or _placeholders(config.num_labels)
+        labels = labels or placeholder_labels(config.num_labels)
     if labels:
         settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
@@ -127,35 +112,7 @@ def config_to_huggingface(config: BertConfig) -> dict[str, Any]:
     return settings
 
 
-def read_config(directory: str | os.PathLike[str], *, head: str | None = None) -> BertConfig:
-    """The config that `config.json` in a Hugging Face directory describes.
-
-    Args:
-        directory: where the file is.
-        head: as in `config_from_huggingface`.
-
-    Raises:
-        OSError: there is no such file, or it cannot be read.
-        ValueError: it is not JSON, or as `config_from_huggingface`; the message names the file.
-    """
-    path = Path(directory) / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no config.json in {str(directory)!r}: it is not a saved model.")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as err:
-        raise ValueError(f"{str(path)!r} is not JSON: {err}.") from err
-    if not isinstance(settings, dict):
-        raise ValueError(f"{str(path)!r} must hold a JSON object, found {type(settings).__name__}.")
-    try:
-        return config_from_huggingface(settings, head=head)
-    except ValueError as err:
-        raise ValueError(f"In {str(path)!r}: {err}") from err
-
-
 def _check_supported(settings: Mapping[str, Any]) -> None:
-    if (model_type := settings.get("model_type")) not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(f"`model_type` is {model_type!r}; supported: {', '.join(map(repr, SUPPORTED_MODEL_TYPES))}.")
     for name, supported in _UNSUPPORTED.items():
         if settings.get(name, supported) != supported:
             raise ValueError(f"`{name}` is {settings[name]!r}; only {supported!r} is supported.")
@@ -170,15 +127,6 @@ def _check_supported(settings: Mapping[str, Any]) -> None:
     for name in (_OWN_KEY, "pruned_heads"):
         if not isinstance(settings.get(name) or {}, Mapping):
             raise ValueError(f"`{name}` must be a mapping, got {settings[name]!r:.80}.")
-
-
-def _head(architectures: Any) -> str:
-    if not isinstance(architectures or [], list):
-        raise ValueError(f"`architectures` must be a list of names, got {architectures!r:.80}.")
-    for name in architectures or ():
-        if isinstance(name, str) and name in _HEADS:
-            return _HEADS[name]
-    raise ValueError(f"`architectures` is {architectures!r}; known: {', '.join(_HEADS)}. Or say which with `head=`.")
 
 
 def _layer_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -204,20 +152,3 @@ def _own_settings(config: BertConfig) -> dict[str, Any]:
     if config.pooling != "cls":
         own["pooling"] = config.pooling
     return own
-
-
-def _id2label(labels: Any) -> tuple[str, ...]:
-    if not labels:
-        return ()
-    try:
-        by_index = {int(index): str(label) for index, label in labels.items()}
-    except (AttributeError, ValueError) as err:
-        raise ValueError(f"`id2label` must map class indices to names, got {labels!r}.") from err
-    if sorted(by_index) != list(range(len(by_index))):
-        raise ValueError(f"`id2label` must number the classes from 0 without gaps, got {sorted(by_index)}.")
-    return tuple(by_index[index] for index in range(len(by_index)))
-
-
-def _placeholders(count: int) -> tuple[str, ...]:
-    """The names that transformers gives to classes without a name."""
-    return tuple(f"LABEL_{i}" for i in range(count))

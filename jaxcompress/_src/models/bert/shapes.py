@@ -5,10 +5,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
-
 from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.models.bert.parameters import check_parameters, flatten_params
+from jaxcompress._src.models.bert.parameters import parameter_shapes
+from jaxcompress._src.models.leaves import check_parameters, flatten_params
 from jaxcompress._src.types import Params
 
 
@@ -50,42 +49,17 @@ def config_from_params(params: Params, config: BertConfig) -> BertConfig:
         num_attention_heads=tuple(_heads(leaves, f"{prefix}/{i}", config.head_size) for i in range(layers)),
         intermediate_size=tuple(_outputs(leaves, f"{prefix}/{i}/intermediate/dense/kernel") for i in range(layers)),
     )
-    check_parameters(leaves, recovered)
+    check_parameters(leaves, parameter_shapes(recovered), f"a {config.head!r} BERT")
     return recovered
 
 
-def resized(module: nn.Module, params: Params) -> nn.Module:
-    """The module for parameters that have become smaller: the same, with the sizes that `params` have.
-
-    Args:
-        module: of `make_module` or `from_pretrained`.
-        params: what `structured.shrink` left of its parameters: fewer heads, FFN columns or hidden features.
-
-    Returns:
-        A module of the same class and dtype; its config is that of `config_from_params`, with the `hidden_size` of the
-        embedding's norm.
-
-    Raises:
-        ValueError: as `config_from_params`.
-
-    Example:
-        >>> import jax
-        >>> from jaxcompress.models import make_module
-        >>> config = BertConfig(
-        ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
-        ... )
-        >>> smaller = dataclasses.replace(config, num_attention_heads=3, intermediate_size=(7,))
-        >>> ids = jax.ShapeDtypeStruct((1, 4), "int32")
-        >>> params = jax.eval_shape(make_module(smaller).init, jax.random.key(0), ids)["params"]
-        >>> resized(make_module(config), params).config == smaller
-        True
-    """
-    config: BertConfig = module.config  # pyright: ignore[reportAttributeAccessIssue]
-    leaves = flatten_params(params)
+def resized_config(params: Params, config: BertConfig) -> BertConfig:
+    """As `config_from_params`, where hidden features may have become fewer too: as many as the embedding's norm has."""
     norm = f"{'' if config.head == 'encoder' else 'bert/'}embeddings/LayerNorm/scale"
+    leaves = flatten_params(params)
     if norm in leaves:
         config = dataclasses.replace(config, hidden_size=leaves[norm].shape[0])
-    return module.clone(config=config_from_params(params, config))
+    return config_from_params(params, config)
 
 
 def _layers(leaves: Mapping[str, Any], prefix: str) -> int:

@@ -5,29 +5,6 @@ from jaxcompress._src.models.bert.parameters import parameter_shapes
 from jaxcompress._src.units.group import UnitGroup, UnitSlices
 
 
-def bert_units(
-    config: BertConfig, *, heads: bool = True, ffn: bool = True, layers: bool = False, hidden: bool = False
-) -> tuple[UnitGroup, ...]:
-    """The unit groups of a BERT, whose sizes may differ from layer to layer.
-
-    Args:
-        config: of the module: `module.config`.
-        heads: those of `bert_head_units`.
-        ffn: those of `bert_ffn_units`.
-        layers: those of `bert_layer_units`, the sublayers.
-        hidden: that of `bert_hidden_units`.
-
-    Example:
-        >>> config = BertConfig(
-        ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
-        ... )
-        >>> [group.name for group in bert_units(config, layers=True)]
-        ['encoder/layer/0/heads', 'encoder/layer/0/columns', 'encoder/attentions', 'encoder/ffns']
-    """
-    chosen = [(heads, bert_head_units), (ffn, bert_ffn_units), (layers, bert_layer_units), (hidden, bert_hidden_units)]
-    return tuple(group for wanted, groups in chosen if wanted for group in groups(config))
-
-
 def bert_head_units(config: BertConfig) -> tuple[UnitGroup, ...]:
     """The attention heads of every layer that has some, one group for each layer.
 
@@ -56,7 +33,7 @@ def bert_head_units(config: BertConfig) -> tuple[UnitGroup, ...]:
     return tuple(groups)
 
 
-def bert_ffn_units(config: BertConfig) -> tuple[UnitGroup, ...]:
+def bert_column_units(config: BertConfig) -> tuple[UnitGroup, ...]:
     """The columns of the feed-forward network of every layer that has some, one group for each layer.
 
     A column is one output of the intermediate kernel, its bias, and the row of the output kernel that reads it, which a
@@ -66,7 +43,7 @@ def bert_ffn_units(config: BertConfig) -> tuple[UnitGroup, ...]:
         >>> config = BertConfig(
         ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
         ... )
-        >>> [(group.name, group.count) for group in bert_ffn_units(config)]
+        >>> [(group.name, group.count) for group in bert_column_units(config)]
         [('encoder/layer/0/columns', 64)]
     """
     groups = []
@@ -81,35 +58,35 @@ def bert_ffn_units(config: BertConfig) -> tuple[UnitGroup, ...]:
     return tuple(groups)
 
 
-def bert_layer_units(config: BertConfig) -> tuple[UnitGroup, ...]:
-    """The sublayers: two groups with one unit for each layer, of kind `attentions` and `ffns`.
+def bert_attention_units(config: BertConfig) -> tuple[UnitGroup, ...]:
+    """The attention sublayers: one group with one unit for each layer, of kind `attentions`.
 
-    A unit owns all of its sublayer but the norm. Removing it leaves 0 heads, or 0 columns, and an output bias of
-    zeros: exactly the masked model, in which the residual and its norm stay. A whole layer is its two sublayers; its
-    two norms stay too, for in this post-norm model leaving them out would be another function.
+    A unit owns all of its sublayer but the norm. Removing it leaves 0 heads and an output bias of zeros: exactly the
+    masked model, in which the residual and its norm stay. A whole layer is its two sublayers; its two norms stay too,
+    for in this post-norm model leaving them out would be another function.
 
     Example:
         >>> config = BertConfig(
         ...     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
         ... )
-        >>> [(group.name, group.kind, group.count) for group in bert_layer_units(config)]
-        [('encoder/attentions', 'attentions', 2), ('encoder/ffns', 'ffns', 2)]
+        >>> [(group.name, group.kind, group.count) for group in bert_attention_units(config)]
+        [('encoder/attentions', 'attentions', 2)]
     """
-    attentions, ffns = [], []
-    for layer, (path, _, _) in enumerate(_layers(config)):
-        for name in ("query", "key", "value"):
-            attentions.append(UnitSlices(path=f"{path}/attention/self/{name}/kernel", axis=1, unit=layer))
-            attentions.append(UnitSlices(path=f"{path}/attention/self/{name}/bias", axis=0, unit=layer))
-        ffns.append(UnitSlices(path=f"{path}/intermediate/dense/kernel", axis=1, unit=layer))
-        ffns.append(UnitSlices(path=f"{path}/intermediate/dense/bias", axis=0, unit=layer))
-        for slices, output in ((attentions, f"{path}/attention/output/dense"), (ffns, f"{path}/output/dense")):
-            slices.append(UnitSlices(path=f"{output}/kernel", axis=0, unit=layer, gated=True))
-            slices.append(UnitSlices(path=f"{output}/bias", axis=None, unit=layer, gated=True))
-    prefix = _prefix(config)
-    return tuple(
-        UnitGroup(name=f"{prefix}encoder/{kind}", kind=kind, count=config.num_hidden_layers, slices=tuple(slices))
-        for kind, slices in (("attentions", attentions), ("ffns", ffns))
-    )
+    inputs = [f"attention/self/{name}" for name in ("query", "key", "value")]
+    return _sublayers(config, "attentions", inputs, "attention/output/dense")
+
+
+def bert_ffn_units(config: BertConfig) -> tuple[UnitGroup, ...]:
+    """The feed-forward sublayers: one group with one unit for each layer, of kind `ffns`; see `bert_attention_units`.
+
+    Example:
+        >>> config = BertConfig(
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+        ... )
+        >>> [(group.name, group.kind, group.count) for group in bert_ffn_units(config)]
+        [('encoder/ffns', 'ffns', 2)]
+    """
+    return _sublayers(config, "ffns", ["intermediate/dense"], "output/dense")
 
 
 def bert_hidden_units(config: BertConfig) -> tuple[UnitGroup, ...]:
@@ -132,6 +109,18 @@ def bert_hidden_units(config: BertConfig) -> tuple[UnitGroup, ...]:
         for axis, gated in _hidden_axes(path)
     ]
     return (UnitGroup(name="hidden", kind="hidden", count=config.hidden_size, slices=tuple(slices)),)
+
+
+def _sublayers(config: BertConfig, kind: str, inputs: list[str], output: str) -> tuple[UnitGroup, ...]:
+    slices = []
+    for layer, (path, _, _) in enumerate(_layers(config)):
+        for name in inputs:
+            slices.append(UnitSlices(path=f"{path}/{name}/kernel", axis=1, unit=layer))
+            slices.append(UnitSlices(path=f"{path}/{name}/bias", axis=0, unit=layer))
+        slices.append(UnitSlices(path=f"{path}/{output}/kernel", axis=0, unit=layer, gated=True))
+        slices.append(UnitSlices(path=f"{path}/{output}/bias", axis=None, unit=layer, gated=True))
+    name = f"{_prefix(config)}encoder/{kind}"
+    return (UnitGroup(name=name, kind=kind, count=config.num_hidden_layers, slices=tuple(slices)),)
 
 
 def _hidden_axes(path: str) -> tuple[tuple[int, bool], ...]:

@@ -1,22 +1,61 @@
-"""Names of tensors in Hugging Face files and paths of parameters, both ways.
+"""Tensors in files of Hugging Face and parameters of ours: names and orientation, both ways."""
 
-A bare path is a parameter's path without the leading `bert/`: files spell the prefix or not, whatever the head.
-"""
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+import numpy as np
 
-_Tensor = TypeVar("_Tensor")
-
-HEAD_COMPONENTS = ("pooler", "classifier", "cls", "qa_outputs")
-"""First components of the bare paths that belong to a head, not to the encoder."""
-
-_LEGACY = {"gamma": "weight", "beta": "bias"}
 _TORCH_LEAF = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+_LEGACY_LEAF = {"gamma": "weight", "beta": "bias"}
+
+
+class Parameter(NamedTuple):
+    """A parameter and its tensor in PyTorch files.
+
+    Attributes:
+        shape: of the parameter.
+        tensor: name in a state dict.
+        transposed: whether the parameter is the transpose of the tensor: `nn.Linear` keeps (out, in).
+    """
+
+    shape: tuple[int, ...]
+    tensor: str
+    transposed: bool = False
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as it lies in a file.
+
+    Attributes:
+        name: in the file.
+        array: in the orientation of the file.
+        transposed: whether the parameter is the transpose.
+    """
+
+    name: str
+    array: np.ndarray
+    transposed: bool
+
+    def parameter(self) -> np.ndarray:
+        """The array in the orientation of the parameter."""
+        return self.array.T if self.transposed else self.array
+
+
+def flax_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Parameter]:
+    """The parameters of a family whose paths are those of Hugging Face Flax.
+
+    Args:
+        shapes: by path.
+
+    Example:
+        >>> flax_parameters({"bert/pooler/dense/kernel": (4, 4)})
+        {'bert/pooler/dense/kernel': Parameter(shape=(4, 4), tensor='bert.pooler.dense.weight', transposed=True)}
+    """
+    return {path: Parameter(shape, torch_name(path), path.endswith("/kernel")) for path, shape in shapes.items()}
 
 
 def torch_name(path: str) -> str:
-    """The name of a parameter in a PyTorch state dict.
+    """The name that a parameter of Hugging Face Flax has in a PyTorch state dict.
 
     Example:
         >>> torch_name("bert/encoder/layer/0/output/LayerNorm/scale")
@@ -26,41 +65,17 @@ def torch_name(path: str) -> str:
     return ".".join((*parents, _TORCH_LEAF.get(leaf, leaf)))
 
 
-def bare_path(path: str) -> str:
-    """A parameter's path without the leading `bert/`."""
-    return path.removeprefix("bert/")
-
-
-def path_of_torch_name(name: str) -> str:
-    """The bare path of a tensor of a PyTorch state dict; `gamma` and `beta` are the scale and bias of a LayerNorm.
+def bare_name(name: str, prefix: str) -> str:
+    """The name of a tensor without the family's prefix; `gamma` and `beta`, once those of norms, by today's name.
 
     Example:
-        >>> path_of_torch_name("bert.encoder.layer.0.output.LayerNorm.gamma")
-        'encoder/layer/0/output/LayerNorm/scale'
-        >>> path_of_torch_name("classifier.weight")
-        'classifier/kernel'
+        >>> bare_name("bert.encoder.layer.0.output.LayerNorm.gamma", "bert")
+        'encoder.layer.0.output.LayerNorm.weight'
     """
-    *parents, leaf = name.removeprefix("bert.").split(".")
-    leaf = _LEGACY.get(leaf, leaf)
-    if leaf == "weight":
-        parent = parents[-1] if parents else ""
-        leaf = "scale" if parent == "LayerNorm" else "embedding" if parent.endswith("_embeddings") else "kernel"
-    return "/".join((*parents, leaf))
+    *parents, leaf = name.removeprefix(f"{prefix}.").split(".")
+    return ".".join((*parents, _LEGACY_LEAF.get(leaf, leaf)))
 
 
-def by_bare_path(tensors: Iterable[tuple[str, str, _Tensor]]) -> Mapping[str, _Tensor]:
-    """Tensors by bare path.
-
-    Args:
-        tensors: bare path, name in the file, tensor.
-
-    Raises:
-        ValueError: two names stand for one parameter.
-    """
-    found: dict[str, _Tensor] = {}
-    names: dict[str, str] = {}
-    for path, name, tensor in tensors:
-        if path in found:
-            raise ValueError(f"Tensors {names[path]!r} and {name!r} stand for the same parameter.")
-        found[path], names[path] = tensor, name
-    return found
+def bare_path(path: str, prefix: str) -> str:
+    """A parameter's path without the family's prefix."""
+    return path.removeprefix(f"{prefix}/")

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
 
-from jaxcompress._src.models.hf.names import bare_path, by_bare_path, path_of_torch_name
+from jaxcompress._src.models.hf.names import Parameter, StoredTensor, bare_name, bare_path
 
 SAFETENSORS = "model.safetensors"
 
@@ -19,62 +19,56 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
 _FLOATS = ("float32", "float16", "bfloat16")
 
 
-class StoredTensor(NamedTuple):
-    """A tensor as it lies in a file.
-
-    Attributes:
-        name: in the file.
-        array: in the orientation of the file.
-        transposed: whether the parameter is the transpose: kernels of PyTorch are (out, in).
-    """
-
-    name: str
-    array: np.ndarray
-    transposed: bool
-
-    def parameter(self) -> np.ndarray:
-        """The array in the orientation of the parameter."""
-        return self.array.T if self.transposed else self.array
-
-
-def read_tensors(directory: Path) -> Mapping[str, StoredTensor]:
+def read_tensors(directory: Path, parameters: Mapping[str, Parameter], *, prefix: str) -> dict[str, StoredTensor]:
     """The tensors of `model.safetensors`, of its shards, or of `flax_model.msgpack`: the first of these that exists.
 
     Args:
         directory: a saved model.
+        parameters: that the model has, by path.
+        prefix: of the family; files spell it or not.
 
     Returns:
-        Tensors by bare path, without `position_ids`.
+        Tensors by the path of their parameter without the prefix, and those of no parameter by their name with
+        slashes; without `position_ids`, which are no weights.
 
     Raises:
         FileNotFoundError: there are no weights, only pickled ones, or a shard is missing.
-        ValueError: a file is damaged, or a tensor is not a float; the message names it.
+        ValueError: a file is damaged, a tensor is not a float, or two stand for one parameter; the message names them.
     """
     if (directory / SAFETENSORS).is_file():
-        tensors = _from_torch(_read_safetensors(directory / SAFETENSORS))
+        tensors = _from_torch(_read_safetensors(directory / SAFETENSORS), parameters, prefix)
     elif (directory / _INDEX).is_file():
-        tensors = _from_torch(_read_shards(directory))
+        tensors = _from_torch(_read_shards(directory), parameters, prefix)
     elif (directory / _MSGPACK).is_file():
-        tensors = _from_flax(_read_msgpack(directory / _MSGPACK))
+        arrays = _read_msgpack(directory / _MSGPACK)
+        tensors = [(bare_path(name, prefix), StoredTensor(name, array, False)) for name, array in arrays.items()]
     else:
         raise FileNotFoundError(_no_weights(directory))
-    for tensor in tensors.values():
+    by_path: dict[str, StoredTensor] = {}
+    for path, tensor in tensors:
         if tensor.array.dtype.name not in _FLOATS:
             found = tensor.array.dtype.name
             raise ValueError(f"Tensor {tensor.name!r} is {found}; supported: {', '.join(_FLOATS)}.")
+        if path in by_path:
+            raise ValueError(f"Tensors {by_path[path].name!r} and {tensor.name!r} stand for the same parameter.")
+        by_path[path] = tensor
+    return by_path
+
+
+def _from_torch(
+    arrays: Mapping[str, np.ndarray], parameters: Mapping[str, Parameter], prefix: str
+) -> list[tuple[str, StoredTensor]]:
+    known = {
+        bare_name(parameter.tensor, prefix): (bare_path(path, prefix), parameter.transposed)
+        for path, parameter in parameters.items()
+    }
+    tensors = []
+    for name, array in arrays.items():
+        if not name.endswith("position_ids"):
+            bare = bare_name(name, prefix)
+            path, transposed = known.get(bare, (bare.replace(".", "/"), False))
+            tensors.append((path, StoredTensor(name, array, transposed)))
     return tensors
-
-
-def _from_torch(arrays: Mapping[str, np.ndarray]) -> Mapping[str, StoredTensor]:
-    return by_bare_path(
-        (path := path_of_torch_name(name), name, StoredTensor(name, array, path.endswith("/kernel")))
-        for name, array in arrays.items()
-        if not name.endswith("position_ids")
-    )
-
-
-def _from_flax(arrays: Mapping[str, np.ndarray]) -> Mapping[str, StoredTensor]:
-    return by_bare_path((bare_path(name), name, StoredTensor(name, array, False)) for name, array in arrays.items())
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

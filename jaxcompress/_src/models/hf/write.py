@@ -11,11 +11,11 @@ import flax.linen as nn
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.models.bert.parameters import check_parameters, flatten_params
-from jaxcompress._src.models.bert.settings import config_to_huggingface
-from jaxcompress._src.models.hf.names import torch_name
+from jaxcompress._src.models.families import config_of, family_of
+from jaxcompress._src.models.hf.config import config_to_huggingface
+from jaxcompress._src.models.hf.names import Parameter
 from jaxcompress._src.models.hf.tensors import SAFETENSORS
+from jaxcompress._src.models.leaves import check_parameters, flatten_params
 from jaxcompress._src.types import Params
 
 
@@ -40,7 +40,7 @@ def save_pretrained(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from jaxcompress.models import from_pretrained, make_module
+        >>> from jaxcompress.models import BertConfig, from_pretrained, make_module
         >>> module = make_module(
         ...     BertConfig(
         ...         vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
@@ -52,52 +52,33 @@ def save_pretrained(
         ...     sorted(os.listdir(directory)), from_pretrained(directory)[0] == module
         (['config.json', 'model.safetensors'], True)
     """
-    config: BertConfig = module.config  # pyright: ignore[reportAttributeAccessIssue]
-    leaves = flatten_params(params)
+    config = config_of(module)
+    family = family_of(config)
+    parameters, leaves = family.parameters(config), flatten_params(params)
     for path, leaf in leaves.items():
         if hasattr(type(leaf), "materialize"):
             raise ValueError(
                 f"Leaf {path!r} is a {type(leaf).__name__}: call `jaxcompress.materialize(params)` first, or save "
                 "compressed parameters with `jaxcompress.checkpoint`."
             )
-    check_parameters(leaves, config)
-    if not uneven:
-        _check_even(config)
-    tensors = {torch_name(path): _stored(path, leaf) for path, leaf in leaves.items()}
+    shapes = {path: parameter.shape for path, parameter in parameters.items()}
+    check_parameters(leaves, shapes, f"a {config.head!r} model of type {family.model_type!r}")
+    if not uneven and (reason := family.unloadable(config)):
+        raise ValueError(
+            f"transformers cannot load this shape: {reason}. Save it with `uneven=True`, for "
+            "`jaxcompress.models.from_pretrained` alone, or with `jaxcompress.checkpoint`."
+        )
+    tensors = {parameters[path].tensor: _stored(path, leaf, parameters[path]) for path, leaf in leaves.items()}
     settings = config_to_huggingface(config) | {"torch_dtype": _common_dtype(tensors)}
     _write(Path(directory), tensors, settings)
 
 
-def _check_even(config: BertConfig) -> None:
-    """Transformers makes query, key and value `hidden_size` wide, and reads one FFN width for all layers."""
-    heads, widths = config.num_attention_heads, config.intermediate_size
-    reasons = [f"{name} differ: {_by_layer(sizes)}" for name, sizes in _sizes(config).items() if len(set(sizes)) > 1]
-    if not reasons and heads[0] * config.head_size != config.hidden_size:
-        inner = f"{heads[0]} heads of {config.head_size} make up {heads[0] * config.head_size}"
-        reasons.append(f"in every layer {inner}, not `hidden_size`, {config.hidden_size}")
-    if not reasons and not widths[0]:
-        reasons.append("no layer has FFN columns")
-    if reasons:
-        raise ValueError(
-            f"transformers cannot load this shape: {'; '.join(reasons)}. Save it with `uneven=True`, for "
-            "`jaxcompress.models.from_pretrained` alone, or with `jaxcompress.checkpoint`."
-        )
-
-
-def _sizes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    return {"numbers of heads": config.num_attention_heads, "FFN widths": config.intermediate_size}
-
-
-def _by_layer(sizes: tuple[int, ...]) -> str:
-    return ", ".join(f"{size} in layer {layer}" for layer, size in enumerate(sizes))
-
-
-def _stored(path: str, leaf: Any) -> np.ndarray:
+def _stored(path: str, leaf: Any, parameter: Parameter) -> np.ndarray:
     array = np.asarray(leaf)
     if array.dtype.name not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"Leaf {path!r} is {array.dtype.name}; only float32, float16 and bfloat16 can be saved.")
     # Contiguous: safetensors writes the memory of an array, whatever its strides say.
-    return np.ascontiguousarray(array.T if path.endswith("/kernel") else array)
+    return np.ascontiguousarray(array.T if parameter.transposed else array)
 
 
 def _common_dtype(tensors: Mapping[str, np.ndarray]) -> str:
