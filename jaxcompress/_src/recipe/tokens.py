@@ -54,8 +54,8 @@ def tokenize(directory: Path, texts: Texts, *, max_length: int | None = None, co
             limit, or a token is not in the model's vocabulary.
     """
     tokenizer = _tokenizer(directory)
-    config = read_config(directory) if config is None else config
-    most = min(config.max_position_embeddings, tokenizer.model_max_length)
+    model: Config = read_config(directory) if config is None else config
+    most = min(model.max_position_embeddings, tokenizer.model_max_length)
     least = tokenizer.num_special_tokens_to_add() + 1
     limit = most if max_length is None else max_length
     if not least <= limit <= most:
@@ -69,10 +69,10 @@ def tokenize(directory: Path, texts: Texts, *, max_length: int | None = None, co
         for at, row in zip(long, shortened, strict=True):
             ids[at] = row
     largest = max(map(max, ids))
-    if largest >= config.vocab_size:
+    if largest >= model.vocab_size:
         raise ValueError(
             f"The tokenizer in {str(directory)!r} gives the token {largest}, and the model has only "
-            f"{config.vocab_size} (`vocab_size`): they do not belong together."
+            f"{model.vocab_size} (`vocab_size`): they do not belong together."
         )
     return Tokens(
         ids=tuple(map(tuple, ids)),
