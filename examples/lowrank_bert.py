@@ -186,7 +186,7 @@ class Judge:
             "vector_error": float(errors.mean()),
             "agreement": float((choice == self.dense["logits"].argmax(-1)).mean()),
             "accuracy": float((choice == self.labels).mean()),
-            "bytes": report.size_report(params, groups={"kernels": KERNELS}).groups[0].stored_bytes,
+            "bytes": report.size_report(params, group_by={"kernels": KERNELS}).groups[0].stored_bytes,
         }
         self.rows.setdefault(name, []).append(row | {"seed": seed})
         self.divergences.setdefault(name, []).append(divergence.per_example)

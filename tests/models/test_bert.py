@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress._src.models.bert.family import BERT
 from jaxcompress._src.models.bert.heads import BertForMaskedLM, BertForSequenceClassification
 from jaxcompress._src.models.bert.parameters import parameter_shapes
 from jaxcompress.models import BertConfig, from_pretrained, make_module
+from jaxcompress.report import size_report
 
 HEADS = ("encoder", "sequence_classification", "masked_lm")
 IDS = np.array([[3, 9, 4, 7, 1], [8, 2, 6, 0, 0]])
@@ -228,3 +230,14 @@ _ACTIVATIONS = {
     "gelu_new": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
 }
+
+
+def test_bytes_are_counted_by_the_last_key():
+    params = {"embedding": {"kernel": jnp.ones(1)}, "word": {"embedding": jnp.ones(2)}, "my_embedding": jnp.ones(4)}
+    report = size_report(params, group_by=BERT.parts)
+    assert {leaf.path: leaf.group for leaf in report.leaves} == {
+        "embedding/kernel": "encoder",
+        "word/embedding": "embedding",
+        "my_embedding": "encoder",
+    }
+    assert [group.name for group in report.groups] == ["encoder", "embedding"]

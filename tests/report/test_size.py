@@ -138,14 +138,14 @@ def test_default_groups_are_the_first_keys():
 
 def test_groups_by_selectors_and_by_function():
     params = {"a": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}, "b": {"kernel": LEAVES["groups"][0]}}
-    chosen = size_report(params, groups={"second": by_path("b/.*"), "first": by_path("a/kernel")})
+    chosen = size_report(params, group_by={"second": by_path("b/.*"), "first": by_path("a/kernel")})
     assert [(group.name, group.weights) for group in chosen.groups] == [("second", 512), ("first", 6), ("other", 3)]
-    by_name = size_report(params, groups=lambda path, leaf: f"{len(leaf.shape)} axes")
+    by_name = size_report(params, group_by=lambda path, leaf: f"{len(leaf.shape)} axes")
     assert [(group.name, group.weights) for group in by_name.groups] == [("1 axes", 3), ("2 axes", 518)]
     with pytest.raises(ValueError, match=r"Leaf 'a/kernel' is in the groups 'x', 'y'; groups must not overlap"):
-        size_report(params, groups={"x": by_path(".*/kernel"), "y": by_path("a/.*")})
+        size_report(params, group_by={"x": by_path(".*/kernel"), "y": by_path("a/.*")})
     with pytest.raises(ValueError, match="matches no leaf"):
-        size_report(params, groups={"x": by_path("nothing")})
+        size_report(params, group_by={"x": by_path("nothing")})
 
 
 def test_baseline_dtype_changes_the_dense_bytes_only():

@@ -54,7 +54,7 @@ def run_compress(
     pooling = "mean" if tokens is None else _pooling(loaded)
     compressed = run_recipe(steps, loaded.module, loaded.params, tokens, pooling=pooling, progress=screen)
     path = save_compressed(out, loaded.module, compressed, source=model, recipe=steps, overwrite=overwrite)
-    sizes = size_report(compressed, groups=family_of(loaded.module).parts, disk_path=path)
+    sizes = size_report(compressed, group_by=family_of(loaded.module).parts, disk_path=path)
     _show_sizes(screen, f"{model} → {out}", sizes)
     screen.result({"checkpoint": str(path.resolve()), **_totals(sizes)}, lines=[f"Written to {path}"])
 
@@ -62,7 +62,7 @@ def run_compress(
 def run_inspect(screen: Screen, model: Path, *, leaves: bool) -> None:
     """Shows sizes, and where a compressed model comes from."""
     loaded = load_model(model)
-    sizes = size_report(loaded.params, groups=family_of(loaded.module).parts, disk_path=loaded.weights)
+    sizes = size_report(loaded.params, group_by=family_of(loaded.module).parts, disk_path=loaded.weights)
     if leaves:
         table = leaf_table(sizes)
         screen.table("Leaves", table.header, table.rows)

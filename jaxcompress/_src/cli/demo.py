@@ -98,7 +98,7 @@ def _figures(
     found = _restored_logits(screen, path.parent, setting.held_out)
     one_shot = compress(without_distillation(setting.recipe), module, dense)
     baseline = predict(module, one_shot, tokens, progress=screen, name=f"{rows}, without distillation")["logits"]
-    sizes = size_report(compressed, groups=family_of(module).parts, disk_path=path)
+    sizes = size_report(compressed, group_by=family_of(module).parts, disk_path=path)
     original = disk_bytes(setting.minilm / "model.safetensors")
     timed = _latency(module, dense, compressed)
     return {

@@ -8,19 +8,19 @@ import jax
 from jaxcompress._src.tree.maps import flatten_like, leaves_with_paths
 from jaxcompress._src.types import Params, Selector, is_compressed
 
-Groups: TypeAlias = Mapping[str, Selector] | Callable[[str, Any], str]
+GroupBy: TypeAlias = Mapping[str, Selector] | Callable[[str, Any], str]
 """Names with selectors, or `(path, leaf) -> name`."""
 
 REST = "other"
 """Where leaves go that no selector marks."""
 
 
-def group_names(params: Params, groups: Groups | None) -> list[str]:
+def group_names(params: Params, group_by: GroupBy | None) -> list[str]:
     """The group of every leaf, in the order of the tree (compressed arrays are leaves).
 
     Args:
         params: the tree.
-        groups: how to name them; None: by the first key of the path.
+        group_by: how to name them; None: by the first key of the path.
 
     Raises:
         ValueError: two groups select the same leaf; names it.
@@ -30,14 +30,14 @@ def group_names(params: Params, groups: Groups | None) -> list[str]:
         ['encoder', 'encoder', 'head']
     """
     leaves = leaves_with_paths(params)
-    if not isinstance(groups, Mapping):
-        choose = groups or _first_key
+    if not isinstance(group_by, Mapping):
+        choose = group_by or _first_key
         return [choose(path, leaf) for path, leaf in leaves]
     treedef = jax.tree.structure(params, is_leaf=is_compressed)
-    marks = {name: flatten_like(treedef, select(params)) for name, select in groups.items()}
+    marks = {name: flatten_like(treedef, select(params)) for name, select in group_by.items()}
     names = []
     for at, (path, _) in enumerate(leaves):
-        found = [name for name in groups if marks[name][at]]
+        found = [name for name in group_by if marks[name][at]]
         if len(found) > 1:
             raise ValueError(f"Leaf {path!r} is in the groups {', '.join(map(repr, found))}; groups must not overlap.")
         names.append(found[0] if found else REST)

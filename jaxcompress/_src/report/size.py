@@ -12,7 +12,7 @@ from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.report.count import count_nonzeros, holds_numbers, stored_bytes, tied_to
 from jaxcompress._src.report.describe import describe_leaf
 from jaxcompress._src.report.disk import disk_bytes
-from jaxcompress._src.report.groups import Groups, group_names
+from jaxcompress._src.report.groups import GroupBy, group_names
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params
 
@@ -118,7 +118,7 @@ class SizeReport:
 def size_report(
     params: Params,
     *,
-    groups: Groups | None = None,
+    group_by: GroupBy | None = None,
     disk_path: str | os.PathLike[str] | None = None,
     baseline: Any = "float32",
 ) -> SizeReport:
@@ -129,7 +129,7 @@ def size_report(
 
     Args:
         params: concrete or abstract (`jax.eval_shape`); compressed arrays are leaves.
-        groups: how to sum: a mapping from names to selectors, which must not overlap (the rest is `other`), or a
+        group_by: how to sum: a mapping from names to selectors, which must not overlap (the rest is `other`), or a
             function `(path, leaf) -> name`. By default, the first key of the path.
         disk_path: a file or directory whose size belongs into the report.
         baseline: dtype of the dense model that sizes are compared with.
@@ -153,14 +153,14 @@ def size_report(
         ('int8 per-channel', 8.5)
     """
     dtype = jnp.dtype(baseline)
-    named = zip(leaves_with_paths(params), group_names(params, groups), strict=True)
+    named = zip(leaves_with_paths(params), group_names(params, group_by), strict=True)
     kept = [(path, leaf, group) for (path, leaf), group in named if holds_numbers(leaf)]
     ties = tied_to([leaf for _, leaf, _ in kept])
     leaves = tuple(
         _measure(path, leaf, group, None if tie is None else kept[tie][0], dtype.itemsize)
         for (path, leaf, group), tie in zip(kept, ties, strict=True)
     )
-    names = _ordered([leaf.group for leaf in leaves], groups)
+    names = _ordered([leaf.group for leaf in leaves], group_by)
     return SizeReport(
         leaves=leaves,
         groups=tuple(_sum(name, [leaf for leaf in leaves if leaf.group == name]) for name in names),
@@ -202,10 +202,10 @@ def _sum(name: str, leaves: Sequence[LeafSize]) -> SizeTotal:
     )
 
 
-def _ordered(names: Sequence[str], groups: Groups | None) -> list[str]:
+def _ordered(names: Sequence[str], group_by: GroupBy | None) -> list[str]:
     """Names of groups once each: as given, those of a function and the rest in the order of the tree."""
     present = dict.fromkeys(names)
-    given = [name for name in groups if name in present] if isinstance(groups, Mapping) else []
+    given = [name for name in group_by if name in present] if isinstance(group_by, Mapping) else []
     return list(dict.fromkeys([*given, *present]))
 
 
