@@ -116,7 +116,7 @@ def test_tied_leaves_are_counted_once_and_say_so():
     table, leaf = jnp.ones((10, 4)), LEAVES["groups"][0]
     params = {"embed": {"embedding": table}, "head": {"kernel": table}, "x": leaf, "y": jax.tree.map(lambda x: x, leaf)}
     tables = by_path(".*/embedding")
-    report = size_report(params | {"z": jnp.ones((10, 4))}, groups={"rest": exclude(tables), "tables": tables})
+    report = size_report(params | {"z": jnp.ones((10, 4))}, group_by={"rest": exclude(tables), "tables": tables})
     assert [item.tied_to for item in report.leaves] == [None, "embed/embedding", None, "x", None]
     assert report.total.weights == 40 + 512 + 40
     assert [(group.name, group.leaves, group.weights) for group in report.groups] == [
