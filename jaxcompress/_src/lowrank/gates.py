@@ -25,7 +25,7 @@ from jaxcompress._src.solvers.hard_concrete import (
     nonzero_probability,
     sample_gates,
 )
-from jaxcompress._src.solvers.multipliers import steer
+from jaxcompress._src.solvers.multipliers import augmented_lagrangian
 from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import is_unselected, without_compressed
@@ -70,7 +70,7 @@ def rank_gates(
     than a hundredth (or one direction).
 
     Args:
-        share: steer towards this share of the leaves' parameters, with two multipliers that ascend: λ1 (s - t) + λ2
+        share: aim at this share of the leaves' parameters, with two multipliers that ascend: λ1 (s - t) + λ2
             (s - t)², s = Σ S (D + R) Σ P(z != 0) / Σ S D R. Either this or `strength`.
         strength: λ: a fixed price, λ s.
         warm_up: step -> how far towards t: the target is 1 - warm_up (1 - t).
@@ -189,7 +189,7 @@ def _penalty(setup: _Setup, state: TransformState, params: Params, *, loss: Any)
     if setup.share is None:
         return setup.strength * jnp.asarray(size, jnp.float32)
     target = 1 - setup.warm_up(state.fixed["step"]) * (1 - setup.share)
-    return steer(size - target, **state.trainable["multipliers"])
+    return augmented_lagrangian(size - target, **state.trainable["multipliers"])
 
 
 def _update(grads: Any, state: TransformState, params: Params, *, key: Any, loss: Any) -> tuple[TransformState, None]:

@@ -4,12 +4,14 @@ import jax
 from jaxtyping import Array, Float
 
 
-def steer(distance: Float[Array, ""], linear: Float[Array, ""], quadratic: Float[Array, ""]) -> Float[Array, ""]:
+def augmented_lagrangian(
+    distance: Float[Array, ""], linear: Float[Array, ""], quadratic: Float[Array, ""]
+) -> Float[Array, ""]:
     """λ1 d + λ2 d², whose gradient in λ1 and λ2 is reversed: minimising it, they grow until d = 0.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> gradient = jax.grad(steer, argnums=(0, 1, 2))(jnp.float32(0.5), jnp.float32(1.0), jnp.float32(2.0))
+        >>> gradient = jax.grad(augmented_lagrangian, argnums=(0, 1, 2))(jnp.float32(0.5), jnp.float32(1.0), jnp.float32(2.0))
         >>> [float(part) for part in gradient]
         [3.0, -0.5, -0.25]
     """

@@ -130,13 +130,13 @@ def multiply_gates(params: Params, groups: Sequence[UnitGroup], values: Mapping[
         Array([0.5, 0. ], dtype=float32)
     """
     names = {group.name for group in groups}
-    own = {path: value for path, value in values.items() if path not in names}
-    touched = {part.path for group in groups if group.name in values for part in group.gated} | set(own)
+    single = {path: value for path, value in values.items() if path not in names}
+    touched = {part.path for group in groups if group.name in values for part in group.gated} | set(single)
 
     def multiply(path: str, leaf: Any) -> Any:
         if path in touched and is_compressed(leaf):
             leaf = leaf.materialize()
-        return leaf * own[path].astype(leaf.dtype) if path in own else leaf
+        return leaf * single[path].astype(leaf.dtype) if path in single else leaf
 
     return multiply_units(map_with_path(multiply, params), groups, values)
 

@@ -23,15 +23,15 @@ def highest_total(
     """
     classes = [np.flatnonzero(costs == cost) for cost in np.unique(costs)[::-1] if cost]
     ranked = [members[_descending(values[members])] for members in classes]
-    kept = costs == 0
+    keep = costs == 0
     if not ranked:
-        return kept, True
+        return keep, True
     *large, small = ranked
     if np.prod([len(members) + 1.0 for members in large]) > _MOST_COMBINATIONS:
         return _greedy(values, costs, budget), False
     for members, number in zip(ranked, _numbers(values, costs, large, small, budget), strict=True):
-        kept[members[:number]] = True
-    return kept, True
+        keep[members[:number]] = True
+    return keep, True
 
 
 def same_share(
@@ -50,15 +50,15 @@ def same_share(
     """
     ranked = [pool[_descending(values[pool])] for pool in pools]
     share = min(max(budget, 0.0) / max(float(costs.sum()), 1.0), 1.0)
-    kept, numbers = np.zeros(len(values), bool), [int(share * len(pool) + 1e-9) for pool in pools]
+    keep, numbers = np.zeros(len(values), bool), [int(share * len(pool) + 1e-9) for pool in pools]
     for members, number in zip(ranked, numbers, strict=True):
-        kept[members[:number]] = True
-    budget -= float(costs[kept].sum())
+        keep[members[:number]] = True
+    budget -= float(costs[keep].sum())
     for members, number in sorted(zip(ranked, numbers, strict=True), key=lambda pair: pair[1] / len(pair[0])):
         if number < len(members) and costs[members[number]] <= budget + 1e-9:
-            kept[members[number]] = True
+            keep[members[number]] = True
             budget -= float(costs[members[number]])
-    return kept
+    return keep
 
 
 def in_order(
@@ -79,28 +79,28 @@ def in_order(
     """
 
     def first(number: int) -> np.ndarray:
-        kept = np.zeros(len(order), bool)
-        kept[order[:number]] = True
-        return kept
+        keep = np.zeros(len(order), bool)
+        keep[order[:number]] = True
+        return keep
 
     low, high = required, len(order)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(first(middle)) else (low, middle - 1)
-    kept, full = first(low), set()
+    keep, full = first(low), set()
     for place in order[low:]:
         group = int(owners[place])
         if group in full:
             continue
-        kept[place] = True
-        if not fits(kept):
-            kept[place] = False
+        keep[place] = True
+        if not fits(keep):
+            keep[place] = False
             # Where one unit did not fit, no other of its group does, now or later, if they cost the same.
             if alike[group]:
                 full.add(group)
             if len(full) == len(alike):
                 break
-    return kept
+    return keep
 
 
 def _numbers(
@@ -119,12 +119,12 @@ def _numbers(
 
 
 def _greedy(values: np.ndarray, costs: np.ndarray, budget: float) -> np.ndarray:
-    kept = costs == 0
-    for place in _descending(values / np.where(kept, 1.0, costs)):
-        if not kept[place] and costs[place] <= budget:
-            kept[place] = True
+    keep = costs == 0
+    for place in _descending(values / np.where(keep, 1.0, costs)):
+        if not keep[place] and costs[place] <= budget:
+            keep[place] = True
             budget -= float(costs[place])
-    return kept
+    return keep
 
 
 def _descending(values: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._src.schedules import constant, final_value, is_at
-from jaxcompress._src.solvers.multipliers import ascending, steer
+from jaxcompress._src.solvers.multipliers import ascending, augmented_lagrangian
 from jaxcompress._src.types import Schedule
 from jaxcompress._src.units.budget import allowed_cost, check_budget, check_reachable, check_shape
 from jaxcompress._src.units.costs import Costs, expected_cost, total_cost, unit_costs
@@ -95,7 +95,8 @@ def lagrangian(
 
     def value(gated: Gated, multipliers: Multipliers) -> jax.Array:
         total, target = targets(gated)
-        return _steer(1 - left(gated) / total - warm_up(gated.step) * (1 - target / total), multipliers)
+        distance = 1 - left(gated) / total - warm_up(gated.step) * (1 - target / total)
+        return augmented_lagrangian(distance, **multipliers)
 
     def shortfall(gated: Gated) -> str:
         total, target = targets(gated)
@@ -156,23 +157,21 @@ def _towards_shape(shape: Mapping[str, int], warm_up: Schedule, initial: tuple[f
     def value(gated: Gated, multipliers: Multipliers) -> jax.Array:
         total = jnp.zeros((), jnp.float32)
         for kind, units in shape.items():
-            found = [
-                _steer(
-                    1 - jnp.mean(gated.probabilities[group.name]) - warm_up(gated.step) * (1 - units / group.count),
-                    multipliers[kind],
-                )
-                for group in gated.groups
-                if group.kind == kind
-            ]
-            total = total + sum(found) / len(found)
+            groups = [group for group in gated.groups if group.kind == kind]
+            for group in groups:
+                target = warm_up(gated.step) * (1 - units / group.count)
+                distance = 1 - jnp.mean(gated.probabilities[group.name]) - target
+                total = total + augmented_lagrangian(distance, **multipliers[kind]) / len(groups)
         return total
 
     def shortfall(gated: Gated) -> str:
         message = _unfinished(gated, warm_up, goal)
         for group in gated.groups:
-            found = int(np.sum(np.asarray(gated.probabilities[group.name])))
-            if group.kind in shape and goal == 1 and found != shape[group.kind]:
-                message += f"The unit group {group.name!r} keeps {found} units, and {shape[group.kind]} are asked for. "
+            open_units = int(np.sum(np.asarray(gated.probabilities[group.name])))
+            if group.kind in shape and goal == 1 and open_units != shape[group.kind]:
+                message += (
+                    f"The unit group {group.name!r} keeps {open_units} units, and {shape[group.kind]} are asked for. "
+                )
         return message
 
     return Penalty(init, value, shortfall=shortfall)
@@ -194,7 +193,3 @@ def _missed(share: float, wanted: float, slack: float) -> str:
 def _pair(initial: tuple[float, float]) -> Multipliers:
     linear, quadratic = initial
     return {"linear": jnp.asarray(linear, jnp.float32), "quadratic": jnp.asarray(quadratic, jnp.float32)}
-
-
-def _steer(distance: Any, multipliers: Multipliers) -> jax.Array:
-    return steer(distance, multipliers["linear"], multipliers["quadratic"])

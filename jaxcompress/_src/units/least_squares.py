@@ -81,12 +81,12 @@ def fit_gates(
         owners, places = np.unique(units[kept], return_inverse=True)
         member = np.zeros((len(kept), len(owners)))
         member[np.arange(len(kept)), places] = 1.0
-        own = whole[kept]
-        normal = member.T @ (gram[np.ix_(kept, kept)] * (own @ own.T)) @ member
-        hold = ridge * _scale(moments.gram, kept) * (member.T @ np.square(own).sum(axis=1))
-        right = member.T @ (own * cross[kept]).sum(axis=1)
+        rows = whole[kept]
+        normal = member.T @ (gram[np.ix_(kept, kept)] * (rows @ rows.T)) @ member
+        hold = ridge * _scale(moments.gram, kept) * (member.T @ np.square(rows).sum(axis=1))
+        right = member.T @ (rows * cross[kept]).sum(axis=1)
         gates = np.clip(_solve(normal + np.diag(hold), right + hold, np.ones(len(right))), -limit, limit)
-        solved[kept] = own * (member @ gates)[:, None]
+        solved[kept] = rows * (member @ gates)[:, None]
     return solved, _bias(moments, solved, bias, free_bias)
 
 
@@ -112,11 +112,11 @@ def _scale(gram: np.ndarray, kept: np.ndarray) -> float:
 def _solve(normal: np.ndarray, right: np.ndarray, start: np.ndarray) -> np.ndarray:
     """The least squares nearest to `start`: inputs that are 0 everywhere (and no ridge) leave it where it is."""
     try:
-        found = np.linalg.solve(normal, right)
+        solution = np.linalg.solve(normal, right)
     except np.linalg.LinAlgError:
-        found = np.full_like(right, np.nan)
-    residual = np.abs(normal @ found - right).max()
+        solution = np.full_like(right, np.nan)
+    residual = np.abs(normal @ solution - right).max()
     if np.isfinite(residual) and residual <= 1e-8 * max(np.abs(right).max(), 1e-300):
-        return found
+        return solution
     start = np.asarray(start, np.float64)
     return start + np.linalg.lstsq(normal, right - normal @ start, rcond=None)[0]

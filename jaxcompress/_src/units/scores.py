@@ -106,10 +106,10 @@ def gate_gradients(
         single = jax.grad(of_gates)
         return jax.lax.map(lambda row: single(ones, params, jax.tree.map(lambda x: x[None], row)), batch)
 
-    found = [gradients(params, batch) for batch in batches]
-    if not found:
+    parts = [gradients(params, batch) for batch in batches]
+    if not parts:
         raise ValueError("`batches` is empty: gradients need at least one batch.")
-    joined = {group.name: jnp.concatenate([part[group.name] for part in found]) for group in groups}
+    joined = {group.name: jnp.concatenate([part[group.name] for part in parts]) for group in groups}
     for name, values in joined.items():
         if not bool(jnp.isfinite(values).all()):
             raise ValueError(f"The gradient by the gates of {name!r} holds NaN or Inf.")

@@ -117,7 +117,7 @@ def select_units(
     check_groups(groups, params)
     values = _check_scores(scores, groups, params, rule=rule, signed=rule == "rank" or shape is not None)
     total = total_cost(params, costs)
-    nothing = {name: np.zeros(own.shape, bool) for name, own in values.items()}
+    nothing = {name: np.zeros(score.shape, bool) for name, score in values.items()}
     least = expected_cost(params, groups, nothing, costs)
     if shape is not None:
         check_shape(groups, shape)
@@ -149,25 +149,25 @@ def _by_value(
     prices = np.concatenate([unit_costs(group, params, costs) for group in groups])
     members = np.split(np.arange(len(values)), np.cumsum([group.count for group in groups])[:-1])
     # Rows of units that stay or go together: single ones, or the n-th best of every group of a kind.
-    blocks = _equal_widths(groups, members, values, prices) if uniform else [own[:, None] for own in members]
+    blocks = _equal_widths(groups, members, values, prices) if uniform else [units[:, None] for units in members]
     gains = np.concatenate([values[block].sum(axis=1) for block in blocks])
     spent = np.concatenate([prices[block].sum(axis=1) for block in blocks])
     rows = np.split(np.arange(len(gains)), np.cumsum([len(block) for block in blocks])[:-1])
     if rule == "total":
-        kept, exact = highest_total(gains, spent, budget)
+        keep, exact = highest_total(gains, spent, budget)
     else:
         pools = rows if uniform or rule == "group" else _by_kind(groups, rows)
-        kept, exact = same_share(gains, spent, budget, pools), False
-    units = np.zeros(len(values), bool)
-    for block, own in zip(blocks, rows, strict=True):
-        units[block[kept[own]]] = True
-    return {group.name: units[own] for group, own in zip(groups, members, strict=True)}, exact
+        keep, exact = same_share(gains, spent, budget, pools), False
+    stays = np.zeros(len(values), bool)
+    for block, row in zip(blocks, rows, strict=True):
+        stays[block[keep[row]]] = True
+    return {group.name: stays[units] for group, units in zip(groups, members, strict=True)}, exact
 
 
 def _by_kind(groups: Sequence[UnitGroup], rows: Sequence[np.ndarray]) -> list[np.ndarray]:
     pools: dict[str, list[np.ndarray]] = {}
-    for group, own in zip(groups, rows, strict=True):
-        pools.setdefault(group.kind, []).append(own)
+    for group, row in zip(groups, rows, strict=True):
+        pools.setdefault(group.kind, []).append(row)
     return [np.concatenate(pool) for pool in pools.values()]
 
 
@@ -176,16 +176,16 @@ def _equal_widths(
 ) -> list[np.ndarray]:
     """For each kind, (count, groups): in row n the n-th best unit of each group."""
     kinds: dict[str, list[np.ndarray]] = {}
-    for group, own in zip(groups, members, strict=True):
+    for group, units in zip(groups, members, strict=True):
         together = kinds.setdefault(group.kind or group.name, [])
-        if together and len(together[0]) != len(own):
+        if together and len(together[0]) != len(units):
             raise ValueError(
-                f"`uniform`: unit group {group.name!r} has {len(own)} units, another of kind {group.kind!r} has "
+                f"`uniform`: unit group {group.name!r} has {len(units)} units, another of kind {group.kind!r} has "
                 f"{len(together[0])}."
             )
-        if len(set(prices[own])) > 1:
+        if len(set(prices[units])) > 1:
             raise ValueError(f"`uniform`: the units of group {group.name!r} differ in cost.")
-        together.append(own[np.argsort(-values[own], kind="stable")])
+        together.append(units[np.argsort(-values[units], kind="stable")])
     return [np.stack(orders, axis=1) for orders in kinds.values()]
 
 
@@ -201,31 +201,31 @@ def _by_rank(
     """Choices of units whose costs may depend on what else is kept."""
     if isinstance(at_least, Mapping):
         check_known(at_least, {*scores, *(group.kind for group in groups if group.kind)}, "at_least")
-    required = {name: _highest(own, by_name(at_least, name, groups, 0)) for name, own in scores.items()}
+    required = {name: _highest(score, by_name(at_least, name, groups, 0)) for name, score in scores.items()}
     check_reachable(allowed, expected_cost(params, groups, required, costs), total, slack=0.0)
-    counts = [own.size for own in scores.values()]
+    counts = [score.size for score in scores.values()]
     owners = np.repeat(np.arange(len(counts)), counts)
     index = np.concatenate([np.arange(count) for count in counts])
-    values = np.concatenate([own.ravel() for own in scores.values()])
-    first = np.concatenate([own.ravel() for own in required.values()])
+    values = np.concatenate([score.ravel() for score in scores.values()])
+    first = np.concatenate([units.ravel() for units in required.values()])
     # The relative place within its group deals equal scores evenly over the groups.
     order = np.lexsort((owners, index / np.repeat(counts, counts), -values, ~first))
 
-    def split(kept: np.ndarray) -> Keep:
-        parts = np.split(kept, np.cumsum(counts)[:-1])
-        return {name: part.reshape(own.shape) for (name, own), part in zip(scores.items(), parts, strict=True)}
+    def split(flat: np.ndarray) -> Keep:
+        parts = np.split(flat, np.cumsum(counts)[:-1])
+        return {name: part.reshape(score.shape) for (name, score), part in zip(scores.items(), parts, strict=True)}
 
-    def fits(kept: np.ndarray) -> bool:
-        return expected_cost(params, groups, split(kept), costs) <= allowed
+    def fits(flat: np.ndarray) -> bool:
+        return expected_cost(params, groups, split(flat), costs) <= allowed
 
     alike = {group.name: all(part.unit is None for part in group.slices) for group in groups}
     return split(in_order(order, int(first.sum()), owners, [alike.get(name, True) for name in scores], fits))
 
 
 def _highest(scores: np.ndarray, number: int) -> np.ndarray:
-    kept = np.zeros(scores.size, bool)
-    kept[np.argsort(-scores.ravel(), kind="stable")[: max(number, 0)]] = True
-    return kept.reshape(scores.shape)
+    keep = np.zeros(scores.size, bool)
+    keep[np.argsort(-scores.ravel(), kind="stable")[: max(number, 0)]] = True
+    return keep.reshape(scores.shape)
 
 
 def _check_rule(rule: str, shape: Mapping[str, int] | None, uniform: bool, at_least: int | Mapping[str, int]) -> None:
@@ -247,16 +247,16 @@ def _check_scores(
     shapes = counts if rule != "rank" else leaf_shapes(params) | counts
     if missing := [name for name in counts if name not in scores]:
         raise ValueError(f"`scores` has no entry for the unit group {missing[0]!r}.")
-    values = {name: np.asarray(own, np.float64) for name, own in scores.items()}
-    for name, own in values.items():
+    values = {name: np.asarray(score, np.float64) for name, score in scores.items()}
+    for name, score in values.items():
         if name not in shapes:
             raise ValueError(f"The scores name {name!r}, which is neither a unit group nor a leaf.")
-        if own.shape != shapes[name]:
-            raise ValueError(f"The scores of {name!r} need the shape {shapes[name]}, got {own.shape}.")
-        if not np.isfinite(own).all():
+        if score.shape != shapes[name]:
+            raise ValueError(f"The scores of {name!r} need the shape {shapes[name]}, got {score.shape}.")
+        if not np.isfinite(score).all():
             raise ValueError(f"The scores of {name!r} hold NaN or Inf.")
-        if not signed and not (own >= 0).all():
-            raise ValueError(f"The scores of {name!r} must not be negative, got {own.tolist()}.")
+        if not signed and not (score >= 0).all():
+            raise ValueError(f"The scores of {name!r} must not be negative, got {score.tolist()}.")
     return values
 
 

@@ -66,7 +66,7 @@ def unit_masks(
         (2, 1)
     """
     factors = _factors(params, groups, keep, gated_only=gated_only)
-    return {path: functools.reduce(jnp.logical_and, (factor > 0 for factor in own)) for path, own in factors.items()}
+    return {path: functools.reduce(jnp.logical_and, (each > 0 for each in arrays)) for path, arrays in factors.items()}
 
 
 @on_auto_axes
