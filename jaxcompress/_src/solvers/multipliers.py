@@ -11,7 +11,7 @@ def augmented_lagrangian(
 
     Example:
         >>> import jax.numpy as jnp
-        >>> gradient = jax.grad(augmented_lagrangian, argnums=(0, 1, 2))(jnp.float32(0.5), jnp.float32(1.0), jnp.float32(2.0))
+        >>> gradient = jax.grad(augmented_lagrangian, argnums=(0, 1, 2))(*jnp.float32([0.5, 1.0, 2.0]))
         >>> [float(part) for part in gradient]
         [3.0, -0.5, -0.25]
     """

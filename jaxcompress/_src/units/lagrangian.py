@@ -167,11 +167,9 @@ def _towards_shape(shape: Mapping[str, int], warm_up: Schedule, initial: tuple[f
     def shortfall(gated: Gated) -> str:
         message = _unfinished(gated, warm_up, goal)
         for group in gated.groups:
-            open_units = int(np.sum(np.asarray(gated.probabilities[group.name])))
-            if group.kind in shape and goal == 1 and open_units != shape[group.kind]:
-                message += (
-                    f"The unit group {group.name!r} keeps {open_units} units, and {shape[group.kind]} are asked for. "
-                )
+            count = int(np.sum(np.asarray(gated.probabilities[group.name])))
+            if group.kind in shape and goal == 1 and count != shape[group.kind]:
+                message += f"The unit group {group.name!r} keeps {count} units, and {shape[group.kind]} are asked for. "
         return message
 
     return Penalty(init, value, shortfall=shortfall)
