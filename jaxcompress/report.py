@@ -1,6 +1,6 @@
 """What compression costs and brings: sizes, latency, paired comparisons."""
 
-from jaxcompress._src.report.describe import describe_leaf as describe_leaf
+from jaxcompress._src.arrays.protocol import describe_leaf as describe_leaf
 from jaxcompress._src.report.disk import disk_bytes as disk_bytes
 from jaxcompress._src.report.divergence import kl_divergence as kl_divergence
 from jaxcompress._src.report.latency import compare_latency as compare_latency

@@ -14,7 +14,7 @@ SOURCE = ROOT / "_src"
 
 # Lower rows may be imported by higher ones; within a row nothing imports anything else.
 LAYERS = [
-    {"types", "meshes"},
+    {"types", "meshes", "coding"},
     {"tree", "arrays", "schedules"},
     {"transforms"},
     {"trace"},
@@ -29,7 +29,12 @@ LAYERS = [
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-MAY_IMPORT_FEW = {"models": {"types", "tree", "units"}, "solvers": set()}
+MAY_IMPORT_FEW = {
+    "models": {"types", "tree", "units"},
+    "solvers": set(),
+    "checkpoint": {"types", "meshes", "coding", "tree", "arrays"},
+    "report": {"types", "meshes", "tree", "arrays"},
+}
 ONLY_HERE = {"orbax": "checkpoint", "typer": "cli", "rich": "cli", "matplotlib": "cli", "transformers": "recipe"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem != "__init__")
 FACADES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__main__")
@@ -61,6 +66,12 @@ def test_imports_point_down(path):
             assert there == here or LEVEL[there] < LEVEL[here], f"{here} (above or beside) imports {there}"
             assert there == here or there in MAY_IMPORT_FEW.get(here, LEVEL), f"{here} may not import {there}"
         assert ONLY_HERE.get(top, here) == here, f"only {ONLY_HERE.get(top)} imports {top}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if _package(p) in ("execution", "checkpoint", "report")], ids=str)
+def test_kinds_of_arrays_are_known_by_their_protocol_alone(path):
+    modules = {name.split(".")[3] for name in _imports(path) if name.startswith("jaxcompress._src.arrays.")}
+    assert modules <= {"protocol", "sharding"}
 
 
 @pytest.mark.parametrize("path", FACADES, ids=lambda path: path.stem)

@@ -35,9 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint  # noqa: F401
 
+from jaxcompress._src.coding.codes import encode_codes
 from jaxcompress.arrays import QuantizedArray
 from jaxcompress.checkpoint import CheckpointError, restore, save
-from jaxcompress.clustering import encode_codes
 
 OPERATIONS = ("rename", "replace", "unlink", "rmdir", "mkdir", "open", "fsync")
 STORAGES = ("orbax", "entropy")

@@ -10,6 +10,7 @@ import zoo
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxcompress as jc
+from jaxcompress._src.arrays.protocol import KINDS
 from jaxcompress._src.quantization.entropy import entropy_clip
 from jaxcompress._src.quantization.input_transforms import quantized_inputs
 from jaxcompress._src.quantization.inputs import InputRange, InputRounding
@@ -234,9 +235,7 @@ def test_a_description_in_a_checkpoint_that_makes_no_sense_is_an_error():
 
 
 def checkpoint_codec():
-    from jaxcompress._src.checkpoint.compressed import COMPRESSED
-
-    return COMPRESSED["InputQuantizedArray"].static["inputs"]
+    return KINDS["InputQuantizedArray"].static["inputs"]
 
 
 def test_shards_follow_the_weight():

@@ -7,7 +7,7 @@ import pytest
 import zoo
 
 from jaxcompress import trace, tree
-from jaxcompress._src.trace.origin import reshape_runs
+from jaxcompress._src.arrays.reshaping import reshape_runs
 from jaxcompress._src.weights.selection import selected_layouts
 
 

@@ -1,23 +1,27 @@
 """Sparse arrays without a pattern: a bit mask, and the values under it."""
 
 import dataclasses
-import functools
-import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Integer, Shaped
 
-from jaxcompress._src.arrays.packed import PackedArray, unpacked
+from jaxcompress._src.arrays.packed import PackedArray, pack, unpacked
+from jaxcompress._src.arrays.protocol import StoredArray, array_kind, describe_leaf, product_with_plain
+from jaxcompress._src.arrays.sharding import spec_entries, ways
+from jaxcompress._src.arrays.static_fields import INTS
+from jaxcompress._src.arrays.validate import require, validate_array
 from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.types import is_compressed
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "index", "starts"], meta_fields=["row_shape"]
-)
+@array_kind(row_shape=INTS)
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class BitmaskSparseArray:
+class BitmaskSparseArray(StoredArray):
     """A bit mask, and the values where it is set, row by row.
 
     A row is one entry of the first unstacked axis. Rows are cut into `shards` equal runs, and the values of each run
@@ -44,29 +48,9 @@ class BitmaskSparseArray:
         return (*self.index.shape[:-1], *self.row_shape)
 
     @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of logical entries."""
-        return math.prod(self.shape)
-
-    @property
     def dtype(self) -> Any:
         """That of the values."""
         return self.values.dtype
-
-    @property
-    def nbits(self) -> int:
-        """Stored bits."""
-        return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return self.nbits // 8
 
     @on_auto_axes
     def mask(self) -> Bool[Array, "..."]:
@@ -101,6 +85,68 @@ class BitmaskSparseArray:
     def take_mask_rows(self, rows: Integer[Array, "..."]) -> Bool[Array, "..."]:
         """`mask()[rows]`."""
         return self._mask_rows(rows).reshape(*rows.shape, *self.row_shape)
+
+    def with_packed_values(self, bits: int) -> "BitmaskSparseArray":
+        """The same array of integers, `bits` to each."""
+        return dataclasses.replace(self, values=pack(unpacked(self.values), bits=bits))
+
+    def cast(self, dtype: Any) -> Any:
+        """Plain values of another dtype."""
+        return None if is_compressed(self.values) else dataclasses.replace(self, values=self.values.astype(dtype))
+
+    def can_unstack(self) -> bool:
+        """If it was built of stacked entries."""
+        return self.starts.ndim > 1
+
+    def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
+        """The product of the plain array."""
+        return product_with_plain(self.materialize(), other, side, parameters)
+
+    def shardings(self, sharding: NamedSharding) -> Any:
+        """Along stacked axes, and along rows into as many shards as it was built for."""
+        entries = spec_entries(sharding, self.ndim)
+        stack_ndim = self.starts.ndim - 1
+        stack, rows, columns = entries[:stack_ndim], entries[stack_ndim], entries[stack_ndim + 1 :]
+        shards = self.values.shape[-2]
+        if any(columns) or ways(sharding, rows) not in (1, shards):
+            raise ValueError(
+                f"A BitmaskSparseArray of shape {self.shape} built for {shards} shards can be cut into {shards} along "
+                f"its rows (axis {stack_ndim}) only, got {sharding.spec}; rebuild it with `shards=`."
+            )
+
+        def part(*spec: Any) -> NamedSharding:
+            return NamedSharding(sharding.mesh, PartitionSpec(*stack, *spec))
+
+        values = part(rows, None)
+        if isinstance(self.values, PackedArray):
+            values = dataclasses.replace(self.values, data=values)
+        index = dataclasses.replace(self.index, data=part(rows, None))
+        return dataclasses.replace(self, values=values, index=index, starts=part(rows))
+
+    @property
+    def pattern_name(self) -> str:
+        """That there is none."""
+        return "bitmask"
+
+    def describe(self) -> str:
+        """Such as `float32 bitmask`."""
+        return f"{describe_leaf(self.values)} {self.pattern_name}"
+
+    def validate(self) -> None:
+        """Checks the invariants."""
+        rows, columns = self.index.shape[-2:]
+        shards, longest = self.values.shape[-2:]
+        size = np.prod(self.row_shape, dtype=int)
+        require(columns == size, f"Rows of shape {self.row_shape} do not have {columns} columns.")
+        require(self.starts.shape == self.index.shape[:-1], f"One start per row is needed, got {self.starts.shape}.")
+        require(rows % shards == 0, f"{shards} shards do not divide {rows} rows.")
+        counts = np.asarray(self.index.materialize()).sum(-1, dtype=np.int64)
+        counts = counts.reshape(*counts.shape[:-1], shards, rows // shards)
+        starts = (np.cumsum(counts, -1) - counts).reshape(self.starts.shape)
+        require((starts == np.asarray(self.starts)).all(), "The starts do not count the mask.")
+        require((counts.sum(-1) <= longest).all(), f"The mask keeps more values than the {longest} stored.")
+        for part in (self.values, self.index):
+            validate_array(part)
 
     def _mask_rows(self, rows: Integer[Array, "..."]) -> Bool[Array, "..."]:
         return dataclasses.replace(self.index, data=self.index.data[rows]).materialize().astype(bool)

@@ -3,23 +3,28 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Integer
 
-from jaxcompress._src.arrays.packed import PackedArray
-from jaxcompress._src.arrays.quantized import split_blocks, take_code_rows, take_parameter_rows
+from jaxcompress._src.arrays.coded import CodedArray, describe_codes, take_code_rows, take_parameter_rows
+from jaxcompress._src.arrays.protocol import array_kind
+from jaxcompress._src.arrays.quantized import split_blocks
+from jaxcompress._src.arrays.sharding import component_shardings
 from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.arrays.static_fields import BOOL, DTYPE
+from jaxcompress._src.arrays.validate import is_finite, require, validate_array
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.types import is_compressed
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["data", "table"], meta_fields=["dtype", "zero"])
+@array_kind(dtype=DTYPE, zero=BOOL)
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class CodebookArray:
+class CodebookArray(CodedArray):
     """Codes, and the table of the values that they stand for.
 
     Invariant: `original ≈ table[block, codes]`; with `zero`, code 0 stands for exactly 0 and has no entry:
@@ -42,42 +47,6 @@ class CodebookArray:
     dtype: jnp.dtype
     zero: bool = False
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape."""
-        return tuple(self.data.shape)
-
-    @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.data.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of logical entries."""
-        return math.prod(self.shape)
-
-    @property
-    def bits(self) -> int:
-        """Bits per stored code, without tables and indices."""
-        codes = self.data.values if isinstance(self.data, SparseArray) else self.data
-        return codes.bits if isinstance(codes, PackedArray) else 8
-
-    @property
-    def nbits(self) -> int:
-        """Stored bits: codes, indices, tables."""
-        return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return self.nbits // 8
-
-    @on_auto_axes
-    def codes(self) -> Integer[Array, "..."]:
-        """The codes as uint8, of the logical shape."""
-        return self.data.materialize() if is_compressed(self.data) else self.data
-
     @on_auto_axes
     def materialize(self) -> jax.Array:
         """The plain array, of the logical shape and dtype."""
@@ -91,6 +60,49 @@ class CodebookArray:
         table = take_parameter_rows(self.table, rows, self.shape[0])
         plain = look_up(codes.reshape(-1, *self.shape[1:]), table, zero=self.zero, dtype=self.dtype)
         return plain.reshape(*rows.shape, *self.shape[1:])
+
+    def block_parts(self) -> list[Any]:
+        """The tables, without the axis of their entries."""
+        return [jax.ShapeDtypeStruct(self.table.shape[:-1], self.table.dtype)]
+
+    def with_parts(self, data: Any, move: Callable[[Any], Any]) -> "CodebookArray":
+        """The array with other codes, and moved tables, whose entries stay along the last axis."""
+        return dataclasses.replace(self, data=data, table=jax.vmap(move, in_axes=-1, out_axes=-1)(self.table))
+
+    def shardings(self, sharding: NamedSharding) -> Any:
+        """Whole blocks on every device."""
+        data, table = component_shardings(self.data, sharding), component_shardings(self.table, sharding)
+        return dataclasses.replace(self, data=data, table=table)
+
+    def describe(self) -> str:
+        """Such as `16 values uint4 bitmask`."""
+        words = [f"{self.table.shape[-1] + self.zero} values", *describe_codes(self.data)]
+        return " ".join(word for word in words if word)
+
+    def validate(self) -> None:
+        """Checks the invariants."""
+        blocks, entries = self.table.shape[:-1], self.table.shape[-1]
+        divides = len(blocks) == self.ndim and all(
+            n % s == 0 if s else n == 0 for n, s in zip(self.shape, blocks, strict=True)
+        )
+        require(divides, f"Tables of shape {self.table.shape} do not divide codes of shape {self.shape}.")
+        require(self.zero or not isinstance(self.data, SparseArray), "Codes that are left out need `zero`.")
+        validate_codes(self, entries + self.zero)
+
+
+def validate_codes(leaf: Any, count: int) -> None:
+    """Checks codes that point into tables.
+
+    Args:
+        leaf: with `data`, `codes`, `table` and `dtype`.
+        count: of the values that a code may stand for.
+    """
+    require(jnp.issubdtype(leaf.dtype, jnp.floating), f"The logical dtype is a float, got {leaf.dtype}.")
+    require(is_finite(leaf.table), "The values of a table must be finite.")
+    codes = leaf.codes()
+    require(codes.dtype == jnp.uint8, f"Codes are unsigned, got {codes.dtype}.")
+    require(int(np.asarray(codes).max(initial=0)) < count, f"A code exceeds the {count} values.")
+    validate_array(leaf.data)
 
 
 @on_auto_axes

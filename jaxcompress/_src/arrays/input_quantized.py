@@ -1,17 +1,43 @@
 """A weight whose matmul inputs are quantized too."""
 
 import dataclasses
-import functools
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Integer
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Integer
 
+from jaxcompress._src.arrays.protocol import (
+    StoredArray,
+    array_kind,
+    call,
+    can_unstack,
+    cast,
+    describe_leaf,
+    plain,
+    product,
+    reshape,
+    slice_axis,
+    take_rows,
+    transpose,
+)
 from jaxcompress._src.arrays.quantized import QuantizedArray
+from jaxcompress._src.arrays.sharding import component_shardings
+from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.arrays.static_fields import StaticField, exactly
+from jaxcompress._src.arrays.straight_through import straight_through
+from jaxcompress._src.arrays.validate import is_finite, require, validate_array
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import is_compressed
+
+_LARGEST_SUM = 2**31 - 1
+"""What int32 holds. Sums on the way there may wrap around, because later ones take that back."""
+
+_Class = TypeVar("_Class", bound=type)
 
 
 @runtime_checkable
@@ -30,11 +56,40 @@ class InputQuantizer(Protocol):
         ...
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["weight", "scale", "zero_point"], meta_fields=["inputs"]
-)
+_QUANTIZERS: dict[str, Any] = {}
+"""Classes of `InputQuantizer` that files may hold, by name."""
+
+_FIRST = "InputRounding"
+"""The class that files need not name: it was the only one when the first of them were written."""
+
+
+def stored_quantizer(cls: _Class) -> _Class:
+    """Class decorator: an `InputQuantizer` with `to_json()` and a static `from_json(content)`, which files may hold.
+
+    `from_json` raises `ValueError` for what `to_json` does not write.
+    """
+    _QUANTIZERS[cls.__name__] = cls
+    return cls
+
+
+def _encode_inputs(value: Any) -> Any:
+    name = type(value).__name__
+    if type(value) is not _QUANTIZERS.get(name):
+        raise TypeError(f"{value!r} is of type {name}, expected {' or '.join(_QUANTIZERS)}")
+    return value.to_json() if name == _FIRST else {"class": name, **value.to_json()}
+
+
+def _decode_inputs(content: Any) -> Any:
+    fields = dict(exactly(dict).decode(content))
+    name = fields.pop("class", _FIRST)
+    if name not in _QUANTIZERS:
+        raise ValueError(f"no class {name!r} rounds inputs; there are {', '.join(_QUANTIZERS)}")
+    return _QUANTIZERS[name].from_json(fields)
+
+
+@array_kind(inputs=StaticField(_encode_inputs, _decode_inputs))
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class InputQuantizedArray:
+class InputQuantizedArray(StoredArray):
     """A weight that says: what I am multiplied with is quantized first.
 
     It stands for the weight alone; `execute` quantizes the inputs of its matmuls and convolutions. Look-ups have none.
@@ -60,39 +115,21 @@ class InputQuantizedArray:
         return tuple(self.weight.shape)
 
     @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.weight.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of logical entries."""
-        return math.prod(self.shape)
-
-    @property
     def dtype(self) -> Any:
         """Logical dtype."""
         return self.weight.dtype
 
-    @property
-    def nbits(self) -> int:
-        """Stored bits, those of the weight and of the input's scales."""
-        return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return self.nbits // 8
+    changes_inputs: ClassVar[bool] = True
 
     @on_auto_axes
     def materialize(self) -> jax.Array:
         """The plain weight; nothing is left of the quantization of inputs."""
-        return self.weight.materialize() if is_compressed(self.weight) else self.weight
+        return plain(self.weight)
 
     @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> jax.Array:
         """`materialize()[rows]`."""
-        return self.weight.take_rows(rows) if hasattr(self.weight, "take_rows") else self.weight[rows]
+        return take_rows(self.weight, rows)
 
     def input_parameters(self, ndim: int, batch: Sequence[int]) -> tuple[Any, Any]:
         """Scale and zero point, shaped to broadcast against an input.
@@ -113,14 +150,162 @@ class InputQuantizedArray:
             shape[axis] = size
         return self.scale.reshape(shape), None if self.zero_point is None else self.zero_point.reshape(shape)
 
+    def with_plain_weight(self) -> Any:
+        """The same quantization of inputs for the plain weight; None if it is plain."""
+        return dataclasses.replace(self, weight=plain(self.weight)) if is_compressed(self.weight) else None
 
-@on_auto_axes
-def input_rounded(leaf: InputQuantizedArray, x: Float[Array, "..."], axes: Sequence[int]) -> jax.Array:
-    """The input of a weight that is not stacked, rounded.
+    def transpose(self, permutation: Sequence[int]) -> Any:
+        """The axes in another order; stacked ones stay where they are."""
+        stacked = range(self._stacked_ndim)
+        fixed = tuple(permutation[: len(stacked)]) == tuple(stacked)
+        return self._with_weight(transpose(self.weight, permutation)) if fixed else None
 
-    Args:
-        leaf: the weight.
-        x: its input.
-        axes: of `x`, those that are summed over.
-    """
-    return leaf.inputs.rounded(x, axes, *leaf.input_parameters(x.ndim, ()))
+    def reshape(self, shape: Sequence[int]) -> Any:
+        """Another shape, with the same stacked axes."""
+        fixed = tuple(shape[: self._stacked_ndim]) == self.shape[: self._stacked_ndim]
+        return self._with_weight(reshape(self.weight, shape)) if fixed else None
+
+    def slice_axis(self, axis: int, start: Any, size: int) -> Any:
+        """Entries along one axis, with their scales if it is stacked."""
+        moved = self
+        if axis < self._stacked_ndim:
+            parts = {"scale": self.scale, "zero_point": self.zero_point}
+            cut = {name: part if part is None else slice_axis(part, axis, start, size) for name, part in parts.items()}
+            moved = dataclasses.replace(self, **cut)
+        return moved._with_weight(slice_axis(self.weight, axis, start, size))
+
+    def cast(self, dtype: Any) -> Any:
+        """A weight of another logical dtype."""
+        return self._with_weight(cast(self.weight, dtype))
+
+    def can_unstack(self) -> bool:
+        """If the weight can, and static ranges are stacked."""
+        return can_unstack(self.weight) and (self.scale is None or self.scale.ndim > 0)
+
+    @property
+    def _stacked_ndim(self) -> int:
+        return 0 if self.scale is None else self.scale.ndim
+
+    def _with_weight(self, weight: Any) -> Any:
+        return None if weight is None else dataclasses.replace(self, weight=weight)
+
+    def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
+        """The product with the quantized input: in whole numbers where both sides are, otherwise on rounded floats.
+
+        Integer codes on both sides, with one scale along the summed axes, are multiplied as int8 x int8 -> int32, which
+        is exact; the result is scaled once. The derivatives are those of the matmul of rounded floats.
+        """
+        contracted, batch = parameters["dimension_numbers"]
+        arguments = (other, contracted[1 - side], *self.input_parameters(other.ndim, batch[1 - side]))
+        rounded: Any = self.inputs.rounded(*arguments)
+        weight: Any = self.weight
+        result = product(*((weight, rounded) if side == 0 else (rounded, weight)), parameters)
+        if not isinstance(weight, QuantizedArray):
+            return result
+        codes = self.inputs.codes(*arguments)
+        sides = (weight, contracted[side]), (codes, contracted[1 - side])
+        if not (all(_is_whole(*part) for part in sides) and _fits(weight, codes, contracted[side])):
+            return result
+        # Without differentiation the float matmul has no use, and the compiler drops it.
+        return straight_through(_whole_dot(weight, codes, side, parameters).astype(result.dtype), result)
+
+    def convolve(self, inputs: jax.Array, parameters: Mapping[str, Any]) -> Any:
+        """The convolution of rounded inputs; None where the weight has none of its own."""
+        axes = (parameters["dimension_numbers"].lhs_spec[1],)
+        rounded = self.inputs.rounded(inputs, axes, *self.input_parameters(inputs.ndim, ()))
+        if not is_compressed(self.weight):
+            return jax.lax.conv_general_dilated_p.bind(rounded, self.weight, **parameters)
+        return call(self.weight, "convolve", rounded, parameters)
+
+    def shardings(self, sharding: NamedSharding) -> Any:
+        """Static ranges along the stacked axes of the weight."""
+
+        def of_leading_axes(part: Any) -> Any:
+            spec = PartitionSpec() if part is None else PartitionSpec(*sharding.spec[: part.ndim])
+            return None if part is None else NamedSharding(sharding.mesh, spec)
+
+        weight, scale = component_shardings(self.weight, sharding), of_leading_axes(self.scale)
+        return dataclasses.replace(self, weight=weight, scale=scale, zero_point=of_leading_axes(self.zero_point))
+
+    def describe(self) -> str:
+        """Such as `int8 per-channel, static inputs`."""
+        return f"{describe_leaf(self.weight)}, {'dynamic' if self.scale is None else 'static'} inputs"
+
+    def validate(self) -> None:
+        """Checks the invariants."""
+        if self.scale is not None:
+            stacked = self.shape[: self.scale.ndim]
+            require(self.scale.shape == stacked, f"Input scales of shape {self.scale.shape}, stacked axes {stacked}.")
+            positive = (np.asarray(self.scale) > 0).all()
+            require(positive and is_finite(self.scale), "Input scales must be positive and finite.")
+        shapes = [None if part is None else part.shape for part in (self.scale, self.zero_point)]
+        require(shapes[1] in (None, shapes[0]), f"Input scales and zero points of shapes {shapes} differ.")
+        validate_array(self.weight)
+
+
+def _is_whole(array: Any, axes: Sequence[int]) -> bool:
+    """Whether the codes are integers with one scale and one zero point along the summed axes."""
+    if not isinstance(array, QuantizedArray) or array.levels is not None:
+        return False
+    if isinstance(array.data, SparseArray) and array.zero_point is not None:
+        return False
+    if array.zero_point is not None and jnp.issubdtype(array.zero_point.dtype, jnp.floating):
+        return False
+    scales = all(count in (1, size) for count, size in zip(array.scale.shape, array.shape, strict=True))
+    return scales and all(array.scale.shape[axis] == 1 for axis in axes)
+
+
+def _fits(weight: QuantizedArray, codes: QuantizedArray, axes: Sequence[int]) -> bool:
+    """Whether int32 holds the sum of the largest products, along these axes of the weight."""
+    terms = math.prod(weight.shape[axis] for axis in axes)
+    return terms * _largest(weight) * _largest(codes) <= _LARGEST_SUM
+
+
+def _largest(array: QuantizedArray) -> int:
+    """The largest magnitude of a code less its zero point."""
+    return 2 ** (array.bits - 1) if array.zero_point is None else 255
+
+
+def _whole_dot(weight: QuantizedArray, codes: QuantizedArray, side: int, parameters: Mapping[str, Any]) -> jax.Array:
+    """Σ (a - z)(b - y) = Σ ab - z Σb - y Σa + n z y, times both scales."""
+    first, second = (weight, codes) if side == 0 else (codes, weight)
+    numbers = parameters["dimension_numbers"]
+    (a, z), (b, y) = _centred(first), _centred(second)
+    total = jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.int32)
+
+    def placed(part: jax.Array, side: int) -> jax.Array:
+        return _in_output(part, side, numbers, (a.ndim, b.ndim))
+
+    def summed(codes: jax.Array, side: int) -> jax.Array:
+        return placed(codes.sum(axis=numbers[0][side], keepdims=True, dtype=jnp.int32), side)
+
+    if z is not None:
+        total = total - placed(z, 0) * summed(b, 1)
+    if y is not None:
+        total = total - placed(y, 1) * summed(a, 0)
+    if z is not None and y is not None:
+        terms = math.prod(a.shape[axis] for axis in numbers[0][0])
+        total = total + terms * placed(z, 0) * placed(y, 1)
+    scales = [placed(array.scale.astype(jnp.float32), at) for at, array in enumerate((first, second))]
+    return total.astype(jnp.float32) * scales[0] * scales[1]
+
+
+def _centred(array: QuantizedArray) -> tuple[jax.Array, jax.Array | None]:
+    """The codes as int8, and their zero point as int32."""
+    codes = array.codes()
+    if codes.dtype == jnp.int8:
+        return codes, None
+    zero_point = array.zero_points()
+    assert zero_point is not None  # unsigned codes have one
+    # 128 less: u8 x s8 kernels saturate on some processors.
+    return (codes ^ jnp.uint8(128)).view(jnp.int8), zero_point.astype(jnp.int32) - 128
+
+
+def _in_output(part: jax.Array, side: int, numbers: Any, ndims: tuple[int, int]) -> jax.Array:
+    """A scale with size 1 on the summed axes, shaped to broadcast against the output: batch, left, right axes."""
+    contracted, batch = numbers
+    free = [axis for axis in range(ndims[side]) if axis not in contracted[side] and axis not in batch[side]]
+    others = (1,) * (ndims[1 - side] - len(contracted[1 - side]) - len(batch[1 - side]))
+    part = part.transpose((*batch[side], *free, *contracted[side]))
+    leading, own = part.shape[: len(batch[side])], part.shape[len(batch[side]) : len(batch[side]) + len(free)]
+    return part.reshape(*leading, *own, *others) if side == 0 else part.reshape(*leading, *others, *own)

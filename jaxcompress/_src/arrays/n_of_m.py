@@ -1,23 +1,34 @@
 """Sparse arrays with a pattern: N of every M consecutive entries, and their places."""
 
 import dataclasses
-import functools
-import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Integer, Shaped
 
-from jaxcompress._src.arrays.packed import unpacked
-from jaxcompress._src.meshes import on_auto_axes
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["values", "index"], meta_fields=["pattern", "axis", "width"]
+from jaxcompress._src.arrays.packed import pack, unpacked
+from jaxcompress._src.arrays.protocol import (
+    StoredArray,
+    array_kind,
+    describe_leaf,
+    product_with_plain,
+    slice_axis,
+    transpose,
 )
+from jaxcompress._src.arrays.sharding import component_shardings, whole_blocks
+from jaxcompress._src.arrays.static_fields import INT, INTS
+from jaxcompress._src.arrays.validate import require, validate_array
+from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.types import is_compressed
+
+
+@array_kind(pattern=INTS, axis=INT, width=INT)
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class NMSparseArray:
+class NMSparseArray(StoredArray):
     """N values of every M consecutive entries along one axis, with their places.
 
     Invariants: `values` and `index` have the logical shape but for the axis, where N entries stand for M; the places of
@@ -45,29 +56,9 @@ class NMSparseArray:
         return tuple(shape)
 
     @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.values.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of logical entries."""
-        return math.prod(self.shape)
-
-    @property
     def dtype(self) -> Any:
         """That of the values."""
         return self.values.dtype
-
-    @property
-    def nbits(self) -> int:
-        """Stored bits."""
-        return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return self.nbits // 8
 
     @on_auto_axes
     def mask(self) -> Bool[Array, "..."]:
@@ -88,6 +79,63 @@ class NMSparseArray:
     def take_mask_rows(self, rows: Integer[Array, "..."]) -> Bool[Array, "..."]:
         """`mask()[rows]`."""
         return self._rows(rows).mask() if self._rows_are_free() else self.mask()[rows]
+
+    def with_packed_values(self, bits: int) -> "NMSparseArray":
+        """The same array of integers, `bits` to each."""
+        return dataclasses.replace(self, values=pack(unpacked(self.values), bits=bits, axis=self.axis))
+
+    def transpose(self, permutation: Sequence[int]) -> Any:
+        """The axes in another order."""
+        axis = tuple(permutation).index(self.axis + self.ndim) - self.ndim
+        values, index = (transpose(part, permutation) for part in (self.values, self.index))
+        return dataclasses.replace(self, values=values, index=index, axis=axis)
+
+    def slice_axis(self, axis: int, start: Any, size: int) -> Any:
+        """Entries along an axis other than that of the pattern."""
+        if axis == self.axis + self.ndim:
+            return None
+        return jax.tree.map(lambda part: slice_axis(part, axis, start, size), self)
+
+    def cast(self, dtype: Any) -> Any:
+        """Plain values of another dtype."""
+        return None if is_compressed(self.values) else dataclasses.replace(self, values=self.values.astype(dtype))
+
+    def can_unstack(self) -> bool:
+        """Unless the pattern runs along the first axis."""
+        return self._rows_are_free()
+
+    def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
+        """The product of the plain array."""
+        return product_with_plain(self.materialize(), other, side, parameters)
+
+    def shardings(self, sharding: NamedSharding) -> Any:
+        """Whole runs of M on every device."""
+        whole_blocks(self, self.axis, self.pattern[1], sharding)
+        values, index = (component_shardings(part, sharding) for part in (self.values, self.index))
+        return dataclasses.replace(self, values=values, index=index)
+
+    @property
+    def pattern_name(self) -> str:
+        """Such as `2:4`."""
+        return f"{self.pattern[0]}:{self.pattern[1]}"
+
+    def describe(self) -> str:
+        """Such as `float32 2:4`."""
+        return f"{describe_leaf(self.values)} {self.pattern_name}"
+
+    def validate(self) -> None:
+        """Checks the invariants."""
+        count, run = self.pattern
+        require(1 <= count <= run, f"The pattern (N, M) needs 1 <= N <= M, got {self.pattern}.")
+        shapes = f"Values {self.values.shape} and places {self.index.shape} differ."
+        require(self.values.shape == self.index.shape, shapes)
+        needed, stored = -(-self.width // run) * count, self.values.shape[self.axis]
+        require(stored == needed, f"{self.width} entries of pattern {count}:{run} store {needed} values, got {stored}.")
+        places = np.moveaxis(np.asarray(self.index.materialize()), self.axis, -1).reshape(-1, count).astype(int)
+        require((places < run).all(), f"Places must be below {run}.")
+        require((np.diff(places, axis=-1) > 0).all(), "The places of one run must be distinct and ascending.")
+        for part in (self.values, self.index):
+            validate_array(part)
 
     def _rows_are_free(self) -> bool:
         return self.axis != -self.ndim

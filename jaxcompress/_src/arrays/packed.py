@@ -2,21 +2,25 @@
 
 import dataclasses
 import functools
-import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Integer, UInt8
 
+from jaxcompress._src.arrays.protocol import PartCoding, StoredArray, array_kind, product_with_plain, slice_axis
+from jaxcompress._src.arrays.sharding import whole_blocks
+from jaxcompress._src.arrays.static_fields import BOOL, INT
+from jaxcompress._src.arrays.validate import require
 from jaxcompress._src.meshes import on_auto_axes
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["data"], meta_fields=["bits", "signed", "axis", "width"]
-)
+@array_kind(bits=INT, signed=BOOL, axis=INT, width=INT)
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class PackedArray:
+class PackedArray(StoredArray):
     """Integers below 8 bits, packed along one axis; lowest bits first.
 
     Blocks of `8 // bits` codes (of 8 codes for 3, 5, 6 and 7 bits) fill whole bytes, so that an axis can be cut, and
@@ -47,29 +51,9 @@ class PackedArray:
         return tuple(shape)
 
     @property
-    def ndim(self) -> int:
-        """Number of logical axes."""
-        return len(self.data.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of logical entries."""
-        return math.prod(self.shape)
-
-    @property
     def dtype(self) -> jnp.dtype:
         """int8 if signed, else uint8."""
         return jnp.dtype("int8" if self.signed else "uint8")
-
-    @property
-    def nbits(self) -> int:
-        """Stored bits."""
-        return 8 * self.data.size
-
-    @property
-    def nbytes(self) -> int:
-        """Stored bytes."""
-        return self.nbits // 8
 
     @on_auto_axes
     def materialize(self) -> Integer[Array, "..."]:
@@ -90,6 +74,76 @@ class PackedArray:
         shift = (positions % per_byte * self.bits).astype(jnp.uint8)
         codes = (found >> shift) & jnp.uint8(2**self.bits - 1)
         return _extend_sign(codes, self.bits) if self.signed else codes
+
+    def transpose(self, permutation: Sequence[int]) -> Any:
+        """The axes in another order."""
+        axis = tuple(permutation).index(self.axis + self.ndim) - self.ndim
+        return dataclasses.replace(self, data=self.data.transpose(permutation), axis=axis)
+
+    def slice_axis(self, axis: int, start: Any, size: int) -> Any:
+        """Codes along an axis that is not packed."""
+        if axis == self.axis + self.ndim:
+            return None
+        return dataclasses.replace(self, data=slice_axis(self.data, axis, start, size))
+
+    def reshape_to(self, shape: Sequence[int], runs: list[tuple[list[int], list[int]]]) -> Any:
+        """Another shape, if the packed axis only changes its place; None if it is split or merged.
+
+        Args:
+            shape: of the codes.
+            runs: the axes before and after, as `reshape_runs` gives them.
+        """
+        at = self.axis + self.ndim
+        before, after = next(run for run in runs if at in run[0])
+        if len(before) != 1 or len(after) != 1:
+            return None
+        stored = list(shape)
+        stored[after[0]] = self.data.shape[at]
+        return dataclasses.replace(self, data=self.data.reshape(stored), axis=after[0] - len(shape))
+
+    def can_unstack(self) -> bool:
+        """Unless the first axis is packed."""
+        return self.axis != -self.ndim
+
+    def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
+        """The product of the codes."""
+        return product_with_plain(self.materialize(), other, side, parameters)
+
+    def shardings(self, sharding: NamedSharding) -> Any:
+        """Whole bytes on every device."""
+        return dataclasses.replace(self, data=whole_blocks(self, self.axis, codes_per_block(self.bits), sharding))
+
+    def describe(self) -> str:
+        """Such as `int4`."""
+        return f"{'int' if self.signed else 'uint'}{self.bits}"
+
+    def validate(self) -> None:
+        """Checks shapes, which are all there is to check."""
+        self.validate_shapes()
+
+    def validate_shapes(self) -> None:
+        """Checks that the bytes are those of so many codes."""
+        require(1 <= self.bits <= 7, f"Packed codes have 1 to 7 bits, got {self.bits}.")
+        require(
+            -self.ndim <= self.axis < 0, f"The packed axis is negative and in range, got {self.axis} of {self.ndim}."
+        )
+        require(self.data.dtype == jnp.uint8, f"Packed codes are uint8, got {self.data.dtype}.")
+        block = codes_per_block(self.bits)
+        expected = -(-self.width // block) * block * self.bits // 8
+        nbytes = self.data.shape[self.axis]
+        require(nbytes == expected, f"{self.width} codes of {self.bits} bits fill {expected} bytes, got {nbytes}.")
+
+    def part_coding(self, name: str) -> PartCoding:
+        """The codes, unsigned."""
+        del name
+
+        def unpack(data: np.ndarray) -> np.ndarray:
+            return np.asarray(dataclasses.replace(self, data=jnp.asarray(data), signed=False).materialize())
+
+        def packed(codes: np.ndarray) -> np.ndarray:
+            return np.asarray(_pack(jnp.asarray(codes), self.bits, self.axis))
+
+        return PartCoding(self.bits, self.shape, unpack, packed)
 
 
 @on_auto_axes

@@ -1,30 +1,23 @@
 """Arrays in one file, entropy-coded: an alternative to Orbax for models that are to be as small as they can be."""
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress._src.arrays.packed import PackedArray, pack
+from jaxcompress._src.arrays.protocol import PartCoding, call
 from jaxcompress._src.checkpoint.errors import CheckpointError
 from jaxcompress._src.checkpoint.files import write_synced
+from jaxcompress._src.checkpoint.leaves import decode_leaf
 from jaxcompress._src.checkpoint.manifest import LeafRecord, StoredValue
 from jaxcompress._src.checkpoint.processes import place
-from jaxcompress._src.clustering.bytes import Reader, Writer
-from jaxcompress._src.clustering.entropy import decode_codes, encode_codes
+from jaxcompress._src.coding.bytes import Reader, Writer
+from jaxcompress._src.coding.codes import decode_codes, encode_codes
 
 _RAW, _PLANES, _CODES = 0, 1, 2
-
-
-class _Packing(NamedTuple):
-    """How the bytes of an array hold codes."""
-
-    bits: int
-    axis: int
-    width: int
 
 
 def write_coded(path: str, records: Iterable[LeafRecord], arrays: Mapping[str, Any]) -> None:
@@ -38,8 +31,8 @@ def write_coded(path: str, records: Iterable[LeafRecord], arrays: Mapping[str, A
         arrays: JAX or NumPy arrays by name, at least those that have elements; all of them in this process.
     """
     writer = Writer()
-    for _, value, packing in _stored_arrays(records):
-        writer.block(_encode(np.asarray(arrays[value.array or ""]), packing))
+    for _, value, coding in _stored_arrays(records):
+        writer.block(_encode(np.asarray(arrays[value.array or ""]), coding))
     write_synced(path, writer.done())
 
 
@@ -60,10 +53,10 @@ def read_coded(path: str, records: Iterable[LeafRecord], targets: Mapping[str, A
     with open(path, "rb") as file:
         reader = Reader(file.read())
     found = {}
-    for record, value, packing in _stored_arrays(records):
+    for record, value, coding in _stored_arrays(records):
         name = value.array or ""
         try:
-            array = _decode(reader.block(), tuple(value.shape or ()), jnp.dtype(value.dtype), packing)
+            array = _decode(reader.block(), tuple(value.shape or ()), jnp.dtype(value.dtype), coding)
         except (ValueError, MemoryError) as err:
             raise CheckpointError(
                 f"Array {name!r} of leaf {record.name!r} in {path!r} cannot be decoded: {err}."
@@ -75,29 +68,31 @@ def read_coded(path: str, records: Iterable[LeafRecord], targets: Mapping[str, A
     return found
 
 
-def _stored_arrays(records: Iterable[LeafRecord]) -> Iterable[tuple[LeafRecord, StoredValue, _Packing | None]]:
-    """Every array with elements, and how it holds codes, if it is part of a `PackedArray`."""
+def _stored_arrays(records: Iterable[LeafRecord]) -> Iterator[tuple[LeafRecord, StoredValue, PartCoding | None]]:
+    """Every array with elements, and how it holds small integers, if it does."""
 
-    def visit(value: StoredValue, packing: _Packing | None) -> Iterable[tuple[StoredValue, _Packing | None]]:
+    def visit(value: StoredValue, coding: PartCoding | None) -> Iterator[tuple[StoredValue, PartCoding | None]]:
         if value.array is not None and 0 not in (value.shape or ()):
-            yield value, packing
-        inner = None
-        if value.kind == "PackedArray":
-            inner = _Packing(*(value.static.get(name) for name in _Packing._fields))  # type: ignore[arg-type]
-        for part in value.parts.values():
-            yield from visit(part, inner)
+            yield value, coding
+        leaf = decode_leaf(value, _abstract(value)) if value.parts else None
+        for name, part in value.parts.items():
+            yield from visit(part, None if leaf is None else call(leaf, "part_coding", name))
 
     for record in records:
-        for value, packing in visit(record.value, None):
-            yield record, value, packing
+        for value, coding in visit(record.value, None):
+            yield record, value, coding
 
 
-def _encode(array: np.ndarray, packing: _Packing | None) -> bytes:
-    if packing is not None:
-        codes = np.asarray(_unpack(jnp.asarray(array), packing))
+def _abstract(value: StoredValue) -> dict[str, Any]:
+    return {part.array or "": jax.ShapeDtypeStruct(part.shape or (), jnp.dtype(part.dtype)) for part in value.arrays()}
+
+
+def _encode(array: np.ndarray, coding: PartCoding | None) -> bytes:
+    if coding is not None:
+        codes = coding.unpack(array)
         # What lies in the padding of the last block is not part of the codes; only zeros come back.
-        if np.array_equal(_pack(codes, packing), array):
-            return bytes([_CODES]) + encode_codes(codes, bits=packing.bits)
+        if np.array_equal(coding.pack(codes), array):
+            return bytes([_CODES]) + encode_codes(codes, bits=coding.bits)
     raw = np.frombuffer(array.tobytes(), np.uint8)
     planes = Writer()
     for plane in raw.reshape(-1, array.dtype.itemsize).T:
@@ -105,15 +100,13 @@ def _encode(array: np.ndarray, packing: _Packing | None) -> bytes:
     return min(bytes([_RAW]) + raw.tobytes(), bytes([_PLANES]) + planes.done(), key=len)
 
 
-def _decode(data: bytes, shape: tuple[int, ...], dtype: Any, packing: _Packing | None) -> np.ndarray:
+def _decode(data: bytes, shape: tuple[int, ...], dtype: Any, coding: PartCoding | None) -> np.ndarray:
     kind, data = data[:1], data[1:]
-    if kind == bytes([_CODES]) and packing is not None:
-        logical = list(shape)
-        logical[packing.axis] = packing.width
-        found = _pack(decode_codes(data, tuple(logical), bits=packing.bits), packing)
-        if found.shape != shape:
-            raise ValueError(f"its codes fill bytes of shape {found.shape}, the manifest says {shape}")
-        return found
+    if kind == bytes([_CODES]) and coding is not None:
+        array = coding.pack(decode_codes(data, coding.shape, bits=coding.bits))
+        if array.shape != shape:
+            raise ValueError(f"its codes fill bytes of shape {array.shape}, the manifest says {shape}")
+        return array
     if kind == bytes([_RAW]):
         if len(data) != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"it has {len(data)} bytes, {math.prod(shape) * dtype.itemsize} are needed")
@@ -125,11 +118,3 @@ def _decode(data: bytes, shape: tuple[int, ...], dtype: Any, packing: _Packing |
             raise ValueError("bytes are left behind its planes")
         return np.ascontiguousarray(np.stack(planes, axis=1)).view(dtype).reshape(shape)
     raise ValueError(f"its kind {kind!r} is unknown")
-
-
-def _unpack(data: jax.Array, packing: _Packing) -> jax.Array:
-    return PackedArray(data=data, signed=False, **packing._asdict()).materialize()
-
-
-def _pack(codes: np.ndarray, packing: _Packing) -> np.ndarray:
-    return np.asarray(pack(jnp.asarray(codes), bits=packing.bits, axis=packing.axis).data)  # type: ignore[union-attr]

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxcompress._src.arrays.packed import PackedArray
-from jaxcompress._src.arrays.validate import validate_array
-from jaxcompress._src.checkpoint.compressed import COMPRESSED
+from jaxcompress._src.arrays.protocol import KINDS, call
 from jaxcompress._src.checkpoint.manifest import StoredValue
 from jaxcompress._src.checkpoint.manifest_json import MAX_AXES, dtype_name
 from jaxcompress._src.tree.unselected import Unselected, is_unselected
@@ -49,7 +47,7 @@ def encode_leaf(value: Any, name: str) -> tuple[StoredValue, dict[str, Any]]:
         return StoredValue(kind="python", shape=(), dtype=kind, static={"value": repr(value)}), {}
     raise TypeError(
         f"a leaf of type {type(value).__name__} cannot be stored; it can be a JAX or NumPy array, a typed random key, "
-        f"a bool, int, float or complex, or one of {', '.join(COMPRESSED)}"
+        f"a bool, int, float or complex, or one of {', '.join(KINDS)}"
     )
 
 
@@ -100,18 +98,18 @@ def _checked_dtype(value: Any) -> str:
 
 
 def _encode_compressed(value: Any, name: str) -> tuple[StoredValue, dict[str, Any]]:
-    row = COMPRESSED.get(type(value).__name__)
-    if row is None or type(value) is not row.cls:
+    kind = KINDS.get(type(value).__name__)
+    if kind is None or type(value) is not kind.cls:
         raise TypeError(f"compressed arrays of class {type(value).__qualname__} cannot be stored yet")
     parts, arrays = {}, {}
-    for field in row.parts:
+    for field in kind.parts:
         part, found = _encode_part(getattr(value, field), field, f"{name}.{field}")
         parts[field], arrays = part, arrays | found
     try:
         static = {
-            field: codec.encode(getattr(value, field))
-            for field, codec in row.static.items()
-            if field not in row.later or getattr(value, field) != row.later[field]
+            name: field.encode(getattr(value, name))
+            for name, field in kind.static.items()
+            if name not in kind.later or getattr(value, name) != kind.later[name]
         }
     except TypeError as err:
         raise TypeError(f"a static field of {type(value).__name__}: {err}") from err
@@ -136,17 +134,17 @@ def _encode_part(part: Any, field: str, name: str) -> tuple[StoredValue, dict[st
 
 
 def _decode_compressed(value: StoredValue, arrays: Mapping[str, Any]) -> Any:
-    row = COMPRESSED.get(value.kind)
-    if row is None:
-        raise ValueError(f"class {value.kind!r} is unknown; this version knows {', '.join(COMPRESSED)}")
-    known = {**{name: row.static[name].encode(older) for name, older in row.later.items()}, **value.static}
-    if set(value.parts) != set(row.parts) or set(known) != set(row.static):
+    kind = KINDS.get(value.kind)
+    if kind is None:
+        raise ValueError(f"class {value.kind!r} is unknown; this version knows {', '.join(KINDS)}")
+    known = {**{name: kind.static[name].encode(older) for name, older in kind.later.items()}, **value.static}
+    if set(value.parts) != set(kind.parts) or set(known) != set(kind.static):
         raise ValueError(
-            f"{value.kind} has parts {sorted(row.parts)} and static fields {sorted(row.static)}, "
+            f"{value.kind} has parts {sorted(kind.parts)} and static fields {sorted(kind.static)}, "
             f"found {sorted(value.parts)} and {sorted(value.static)}"
         )
-    fields = {name: codec.decode(known[name]) for name, codec in row.static.items()}
-    leaf = row.cls(**fields, **{name: decode_leaf(part, arrays) for name, part in value.parts.items()})
+    fields = {name: field.decode(known[name]) for name, field in kind.static.items()}
+    leaf = kind.cls(**fields, **{name: decode_leaf(part, arrays) for name, part in value.parts.items()})
     if _is_whole(value.parts):
         _check_logical(leaf, value)
     return leaf
@@ -162,9 +160,8 @@ def _check_logical(leaf: Any, value: StoredValue) -> None:
             f"the parts of {value.kind} make {found[1]}{list(found[0])}; "
             f"the manifest says {value.dtype}{list(value.shape or ())}"
         )
-    # Only shapes are looked at, so this costs nothing, and bytes are never read with the wrong number of bits.
-    if isinstance(leaf, PackedArray):
-        validate_array(leaf)
+    # So that bytes are never read with the wrong number of bits.
+    call(leaf, "validate_shapes")
 
 
 def _is_whole(parts: Mapping[str, StoredValue]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxcompress._src.execution.rearrange import can_unstack
+from jaxcompress._src.arrays.protocol import can_unstack
 from jaxcompress._src.execution.rules import RULES
 from jaxcompress._src.execution.runs import boundaries, cut, sliced_runs
 from jaxcompress._src.execution.values import (
@@ -14,7 +14,6 @@ from jaxcompress._src.execution.values import (
     Note,
     Runs,
     Weight,
-    holds_compressed_weight,
     ignore,
     plain,
     with_plain_weight,
@@ -130,9 +129,10 @@ def _visit(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
     if name in RULES:
         path = next(value.path for value in values if isinstance(value, Weight))
         results = _by_rule(eqn, values)
-        if results is None and any(map(holds_compressed_weight, values)):
-            values = [with_plain_weight(value, name, note) for value in values]
-            results = _by_rule(eqn, values)
+        if results is None:
+            partly_plain = [with_plain_weight(value, name, note) for value in values]
+            changed = any(new is not old for new, old in zip(partly_plain, values, strict=True))
+            values, results = partly_plain, _by_rule(eqn, partly_plain) if changed else None
         if results is not None:
             return [Weight(out, path) if is_compressed(out) else out for out in results]
     return bind(eqn, _plain(eqn.invars, values, name, note))

@@ -1,9 +1,8 @@
 """Plain arrays from compressed ones."""
 
-from typing import Any
-
 import jax
 
+from jaxcompress._src.arrays.protocol import plain
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import Params, is_compressed
 
@@ -19,8 +18,4 @@ def materialize(params: Params) -> Params:
         >>> materialize({"w": leaf, "b": 1})
         {'b': 1, 'w': Array([1.], dtype=float32)}
     """
-    return jax.tree.map(_plain, params, is_leaf=is_compressed)
-
-
-def _plain(leaf: Any) -> Any:
-    return leaf.materialize() if is_compressed(leaf) else leaf
+    return jax.tree.map(plain, params, is_leaf=is_compressed)

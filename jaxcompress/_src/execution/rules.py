@@ -6,14 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
-from jaxcompress._src.arrays.low_rank import LowRankArray
+from jaxcompress._src.arrays.protocol import call, cast, product_of_stored, reshape, slice_axis, transpose
 from jaxcompress._src.arrays.sharding import component_shardings
-from jaxcompress._src.execution.convolve import convolve
-from jaxcompress._src.execution.low_rank import can_stay_thin
-from jaxcompress._src.execution.matmul import dot_general
-from jaxcompress._src.execution.quantized_inputs import dot_of_quantized_inputs
-from jaxcompress._src.execution.rearrange import cast, reshape, slice_axis, transpose
 from jaxcompress._src.types import is_compressed
 
 Rule = Callable[[Any, list[Any]], Sequence[Any] | None]
@@ -26,17 +20,12 @@ def _one(result: Any) -> Sequence[Any] | None:
 
 def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     left, right = values
-    if isinstance(left, InputQuantizedArray) or isinstance(right, InputQuantizedArray):
-        return [dot_of_quantized_inputs(left, right, eqn.params)]
-    for side, (leaf, other) in enumerate(((left, right), (right, left))):
-        if isinstance(leaf, LowRankArray) and not can_stay_thin(leaf, other.dtype, side, eqn.params):
-            return None
-    return [dot_general(left, right, eqn.params)]
+    return _one(product_of_stored(left, right, eqn.params))
 
 
 def _conv(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    x, kernel = values
-    return _one(convolve(x, kernel, eqn))
+    inputs, kernel = values
+    return None if is_compressed(inputs) else _one(call(kernel, "convolve", inputs, eqn.params))
 
 
 def _transpose(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
@@ -90,7 +79,7 @@ def _gather(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     batch_ndim = indices.ndim - 1
     offsets = tuple(range(batch_ndim, batch_ndim + len(sizes) - 1))
     by_row = (
-        hasattr(table, "take_rows")
+        is_compressed(table)
         and tuple(numbers.collapsed_slice_dims) == tuple(numbers.start_index_map) == (0,)
         and tuple(sizes) == (1, *table.shape[1:])
         and tuple(numbers.offset_dims) == offsets
@@ -99,12 +88,14 @@ def _gather(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
         return None
     rows = indices[..., 0]
     inside = jnp.clip(rows, 0, table.shape[0] - 1)
-    found = table.take_rows(inside)
+    picked = call(table, "take_rows", inside)
+    if picked is None:
+        return None
     if eqn.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP:
         fill = jnp.nan if eqn.params["fill_value"] is None else eqn.params["fill_value"]
-        valid = jnp.expand_dims(rows == inside, tuple(range(batch_ndim, found.ndim)))
-        found = jnp.where(valid, found, jnp.asarray(fill, found.dtype))
-    return [found]
+        valid = jnp.expand_dims(rows == inside, tuple(range(batch_ndim, picked.ndim)))
+        picked = jnp.where(valid, picked, jnp.asarray(fill, picked.dtype))
+    return [picked]
 
 
 def _sharding_constraint(eqn: Any, values: list[Any]) -> Sequence[Any] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxcompress._src.execution.rearrange import slice_axis
+from jaxcompress._src.arrays.protocol import slice_axis
 from jaxcompress._src.execution.values import Note, Runs, Weight, plain
 from jaxcompress._src.meshes import on_auto_axes
 

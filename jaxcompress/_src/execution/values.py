@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
+from jaxcompress._src.arrays.protocol import call, changes_inputs
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.types import CompressedArray, is_compressed
+from jaxcompress._src.types import CompressedArray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def plain(value: Any, primitive: str, note: Note) -> Any:
         return on_auto_axes(jax.numpy.concatenate)([plain(part, primitive, note) for part in value.parts])
     if not isinstance(value, Weight):
         return value
-    if isinstance(value.array, InputQuantizedArray) and primitive != "output":
+    if changes_inputs(value.array) and primitive != "output":
         raise ValueError(
             f"The inputs of leaf {value.path!r} are to be quantized, but `{primitive}` changes it before a matmul, or "
             "uses it otherwise; exclude it."
@@ -92,15 +92,11 @@ def plain(value: Any, primitive: str, note: Note) -> Any:
     return array
 
 
-def holds_compressed_weight(value: Any) -> bool:
-    """Whether the inputs of the leaf are quantized, and its weight is stored in another form, too."""
-    array = value.array if isinstance(value, Weight) else None
-    return isinstance(array, InputQuantizedArray) and is_compressed(array.weight)
-
-
 def with_plain_weight(value: Any, primitive: str, note: Note) -> Any:
     """Where only the codes have no rule: the inputs are still to be quantized."""
-    if not holds_compressed_weight(value):
+    stored = call(value.array, "with_plain_weight") if isinstance(value, Weight) else None
+    if stored is None:
         return value
-    weight = plain(Weight(value.array.weight, value.path), primitive, note)
-    return Weight(dataclasses.replace(value.array, weight=weight), value.path)
+    nbytes = stored.size * stored.dtype.itemsize
+    note(Fallback(path=value.path, primitive=primitive, shape=stored.shape, nbytes=nbytes))
+    return Weight(stored, value.path)

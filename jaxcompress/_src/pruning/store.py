@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.arrays.bitmask import BitmaskSparseArray
-from jaxcompress._src.arrays.packed import PackedArray, pack
+from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.arrays.quantized import QuantizedArray
 from jaxcompress._src.arrays.sparse import SparseArray, sparsify
 from jaxcompress._src.meshes import on_auto_axes
@@ -50,10 +49,5 @@ def _quantized(leaf: QuantizedArray, mask: jax.Array, layout: LeafLayout, patter
     stored = _sparse(leaf.codes(), mask, layout, pattern)
     if not isinstance(stored, SparseArray):
         return jnp.where(mask, leaf.materialize(), 0)
-    axis = -1 if isinstance(stored, BitmaskSparseArray) else stored.axis
-    values = pack(stored.values, bits=leaf.bits, axis=axis) if isinstance(_codes(leaf), PackedArray) else stored.values
-    return dataclasses.replace(leaf, data=dataclasses.replace(stored, values=values))
-
-
-def _codes(leaf: QuantizedArray) -> Any:
-    return getattr(leaf.data, "values", leaf.data)
+    packed = isinstance(getattr(leaf.data, "values", leaf.data), PackedArray)
+    return dataclasses.replace(leaf, data=stored.with_packed_values(leaf.bits) if packed else stored)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
+from jaxcompress._src.arrays.input_quantized import InputQuantizedArray, stored_quantizer
 from jaxcompress._src.arrays.quantized import QuantizedArray, dequantize
 from jaxcompress._src.arrays.straight_through import straight_through
 from jaxcompress._src.meshes import on_auto_axes
@@ -37,6 +37,7 @@ class InputRange:
     zero_point: Any = None
 
 
+@stored_quantizer
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputRounding:
     """The `arrays.InputQuantizer` of a spec.
@@ -48,6 +49,23 @@ class InputRounding:
 
     spec: QuantSpec
     gradient: Gradient = "lsq"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields, as files hold them."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_json(content: dict[str, Any]) -> "InputRounding":
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: other fields, or impossible ones.
+        """
+        try:
+            fields: dict[str, Any] = {**content, "spec": QuantSpec(**content["spec"])}
+            return InputRounding(**fields)
+        except (KeyError, TypeError) as err:
+            raise ValueError(f"{content!r} does not describe how inputs are rounded: {err}") from err
 
     def codes(self, x: Any, axes: Sequence[int], scale: Any, zero_point: Any) -> QuantizedArray:
         """The codes of an input."""

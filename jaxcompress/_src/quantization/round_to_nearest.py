@@ -1,6 +1,5 @@
 """Round-to-nearest quantization of one array."""
 
-import dataclasses
 import functools
 import math
 from typing import Any
@@ -104,9 +103,7 @@ def store_codes(codes: Integer[Array, "..."], *, bits: int, axis: int, keep: Spa
     """
     if keep is None:
         return pack(codes, bits=bits, axis=axis)
-    stored = sparsify_like(codes, keep)
-    along = -1 if isinstance(stored, BitmaskSparseArray) else stored.axis
-    return dataclasses.replace(stored, values=pack(stored.values, bits=bits, axis=along))
+    return sparsify_like(codes, keep).with_packed_values(bits)
 
 
 def store_zero_points(zero_point: Num[Array, "..."] | None, bits: int, layout: LeafLayout) -> Any:

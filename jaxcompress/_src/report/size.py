@@ -8,9 +8,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxcompress._src.arrays.protocol import describe_leaf
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.report.count import count_nonzeros, holds_numbers, stored_bytes, tied_to
-from jaxcompress._src.report.describe import describe_leaf
 from jaxcompress._src.report.disk import disk_bytes
 from jaxcompress._src.report.groups import GroupBy, group_names
 from jaxcompress._src.tree.maps import leaves_with_paths

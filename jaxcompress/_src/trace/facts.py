@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
+from jaxcompress._src.arrays.reshaping import reshape_runs
 from jaxcompress._src.trace.axis import Axis
-from jaxcompress._src.trace.origin import Factor, Origin, rearrange, reshape_runs
+from jaxcompress._src.trace.origin import Factor, Origin, rearrange
 from jaxcompress._src.trace.walk import bind
 
 Arrays = Sequence[tuple[Any, ...]]

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress._src.arrays.reshaping import reshape_runs
 from jaxcompress._src.trace.axis import LONGEST, Axis, merged, split
 from jaxcompress._src.trace.walk import bind
 
@@ -315,39 +316,3 @@ _EVEN: dict[str, Callable[[Any, frozenset[int]], frozenset[int]]] = {
     "broadcast_in_dim": _even_broadcast,
     "reshape": _even_reshape,
 }
-
-
-def reshape_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Cuts a reshape into the shortest runs of axes with equal products.
-
-    Args:
-        old: shape before.
-        new: shape after, of the same size.
-
-    Returns:
-        Pairs (axes of `old`, axes of `new`); one side is empty for axes of size 1 that come or go.
-
-    Example:
-        >>> reshape_runs((2, 6, 5), (12, 1, 5))
-        [([0, 1], [0]), ([], [1]), ([2], [2])]
-    """
-    if math.prod(old) == 0:
-        return [(list(range(len(old))), list(range(len(new))))]
-    runs, i, j = [], 0, 0
-    while i < len(old) or j < len(new):
-        left, right = [i][: len(old) - i], [j][: len(new) - j]
-        a = old[i] if left else 1
-        b = new[j] if right else 1
-        if a != b and 1 in (a, b):
-            left, right = (left, []) if a == 1 and left else ([], right)
-            a = b = 1
-        while a != b:
-            if a < b:
-                left.append(left[-1] + 1)
-                a *= old[left[-1]]
-            else:
-                right.append(right[-1] + 1)
-                b *= new[right[-1]]
-        runs.append((left, right))
-        i, j = i + len(left), j + len(right)
-    return runs

@@ -6,8 +6,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
+from jaxcompress._src.arrays.reshaping import reshape_runs
 from jaxcompress._src.trace.graph import Graph
-from jaxcompress._src.trace.origin import Origin, reshape_runs
+from jaxcompress._src.trace.origin import Origin
 
 
 class Scaling:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from jaxcompress._src.clustering.arithmetic import CERTAIN, BitDecoder, BitEncoder, squash_table, stretch_tables
-from jaxcompress._src.clustering.bytes import Reader, Writer
+from jaxcompress._src.coding.arithmetic import CERTAIN, BitDecoder, BitEncoder, squash_table, stretch_tables
+from jaxcompress._src.coding.bytes import Reader, Writer
 
 # 22 bits for probabilities that are learned, so that small ones still move.
 _FINE = 22

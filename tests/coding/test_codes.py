@@ -7,12 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress._src.clustering.adaptive import encode_adaptive
-from jaxcompress._src.clustering.arithmetic import BitDecoder, BitEncoder, squash, stretch
-from jaxcompress._src.clustering.entropy import decode_codes
-from jaxcompress._src.clustering.huffman import LONGEST, code_lengths
-from jaxcompress._src.clustering.rans import quantized_frequencies
-from jaxcompress.clustering import Coder, encode_codes
+from jaxcompress._src.coding.adaptive import encode_adaptive
+from jaxcompress._src.coding.arithmetic import BitDecoder, BitEncoder, squash, stretch
+from jaxcompress._src.coding.codes import Coder, decode_codes, encode_codes
+from jaxcompress._src.coding.rans import quantized_frequencies
 
 SHAPES = [(0,), (0, 5), (1,), (3,), (7, 5), (1, 300), (40, 50), (5, 3, 2, 7), (2, 4100)]
 
@@ -49,10 +47,8 @@ def test_round_trip_of_anything(values, coder):
 def test_sizes_are_those_of_the_entropy():
     dense = codes((300, 200), 4, 0.3)
     assert len(encode_codes(dense, bits=4, coder=Coder.RANS)) < 1.005 * entropy_bytes(dense) + 20
-    assert len(encode_codes(dense, bits=4, coder=Coder.HUFFMAN_CODES)) < 1.03 * entropy_bytes(dense) + 20
     sparse = codes((300, 200), 3, 0.97)
     assert len(encode_codes(sparse, bits=3, coder=Coder.RANS)) < 1.01 * entropy_bytes(sparse) + 20
-    assert len(encode_codes(sparse, bits=3, coder=Coder.HUFFMAN)) < 1.1 * entropy_bytes(sparse) + 180
 
 
 def test_adaptive_coding_finds_rows_and_columns():
@@ -76,8 +72,6 @@ FORMAT = {
     "PLAIN": (269, 4204654755),
     "RANS": (121, 3288017934),
     "GAPS": (157, 3018224470),
-    "HUFFMAN": (242, 1272652944),
-    "HUFFMAN_CODES": (136, 3642861243),
     "ADAPTIVE": (113, 2903349412),
 }
 
@@ -112,23 +106,6 @@ def test_bad_arguments():
     for data in (b"", b"\x63"):
         with pytest.raises(ValueError, match="is unknown"):
             decode_codes(data, (3,))
-
-
-def test_huffman_lengths_are_optimal_and_bounded():
-    rng = np.random.default_rng(0)
-    for size in (2, 3, 17, 256):
-        counts = rng.integers(0, 1000, size) + 1
-        lengths, shares = code_lengths(counts), counts / counts.sum()
-        assert (2.0**-lengths).sum() == 1
-        entropy = -(shares * np.log2(shares)).sum()
-        assert entropy <= shares @ lengths < entropy + 1
-    assert code_lengths(np.array([5, 1, 0, 2])).tolist() == [1, 2, 0, 2]
-    fibonacci = np.ones(40, np.int64)
-    for at in range(2, 40):
-        fibonacci[at] = fibonacci[at - 1] + fibonacci[at - 2]
-    lengths = code_lengths(fibonacci)
-    assert lengths.max() <= LONGEST
-    assert (2.0**-lengths).sum() <= 1
 
 
 def test_frequencies_keep_every_symbol_and_sum_up():

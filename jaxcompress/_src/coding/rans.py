@@ -7,7 +7,7 @@ alphabet.
 import numpy as np
 from jaxtyping import Int64, Integer, Shaped
 
-from jaxcompress._src.clustering.bytes import Reader, Writer
+from jaxcompress._src.coding.bytes import Reader, Writer
 
 PRECISION = 14
 """Frequencies of a model sum to 2^14."""

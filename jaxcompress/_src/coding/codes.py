@@ -9,10 +9,9 @@ import math
 import numpy as np
 from jaxtyping import Integer
 
-from jaxcompress._src.clustering.adaptive import decode_adaptive, encode_adaptive
-from jaxcompress._src.clustering.bytes import Reader, Writer
-from jaxcompress._src.clustering.huffman import decode_huffman, encode_huffman
-from jaxcompress._src.clustering.rans import PRECISION, decode_rans, encode_rans, quantized_frequencies
+from jaxcompress._src.coding.adaptive import decode_adaptive, encode_adaptive
+from jaxcompress._src.coding.bytes import Reader, Writer
+from jaxcompress._src.coding.rans import PRECISION, decode_rans, encode_rans, quantized_frequencies
 
 _LARGEST_ADAPTIVE = 1 << 19
 _LONGEST_GAP = 255
@@ -22,16 +21,13 @@ class Coder(enum.IntEnum):
     """Ways to write codes; the value is the first byte.
 
     PLAIN: `bits` of each code, back to back. RANS: one table of frequencies, interleaved rANS. GAPS: the numbers of
-    codes of the most frequent kind before each other code, and those, both by rANS. HUFFMAN: GAPS, by canonical Huffman
-    codes (the format of Deep Compression). HUFFMAN_CODES: the codes, by a Huffman code. ADAPTIVE: bit by bit, with
-    probabilities from row, column and neighbours; a few microseconds per code.
+    codes of the most frequent kind before each other code, and those, both by rANS. ADAPTIVE: bit by bit, with
+    probabilities from row, column and neighbours. 3 and 4 were Huffman codes, which no checkpoint was written with.
     """
 
     PLAIN = 0
     RANS = 1
     GAPS = 2
-    HUFFMAN = 3
-    HUFFMAN_CODES = 4
     ADAPTIVE = 5
 
 
@@ -160,22 +156,22 @@ def _gaps(flat: Integer[np.ndarray, " N"]) -> tuple[int, Integer[np.ndarray, " M
     )
 
 
-def _encode_gaps(flat: Integer[np.ndarray, " N"], bits: int, encode) -> bytes:
+def _encode_gaps(flat: Integer[np.ndarray, " N"], bits: int) -> bytes:
     common, gaps, values = _gaps(flat)
     writer = Writer()
     writer.numbers([common, len(gaps)])
-    writer.block(encode(gaps, _LONGEST_GAP + 1))
-    writer.raw(encode(values, 1 << bits))
+    writer.block(_encode_static(gaps, _LONGEST_GAP + 1))
+    writer.raw(_encode_static(values, 1 << bits))
     return writer.done()
 
 
-def _decode_gaps(data: bytes, count: int, bits: int, decode) -> Integer[np.ndarray, " N"]:
+def _decode_gaps(data: bytes, count: int, bits: int) -> Integer[np.ndarray, " N"]:
     reader = Reader(data)
     common, others = reader.numbers(2)
     if others > count:
         raise ValueError(f"{others} codes behind gaps do not fit into {count}")
-    gaps = decode(reader.block(), others, _LONGEST_GAP + 1)
-    values = decode(reader.rest(), others, 1 << bits)
+    gaps = _decode_static(reader.block(), others, _LONGEST_GAP + 1)
+    values = _decode_static(reader.rest(), others, 1 << bits)
     places = np.cumsum(gaps + 1) - 1
     if others and int(places[-1]) >= count:
         raise ValueError(f"a code is at place {int(places[-1])} of {count}")
@@ -187,16 +183,12 @@ def _decode_gaps(data: bytes, count: int, bits: int, decode) -> Integer[np.ndarr
 _ENCODERS = {
     Coder.PLAIN: _encode_plain,
     Coder.RANS: _encode_rans,
-    Coder.GAPS: lambda table, bits: _encode_gaps(table.ravel(), bits, _encode_static),
-    Coder.HUFFMAN: lambda table, bits: _encode_gaps(table.ravel(), bits, encode_huffman),
-    Coder.HUFFMAN_CODES: lambda table, bits: encode_huffman(table.ravel(), 1 << bits),
+    Coder.GAPS: lambda table, bits: _encode_gaps(table.ravel(), bits),
     Coder.ADAPTIVE: lambda table, bits: encode_adaptive(table, 1 << bits),
 }
 _DECODERS = {
     Coder.PLAIN: _decode_plain,
     Coder.RANS: _decode_rans,
-    Coder.GAPS: lambda data, shape, bits: _decode_gaps(data, math.prod(shape), bits, _decode_static).reshape(shape),
-    Coder.HUFFMAN: lambda data, shape, bits: _decode_gaps(data, math.prod(shape), bits, decode_huffman).reshape(shape),
-    Coder.HUFFMAN_CODES: lambda data, shape, bits: decode_huffman(data, math.prod(shape), 1 << bits).reshape(shape),
+    Coder.GAPS: lambda data, shape, bits: _decode_gaps(data, math.prod(shape), bits).reshape(shape),
     Coder.ADAPTIVE: lambda data, shape, bits: decode_adaptive(data, shape, 1 << bits),
 }

@@ -1,27 +1,43 @@
-"""Blocks of an array, and its packed codes, when it is reshaped."""
+"""Axes, and blocks along them, when an array is reshaped."""
 
-import dataclasses
+import math
 from collections.abc import Sequence
-from typing import Any
-
-from jaxcompress._src.arrays.packed import PackedArray
-from jaxcompress._src.types import is_compressed
 
 
-def reshape_data(data: Any, shape: Sequence[int], runs: list[tuple[list[int], list[int]]]) -> Any:
-    """Reshapes codes whose packed axis only changes its place; None if it is split or merged."""
-    if not is_compressed(data):
-        return data.reshape(shape)
-    if not isinstance(data, PackedArray):
-        return None
-    at = data.axis + data.ndim
-    after = next(new for old, new in runs if at in old)
-    before = next(old for old, _ in runs if at in old)
-    if len(before) != 1 or len(after) != 1:
-        return None
-    stored = list(shape)
-    stored[after[0]] = data.data.shape[at]
-    return dataclasses.replace(data, data=data.data.reshape(stored), axis=after[0] - len(shape))
+def reshape_runs(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Cuts a reshape into the shortest runs of axes with equal products.
+
+    Args:
+        old: shape before.
+        new: shape after, of the same size.
+
+    Returns:
+        Pairs (axes of `old`, axes of `new`); one side is empty for axes of size 1 that come or go.
+
+    Example:
+        >>> reshape_runs((2, 6, 5), (12, 1, 5))
+        [([0, 1], [0]), ([], [1]), ([2], [2])]
+    """
+    if math.prod(old) == 0:
+        return [(list(range(len(old))), list(range(len(new))))]
+    runs, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = [i][: len(old) - i], [j][: len(new) - j]
+        a = old[i] if left else 1
+        b = new[j] if right else 1
+        if a != b and 1 in (a, b):
+            left, right = (left, []) if a == 1 and left else ([], right)
+            a = b = 1
+        while a != b:
+            if a < b:
+                left.append(left[-1] + 1)
+                a *= old[left[-1]]
+            else:
+                right.append(right[-1] + 1)
+                b *= new[right[-1]]
+        runs.append((left, right))
+        i, j = i + len(left), j + len(right)
+    return runs
 
 
 def reshaped_blocks(

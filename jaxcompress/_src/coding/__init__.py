@@ -1,0 +1,1 @@
+"""Small integers as few bytes: what the entropy-coded storage of checkpoints is made of."""
