@@ -24,6 +24,7 @@ from jaxcompress._src.coding.codes import Coder, decode_codes, encode_codes
 from jaxcompress.clustering import CodebookSpec, cluster
 from jaxcompress.quantization import QuantSpec, quantize
 
+WRITTEN = [coder for coder in Coder if coder is not Coder.GAPS]
 Arrays = list[tuple[np.ndarray, int]]
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     for name, arrays in data(arguments.weights, arguments.layer):
-        results[name] = {coder.name: measure(arrays, coder) for coder in Coder}
+        results[name] = {coder.name: measure(arrays, coder) for coder in WRITTEN}
         results[name]["chosen"] = measure(arrays, None)
         results[name]["entropy"] = {"bytes": round(sum(map(entropy_bytes, arrays)) / millions(arrays))}
     for name, coders in results.items():
@@ -52,7 +53,7 @@ def data(path: Path, layer: int) -> Iterator[tuple[str, Arrays]]:
     }
     kernels = {f"{at}": {"kernel": tensor} for at, tensor in enumerate(tensors.values())}
     pruned = {at: {"kernel": tenth(leaf["kernel"])} for at, leaf in kernels.items()}
-    yield "MiniLM, 4 bits", codes_of(quantize(kernels, QuantSpec(bits=4, group_size=32)))
+    yield "MiniLM, 4 bits", codes_of(quantize(kernels, QuantSpec(bits=4, group_size=32))[0])
     yield "MiniLM, 16 values", codes_of(cluster(kernels, CodebookSpec(values=16))[0])
     yield "MiniLM, a tenth, 8 values", codes_of(cluster(pruned, CodebookSpec(values=8))[0])
     yield "LeNet-like, 4 %, 8 values", [(lenet_like(), 3)]

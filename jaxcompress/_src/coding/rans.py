@@ -91,6 +91,40 @@ def decode_rans(
     return symbols.reshape(-1)[: len(contexts)]
 
 
+def encode_static(symbols: Integer[np.ndarray, " N"], alphabet: int) -> bytes:
+    """Symbols below `alphabet` as bytes: frequencies, and what `encode_rans` makes of them.
+
+    Frequencies are in the order of the symbols; what is missing to 2^14 is that of the last one.
+    """
+    frequencies = quantized_frequencies(np.bincount(symbols, minlength=alphabet).astype(np.int64)[None])
+    writer = Writer()
+    left = 1 << PRECISION
+    for number in frequencies[0].tolist():
+        if not left:
+            break
+        writer.number(number)
+        left -= number
+    writer.raw(encode_rans(symbols, np.zeros_like(symbols), frequencies))
+    return writer.done()
+
+
+def decode_static(data: bytes, count: int, alphabet: int) -> Integer[np.ndarray, " N"]:
+    """The inverse of `encode_static`.
+
+    Raises:
+        ValueError: the frequencies do not sum to 2^14, or the rest is not of such symbols.
+    """
+    reader, frequencies = Reader(data), np.zeros((1, alphabet), np.int64)
+    left, at = 1 << PRECISION, 0
+    while left:
+        number = reader.number()
+        if number > left or at == alphabet:
+            raise ValueError("the frequencies do not sum to 2^14")
+        frequencies[0, at] = number
+        left, at = left - number, at + 1
+    return decode_rans(reader.rest(), np.zeros(count, np.int64), frequencies)
+
+
 def quantized_frequencies(counts: Int64[np.ndarray, "C A"]) -> Int64[np.ndarray, "C A"]:
     """Counts as frequencies that sum to 2^14 in each row: in proportion, but at least 1 where there is a count.
 
