@@ -27,6 +27,7 @@ from jax._src.interpreters import mlir
 
 # By its defaults the garbage collector walks the modules and JAX's caches again and again: a seventh of the time.
 gc.set_threshold(50_000, 20, 20)
+jax.config.update("jax_enable_compilation_cache", False)  # without a folder, its keys are hashed for nothing
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # JAX lowers every program in an MLIR context of its own, and loading the dialects into one takes three times as long as
 # lowering a small program. No public switch shares them; should JAX rename this function, the line raises.

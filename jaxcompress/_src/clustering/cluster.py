@@ -116,17 +116,17 @@ def describe(
 ) -> dict[str, ClusterInfo]:
     """Error and entropy of a clustered leaf, entry by entry."""
     errors = weighed_errors(leaf, stored, jnp.ones(()) if importance is None else jnp.asarray(importance))
-    rows = leaf.rows(codes), leaf.rows(stored.materialize())
+    rows = np.asarray(leaf.rows(codes)), np.asarray(leaf.rows(stored.materialize()))
     named = zip(entry_names(leaf.path, leaf.weight.shape, leaf.layout), errors, *rows, strict=True)
     return {name: _info(error, own, values) for name, error, own, values in named}
 
 
-def _info(error: float, codes: jax.Array, values: jax.Array) -> ClusterInfo:
-    counts = np.bincount(np.asarray(codes), minlength=1)
+def _info(error: float, codes: np.ndarray, values: np.ndarray) -> ClusterInfo:
+    counts = np.bincount(codes, minlength=1)
     shares = counts[counts > 0] / max(counts.sum(), 1)
     return ClusterInfo(
         error=error,
-        zeros=float(np.mean(np.asarray(values) == 0)) if values.size else 0.0,
+        zeros=float(np.mean(values == 0)) if values.size else 0.0,
         values=len(shares),
         entropy_bits=float(np.abs(shares @ np.log2(shares))) if len(shares) else 0.0,
     )

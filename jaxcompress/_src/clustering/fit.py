@@ -49,11 +49,7 @@ def fit_tables(
         >>> fit_tables(jnp.array([[0.0, 1.0], [1.2, -2.0]]), CodebookSpec(values=3), (1, 1))
         Array([[[-2. ,  1.1]]], dtype=float32)
     """
-    rows = to_blocks(weights.astype(jnp.float32), blocks)
-    # Near 1, so that squares in float32 neither vanish nor overflow; a power of two rounds nothing.
-    unit = unit_of(rows)
-    rows = rows / unit
-    spread = _spread(importance, weights, blocks)
+    rows, spread, unit = _rows_near_one(weights, importance, tuple(blocks))
     x, h = np.asarray(rows, np.float64), np.asarray(spread, np.float64)
     tables = np.zeros((len(x), spec.entries))
     for table, values, counts in zip(tables, x, h, strict=True):
@@ -92,13 +88,7 @@ def nearest_codes(
         Array([[0, 2],
                [2, 1]], dtype=uint8)
     """
-    blocks = tables.shape[:-1]
-    rows, values = to_blocks(weights.astype(jnp.float32), blocks), tables.astype(jnp.float32).reshape(-1, spec.entries)
-    unit = unit_of(rows)
-    rows, values = rows / unit, values / unit
-    spread = _spread(importance, weights, blocks)
-    codes = _assign(rows, spread, values, _price(rows, spread, values, spec.rate, spec.zero), spec.zero)
-    return from_blocks(codes, weights.shape, blocks)
+    return _nearest_codes(weights, tables, importance, spec.rate, spec.zero)
 
 
 def to_blocks(array: Shaped[Array, "..."], blocks: Sequence[int]) -> Shaped[Array, "B N"]:
@@ -116,14 +106,37 @@ def from_blocks(rows: Shaped[Array, "B N"], shape: Sequence[int], blocks: Sequen
     return rows.reshape([*blocks, *sizes]).transpose(order).reshape(shape)
 
 
-def _spread(
-    importance: Shaped[Array, "..."] | None, weights: Shaped[Array, "..."], blocks: Sequence[int]
-) -> Float32[Array, "B N"]:
-    """How much each weight counts, near 1."""
+@functools.partial(jax.jit, static_argnames=("blocks",), inline=True)
+def _rows_near_one(
+    weights: Shaped[Array, "..."], importance: Shaped[Array, "..."] | None, blocks: tuple[int, ...]
+) -> tuple[Float32[Array, "B N"], Float32[Array, "B N"], Float32[Array, ""]]:
+    """The weights in their unit, how much each counts, and the unit.
+
+    Near 1, squares in float32 neither vanish nor overflow; a power of two rounds nothing.
+    """
+    rows = to_blocks(weights.astype(jnp.float32), blocks)
+    unit = unit_of(rows)
     if importance is None:
-        return to_blocks(jnp.ones(weights.shape, jnp.float32), blocks)
-    spread = jnp.broadcast_to(jnp.asarray(importance, jnp.float32), weights.shape)
-    return to_blocks(spread / unit_of(spread), blocks)
+        spread = jnp.ones(weights.shape, jnp.float32)
+    else:
+        spread = jnp.broadcast_to(jnp.asarray(importance, jnp.float32), weights.shape)
+        spread = spread / unit_of(spread)
+    return rows / unit, to_blocks(spread, blocks), unit
+
+
+@functools.partial(jax.jit, static_argnames=("zero",), inline=True)
+def _nearest_codes(
+    weights: Float[Array, "..."],
+    tables: Float[Array, "... E"],
+    importance: Shaped[Array, "..."] | None,
+    rate: Float[Array, ""] | float,
+    zero: bool,
+) -> UInt8[Array, "..."]:
+    blocks = tables.shape[:-1]
+    rows, spread, unit = _rows_near_one(weights, importance, blocks)
+    values = tables.astype(jnp.float32).reshape(-1, tables.shape[-1]) / unit
+    codes = _assign(rows, spread, values, _price(rows, spread, values, rate, zero), zero)
+    return from_blocks(codes, weights.shape, blocks)
 
 
 def _condensed(x: np.ndarray, h: np.ndarray) -> tuple[jax.Array, jax.Array]:

@@ -116,8 +116,9 @@ def weighed_errors(leaf: MatrixLeaf, stored: CompressedArray, importance: Shaped
     """
     spread = jnp.broadcast_to(importance, leaf.weight.shape)
     errors = []
-    for rows in zip(*(leaf.rows(array) for array in (leaf.weight, stored.materialize(), spread)), strict=True):
-        x, y, h = (np.asarray(row, np.float64) for row in rows)
+    # On the host from here: entries cut from arrays of the device would be a program each.
+    arrays = (np.asarray(leaf.rows(array), np.float64) for array in (leaf.weight, stored.materialize(), spread))
+    for x, y, h in zip(*arrays, strict=True):
         total = float((h * x * x).sum())
         errors.append(float(np.sqrt((h * (x - y) ** 2).sum() / total)) if total else 0.0)
     return errors

@@ -3,6 +3,8 @@
 Shape letters: S stack entries, D inputs, R outputs.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
@@ -11,6 +13,7 @@ from jaxtyping import Array, Float, Float32
 from jaxcompress._src.solvers.cholesky import damped_cholesky
 
 
+@functools.partial(jax.jit, inline=True)
 def unit_of(values: Float[Array, "..."]) -> Float32[Array, ""]:
     """A power of two near the largest magnitude: divided by it, squares neither overflow nor vanish, exactly.
 

@@ -38,8 +38,13 @@ def check_finite(path: str, leaf: Any) -> None:
         return
     # Inside `jit` a concrete array may still be at hand: it is checked there and then.
     with jax.ensure_compile_time_eval():
-        nans, infs = int(jnp.isnan(leaf).sum()), int(jnp.isinf(leaf).sum())
+        nans, infs = map(int, _count_faults(leaf))
     if nans or infs:
         raise ValueError(
             f"Leaf {path!r} holds {nans} NaN and {infs} Inf among {leaf.size} values; repair or exclude it first."
         )
+
+
+@jax.jit
+def _count_faults(leaf: Any) -> tuple[jax.Array, jax.Array]:
+    return jnp.isnan(leaf).sum(), jnp.isinf(leaf).sum()
