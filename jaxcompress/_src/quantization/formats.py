@@ -4,13 +4,13 @@ Sign-magnitude formats keep the sign in the highest bit and count their magnitud
 the bit pattern of FP4 and FP8.
 """
 
-import dataclasses
 import functools
 import itertools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 Format = Literal[
@@ -36,46 +36,23 @@ NF4 = (
 """Quantiles of a normal distribution (Dettmers et al., "QLoRA", 2023, appendix E)."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Minifloat:
-    """A small float: sign, exponent with subnormals, mantissa.
-
-    Attributes:
-        exponent_bits: E.
-        mantissa_bits: M.
-        largest: the highest magnitude code; the patterns above it stand for Inf and NaN.
-    """
-
-    exponent_bits: int
-    mantissa_bits: int
-    largest: int
-
-    @property
-    def bits(self) -> int:
-        """Of a code."""
-        return 1 + self.exponent_bits + self.mantissa_bits
-
-    @property
-    def lowest_exponent(self) -> int:
-        """Of normal numbers."""
-        return 2 - 2 ** (self.exponent_bits - 1)
-
-    def magnitude(self, code: int) -> float:
-        """The value of a magnitude code; 0 for the patterns of Inf and NaN, which are never made."""
-        if code > self.largest:
-            return 0.0
-        exponent, mantissa = divmod(code, 2**self.mantissa_bits)
-        hidden = 2**self.mantissa_bits if exponent else 0
-        return (hidden + mantissa) * 2.0 ** (self.lowest_exponent + max(exponent - 1, 0) - self.mantissa_bits)
-
-
-MINIFLOATS = {
-    "fp4_e2m1": Minifloat(exponent_bits=2, mantissa_bits=1, largest=7),
-    "fp8_e4m3": Minifloat(exponent_bits=4, mantissa_bits=3, largest=0x7E),
-    "fp8_e5m2": Minifloat(exponent_bits=5, mantissa_bits=2, largest=0x7B),
+MINIFLOATS: dict[Format, jnp.dtype] = {
+    "fp4_e2m1": jnp.dtype(jnp.float4_e2m1fn),
+    "fp8_e4m3": jnp.dtype(jnp.float8_e4m3fn),
+    "fp8_e5m2": jnp.dtype(jnp.float8_e5m2),
 }
-BLOCK_SCALED = {"mxfp4": "fp4_e2m1", "mxfp8_e4m3": "fp8_e4m3", "mxfp8_e5m2": "fp8_e5m2"}
+"""Small floats: sign, exponent with subnormals, mantissa."""
+
+BLOCK_SCALED: dict[Format, Format] = {"mxfp4": "fp4_e2m1", "mxfp8_e4m3": "fp8_e4m3", "mxfp8_e5m2": "fp8_e5m2"}
 """OCP Microscaling formats -> the format of their elements."""
+
+BITS: dict[Format, int] = {
+    "ternary": 2,
+    "nf4": 4,
+    **{name: jnp.finfo(dtype).bits for name, dtype in MINIFLOATS.items()},
+    **{name: jnp.finfo(MINIFLOATS[element]).bits for name, element in BLOCK_SCALED.items()},
+}
+"""Of the formats that have a number of bits of their own."""
 
 
 @functools.cache
@@ -91,14 +68,16 @@ def table(format: Format, bits: int) -> tuple[float, ...] | None:
     if format == "power_of_two":
         magnitudes = [0.0, *(2.0**-k for k in reversed(range(2 ** (bits - 1) - 1)))]
     elif (small := minifloat(format)) is not None:
-        magnitudes = [small.magnitude(code) for code in range(2 ** (bits - 1))]
+        values = np.arange(2 ** (bits - 1), dtype=np.uint8).view(small).astype(np.float64)
+        # The patterns of Inf and NaN are never made.
+        magnitudes = np.where(np.isfinite(values), values, 0.0).tolist()
     else:
         return None
     return (*magnitudes, *(-value for value in magnitudes))
 
 
-def minifloat(format: Format) -> Minifloat | None:
-    """The element of a format, if that is a small float."""
+def minifloat(format: Format) -> jnp.dtype | None:
+    """The dtype of the elements of a format, if those are small floats."""
     return MINIFLOATS.get(BLOCK_SCALED.get(format, format))
 
 
@@ -140,14 +119,16 @@ def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
     return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
 
 
-def _minifloat_code(size: Float[Array, "..."], small: Minifloat) -> Int[Array, "..."]:
+def _minifloat_code(size: Float[Array, "..."], small: jnp.dtype) -> Int[Array, "..."]:
+    info = jnp.finfo(small)
+    largest = int(np.array(info.max, small).view(np.uint8))
     # With e the exponent, or the lowest one for subnormals, the magnitudes from 2^e on are steps of 2^(e - M): the code
     # counts steps, also where rounding reaches the next power of two.
-    exponent = jnp.clip(floor_log2(size), small.lowest_exponent, 126)
-    steps = jnp.round(size * power_of_two(-exponent) * 2.0**small.mantissa_bits)
-    below = (exponent - small.lowest_exponent) * 2**small.mantissa_bits
+    exponent = jnp.clip(floor_log2(size), info.minexp, 126)
+    steps = jnp.round(size * power_of_two(-exponent) * 2.0**info.nmant)
+    below = (exponent - info.minexp) * 2**info.nmant
     # In float32, so that infinities saturate.
-    return jnp.minimum(steps + below.astype(jnp.float32), small.largest).astype(jnp.int32)
+    return jnp.minimum(steps + below.astype(jnp.float32), largest).astype(jnp.int32)
 
 
 def _power_of_two_code(size: Float[Array, "..."], bits: int) -> Int[Array, "..."]:

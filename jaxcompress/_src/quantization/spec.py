@@ -3,13 +3,11 @@
 import dataclasses
 from typing import Any, Literal, get_args
 
-from jaxcompress._src.quantization.formats import BLOCK_SCALED, Format, minifloat, table
+from jaxcompress._src.quantization.formats import BITS, BLOCK_SCALED, Format, table
 
 ScaleDtype = Literal["float32", "bfloat16", "e8m0"]
 Convention = Literal["narrow", "full"]
 RangeRule = Literal["min-max", "percentile", "mse", "entropy"]
-
-_BITS: dict[Format, int] = {"ternary": 2, "nf4": 4}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,10 +101,8 @@ class QuantSpec:
 
     def _complete(self) -> None:
         """Sets what the format says and the caller has left out."""
-        small = minifloat(self.format)
-        own = _BITS.get(self.format, small.bits if small else 0)
-        if own and not self.bits:
-            object.__setattr__(self, "bits", own)
+        if not self.bits:
+            object.__setattr__(self, "bits", BITS.get(self.format, 0))
         if self.format == "fixed_point":
             object.__setattr__(self, "per_tensor", True)
         if self.format in BLOCK_SCALED:
@@ -152,10 +148,9 @@ _NAMES: dict[str, Any] = {
 def _check_bits(spec: QuantSpec) -> None:
     if not isinstance(spec.bits, int) or not 1 <= spec.bits <= 8:
         raise ValueError(f"`bits` must be an integer in [1, 8], got {spec.bits!r}.")
-    small = minifloat(spec.format)
-    own = _BITS.get(spec.format, small.bits if small else spec.bits)
-    if spec.bits != own:
-        raise ValueError(f"Codes of format {spec.format!r} have {own} bits, got `bits` {spec.bits}.")
+    bits = BITS.get(spec.format, spec.bits)
+    if spec.bits != bits:
+        raise ValueError(f"Codes of format {spec.format!r} have {bits} bits, got `bits` {spec.bits}.")
     if spec.format == "power_of_two" and not 2 <= spec.bits <= 6:
         raise ValueError(f"Powers of two have 2 to 6 bits, got `bits` {spec.bits}.")
 
