@@ -18,8 +18,8 @@ from jaxcompress._src.quantization.quantize import fixed_point as fixed_point
 from jaxcompress._src.quantization.quantize import quantize as quantize
 from jaxcompress._src.quantization.range_search import RangeSearch as RangeSearch
 from jaxcompress._src.quantization.reconstruct import reconstruct as reconstruct
-from jaxcompress._src.quantization.rounding_errors import rounding_errors as rounding_errors
 from jaxcompress._src.quantization.rounding_info import RoundingInfo as RoundingInfo
+from jaxcompress._src.quantization.rounding_info import rounding_errors as rounding_errors
 from jaxcompress._src.quantization.smooth import awq as awq
 from jaxcompress._src.quantization.smooth import smooth as smooth
 from jaxcompress._src.quantization.spec import QuantSpec as QuantSpec

@@ -70,6 +70,11 @@ def is_compressed(leaf: Any) -> TypeGuard[CompressedArray]:
     return hasattr(type(leaf), "materialize") and hasattr(type(leaf), "nbits")
 
 
+def plain(leaf: Any) -> Any:
+    """The array that a compressed leaf stands for; any other leaf as it is."""
+    return leaf.materialize() if is_compressed(leaf) else leaf
+
+
 def is_entry(leaf: Any) -> bool:
     """Whether `leaf` stands where a tree of parameters has one leaf, although JAX sees a tree.
 

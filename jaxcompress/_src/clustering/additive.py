@@ -21,22 +21,22 @@ from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected
 from jaxcompress._src.types import Params, Selector
-from jaxcompress._src.weights.infos import entry_names
+from jaxcompress._src.weights.infos import Info, entry_names
 from jaxcompress._src.weights.matrices import MatrixLeaf
 from jaxcompress._src.weights.selection import selected_layouts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdditiveInfo:
-    """What happened to one leaf, or to one stack entry.
+class AdditiveInfo(Info):
+    """What sums of entries made of one leaf, or of one stack entry; see `Info` for the other fields.
+
+    `error` is sqrt(Σ h (w - w')² / Σ h w²); h is the importance, or 1.
 
     Attributes:
-        error: sqrt(Σ h (w - w')² / Σ h w²); h is the importance, or 1.
-        errors: the same after seeding and after each round; they never rise.
+        errors: `error` after seeding and after each round; they never rise.
         bits_per_weight: what is stored of the leaf: codes, tables and scales.
     """
 
-    error: float
     errors: tuple[float, ...]
     bits_per_weight: float
 

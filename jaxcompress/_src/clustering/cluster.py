@@ -18,22 +18,22 @@ from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected
 from jaxcompress._src.types import Params, Selector
-from jaxcompress._src.weights.infos import entry_names
+from jaxcompress._src.weights.infos import Info, entry_names
 from jaxcompress._src.weights.matrices import MatrixLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClusterInfo:
-    """What happened to one leaf, or to one stack entry.
+class ClusterInfo(Info):
+    """What sharing values made of one leaf, or of one stack entry; see `Info` for the other fields.
+
+    `error` is sqrt(Σ h (w - w')² / Σ h w²); h is the importance, or 1.
 
     Attributes:
-        error: sqrt(Σ h (w - w')² / Σ h w²); h is the importance, or 1.
         zeros: share of weights that are 0 now.
         values: number of values in use, 0 included, over all tables of the leaf or entry.
         entropy_bits: mean of -log2 of the share of a code: bits per weight of an ideal coder that knows the shares.
     """
 
-    error: float
     zeros: float
     values: int
     entropy_bits: float

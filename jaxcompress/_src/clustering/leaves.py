@@ -10,11 +10,10 @@ from jaxtyping import Array, Shaped
 from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.clustering.spec import CodebookSpec
 from jaxcompress._src.tree.checks import check_finite, is_traced
-from jaxcompress._src.tree.maps import leaves_with_paths
-from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
-from jaxcompress._src.types import CompressedArray, Params, Selector, is_compressed
+from jaxcompress._src.tree.unselected import is_unselected
+from jaxcompress._src.types import CompressedArray, Params, Selector, plain
 from jaxcompress._src.weights.matrices import MatrixLeaf
-from jaxcompress._src.weights.selection import misfits, selected_layouts
+from jaxcompress._src.weights.selection import selected_layouts, without_misfits
 
 
 def clusterable(params: Params, spec: CodebookSpec, *, select: Selector | None, layouts: Params | None) -> Params:
@@ -23,11 +22,8 @@ def clusterable(params: Params, spec: CodebookSpec, *, select: Selector | None, 
     Raises:
         ValueError: nothing is selected; `select` asks for a leaf that the groups do not divide (names it).
     """
-    chosen = selected_layouts(params, select=select, layouts=layouts)
-    shapes = dict(leaves_with_paths(params))
-    places = {path: (shapes[path].shape, layout) for path, layout in leaves_with_paths(chosen)}
-    rest = misfits(places, lambda _, shape, layout: spec.blocks(shape, layout), select)
-    return map_selected(lambda path, layout: Unselected if path in rest else layout, chosen)
+    layouts = selected_layouts(params, select=select, layouts=layouts)
+    return without_misfits(layouts, params, lambda _, shape, layout: spec.blocks(shape, layout), select)
 
 
 def checked_leaf(path: str, leaf: Any, *, zero: bool) -> jax.Array:
@@ -54,7 +50,7 @@ def checked_leaf(path: str, leaf: Any, *, zero: bool) -> jax.Array:
         )
     if not len(leaf.shape):
         raise ValueError(f"Leaf {path!r} is a scalar and has no axis along which to store codes; exclude it.")
-    dense = leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
+    dense = jnp.asarray(plain(leaf))
     _check_on_host(f"Leaf {path!r}", dense)
     check_finite(path, dense)
     return dense

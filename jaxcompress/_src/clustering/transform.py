@@ -19,7 +19,7 @@ from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.checks import is_traced
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected, without_compressed
-from jaxcompress._src.types import Params, Selector, Transform, TransformState, exportable, is_compressed
+from jaxcompress._src.types import Params, Selector, Transform, TransformState, exportable, plain
 
 
 @exportable
@@ -128,7 +128,7 @@ def _apply(spec: CodebookSpec, until: int, params: Params, state: TransformState
     def visit(_: str, table: Any, codes: Any, leaf: Any) -> Any:
         if is_unselected(table):
             return leaf
-        weights = _plain(leaf)
+        weights = plain(leaf)
         value = look_up(_with_zeros(codes, weights, spec), _rounded(table, spec), zero=spec.zero, dtype=weights.dtype)
         return _straight_through(value, _movable(weights, spec)) if until else value
 
@@ -169,7 +169,7 @@ def _finalize(spec: CodebookSpec, store: str, until: int, chosen: Any, params: P
         if is_unselected(table):
             return leaf
         values = checked_table(path, _rounded(table, spec))
-        weights = _plain(leaf)
+        weights = plain(leaf)
         codes = _with_zeros(codes, weights, spec)
         like = leaf
         if store == "sparse":
@@ -182,7 +182,7 @@ def _finalize(spec: CodebookSpec, store: str, until: int, chosen: Any, params: P
 
 def _assign(spec: CodebookSpec, tables: Params, params: Params, importance: Params) -> Params:
     return map_selected(
-        lambda _, table, leaf, own: nearest_codes(_plain(leaf), _rounded(table, spec), spec, _given(own)),
+        lambda _, table, leaf, own: nearest_codes(plain(leaf), _rounded(table, spec), spec, _given(own)),
         tables,
         params,
         importance,
@@ -218,7 +218,3 @@ _straight_through.defvjp(
 
 def _given(importance: Any) -> Any:
     return None if is_unselected(importance) else importance
-
-
-def _plain(leaf: Any) -> Any:
-    return leaf.materialize() if is_compressed(leaf) else leaf

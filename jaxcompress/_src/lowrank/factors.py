@@ -15,9 +15,9 @@ from jaxcompress._src.calibration.statistics import InputStatistics
 from jaxcompress._src.lowrank.residual import CompressFn
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.maps import leaves_by_path, map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected
-from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.types import Params, plain
 
 
 @on_auto_axes
@@ -59,7 +59,7 @@ def compress_factors(
     def note(path: str, leaf: Any, layout: LeafLayout | None, own: Any) -> None:
         if isinstance(leaf, LowRankArray):
             axes = layout if layout is not None and layout.is_weight else default_layout(path, leaf)
-            parts["params"][path] = {"left": _plain(leaf.left), "right": _plain(leaf.right)}
+            parts["params"][path] = {"left": plain(leaf.left), "right": plain(leaf.right)}
             parts["layouts"][path] = _layouts(path, leaf, axes)
             parts["statistics"][path] = _statistics(leaf, axes, own)
 
@@ -67,7 +67,7 @@ def compress_factors(
     if not parts["params"]:
         raise ValueError("No leaf is a LowRankArray: there are no factors to compress.")
     found, info = compress(parts["params"], parts["statistics"], parts["layouts"])
-    new = dict(leaves_with_paths(found))
+    new = leaves_by_path(found)
 
     def put(path: str, leaf: Any) -> Any:
         if path not in parts["params"]:
@@ -76,10 +76,6 @@ def compress_factors(
         return dataclasses.replace(leaf, **factors)
 
     return map_with_path(put, params), info
-
-
-def _plain(part: Any) -> jax.Array:
-    return part.materialize() if is_compressed(part) else part
 
 
 def _layouts(path: str, leaf: LowRankArray, layout: LeafLayout) -> dict[str, LeafLayout]:
@@ -108,7 +104,7 @@ def _statistics(leaf: LowRankArray, layout: LeafLayout, found: Any) -> dict[str,
     axes = (*layout.stack_axes, *layout.input_axes)
     rest = [axis for axis in range(leaf.ndim) if axis not in axes]
     stack = math.prod(found.gram.shape[:-2])
-    left = _plain(leaf.left).transpose(*axes, *rest, leaf.ndim).reshape(stack, depth, rank).astype(jnp.float32)
+    left = plain(leaf.left).transpose(*axes, *rest, leaf.ndim).reshape(stack, depth, rank).astype(jnp.float32)
     gram = jnp.einsum("sik,sij,sjl->skl", left, found.gram.reshape(stack, depth, depth), left, precision="highest")
     gram = gram.reshape(*found.gram.shape[:-2], rank, rank)
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress._src.lowrank.leaves import low_rank_leaf, shape_of
+from jaxcompress._src.lowrank.leaves import low_rank_leaf
 from jaxcompress._src.lowrank.targets import activation_targets, plain_targets
 from jaxcompress._src.meshes import transform_on_auto_axes
 from jaxcompress._src.schedules import constant, final_value, is_at, warn_unfinished
@@ -27,10 +27,10 @@ from jaxcompress._src.solvers.hard_concrete import (
 )
 from jaxcompress._src.solvers.multipliers import augmented_lagrangian
 from jaxcompress._src.transforms import identity
-from jaxcompress._src.tree.maps import map_with_path
+from jaxcompress._src.tree.maps import map_with_path, with_leaves
 from jaxcompress._src.tree.unselected import is_unselected, without_compressed
 from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState
-from jaxcompress._src.weights.matrices import MatrixLeaf, entries, matrices, with_leaves
+from jaxcompress._src.weights.matrices import MatrixLeaf, weight_leaves
 from jaxcompress._src.weights.selection import selected_layouts
 
 _CLAMP = (-4.605170185988091, 4.605170185988092)
@@ -141,9 +141,9 @@ def _init(setup: _Setup, params: Params, *, key: jax.Array, statistics: Any = No
     layouts = without_compressed(layouts, params)
     marks = map_with_path(lambda _, entry: not is_unselected(entry), layouts, is_leaf=is_unselected)
     if statistics is None:
-        _, targets = plain_targets(params, select=lambda _: marks, layouts=setup.layouts)
+        targets = plain_targets(params, select=lambda _: marks, layouts=setup.layouts)
     else:
-        _, targets = activation_targets(
+        targets = activation_targets(
             params,
             statistics,
             fisher=None,
@@ -181,7 +181,7 @@ def _apply(setup: _Setup, params: Params, state: TransformState, *, key: jax.Arr
 
 def _penalty(setup: _Setup, state: TransformState, params: Params, *, loss: Any) -> jax.Array:
     del loss
-    shapes = {leaf.path: shape_of(leaf) for leaf in entries(_chosen(setup, params, state))}
+    shapes = {leaf.path: leaf.sizes for leaf in _leaves(setup, params, state)}
     log_alpha = state.trainable["log_alpha"]
     open_ = {path: nonzero_probability(own, distribution=setup.distribution).sum() for path, own in log_alpha.items()}
     kept = sum(stack * (depth + width) * open_[path] for path, (stack, depth, width) in shapes.items())
@@ -209,7 +209,7 @@ def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
 
     def store(leaf: MatrixLeaf, along: jax.Array) -> Any:
         kept = np.flatnonzero(np.asarray(gates[leaf.path]) > 0)
-        _, depth, width = shape_of(leaf)
+        _, depth, width = leaf.sizes
         if len(kept) * (depth + width) >= depth * width:
             return _plain(leaf, _opened(leaf, along, gates[leaf.path]), along)
         along = along[..., kept]
@@ -219,7 +219,7 @@ def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
 
 
 def _warn_of_a_shortfall(setup: _Setup, params: Params, state: TransformState, gates: dict[str, jax.Array]) -> None:
-    shapes = {leaf.path: shape_of(leaf) for leaf in entries(_chosen(setup, params, state))}
+    shapes = {leaf.path: leaf.sizes for leaf in _leaves(setup, params, state)}
     total = max(sum(stack * depth * width for stack, depth, width in shapes.values()), 1)
     prices = {path: stack * (depth + width) / total for path, (stack, depth, width) in shapes.items()}
     found = sum(price * int((np.asarray(gates[path]) > 0).sum()) for path, price in prices.items())
@@ -234,22 +234,21 @@ def _warn_of_a_shortfall(setup: _Setup, params: Params, state: TransformState, g
         warn_unfinished(message.strip())
 
 
-def _chosen(setup: _Setup, params: Params, state: TransformState) -> Params:
+def _leaves(setup: _Setup, params: Params, state: TransformState) -> list[MatrixLeaf]:
     known = state.fixed["directions"]
-    return matrices(
+    return weight_leaves(
         params, select=lambda tree: map_with_path(lambda path, _: path in known, tree), layouts=setup.layouts
     )
 
 
 def _map(setup: _Setup, params: Params, state: TransformState, fn: Callable[[MatrixLeaf, jax.Array], Any]) -> Params:
-    chosen = _chosen(setup, params, state)
-    leaves = {leaf.path: fn(leaf, state.fixed["directions"][leaf.path]) for leaf in entries(chosen)}
-    return with_leaves(params, chosen, leaves)
+    directions = state.fixed["directions"]
+    return with_leaves(params, {leaf.path: fn(leaf, directions[leaf.path]) for leaf in _leaves(setup, params, state)})
 
 
 def _opened(leaf: MatrixLeaf, along: Float32[Array, "S R k"], gate: Float32[Array, " k"]) -> Float32[Array, "S D k"]:
     """W V z."""
-    weights = leaf.matrix(leaf.weight).astype(jnp.float32)
+    weights = leaf.matrices
     return jnp.matmul(weights, gate[None, None] * along, precision=_HIGHEST)
 
 

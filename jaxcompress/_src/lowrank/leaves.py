@@ -5,7 +5,6 @@ Shape letters: S stack entries, D inputs, R outputs, k the rank.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +17,10 @@ from jaxcompress._src.arrays.low_rank import LowRankArray
 from jaxcompress._src.lowrank.factorize import Directions, apply_norm, directions, output_scale, truncate
 from jaxcompress._src.lowrank.ranks import RankRule, Spectrum, as_rule, spectrum
 from jaxcompress._src.solvers.outputs import output_errors, unit_of
-from jaxcompress._src.types import Params, is_compressed
-from jaxcompress._src.weights.infos import entry_infos
-from jaxcompress._src.weights.matrices import MatrixLeaf, with_leaves
+from jaxcompress._src.tree.maps import with_leaves
+from jaxcompress._src.types import Params, plain
+from jaxcompress._src.weights.infos import Info, entry_infos
+from jaxcompress._src.weights.matrices import MatrixLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -49,11 +49,10 @@ class Target:
 
     def errors(self, leaf: Any) -> Float[Array, " S"]:
         """||X W - X W'|| / ||X W|| of what the leaf became."""
-        plain = leaf.materialize() if is_compressed(leaf) else leaf
-        found = self.leaf.matrix(plain).astype(jnp.float32)
+        changed = self.leaf.matrix(plain(leaf)).astype(jnp.float32)
         if self.gram is not None:
-            return output_errors(self.gram, self.weights, found)
-        return _weighted_errors(self.weights, found, self.inputs, self.outputs)
+            return output_errors(self.gram, self.weights, changed)
+        return _weighted_errors(self.weights, changed, self.inputs, self.outputs)
 
     def directions(self) -> Directions:
         """Of the weights in that norm."""
@@ -70,7 +69,7 @@ class Target:
             parameters: of one stack entry.
             losses: Σ of the dropped σ².
         """
-        _, depth, width = shape_of(self.leaf)
+        _, depth, width = self.leaf.sizes
         share = parameters / (depth * width) if depth * width else 1.0
         make = functools.partial(LowRankInfo, rank=rank, parameters=parameters, share=share)
         figures = {"damping": self.damping, "retries": self.retries}
@@ -79,43 +78,33 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LowRankInfo:
-    """What happened to one leaf, or to one stack entry.
+class LowRankInfo(Info):
+    """What factors made of one leaf, or of one stack entry; see `Info` for the other fields.
+
+    In `error`, without statistics of inputs X is the unit matrix; the Fisher information, and how often a row was
+    looked up (plus one), weigh as in the norm that was minimised.
 
     Attributes:
         rank: of its factors; None: it stayed dense.
         parameters: of the factors, or of the dense leaf or entry.
         share: of the dense parameters.
         loss: Σ of the dropped σ², in the norm that was minimised.
-        error: ||X W - X W'|| / ||X W|| over the calibration rows; None where no row was seen. Without statistics of
-            inputs X is the unit matrix; the Fisher information, and how often a row was looked up (plus one), weigh as
-            in the norm that was minimised.
-        damping: share of the mean diagonal that was added to XᵀX; None where nothing was.
-        retries: how often the damping had to grow.
-        unseen_inputs: number of inputs that are 0 in every row.
-        unseen_entries: 1 if all inputs are such (an expert that no row reached), otherwise 0.
     """
 
     rank: int | None
     parameters: int
     share: float
     loss: float
-    error: float | None
-    damping: float | None = None
-    retries: int = 0
-    unseen_inputs: int = 0
-    unseen_entries: int = 0
 
 
 def factored(
-    params: Params, chosen: Params, targets: Sequence[Target], rank: int | Mapping[str, int | None] | RankRule
+    params: Params, targets: Sequence[Target], rank: int | Mapping[str, int | None] | RankRule
 ) -> tuple[Params, dict[str, LowRankInfo]]:
     """`params` with a `LowRankArray` for every target whose rank is not None.
 
     Args:
         params: the tree.
-        chosen: the same with `MatrixLeaf`, or `Unselected`.
-        targets: one for each of those.
+        targets: the leaves, and what they should come close to.
         rank: ranks or a rule.
     """
     found = [target.directions() for target in targets]
@@ -126,7 +115,7 @@ def factored(
         chosen_rank = ranks[target.leaf.path]
         leaves[target.leaf.path] = factor_leaf(target, own, chosen_rank)
         info |= _infos(target, own, chosen_rank, leaves[target.leaf.path])
-    return with_leaves(params, chosen, leaves), info
+    return with_leaves(params, leaves), info
 
 
 def factor_leaf(target: Target, found: Directions, rank: int | None) -> Any:
@@ -149,18 +138,8 @@ def low_rank_leaf(leaf: MatrixLeaf, left: Float[Array, "S D k"], right: Float[Ar
 
 def spectrum_of(leaf: MatrixLeaf, values: Any) -> Spectrum:
     """What ranks of a leaf cost and lose, from its singular values, (S, K)."""
-    _, depth, width = shape_of(leaf)
+    _, depth, width = leaf.sizes
     return spectrum(leaf.path, values, inputs=depth, outputs=width, itemsize=leaf.weight.dtype.itemsize)
-
-
-def shape_of(leaf: MatrixLeaf) -> tuple[int, int, int]:
-    """(S, D, R)."""
-    layout = leaf.layout
-    stack, depth, width = (
-        math.prod(leaf.weight.shape[axis] for axis in axes)
-        for axes in (layout.stack_axes, layout.input_axes, layout.output_axes)
-    )
-    return stack, depth, width
 
 
 def _spectrum(target: Target, found: Directions) -> Spectrum:
@@ -176,7 +155,7 @@ def _spread(leaf: MatrixLeaf, factor: Float[Array, "S N k"], axes: tuple[int, ..
 
 
 def _infos(target: Target, found: Directions, rank: int | None, leaf: Any) -> dict[str, LowRankInfo]:
-    stack, depth, width = shape_of(target.leaf)
+    stack, depth, width = target.leaf.sizes
     if rank is None:
         return target.infos(leaf, rank=None, parameters=depth * width, losses=np.zeros(stack))
     losses = np.square(np.asarray(found.values, np.float64))[:, rank:].sum(axis=1)

@@ -11,14 +11,13 @@ from jaxtyping import Array, Float
 
 from jaxcompress._src.arrays.low_rank import LowRankArray
 from jaxcompress._src.lowrank.factorize import apply_norm, directions, output_scale, truncate
-from jaxcompress._src.lowrank.leaves import LowRankInfo, Target, low_rank_leaf, shape_of, spectrum_of
+from jaxcompress._src.lowrank.leaves import LowRankInfo, Target, low_rank_leaf, spectrum_of
 from jaxcompress._src.lowrank.ranks import RankRule, as_rule
 from jaxcompress._src.lowrank.targets import activation_targets, plain_targets
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
-from jaxcompress._src.tree.unselected import Unselected, is_unselected
-from jaxcompress._src.types import Params, Selector, is_compressed
-from jaxcompress._src.weights.matrices import MatrixLeaf, entries, map_entries, with_leaves
+from jaxcompress._src.tree.maps import leaves_by_path, with_leaves
+from jaxcompress._src.tree.unselected import partial_tree
+from jaxcompress._src.types import Params, Selector, plain
 
 CompressFn = Callable[[Params, Params, Params], tuple[Params, Any]]
 """`(params, statistics, layouts) -> (params, info)`, on partial trees, as `calibration.sequential` takes it."""
@@ -87,9 +86,9 @@ def with_residual(
     if first not in ("residual", "low rank"):
         raise ValueError(f"`first` must be 'residual' or 'low rank', got {first!r}.")
     if statistics is None:
-        chosen, targets = plain_targets(params, select=select, layouts=layouts)
+        targets = plain_targets(params, select=select, layouts=layouts)
     else:
-        chosen, targets = activation_targets(
+        targets = activation_targets(
             params,
             statistics,
             fisher=fisher,
@@ -99,7 +98,7 @@ def with_residual(
             select=select,
             layouts=layouts,
         )
-    split = _Split(chosen, targets, compress, statistics)
+    split = _Split(params, targets, compress, statistics)
     rule = as_rule(rank)
     best: dict[str, tuple[np.ndarray, Any]] = {}
     parts = split.low_rank(dict.fromkeys(split.paths), rule) if first == "low rank" else dict.fromkeys(split.paths)
@@ -112,37 +111,35 @@ def with_residual(
     info = {}
     for target in targets:
         info |= _infos(target, *best[target.leaf.path])
-    return with_leaves(params, chosen, {path: leaf for path, (_, leaf) in best.items()}), info
+    return with_leaves(params, {path: leaf for path, (_, leaf) in best.items()}), info
 
 
 class _Split:
     """The leaves, and both halves of a turn. Parts are by path; None stands for zero."""
 
-    def __init__(self, chosen: Params, targets: list[Target], compress: CompressFn, statistics: Any) -> None:
-        self.chosen, self.targets, self.compress = chosen, targets, compress
+    def __init__(self, params: Params, targets: list[Target], compress: CompressFn, statistics: Any) -> None:
+        self.params, self.targets, self.compress = params, targets, compress
         self.paths = [target.leaf.path for target in targets]
-        self.layouts = map_entries(lambda leaf: leaf.layout, chosen)
-        given = map_with_path(lambda _, leaf: Unselected, chosen) if statistics is None else statistics
-        self.statistics = map_with_path(lambda _, leaf, own: own, chosen, given)
+        self.layouts = partial_tree(params, {target.leaf.path: target.leaf.layout for target in targets})
+        given = {} if statistics is None else leaves_by_path(statistics)
+        self.statistics = partial_tree(params, {path: given[path] for path in self.paths if path in given})
         self.ranks: Mapping[str, int | None] | None = None
 
     def residuals(self, parts: Mapping[str, Any]) -> dict[str, Any]:
         """compress(W - L)."""
-        by_path = {target.leaf.path: target for target in self.targets}
-
-        def rest(leaf: MatrixLeaf) -> jax.Array:
-            return leaf.leaf(_without(by_path[leaf.path], parts[leaf.path])).astype(leaf.weight.dtype)
-
-        asked = map_entries(rest, self.chosen)
-        found, _ = self.compress(asked, self.statistics, self.layouts)
-        own = dict(leaves_with_paths(found, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf)))
-        for leaf in entries(self.chosen):
-            new = own.get(leaf.path)
-            if new is None or is_unselected(new) or (new.shape, new.dtype) != (leaf.weight.shape, leaf.weight.dtype):
-                shown = "nothing" if new is None or is_unselected(new) else f"{new.dtype}{tuple(new.shape)}"
-                wanted = f"{leaf.weight.dtype}{leaf.weight.shape}"
-                raise ValueError(f"`compress` returned {shown} for leaf {leaf.path!r}, expected {wanted}.")
-        return {path: own[path] for path in self.paths}
+        rests = {
+            t.leaf.path: t.leaf.leaf(_without(t, parts[t.leaf.path])).astype(t.leaf.weight.dtype) for t in self.targets
+        }
+        compressed, _ = self.compress(partial_tree(self.params, rests), self.statistics, self.layouts)
+        leaves = leaves_by_path(compressed)
+        for path, rest in rests.items():
+            new = leaves.get(path)
+            if new is None or (new.shape, new.dtype) != (rest.shape, rest.dtype):
+                shown = "nothing" if new is None else f"{new.dtype}{tuple(new.shape)}"
+                raise ValueError(
+                    f"`compress` returned {shown} for leaf {path!r}, expected {rest.dtype}{tuple(rest.shape)}."
+                )
+        return {path: leaves[path] for path in self.paths}
 
     def low_rank(self, residuals: Mapping[str, Any], rule: RankRule) -> dict[str, Any]:
         """The closest factors to W - C."""
@@ -173,8 +170,7 @@ def _without(target: Target, part: Any) -> jax.Array:
     """W less a part, as matrices in float32."""
     if part is None:
         return target.weights
-    plain = part.materialize() if is_compressed(part) else part
-    return target.weights - target.leaf.matrix(plain).astype(jnp.float32)
+    return target.weights - target.leaf.matrix(plain(part)).astype(jnp.float32)
 
 
 @jax.jit
@@ -183,6 +179,6 @@ def _losses(gap: jax.Array, inputs: jax.Array | None, outputs: jax.Array | None)
 
 
 def _infos(target: Target, losses: np.ndarray, leaf: Any) -> dict[str, LowRankInfo]:
-    _, depth, width = shape_of(target.leaf)
+    _, depth, width = target.leaf.sizes
     rank = leaf.rank if isinstance(leaf, LowRankArray) else None
     return target.infos(leaf, rank=rank, parameters=(rank or 0) * (depth + width), losses=losses)

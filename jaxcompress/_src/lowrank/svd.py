@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from jaxcompress._src.lowrank.factorize import Whitening
 from jaxcompress._src.lowrank.leaves import LowRankInfo, factored
 from jaxcompress._src.lowrank.ranks import RankRule
-from jaxcompress._src.lowrank.targets import Side, activation_targets, fisher_targets, plain_targets
+from jaxcompress._src.lowrank.targets import Weighting, activation_targets, fisher_targets, plain_targets
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import Params, Selector
 
@@ -42,8 +42,8 @@ def svd(
         >>> small["kernel"].rank, info["kernel"].loss
         (1, 1.0)
     """
-    chosen, targets = plain_targets(params, select=select, layouts=layouts)
-    return factored(params, chosen, targets, rank)
+    targets = plain_targets(params, select=select, layouts=layouts)
+    return factored(params, targets, rank)
 
 
 @on_auto_axes
@@ -106,7 +106,7 @@ def activation_svd(
         Wang et al. 2024, "SVD-LLM: truncation-aware singular value decomposition for large language model compression",
         section 3.1; Yuan et al. 2023, "ASVD", for the idea.
     """
-    chosen, targets = activation_targets(
+    targets = activation_targets(
         params,
         statistics,
         fisher=fisher,
@@ -116,7 +116,7 @@ def activation_svd(
         select=select,
         layouts=layouts,
     )
-    return factored(params, chosen, targets, rank)
+    return factored(params, targets, rank)
 
 
 @on_auto_axes
@@ -125,7 +125,7 @@ def fisher_svd(
     fisher: Params,
     *,
     rank: int | Mapping[str, int | None] | RankRule,
-    weights: Side = "inputs",
+    weighting: Weighting = "inputs",
     select: Selector | None = None,
     layouts: Params | None = None,
 ) -> tuple[Params, dict[str, LowRankInfo]]:
@@ -135,7 +135,7 @@ def fisher_svd(
         params: the tree; compressed leaves count as the arrays they stand for.
         fisher: from `calibration.fisher`, at least 0.
         rank: see `svd`.
-        weights: "inputs": Σ_j F_ij for input i, as in the paper. "outputs": Σ_i F_ij for output j. "both": their
+        weighting: "inputs": Σ_j F_ij for input i, as in the paper. "outputs": Σ_i F_ij for output j. "both": their
             product over Σ F, the closest product of the two.
         select: see `svd`.
         layouts: see `svd`.
@@ -157,5 +157,5 @@ def fisher_svd(
     References:
         Hsu et al. 2022, "Language model compression with weighted low-rank factorization", section 3.
     """
-    chosen, targets = fisher_targets(params, fisher, weights=weights, select=select, layouts=layouts)
-    return factored(params, chosen, targets, rank)
+    targets = fisher_targets(params, fisher, weighting=weighting, select=select, layouts=layouts)
+    return factored(params, targets, rank)

@@ -1,12 +1,12 @@
 """How many weights to prune, by our rule or by a reference's."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from jaxcompress._src.pruning.patterns import NOfM, Pattern
 from jaxcompress._src.pruning.ranking import check_sparsity, is_tree
-from jaxcompress._src.tree.maps import leaves_with_paths
-from jaxcompress._src.tree.unselected import is_unselected
-from jaxcompress._src.weights.matrices import Calibrated
+from jaxcompress._src.tree.maps import leaves_by_path
+from jaxcompress._src.weights.matrices import MatrixLeaf
 
 Count = Literal["exact", "reference"]
 """`exact`: round(s n) of n, lowest index kept. `reference`: as the method's public implementation counts."""
@@ -18,7 +18,7 @@ def check_count(counting: str) -> None:
         raise ValueError(f"`counting` must be 'exact' or 'reference', got {counting!r}.")
 
 
-def sparsity_by_path(sparsity: Any, leaves: list[Calibrated], pattern: Pattern) -> dict[str, float]:
+def sparsity_by_path(sparsity: Any, leaves: Sequence[MatrixLeaf], pattern: Pattern) -> dict[str, float]:
     """The share to prune of each leaf.
 
     Args:
@@ -35,11 +35,11 @@ def sparsity_by_path(sparsity: Any, leaves: list[Calibrated], pattern: Pattern) 
             raise ValueError("`sparsity` is needed: only patterns n of m imply one.")
         return {leaf.path: pattern.allowed for leaf in leaves}
     check_sparsity(sparsity)
-    given = dict(leaves_with_paths(sparsity, is_leaf=is_unselected)) if is_tree(sparsity) else {}
+    given = leaves_by_path(sparsity) if is_tree(sparsity) else {}
     found = {}
     for leaf in leaves:
         share = given.get(leaf.path) if is_tree(sparsity) else sparsity
-        if share is None or is_unselected(share):
+        if share is None:
             raise ValueError(f"`sparsity` has no entry for leaf {leaf.path!r}.")
         if float(share) > pattern.allowed + 1e-6:
             raise ValueError(

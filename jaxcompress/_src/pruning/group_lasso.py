@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress._src.meshes import transform_on_auto_axes
-from jaxcompress._src.pruning.masks import apply_masks, overlay
+from jaxcompress._src.pruning.masks import apply_masks
 from jaxcompress._src.pruning.patterns import Block
 from jaxcompress._src.pruning.ranked_leaves import RankedLeaves, Store
 from jaxcompress._src.schedules import constant, warn_unfinished
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.checks import is_traced
+from jaxcompress._src.tree.maps import leaves_by_path, with_leaves
 from jaxcompress._src.tree.unselected import map_selected
 from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState, exportable
 
@@ -152,7 +153,7 @@ def _project(setup: _Setup, params: Params, state: TransformState) -> tuple[Para
         least = _spread(setup, strength * jnp.sqrt(sizes), leaf.shape, layout)
         return shrink_groups(leaf, _spread(setup, norms, leaf.shape, layout), least)
 
-    projected = overlay(map_selected(shrink, alive, params, layouts), params)
+    projected = with_leaves(params, leaves_by_path(map_selected(shrink, alive, params, layouts)))
     if setup.freeze_at is not None:
         left = map_selected(lambda _, own, w, layout: _norms(setup, w, layout) > 0, alive, projected, layouts)
         alive = map_selected(lambda _, own, now: jnp.where(step == setup.freeze_at, now, own), alive, left)

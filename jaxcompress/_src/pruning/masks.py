@@ -13,8 +13,9 @@ from jaxcompress._src.pruning.patterns import Pattern, unstructured
 from jaxcompress._src.pruning.ranking import Scope, as_it_is, check_sparsity, ranked_masks
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
 from jaxcompress._src.tree.checks import check_finite, is_traced
-from jaxcompress._src.tree.unselected import is_unselected, map_selected
-from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.tree.maps import leaves_by_path, with_leaves
+from jaxcompress._src.tree.unselected import map_selected
+from jaxcompress._src.types import Params, Selector, is_compressed, plain
 from jaxcompress._src.weights.matrices import checked_weight
 from jaxcompress._src.weights.selection import selected_layouts
 
@@ -136,7 +137,7 @@ def threshold_masks(scores: Params, *, threshold: ArrayLike | None = None, quant
         raise ValueError(f"`quantile` must be in [0, 1], got {quantile}.")
 
     def mask(path: str, leaf: Any) -> jax.Array:
-        magnitude = jnp.abs(leaf.materialize() if is_compressed(leaf) else leaf)
+        magnitude = jnp.abs(plain(leaf))
         check_finite(path, magnitude)
         # In float32: a threshold rounded to bfloat16 would be another one.
         magnitude = magnitude.astype(jnp.float32)
@@ -159,12 +160,12 @@ def apply_masks(params: Params, masks: Params) -> Params:
     """
 
     def apply(_: str, mask: Any, leaf: Any) -> jax.Array:
-        plain = leaf.materialize() if is_compressed(leaf) else leaf
-        if mask.shape != plain.shape:
-            raise ValueError(f"The mask has shape {mask.shape}, the leaf {plain.shape}.")
-        return jnp.where(mask, plain, jnp.zeros((), plain.dtype))
+        dense = plain(leaf)
+        if mask.shape != dense.shape:
+            raise ValueError(f"The mask has shape {mask.shape}, the leaf {dense.shape}.")
+        return jnp.where(mask, dense, jnp.zeros((), dense.dtype))
 
-    return overlay(map_selected(apply, masks, params), params)
+    return with_leaves(params, leaves_by_path(map_selected(apply, masks, params)))
 
 
 def clip_weights(params: Params, limit: ArrayLike, *, select: Selector | None = None) -> Params:
@@ -189,14 +190,6 @@ def clip_weights(params: Params, limit: ArrayLike, *, select: Selector | None = 
 
     marks = jax.tree.map(lambda _: True, params, is_leaf=is_compressed) if select is None else select(params)
     return jax.tree.map(clip, params, marks, is_leaf=is_compressed)
-
-
-def overlay(partial: Params, params: Params) -> Params:
-    """`params` with the leaves that `partial` has."""
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_compressed)
-    entries = jax.tree.leaves(partial, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf))
-    pairs = zip(entries, leaves, strict=True)
-    return treedef.unflatten([leaf if is_unselected(entry) else entry for entry, leaf in pairs])
 
 
 def _layouts(scores: Params, layouts: Params | None) -> Params:

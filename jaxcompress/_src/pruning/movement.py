@@ -8,14 +8,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxcompress._src.meshes import transform_on_auto_axes
-from jaxcompress._src.pruning.masks import overlay
 from jaxcompress._src.pruning.patterns import Pattern, unstructured
-from jaxcompress._src.pruning.ranked_leaves import RankedLeaves, Store, plain
+from jaxcompress._src.pruning.ranked_leaves import RankedLeaves, Store
 from jaxcompress._src.pruning.ranking import Scope, as_it_is
 from jaxcompress._src.pruning.scheduled_masks import ScheduledMasks
 from jaxcompress._src.transforms import identity
+from jaxcompress._src.tree.maps import leaves_by_path, with_leaves
 from jaxcompress._src.tree.unselected import map_selected
-from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState
+from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState, plain
 
 
 @transform_on_auto_axes
@@ -88,7 +88,7 @@ def apply_with_scores(params: Params, state: TransformState, *, key: jax.Array |
         params,
         state.trainable,
     )
-    return overlay(masked, params)
+    return with_leaves(params, leaves_by_path(masked))
 
 
 def blank_scores(leaves: RankedLeaves, params: Params) -> Params:

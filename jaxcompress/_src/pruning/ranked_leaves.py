@@ -2,18 +2,19 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress._src.pruning.masks import apply_masks, overlay
+from jaxcompress._src.pruning.masks import apply_masks
 from jaxcompress._src.pruning.patterns import Pattern, unstructured
 from jaxcompress._src.pruning.ranking import Scope, check_sparsity, ranked_masks
 from jaxcompress._src.pruning.store import store_masked
+from jaxcompress._src.tree.maps import leaves_by_path, with_leaves
 from jaxcompress._src.tree.unselected import map_selected, without_compressed
-from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.matrices import checked_weight
 from jaxcompress._src.weights.selection import selected_layouts
 
@@ -96,9 +97,4 @@ class RankedLeaves:
             params,
             self.chosen(params),
         )
-        return overlay(stored, params)
-
-
-def plain(leaf: Any) -> jax.Array:
-    """A leaf as an array."""
-    return leaf.materialize() if is_compressed(leaf) else leaf
+        return with_leaves(params, leaves_by_path(stored))

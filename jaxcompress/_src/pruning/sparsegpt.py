@@ -22,8 +22,9 @@ from jaxcompress._src.solvers.hessian import check_damping, problem
 from jaxcompress._src.solvers.outputs import not_worse, output_errors
 from jaxcompress._src.solvers.rank import keep_largest
 from jaxcompress._src.solvers.runs import keep_in_runs
+from jaxcompress._src.tree.maps import with_leaves
 from jaxcompress._src.types import Params, Selector
-from jaxcompress._src.weights.matrices import Calibrated, calibrated, entries, with_leaves
+from jaxcompress._src.weights.matrices import CalibratedLeaf, calibrated_leaves
 from jaxcompress._src.weights.unseen import Unseen, check_unseen, warn_unseen
 
 _UNSTRUCTURED = unstructured()
@@ -110,18 +111,18 @@ def sparsegpt(
     """
     _check_options(pattern, damping, ridge, block_size, share, counting)
     check_unseen(unseen)
-    chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
-    shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
+    entries = calibrated_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
+    shares = sparsity_by_path(sparsity, entries, pattern)
     if group_size is not None and group_size < block_size:
         block_size = -(-block_size // group_size) * group_size
     rule = _Rule(pattern, block_size, share, counting, unseen, quantize_column, start_group, group_size)
     leaves: dict[str, Any] = {}
     info: dict[str, LeafInfo] = {}
-    for entry in entries(chosen):
+    for entry in entries:
         leaves[entry.path], own = _prune(entry, shares[entry.path], damping, ridge, rule)
         info |= own
-    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, _FALLBACKS[unseen])
-    return with_leaves(params, chosen, leaves), info
+    warn_unseen({entry.path: entry.unseen for entry in entries}, _FALLBACKS[unseen])
+    return with_leaves(params, leaves), info
 
 
 class _Rule(NamedTuple):
@@ -164,15 +165,11 @@ def _check_options(pattern: Pattern, damping: float, ridge: float, block_size: i
 
 
 def _prune(
-    entry: Calibrated, sparsity: float, damping: float, ridge: float, rule: _Rule
+    entry: CalibratedLeaf, sparsity: float, damping: float, ridge: float, rule: _Rule
 ) -> tuple[jax.Array, dict[str, LeafInfo]]:
     if isinstance(rule.pattern, NOfM) and not np.isclose(sparsity, rule.pattern.allowed):
         raise ValueError(f"The pattern implies a `sparsity` of {rule.pattern.allowed:g}, got {sparsity:g}.")
-    statistics = entry.statistics
-    gram = entry.flat(statistics.gram, ndim=2)
-    cross = None if statistics.cross is None else entry.flat(statistics.cross, ndim=2)
-    weights = entry.matrix(entry.weight).astype(jnp.float32)
-    rows = statistics.count.reshape(-1)
+    weights = entry.matrices
     depth, width = weights.shape[1:]
     numbers = _Numbers(
         dropped=np.int32(round(sparsity * depth * width)),
@@ -180,7 +177,7 @@ def _prune(
         damping=np.float32(damping),
         ridge=np.float32(ridge),
     )
-    solved, errors = _solve(weights, gram, cross, rows, numbers, rule, entry.layout.groups)
+    solved, errors = _solve(weights, entry.gram, entry.cross, entry.count, numbers, rule, entry.layout.groups)
     pruned = entry.leaf(solved.weights).astype(entry.weight.dtype)
     return pruned, leaf_infos(entry, pruned, errors, damping=solved.damping, retries=solved.retries)
 

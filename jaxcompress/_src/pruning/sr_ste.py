@@ -8,12 +8,12 @@ import jax.numpy as jnp
 
 from jaxcompress._src.meshes import transform_on_auto_axes
 from jaxcompress._src.pruning.patterns import n_of_m
-from jaxcompress._src.pruning.ranked_leaves import RankedLeaves, Store, plain
+from jaxcompress._src.pruning.ranked_leaves import RankedLeaves, Store
 from jaxcompress._src.pruning.scheduled_masks import MaskState
 from jaxcompress._src.pruning.straight_through import apply_straight_through
 from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.unselected import map_selected
-from jaxcompress._src.types import Params, Selector, Transform, TransformState
+from jaxcompress._src.types import Params, Selector, Transform, TransformState, plain
 
 
 @transform_on_auto_axes

@@ -12,7 +12,7 @@ from jaxcompress._src.arrays.sparse import SparseArray, sparsify
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.pruning.patterns import NOfM, Pattern, innermost_input
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.types import is_compressed
+from jaxcompress._src.types import plain
 
 
 @on_auto_axes
@@ -30,7 +30,7 @@ def store_masked(leaf: Any, mask: jax.Array, layout: LeafLayout, pattern: Patter
     """
     if isinstance(leaf, QuantizedArray):
         return _quantized(leaf, mask, layout, pattern)
-    return _sparse(leaf.materialize() if is_compressed(leaf) else leaf, mask, layout, pattern)
+    return _sparse(plain(leaf), mask, layout, pattern)
 
 
 def _sparse(array: jax.Array, mask: jax.Array, layout: LeafLayout, pattern: Pattern) -> Any:

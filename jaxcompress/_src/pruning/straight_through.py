@@ -8,12 +8,12 @@ from jaxtyping import Array, Bool, Float
 
 from jaxcompress._src.meshes import transform_on_auto_axes
 from jaxcompress._src.pruning.gradual import gradual
-from jaxcompress._src.pruning.masks import overlay
 from jaxcompress._src.pruning.patterns import Pattern, unstructured
-from jaxcompress._src.pruning.ranked_leaves import ScoreFn, Store, plain
+from jaxcompress._src.pruning.ranked_leaves import ScoreFn, Store
 from jaxcompress._src.pruning.ranking import Scope
+from jaxcompress._src.tree.maps import leaves_by_path, with_leaves
 from jaxcompress._src.tree.unselected import map_selected
-from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState
+from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState, plain
 
 
 @transform_on_auto_axes
@@ -88,7 +88,7 @@ def apply_straight_through(params: Params, state: TransformState, *, key: jax.Ar
     """`apply_masks` with `state.fixed.masks`, whose gradient passes as if there were no masks."""
     del key
     masked = map_selected(lambda _, mask, leaf: keep_straight_through(mask, plain(leaf)), state.fixed.masks, params)
-    return overlay(masked, params)
+    return with_leaves(params, leaves_by_path(masked))
 
 
 @jax.custom_jvp

@@ -21,10 +21,10 @@ from jaxcompress._src.solvers.masked import masked_least_squares
 from jaxcompress._src.solvers.outputs import not_worse, output_errors
 from jaxcompress._src.solvers.rank import keep_largest
 from jaxcompress._src.solvers.runs import keep_in_runs
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.maps import leaves_by_path, map_with_path, with_leaves
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Selector
-from jaxcompress._src.weights.matrices import Calibrated, calibrated, entries, with_leaves
+from jaxcompress._src.weights.matrices import CalibratedLeaf, calibrated_leaves
 from jaxcompress._src.weights.unseen import warn_unseen
 
 _UNSTRUCTURED = unstructured()
@@ -83,17 +83,17 @@ def tune_masked(
     def masked(params: Params) -> Params:
         return map_with_path(lambda _, __, mask: not is_unselected(mask), params, masks)
 
-    chosen = calibrated(params, statistics, needs="gram", select=masked, layouts=layouts)
-    by_path = dict(leaves_with_paths(masks))
+    entries = calibrated_leaves(params, statistics, needs="gram", select=masked, layouts=layouts)
+    by_path = leaves_by_path(masks)
     leaves, info = {}, {}
-    for entry in entries(chosen):
+    for entry in entries:
         mask = by_path[entry.path]
         if mask.shape != entry.weight.shape:
             raise ValueError(f"Leaf {entry.path!r} has shape {entry.weight.shape}, its mask {mask.shape}.")
         leaves[entry.path], own = _tuned(entry, entry.matrix(mask), damping, ridge)
         info |= own
-    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, "masked without an update")
-    return with_leaves(params, chosen, leaves), info
+    warn_unseen({entry.path: entry.unseen for entry in entries}, "masked without an update")
+    return with_leaves(params, leaves), info
 
 
 @on_auto_axes
@@ -149,28 +149,30 @@ def alps(
     check_damping(damping, ridge)
     if iterations < 0:
         raise ValueError(f"`iterations` must be at least 0, got {iterations}.")
-    chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
-    shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
+    entries = calibrated_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
+    shares = sparsity_by_path(sparsity, entries, pattern)
     leaves, info = {}, {}
-    for entry in entries(chosen):
+    for entry in entries:
         dropped = np.int32(round(shares[entry.path] * entry.weight.size / max(entry.stack, 1)))
-        masks = _masks(*_parts(entry), dropped, np.float32(damping), np.float32(ridge), _Search(pattern, iterations))
+        masks = _masks(
+            entry.matrices,
+            entry.gram,
+            entry.cross,
+            entry.count,
+            dropped,
+            np.float32(damping),
+            np.float32(ridge),
+            _Search(pattern, iterations),
+        )
         leaves[entry.path], own = _tuned(entry, masks, damping, ridge)
         info |= own
-    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, "ranked by magnitude")
-    return with_leaves(params, chosen, leaves), info
+    warn_unseen({entry.path: entry.unseen for entry in entries}, "ranked by magnitude")
+    return with_leaves(params, leaves), info
 
 
 class _Search(NamedTuple):
     pattern: Any
     iterations: int
-
-
-def _parts(entry: Calibrated) -> tuple[Any, Any, Any, Any]:
-    found = entry.statistics
-    cross = None if found.cross is None else entry.flat(found.cross, ndim=2)
-    weights = entry.matrix(entry.weight).astype(jnp.float32)
-    return weights, entry.flat(found.gram, ndim=2), cross, found.count.reshape(-1)
 
 
 @functools.partial(jax.jit, static_argnames="search")
@@ -199,9 +201,9 @@ def _masks(
 
 
 def _tuned(
-    entry: Calibrated, masks: Bool[Array, "S D R"], damping: float, ridge: float
+    entry: CalibratedLeaf, masks: Bool[Array, "S D R"], damping: float, ridge: float
 ) -> tuple[jax.Array, dict[str, LeafInfo]]:
-    parts = _parts(entry)
+    parts = entry.matrices, entry.gram, entry.cross, entry.count
     most = int(masks.sum(axis=1).max(initial=0))
     # Few different sizes, so that few are compiled.
     most = min(-(-most // 64) * 64, masks.shape[1])

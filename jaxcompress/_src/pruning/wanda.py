@@ -1,6 +1,5 @@
 """Wanda: weights by their size times the size of their input."""
 
-import functools
 from typing import Any
 
 import jax
@@ -13,8 +12,10 @@ from jaxcompress._src.pruning.masks import Scope, masks_from_scores
 from jaxcompress._src.pruning.patterns import NOfM, Pattern, unstructured
 from jaxcompress._src.solvers.outputs import output_errors
 from jaxcompress._src.trace.layout import LeafLayout
+from jaxcompress._src.tree.maps import with_leaves
+from jaxcompress._src.tree.unselected import partial_tree
 from jaxcompress._src.types import Params, Selector
-from jaxcompress._src.weights.matrices import Calibrated, calibrated, entries, map_entries, with_leaves
+from jaxcompress._src.weights.matrices import CalibratedLeaf, calibrated_leaves
 from jaxcompress._src.weights.unseen import Unseen, check_unseen, fill_unseen, warn_unseen
 
 _UNSTRUCTURED = unstructured()
@@ -58,10 +59,10 @@ def wanda_scores(
     References:
         Sun et al. 2023, "A simple and effective pruning approach for large language models", equation 1.
     """
-    chosen = calibrated(params, statistics, needs="squared_sum", select=select, layouts=layouts)
     check_unseen(unseen)
-    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, _FALLBACKS[unseen])
-    return map_entries(functools.partial(_scores, unseen=unseen), chosen)
+    entries = calibrated_leaves(params, statistics, needs="squared_sum", select=select, layouts=layouts)
+    warn_unseen({entry.path: entry.unseen for entry in entries}, _FALLBACKS[unseen])
+    return partial_tree(params, {entry.path: _scores(entry, unseen) for entry in entries})
 
 
 @on_auto_axes
@@ -111,22 +112,20 @@ def wanda(
     check_unseen(unseen)
     if counting == "reference" and scope != "row":
         raise ValueError(f"`counting='reference'` counts in rows, got `scope` {scope!r}.")
-    chosen = calibrated(params, statistics, needs="squared_sum", select=select, layouts=layouts)
-    shares = sparsity_by_path(sparsity, list(entries(chosen)), pattern)
+    entries = calibrated_leaves(params, statistics, needs="squared_sum", select=select, layouts=layouts)
+    shares = sparsity_by_path(sparsity, entries, pattern)
     if scope == "global":
-        masks = _global_masks(chosen, shares, pattern, unseen)
+        masks = _global_masks(entries, shares, pattern, unseen)
     else:
         of_leaf = _reference_mask if counting == "reference" and not isinstance(pattern, NOfM) else _mask
-        masks = {
-            e.path: of_leaf(e, shares[e.path], scope=scope, pattern=pattern, unseen=unseen) for e in entries(chosen)
-        }
-    leaves = {e.path: jnp.where(masks[e.path], e.weight, jnp.zeros((), e.weight.dtype)) for e in entries(chosen)}
-    info = {name: own for e in entries(chosen) for name, own in _infos(e, leaves[e.path]).items()}
-    warn_unseen({entry.path: entry.unseen for entry in entries(chosen)}, _FALLBACKS[unseen])
-    return with_leaves(params, chosen, leaves), info
+        masks = {e.path: of_leaf(e, shares[e.path], scope=scope, pattern=pattern, unseen=unseen) for e in entries}
+    leaves = {e.path: jnp.where(masks[e.path], e.weight, jnp.zeros((), e.weight.dtype)) for e in entries}
+    info = {name: figures for e in entries for name, figures in _infos(e, leaves[e.path]).items()}
+    warn_unseen({entry.path: entry.unseen for entry in entries}, _FALLBACKS[unseen])
+    return with_leaves(params, leaves), info
 
 
-def _scores(entry: Calibrated, unseen: Unseen) -> jax.Array:
+def _scores(entry: CalibratedLeaf, unseen: Unseen) -> jax.Array:
     found = entry.statistics
     mean = entry.flat(found.squared_sum / jnp.where(found.count > 0, found.count, 1.0)[..., None], ndim=1)
     if unseen == "keep":
@@ -134,12 +133,14 @@ def _scores(entry: Calibrated, unseen: Unseen) -> jax.Array:
     return jnp.abs(entry.weight.astype(jnp.float32)) * jnp.sqrt(entry.of_inputs(mean))
 
 
-def _mask(entry: Calibrated, share: float, *, scope: Scope, pattern: Pattern, unseen: Unseen) -> jax.Array:
+def _mask(entry: CalibratedLeaf, share: float, *, scope: Scope, pattern: Pattern, unseen: Unseen) -> jax.Array:
     scores, layouts = {entry.path: _scores(entry, unseen)}, {entry.path: entry.layout}
     return masks_from_scores(scores, sparsity=share, scope=scope, pattern=pattern, layouts=layouts)[entry.path]
 
 
-def _reference_mask(entry: Calibrated, share: float, *, scope: Scope, pattern: Pattern, unseen: Unseen) -> jax.Array:
+def _reference_mask(
+    entry: CalibratedLeaf, share: float, *, scope: Scope, pattern: Pattern, unseen: Unseen
+) -> jax.Array:
     del scope
     # From the last input to the first: the rule that keeps the lowest index then keeps the highest.
     scores = entry.matrix(_scores(entry, unseen))[:, ::-1]
@@ -151,20 +152,21 @@ def _reference_mask(entry: Calibrated, share: float, *, scope: Scope, pattern: P
     return entry.leaf(masks[""][:, ::-1])
 
 
-def _global_masks(chosen: Params, shares: dict[str, float], pattern: Pattern, unseen: Unseen) -> dict[str, jax.Array]:
+def _global_masks(
+    entries: list[CalibratedLeaf], shares: dict[str, float], pattern: Pattern, unseen: Unseen
+) -> dict[str, jax.Array]:
     if len(set(shares.values())) > 1:
         raise ValueError("`scope='global'` ranks all leaves together: give one `sparsity` for all of them.")
-    scores = {entry.path: _scores(entry, unseen) for entry in entries(chosen)}
-    layouts = {entry.path: entry.layout for entry in entries(chosen)}
+    scores = {entry.path: _scores(entry, unseen) for entry in entries}
+    layouts = {entry.path: entry.layout for entry in entries}
     share = next(iter(shares.values()))
     return masks_from_scores(scores, sparsity=share, scope="global", pattern=pattern, layouts=layouts)
 
 
-def _infos(entry: Calibrated, pruned: jax.Array) -> dict[str, LeafInfo]:
+def _infos(entry: CalibratedLeaf, pruned: jax.Array) -> dict[str, LeafInfo]:
     if entry.statistics.gram is None:
         return leaf_infos(entry, pruned, {})
-    gram = entry.flat(entry.statistics.gram, ndim=2)
-    error = _errors(gram, entry.matrix(entry.weight), entry.matrix(pruned), groups=entry.layout.groups)
+    error = _errors(entry.gram, entry.matrix(entry.weight), entry.matrix(pruned), groups=entry.layout.groups)
     return leaf_infos(entry, pruned, {"error_before": error, "error": error})
 
 

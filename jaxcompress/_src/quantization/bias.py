@@ -8,9 +8,9 @@ import numpy as np
 
 from jaxcompress._src.calibration.moments import flat_weights, moments
 from jaxcompress._src.calibration.pause import side_by_side
-from jaxcompress._src.quantization.leaf_matrix import plain_kernels, with_new_leaves
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
-from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.quantization.leaf_matrix import plain_kernels
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path, with_leaves
+from jaxcompress._src.types import Params, is_compressed, plain
 
 
 def correct_biases(
@@ -63,10 +63,10 @@ def correct_biases(
     if not parts:
         raise ValueError("No kernel of a plain matmul is compressed: there is nothing to correct.")
     paths = sorted({part.path for part in parts})
-    plain = map_with_path(lambda _, leaf: leaf.materialize() if is_compressed(leaf) else leaf, compressed)
+    rounded = map_with_path(lambda _, leaf: plain(leaf), compressed)
     rows = flat_weights(row_mask, kept)
-    run = side_by_side(apply, paths, (params, plain), kept, repeated="each")
-    dense, current, changed, shifts = dict(leaves_with_paths(params)), dict(leaves_with_paths(plain)), {}, {}
+    run = side_by_side(apply, paths, (params, rounded), kept, repeated="each")
+    dense, current, changed, shifts = leaves_by_path(params), leaves_by_path(rounded), {}, {}
     replies: Any = None
     for _ in parts:
         pairs = run.send(replies)
@@ -85,4 +85,4 @@ def correct_biases(
         shifts[name] = float(np.sqrt(np.mean((after - before) ** 2)))
         changed[place] = site.bias.put(changed.get(place, current[place]), after)
         replies = (kernels[0], bias), (kernels[1], jnp.asarray(site.bias.matrix(changed[place])[0]))
-    return with_new_leaves(compressed, {path: jnp.asarray(leaf) for path, leaf in changed.items()}), shifts
+    return with_leaves(compressed, {path: jnp.asarray(leaf) for path, leaf in changed.items()}), shifts

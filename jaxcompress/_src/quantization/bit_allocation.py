@@ -15,7 +15,7 @@ from jaxcompress._src.quantization.round_to_nearest import quantize_array
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.solvers.budget import cheapest_choice
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path, with_leaves
 from jaxcompress._src.tree.unselected import map_selected
 from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.matrices import checked_fisher, checked_weight
@@ -211,8 +211,7 @@ def quantize_each(params: Params, specs: Params, *, layouts: Params | None = Non
     def visit(path: str, layout: LeafLayout, leaf: Any) -> QuantizedArray:
         return quantize_array(checked_weight(path, leaf), by_path[path], layout)
 
-    found = dict(leaves_with_paths(map_selected(visit, chosen, params)))
-    return map_with_path(lambda path, leaf: found[path] if path in by_path else leaf, params)
+    return with_leaves(params, leaves_by_path(map_selected(visit, chosen, params)))
 
 
 def _among(paths: Any) -> Selector:

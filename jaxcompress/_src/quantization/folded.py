@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxcompress._src.calibration.statistics import InputStatistics
 from jaxcompress._src.trace.folds import Fold, FoldedLeaf
-from jaxcompress._src.tree.maps import leaves_with_paths
+from jaxcompress._src.tree.maps import leaves_by_path
 from jaxcompress._src.types import Params
 from jaxcompress._src.weights.unseen import fill_unseen
 
@@ -55,7 +55,7 @@ def fold_statistic(fold: Fold, statistics: Params, name: str, leaves: Mapping[st
     Raises:
         ValueError: no consumer has the statistic; it is of another width or stack, or holds NaN or Inf. Names the leaf.
     """
-    given = dict(leaves_with_paths(statistics, is_leaf=lambda leaf: isinstance(leaf, InputStatistics)))
+    given = leaves_by_path(statistics)
     for place in fold.consumers:
         entry = given.get(place.path)
         if isinstance(entry, InputStatistics) and getattr(entry, name) is not None:

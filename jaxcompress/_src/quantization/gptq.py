@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
@@ -17,21 +17,20 @@ from jaxcompress._src.quantization.leaf_matrix import (
     MATRIX,
     check_blocks,
     fitting,
-    rounded,
     stored,
-    with_new_leaves,
     with_whole_groups,
 )
-from jaxcompress._src.quantization.range_search import BEST_RANGES, RangeSearch
+from jaxcompress._src.quantization.range_search import BEST_RANGES, RangeSearch, searched_scales
+from jaxcompress._src.quantization.rounding import round_to_codes, rounded
 from jaxcompress._src.quantization.rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress._src.quantization.scales import block_scales
 from jaxcompress._src.quantization.spec import QuantSpec
-from jaxcompress._src.quantization.tables import counted_leaves, nearest_table
 from jaxcompress._src.solvers.hessian import problem
-from jaxcompress._src.solvers.outputs import output_errors
+from jaxcompress._src.solvers.outputs import output_errors, unit_of
+from jaxcompress._src.tree.maps import with_leaves
 from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.infos import entry_infos
-from jaxcompress._src.weights.matrices import Calibrated
+from jaxcompress._src.weights.matrices import CalibratedLeaf, TableLeaf, calibrated_leaves_and_tables
 from jaxcompress._src.weights.unseen import Unseen, check_unseen, warn_unseen
 
 
@@ -108,30 +107,27 @@ def gptq(
     rule = Rule(spec, order, groups, ranges, refine, block_size)
     check_rule(rule, damping, ridge)
     check_unseen(unseen)
-    contracted, tables = counted_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
-    kept = {leaf.path for leaf in fitting([*contracted, *tables], spec, select)}
-    contracted = [leaf for leaf in contracted if leaf.path in kept]
-    tables = [leaf for leaf in tables if leaf.path in kept]
-    found = {entry.path: _quantize(entry, ridge, damping, unseen, rule) for entry in contracted}
-    warn_unseen({entry.path: entry.unseen for entry in contracted}, FALLBACKS[unseen])
-    found |= {table.path: nearest_table(table, spec, ranges) for table in tables}
-    leaves = {path: leaf for path, (leaf, _) in found.items()}
-    infos = {name: info for _, own in found.values() for name, info in own.items()}
-    return with_new_leaves(params, leaves), infos
+    entries = calibrated_leaves_and_tables(params, statistics, needs="gram", select=select, layouts=layouts)
+    leaves, infos, unseen_inputs = {}, {}, {}
+    for entry in fitting(entries, spec, select):
+        check_blocks(entry, spec)
+        if isinstance(entry, TableLeaf):
+            leaves[entry.path], info = _nearest_table(entry, spec, ranges)
+        else:
+            leaves[entry.path], info = _quantize(entry, ridge, damping, unseen, rule)
+            unseen_inputs[entry.path] = entry.unseen
+        infos |= info
+    warn_unseen(unseen_inputs, FALLBACKS[unseen])
+    return with_leaves(params, leaves), infos
 
 
 def _quantize(
-    entry: Calibrated, ridge: float, damping: float, unseen: Unseen, rule: Rule
+    entry: CalibratedLeaf, ridge: float, damping: float, unseen: Unseen, rule: Rule
 ) -> tuple[Any, dict[str, RoundingInfo]]:
-    check_blocks(entry, rule.spec)
-    statistics = entry.statistics
-    spec = rule.spec
-    gram = with_whole_groups(entry, entry.flat(statistics.gram, ndim=2), spec, 1, 2)
-    cross = None
-    if statistics.cross is not None:
-        cross = with_whole_groups(entry, entry.flat(statistics.cross, ndim=2), spec, 1, 2)
-    weights = with_whole_groups(entry, entry.matrix(entry.weight).astype(jnp.float32), spec, 1)
-    parts = weights, gram, cross, statistics.count.reshape(-1)
+    gram, cross = (
+        None if part is None else with_whole_groups(entry, part, rule.spec, 1, 2) for part in (entry.gram, entry.cross)
+    )
+    parts = with_whole_groups(entry, entry.matrices, rule.spec, 1), gram, cross, entry.count
     numbers = np.float32(ridge), np.float32(damping)
     solved, errors = _solve(parts, *numbers, unseen == "zero", rule, entry.layout.groups)
     leaf = stored(entry, solved.codes, solved.scale, solved.zero_point, rule.spec)
@@ -159,3 +155,40 @@ def _solve(
     solved, targets, nearest = jax.lax.map(one, parts)
     before = output_errors(gram, targets, nearest, groups=groups)
     return solved, {"error_before": before, "error": output_errors(gram, targets, solved.weights, groups=groups)}
+
+
+def _nearest_table(
+    table: TableLeaf, spec: QuantSpec, ranges: RangeSearch | None
+) -> tuple[Any, dict[str, RoundingInfo]]:
+    """Rounds a table to nearest; scales that several rows share suit the rows that are looked up most.
+
+    Rows that were never looked up count a thousandth of a look-up: enough for a search of their own scales, too little
+    to spoil those that they share.
+
+    Args:
+        table: the leaf.
+        spec: of the codes.
+        ranges: how to search for scales.
+    """
+    matrix = with_whole_groups(table, table.matrices, spec, 1)
+    scale, zero_point, codes, before, after = _nearest_rows(matrix[0], table.counts.rows, spec, ranges)
+    zero_point = None if zero_point is None else zero_point[None]
+    leaf = stored(table, codes[None], scale[None], zero_point, spec)
+    errors = {"error_before": before[None], "error": after[None]}
+    return leaf, entry_infos(table, functools.partial(RoundingInfo.of, leaf), errors=errors)
+
+
+@functools.partial(jax.jit, static_argnames=("spec", "ranges"))
+def _nearest_rows(
+    w: Float32[Array, "D R"], counts: Float[Array, " R"], spec: QuantSpec, ranges: RangeSearch | None
+) -> Any:
+    scale, zero_point = searched_scales(w, spec, MATRIX, ranges, jnp.where(counts > 0, counts, 1e-3)[None])
+    plain = searched_scales(w, spec, MATRIX, None)
+    unit = unit_of(w)
+    total = jnp.sum(counts * jnp.square(w / unit).sum(axis=0))
+
+    def error(scale: Any, zero_point: Any) -> Any:
+        lost = jnp.sum(counts * jnp.square((rounded(w, scale, zero_point, spec) - w) / unit).sum(axis=0))
+        return jnp.where(total > 0, jnp.sqrt(lost / jnp.where(total > 0, total, 1.0)), 0.0)
+
+    return scale, zero_point, round_to_codes(w, scale, zero_point, spec), error(*plain), error(scale, zero_point)

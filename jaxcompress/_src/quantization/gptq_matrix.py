@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32, Int, Integer, Num
 
-from jaxcompress._src.quantization.leaf_matrix import MATRIX, rounded, values_of
+from jaxcompress._src.quantization.leaf_matrix import MATRIX
 from jaxcompress._src.quantization.range_search import RangeSearch, searched_scales
-from jaxcompress._src.quantization.rounding import round_to_codes
+from jaxcompress._src.quantization.rounding import round_to_codes, rounded, values_of
 from jaxcompress._src.quantization.scales import cast_scale
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.solvers.cholesky import inverse_factor

@@ -18,16 +18,16 @@ from jaxcompress._src.quantization.leaf_matrix import (
     check_blocks,
     fitting,
     stored,
-    with_new_leaves,
     with_whole_groups,
 )
 from jaxcompress._src.quantization.rounding import round_to_codes
 from jaxcompress._src.quantization.rounding_info import RoundingInfo
 from jaxcompress._src.quantization.scales import block_scales, cast_scale
 from jaxcompress._src.quantization.spec import QuantSpec
+from jaxcompress._src.tree.maps import with_leaves
 from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.infos import entry_infos
-from jaxcompress._src.weights.matrices import MatrixLeaf, entries, matrices
+from jaxcompress._src.weights.matrices import MatrixLeaf, weight_leaves
 
 Iterate = Literal["best", "legacy"]
 """Which zero points are taken: for every block the best ones met, or where the public solver stops."""
@@ -95,12 +95,11 @@ def hqq(
         raise ValueError("`iterate='legacy'` is the public solver, whose zero points are fractions: no `exact_zero`.")
     leaves: dict[str, Any] = {}
     info: dict[str, RoundingInfo] = {}
-    chosen = list(entries(matrices(params, select=select, layouts=layouts)))
-    for entry in fitting(chosen, spec, select):
+    for entry in fitting(weight_leaves(params, select=select, layouts=layouts), spec, select):
         check_blocks(entry, spec)
         leaves[entry.path], own = _quantize(entry, spec, (iterations, norm, beta, kappa, iterate), exact_zero)
         info |= own
-    return with_new_leaves(params, leaves), info
+    return with_leaves(params, leaves), info
 
 
 def _check_options(spec: QuantSpec, iterations: int, norm: float, beta: float, kappa: float, iterate: str) -> None:
@@ -126,7 +125,7 @@ def _check_options(spec: QuantSpec, iterations: int, norm: float, beta: float, k
 def _quantize(
     entry: MatrixLeaf, spec: QuantSpec, options: tuple[Any, ...], exact_zero: bool
 ) -> tuple[Any, dict[str, RoundingInfo]]:
-    weights = entry.matrix(entry.weight).astype(jnp.float32)
+    weights = entry.matrices
     # By the last weight, not by 0, which a range of HQQ need not contain.
     weights = with_whole_groups(entry, weights, spec, 1, mode="edge")
     solve = _solve_scales if exact_zero else _solve

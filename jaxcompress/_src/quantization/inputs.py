@@ -18,10 +18,10 @@ from jaxcompress._src.quantization.rounding_info import RoundingInfo, storage_in
 from jaxcompress._src.quantization.scales import block_scales
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
 from jaxcompress._src.types import Params, Selector
-from jaxcompress._src.weights.selection import BlockError, misfits, selected_layouts
+from jaxcompress._src.weights.selection import BlockError, selected_layouts, without_misfits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +136,7 @@ def quantize_inputs(
     rounding = InputRounding(spec=spec)
     chosen = multiplied_layouts(params, select=select, layouts=layouts)
     if ranges is None and spec.group_size is not None:
-        shapes = dict(leaves_with_paths(params))
-        places = {path: (shapes[path].shape, layout) for path, layout in leaves_with_paths(chosen)}
-        rest = misfits(places, functools.partial(_check_groups, spec=spec), select)
-        chosen = map_selected(lambda path, layout: Unselected if path in rest else layout, chosen)
+        chosen = without_misfits(chosen, params, functools.partial(_check_groups, spec=spec), select)
     entries = map_selected(lambda *_: None, chosen) if ranges is None else ranges
 
     def visit(path: str, leaf: Any, layout: Any, entry: Any) -> Any:

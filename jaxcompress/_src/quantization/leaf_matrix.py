@@ -4,23 +4,22 @@ Shape letters: S stack entries, D inputs, R outputs, G groups of inputs.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
-from jaxcompress._src.arrays.quantized import QuantizedArray, dequantize
+from jaxcompress._src.arrays.quantized import QuantizedArray
 from jaxcompress._src.calibration.pause import stops_and_refusals
 from jaxcompress._src.calibration.site import LeafPart
 from jaxcompress._src.quantization.blocks import PARTIAL, cut, packing_axis, padded_shape, partial_axis
 from jaxcompress._src.quantization.round_to_nearest import cropped, padded, store_codes, store_zero_points
-from jaxcompress._src.quantization.rounding import round_to_codes
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.trace.layouts import layouts
 from jaxcompress._src.tree.checks import is_traced
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.matrices import MatrixLeaf
 from jaxcompress._src.weights.selection import misfits
@@ -46,21 +45,6 @@ def plain_kernels(
     others = {path: refused[path] for path in refused if kinds[path] == "matmul"}
     others |= {path: f"Leaf {path!r} is the kernel of a convolution." for path, kind in kinds.items() if kind == "conv"}
     return [part for part in parts if kinds[part.path] == "matmul"], others
-
-
-def rounded(
-    w: Float[Array, "D R"], scale: Float[Array, "G r"], zero_point: Num[Array, "g r0"] | None, spec: QuantSpec
-) -> Float[Array, "D R"]:
-    """The nearest weights that can be stored, in float32."""
-    return dequantize(round_to_codes(w, scale, zero_point, spec), scale, zero_point, levels=spec.levels)
-
-
-def values_of(
-    w: Float[Array, "D R"], scale: Float[Array, "G r"], zero_point: Num[Array, "g r0"] | None, spec: QuantSpec
-) -> Float[Array, "D R"]:
-    """What the codes of the nearest weights stand for before scaling."""
-    codes = round_to_codes(w, scale, zero_point, spec)
-    return dequantize(codes, jnp.ones(scale.shape), zero_point, levels=spec.levels)
 
 
 def stored(
@@ -149,11 +133,6 @@ def check_blocks(entry: MatrixLeaf, spec: QuantSpec) -> None:
     except ValueError as err:
         err.add_note(f"at leaf {entry.path!r}")
         raise
-
-
-def with_new_leaves(params: Params, leaves: Mapping[str, Any]) -> Params:
-    """`params` with other leaves, by path."""
-    return map_with_path(lambda path, leaf: leaves.get(path, leaf), params)
 
 
 def _blocks_of_leaf(layout: LeafLayout, parameter: Shaped[Array, "S g r"], blocks: tuple[int, ...]) -> Array:

@@ -14,12 +14,11 @@ from jaxcompress._src.arrays.quantized import QuantizedArray
 from jaxcompress._src.calibration.segments import Segment, UnmetError, segments
 from jaxcompress._src.calibration.unstack import entries_of, entry_paths, unstacked, whole_stacks
 from jaxcompress._src.meshes import on_auto_axes_as
-from jaxcompress._src.quantization.leaf_matrix import with_new_leaves
 from jaxcompress._src.quantization.rounding_info import RoundingInfo
 from jaxcompress._src.quantization.soft_rounding import choice_of, decision, first_state, hard_leaf, soft_leaf
 from jaxcompress._src.trace.layouts import layouts as traced_layouts
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
-from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path, with_leaves
+from jaxcompress._src.types import Params, plain
 from jaxcompress._src.weights.matrices import checked_weight
 
 
@@ -105,29 +104,29 @@ def learned_rounding(
     """
     kept = [tuple(jax.tree.map(jnp.asarray, batch)) for batch in batches]
     paths = [path for path, leaf in leaves_with_paths(rounded) if isinstance(leaf, QuantizedArray)]
-    _check(kept, paths, dict(leaves_with_paths(rounded)), schedule)
-    _check_dense(paths, dict(leaves_with_paths(rounded)), dict(leaves_with_paths(params)))
+    _check(kept, paths, leaves_by_path(rounded), schedule)
+    _check_dense(paths, leaves_by_path(rounded), leaves_by_path(params))
     rows = [None if row_mask is None else jnp.maximum(jnp.asarray(row_mask(*b), jnp.float32), 0.0) for b in kept]
-    dense = map_with_path(lambda _, leaf: _plain(leaf), params)
+    dense = map_with_path(lambda _, leaf: jnp.asarray(plain(leaf)), params)
     stacks = _stacks(traced_layouts(apply, dense, *kept[0]), rounded)
     names, dense, split, programs = _by_entry(unstacked(apply, dense), dense, rounded, stacks, together, kept)
-    leaves, info = dict(leaves_with_paths(split)), {}
-    current = map_with_path(lambda _, leaf: _plain(leaf), split)
+    leaves, info = leaves_by_path(split), {}
+    current = map_with_path(lambda _, leaf: jnp.asarray(plain(leaf)), split)
     values = [(jax.tree.leaves(batch), jax.tree.leaves(batch)) for batch in kept]
     for k in range(len(programs[0])):
         parts = [program[k] for program in programs]
         own = {path: leaves[path] for path in parts[0].paths}
         targets = [_run(part)(dense, old) for part, (old, _) in zip(parts, values, strict=True)]
         block = _Block(parts, current, [new for _, new in values], targets, rows)
-        learned, before, after = _learn(block, own, dict(leaves_with_paths(dense)), schedule)
+        learned, before, after = _learn(block, own, leaves_by_path(dense), schedule)
         if not np.isfinite(before):
             raise ValueError(f"What the block of leaf {names[next(iter(own))]!r} passes on holds NaN or Inf.")
         leaves |= learned
-        current = with_new_leaves(current, {path: _plain(leaf) for path, leaf in learned.items()})
+        current = with_leaves(current, {path: jnp.asarray(plain(leaf)) for path, leaf in learned.items()})
         info |= {names[path]: RoundingInfo.of(leaf, error_before=before, error=after) for path, leaf in learned.items()}
         moved = [_run(part)(current, new) for part, (_, new) in zip(parts, values, strict=True)]
         values = list(zip(targets, moved, strict=True))
-    return whole_stacks(rounded, with_new_leaves(split, leaves)), info
+    return whole_stacks(rounded, with_leaves(split, leaves)), info
 
 
 def _by_entry(
@@ -238,7 +237,7 @@ def _loss(part: Segment, schedule: RoundingSchedule) -> Callable[..., Any]:
     def loss(state: Any, choices: Any, params: Params, data: Any, share: Any) -> Any:
         inputs, targets, rows = data
         soft = {path: soft_leaf(choices[path], state[path], schedule.scale_rate) for path in state}
-        lost, total = _energies(part, with_new_leaves(params, soft), (inputs, targets, rows), centred=True)
+        lost, total = _energies(part, with_leaves(params, soft), (inputs, targets, rows), centred=True)
         ready = (share - schedule.warm_up) / max(1 - schedule.warm_up, 1e-6)
         first, last = schedule.sharpness
         power = last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(ready, 0.0, 1.0)))
@@ -282,7 +281,7 @@ def _energy(found: Any, wanted: Any, rows: Any, centred: bool) -> Any:
 
 
 def _error(block: _Block, leaves: Mapping[str, QuantizedArray]) -> float:
-    params = with_new_leaves(block.params, {path: _plain(leaf) for path, leaf in leaves.items()})
+    params = with_leaves(block.params, {path: jnp.asarray(plain(leaf)) for path, leaf in leaves.items()})
     found = [
         _measure(part)(params, *data)
         for part, *data in zip(block.parts, block.inputs, block.targets, block.rows, strict=True)
@@ -298,7 +297,3 @@ def _measure(part: Segment) -> Callable[..., Any]:
 @functools.lru_cache(maxsize=64)
 def _run(part: Segment) -> Callable[..., Any]:
     return jax.jit(lambda params, values: part(params, values))
-
-
-def _plain(leaf: Any) -> jax.Array:
-    return leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)

@@ -13,7 +13,7 @@ from jaxcompress._src.meshes import transform_on_auto_axes
 from jaxcompress._src.quantization.arithmetic import mean_magnitude
 from jaxcompress._src.quantization.blocks import axes_of, reduced_axes, scale_shape
 from jaxcompress._src.quantization.learned import highest_step, learned_quantize_array, whole_zero_point
-from jaxcompress._src.quantization.quantize import dense_array, on_weight, weight_layouts
+from jaxcompress._src.quantization.quantize import on_weight, weight_layouts
 from jaxcompress._src.quantization.round_to_nearest import quantize_array_at
 from jaxcompress._src.quantization.scales import block_scales, cast_scale, dtype_of_scale
 from jaxcompress._src.quantization.spec import QuantSpec
@@ -22,7 +22,7 @@ from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.checks import check_finite
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
-from jaxcompress._src.types import Params, Selector, Transform, TransformState, exportable
+from jaxcompress._src.types import Params, Selector, Transform, TransformState, exportable, plain
 
 Start = Literal["mean", "range"]
 
@@ -138,7 +138,7 @@ class _Pair:
 
 
 def _start(path: str, layout: LeafLayout, leaf: Any, spec: QuantSpec, start: Start) -> _Pair:
-    dense = dense_array(leaf)
+    dense = jnp.asarray(plain(leaf))
     check_finite(path, dense)
     if start == "range":
         scale, zero_point = jax.jit(block_scales, static_argnums=(1, 2))(dense, spec, axes_of(layout))
@@ -153,7 +153,7 @@ def _rounded(leaf: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> Any:
     if is_unselected(scale):
         return leaf
     zero_point = _learned_zero(scale, zero_point, spec)
-    return on_weight(leaf, lambda weight: learned_quantize_array(dense_array(weight), scale, zero_point, spec))
+    return on_weight(leaf, lambda weight: learned_quantize_array(jnp.asarray(plain(weight)), scale, zero_point, spec))
 
 
 def _stored(path: str, leaf: Any, layout: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> Any:
@@ -165,7 +165,7 @@ def _stored(path: str, leaf: Any, layout: Any, scale: Any, zero_point: Any, *, s
         whole = jnp.full(kept, 0.5, dtype_of_scale(spec))
 
     def store(weight: Any) -> Any:
-        check_finite(path, dense_array(weight))
+        check_finite(path, jnp.asarray(plain(weight)))
         return quantize_array_at(weight, cast_scale(scale, spec), whole, spec, layout)
 
     return on_weight(leaf, store)

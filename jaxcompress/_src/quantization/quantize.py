@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
@@ -19,10 +18,10 @@ from jaxcompress._src.quantization.rounding_info import RoundingInfo, storage_in
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.tree.checks import check_finite
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
-from jaxcompress._src.types import Params, Selector, is_compressed
-from jaxcompress._src.weights.selection import misfits, selected_layouts
+from jaxcompress._src.types import Params, Selector, plain
+from jaxcompress._src.weights.selection import selected_layouts, without_misfits
 
 
 @on_auto_axes
@@ -57,8 +56,8 @@ def quantize(
     """
 
     def visit(path: str, leaf: Any, layout: LeafLayout) -> Any:
-        check_finite(path, dense_array(leaf))
-        return quantize_array(leaf if isinstance(leaf, SparseArray) else dense_array(leaf), spec, layout)
+        check_finite(path, jnp.asarray(plain(leaf)))
+        return quantize_array(leaf if isinstance(leaf, SparseArray) else jnp.asarray(plain(leaf)), spec, layout)
 
     selected = weight_layouts(params, select=select, layouts=layouts, spec=spec)
     small = _map_weights(visit, params, selected)
@@ -97,7 +96,7 @@ def fake_quantize(
         Array([[ 7.], [-3.]], dtype=float32)
     """
     return _map_weights(
-        lambda _, leaf, layout: fake_quantize_array(dense_array(leaf), spec, layout, bits=bits),
+        lambda _, leaf, layout: fake_quantize_array(jnp.asarray(plain(leaf)), spec, layout, bits=bits),
         params,
         weight_layouts(params, select=select, layouts=layouts, spec=spec),
     )
@@ -136,7 +135,7 @@ def fixed_point(
     check_bits(bits)
 
     def visit(path: str, leaf: Any, layout: LeafLayout) -> QuantizedArray:
-        dense = dense_array(leaf)
+        dense = jnp.asarray(plain(leaf))
         check_finite(path, dense)
         codes = fixed_point_codes(fixed_point_encode(dense, bits, overflow=overflow), bits)
         keep = leaf if isinstance(leaf, SparseArray) else None
@@ -171,18 +170,10 @@ def weight_layouts(
             )
         return layout
 
-    chosen = map_selected(visit, selected_layouts(params, select=select, layouts=layouts), params)
+    selected = map_selected(visit, selected_layouts(params, select=select, layouts=layouts), params)
     if spec is None or spec.group_size is None:
-        return chosen
-    shapes = dict(leaves_with_paths(params))
-    places = {path: (shapes[path].shape, layout) for path, layout in leaves_with_paths(chosen)}
-    rest = misfits(places, lambda _, shape, layout: cut(shape, spec, layout), select, advice=PARTIAL)
-    return map_selected(lambda path, layout: Unselected if path in rest else layout, chosen)
-
-
-def dense_array(leaf: Any) -> jax.Array:
-    """The plain array."""
-    return leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
+        return selected
+    return without_misfits(selected, params, lambda _, shape, layout: cut(shape, spec, layout), select, advice=PARTIAL)
 
 
 def on_weight(leaf: Any, fn: Callable[[Any], Any]) -> Any:

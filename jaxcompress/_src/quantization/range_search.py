@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Num
 
 from jaxcompress._src.arrays.quantized import split_blocks
 from jaxcompress._src.quantization.blocks import reduced_axes, scale_shape
-from jaxcompress._src.quantization.leaf_matrix import rounded
+from jaxcompress._src.quantization.rounding import rounded
 from jaxcompress._src.quantization.scales import block_scales, scales_of_shares
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.solvers.outputs import unit_of

@@ -23,7 +23,6 @@ from jaxcompress._src.quantization.leaf_matrix import (
     check_blocks,
     plain_kernels,
     stored,
-    with_new_leaves,
     with_whole_groups,
 )
 from jaxcompress._src.quantization.range_search import BEST_RANGES, RangeSearch
@@ -33,9 +32,9 @@ from jaxcompress._src.quantization.shared_kernels import pooled_moments
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layouts import layouts as traced_layouts
 from jaxcompress._src.trace.left_out import warn_left_out
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path, with_leaves
 from jaxcompress._src.types import Params, Selector
-from jaxcompress._src.weights.matrices import MatrixLeaf, entries, matrices
+from jaxcompress._src.weights.matrices import MatrixLeaf, weight_leaves
 from jaxcompress._src.weights.selection import misfits
 from jaxcompress._src.weights.unseen import Unseen, check_unseen, unseen_counts, warn_unseen
 
@@ -156,11 +155,11 @@ def reconstruct(
         dense_reply = kernel.matrix(kernel.weight)[0], before
         replies = dense_reply, (new, jnp.asarray(found.values, before.dtype) if fit.free_bias else before)
     leaves, info = _assembled(kernels, rules, visited)
-    plain = dict(leaves_with_paths(params))
+    plain = leaves_by_path(params)
     bits = {path: 8.0 * jnp.dtype(plain[path].dtype).itemsize for path in left}
     info |= {path: RoundingInfo(bits_per_weight=bits[path], note=reason) for path, reason in left.items()}
     warn_unseen({found.kernel.name: found.unseen[None] for found in visited}, FALLBACKS[unseen])
-    return with_new_leaves(params, _fitted_biases(params, visited) | leaves), info
+    return with_leaves(params, _fitted_biases(params, visited) | leaves), info
 
 
 def _check(kept: list[Any], targets: Targets) -> None:
@@ -179,7 +178,7 @@ def _kernels(
     """
     found = traced_layouts(apply, params, *inputs)
     if select is not None:
-        kernels = {entry.path: entry for entry in entries(matrices(params, select=select, layouts=found))}
+        kernels = {entry.path: entry for entry in weight_leaves(params, select=select, layouts=found)}
         return kernels, Counter(stops(apply, params, *inputs, paths=list(kernels), repeated="each")), {}
     parts, refused = plain_kernels(apply, params, inputs)
     chosen = {part.path for part in parts}
@@ -202,7 +201,7 @@ def _kernels(
     def plain(params: Params) -> Params:
         return map_with_path(lambda path, _: path in chosen, params)
 
-    kernels = {entry.path: entry for entry in entries(matrices(params, select=plain, layouts=found))}
+    kernels = {entry.path: entry for entry in weight_leaves(params, select=plain, layouts=found)}
     return kernels, Counter(parts), phrases
 
 
@@ -214,7 +213,7 @@ def _entry(kernels: Mapping[str, MatrixLeaf], part: LeafPart) -> MatrixLeaf:
 
 def _bias(params: Params, site: Site) -> Float[Array, " R"]:
     """The dense bias, in its dtype; zeros, in that of the kernel, without one."""
-    leaves = dict(leaves_with_paths(params))
+    leaves = leaves_by_path(params)
     if site.bias is None:
         kernel = jnp.asarray(leaves[site.kernel.path])
         return jnp.zeros(site.kernel.matrix(kernel).shape[1], kernel.dtype)
@@ -274,18 +273,18 @@ def _so_far(
     params: Params, kernels: Mapping[str, MatrixLeaf], rules: Mapping[str, Rule], visited: Sequence[_Rounded]
 ) -> Params:
     """The model with what has been rounded, as plain arrays."""
-    leaves, changed = dict(leaves_with_paths(params)), dict[str, Any](_fitted_biases(params, visited))
+    leaves, changed = leaves_by_path(params), dict[str, Any](_fitted_biases(params, visited))
     for found in visited:
         path = found.kernel.path
         kernel = _entry(kernels, found.kernel)
         weights = kernel.matrix(_stored(kernel, [found], rules[path].spec).materialize())[0]
         changed[path] = found.kernel.put(changed.get(path, leaves[path]), weights)
-    return with_new_leaves(params, {path: jnp.asarray(leaf) for path, leaf in changed.items()})
+    return with_leaves(params, {path: jnp.asarray(leaf) for path, leaf in changed.items()})
 
 
 def _fitted_biases(params: Params, visited: Sequence[_Rounded]) -> dict[str, jax.Array]:
     """The biases by path, with their stack entries put together."""
-    leaves, changed = dict(leaves_with_paths(params)), {}
+    leaves, changed = leaves_by_path(params), {}
     for found in visited:
         if found.bias is not None:
             path = found.bias.path

@@ -19,7 +19,7 @@ from jaxcompress._src.quantization.rounding import round_to_codes as round_to_co
 from jaxcompress._src.quantization.scales import block_scales
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.types import CompressedArray, is_compressed
+from jaxcompress._src.types import CompressedArray, plain
 
 
 @on_auto_axes
@@ -50,7 +50,7 @@ def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, la
         (Array([[ 7,  1],
                [-3, -7]], dtype=int8), Array([[1. , 0.5]], dtype=float32))
     """
-    dense: Any = w.materialize() if is_compressed(w) else w
+    dense: Any = plain(w)
     scale, zero_point, codes = _scales_and_codes(dense, spec, axes_of(layout))
     return _stored(w, dense, codes, scale, zero_point, spec, layout)
 
@@ -71,7 +71,7 @@ def quantize_array_at(
         spec: format.
         layout: gives the axes.
     """
-    dense: Any = w.materialize() if is_compressed(w) else w
+    dense: Any = plain(w)
     codes = cropped(round_to_codes(padded(dense, spec, layout), scale, zero_point, spec), dense.shape)
     return _stored(w, dense, codes, scale, zero_point, spec, layout)
 

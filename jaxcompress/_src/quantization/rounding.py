@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
-from jaxcompress._src.arrays.quantized import per_block, split_blocks
+from jaxcompress._src.arrays.quantized import dequantize, per_block, split_blocks
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.arithmetic import divide
 from jaxcompress._src.quantization.formats import encode
@@ -43,6 +43,21 @@ def round_to_codes(
         codes = codes + per_block(zero_point, w.shape, scale.shape)
     codes = jnp.clip(codes, *(spec.code_range if bits is None else _code_range(spec, bits)))
     return codes.astype(jnp.int8 if spec.signed else jnp.uint8).reshape(w.shape)
+
+
+def rounded(
+    w: Float[Array, "..."], scale: Shaped[Array, "..."], zero_point: Num[Array, "..."] | None, spec: QuantSpec
+) -> Float[Array, "..."]:
+    """The nearest weights that can be stored, in float32."""
+    return dequantize(round_to_codes(w, scale, zero_point, spec), scale, zero_point, levels=spec.levels)
+
+
+def values_of(
+    w: Float[Array, "..."], scale: Shaped[Array, "..."], zero_point: Num[Array, "..."] | None, spec: QuantSpec
+) -> Float[Array, "..."]:
+    """What the codes of the nearest weights stand for before scaling."""
+    codes = round_to_codes(w, scale, zero_point, spec)
+    return dequantize(codes, jnp.ones(scale.shape), zero_point, levels=spec.levels)
 
 
 def _code_range(spec: QuantSpec, bits: Any) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxcompress._src.calibration.moments import Moments, moments
 from jaxcompress._src.calibration.pause import side_by_side
 from jaxcompress._src.calibration.site import LeafPart
-from jaxcompress._src.tree.maps import leaves_with_paths
+from jaxcompress._src.tree.maps import leaves_by_path
 from jaxcompress._src.types import Params
 
 
@@ -33,7 +33,7 @@ def pooled_moments(
         rows: the weights of the rows of each batch, or None.
     """
     run = side_by_side(apply, [kernel.path], trees, batches, repeated="each")
-    leaves = [dict(leaves_with_paths(tree)) for tree in trees]
+    leaves = [leaves_by_path(tree) for tree in trees]
     found: list[Moments] = []
     replies: Any = None
     while True:

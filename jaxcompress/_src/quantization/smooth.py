@@ -18,21 +18,19 @@ from jaxcompress._src.quantization.leaf_matrix import (
     MATRIX,
     check_blocks,
     fitting,
-    rounded,
     stored,
-    with_new_leaves,
     with_whole_groups,
 )
 from jaxcompress._src.quantization.range_search import RangeSearch, searched_scales
-from jaxcompress._src.quantization.rounding import round_to_codes
+from jaxcompress._src.quantization.rounding import round_to_codes, rounded
 from jaxcompress._src.quantization.rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.solvers.outputs import output_errors, unit_of
 from jaxcompress._src.trace.folds import Fold, FoldedLeaf
-from jaxcompress._src.tree.maps import leaves_with_paths
+from jaxcompress._src.tree.maps import leaves_by_path, with_leaves
 from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.infos import entry_infos
-from jaxcompress._src.weights.matrices import Calibrated, calibrated, checked_weight, entries
+from jaxcompress._src.weights.matrices import CalibratedLeaf, calibrated_leaves, checked_weight
 from jaxcompress._src.weights.unseen import fill_unseen, warn_unseen
 
 CLIP = RangeSearch(steps=10, shrink=0.5, norm=2.0, weighted=True)
@@ -81,7 +79,7 @@ def smooth(
         raise ValueError(f"`strength` must be in [0, 1], got {strength}.")
     if not folds:
         raise ValueError("`folds` is empty: no factor can be moved in this model.")
-    leaves, factors = dict(leaves_with_paths(params)), {}
+    leaves, factors = leaves_by_path(params), {}
     for fold in folds:
         plain = [features(checked_weight(place.path, leaves[place.path]), place) for place in fold.consumers]
         largest = fold_statistic(fold, statistics, "absolute_max", leaves)
@@ -90,7 +88,7 @@ def smooth(
         factor = _floored(largest) ** strength / _floored(of_weights) ** (1 - strength)
         factors |= {place.path: by_stack(factor, leaves[place.path], place) for place in fold.consumers}
         leaves |= moved(fold, leaves, factor)
-    return with_new_leaves(params, leaves), factors
+    return with_leaves(params, leaves), factors
 
 
 @on_auto_axes
@@ -143,11 +141,11 @@ def awq(
     """
     if steps < 1:
         raise ValueError(f"`steps` must be at least 1, got {steps}.")
-    chosen = calibrated(params, statistics, needs="gram", select=select, layouts=layouts)
-    by_path: dict[str, Calibrated] = {entry.path: entry for entry in fitting(list(entries(chosen)), spec, select)}
+    calibrated = calibrated_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
+    by_path = {entry.path: entry for entry in fitting(calibrated, spec, select)}
     for entry in by_path.values():
         check_blocks(entry, spec)
-    leaves, factors = dict(leaves_with_paths(params)), {}
+    leaves, factors = leaves_by_path(params), {}
     for fold in folds:
         own = [(by_path[place.path], place) for place in fold.consumers if place.path in by_path]
         stacks = [entry.stack == sizes(entry.weight, place)[0] for entry, place in own]
@@ -161,7 +159,7 @@ def awq(
         leaves[path], own = _rounded_leaf(entry, leaves[path], factors.get(path), spec, ranges)
         info |= own
     warn_unseen({path: entry.unseen for path, entry in by_path.items()}, FALLBACKS["keep"])
-    return with_new_leaves(params, leaves), info
+    return with_leaves(params, leaves), info
 
 
 def _floored(largest: Float[Array, "S D"]) -> Float[Array, "S D"]:
@@ -171,7 +169,7 @@ def _floored(largest: Float[Array, "S D"]) -> Float[Array, "S D"]:
 
 
 def _best_factor(
-    own: Sequence[tuple[Calibrated, FoldedLeaf]], mean: Float[Array, "S D"], spec: QuantSpec, steps: int
+    own: Sequence[tuple[CalibratedLeaf, FoldedLeaf]], mean: Float[Array, "S D"], spec: QuantSpec, steps: int
 ) -> Float32[Array, "S D"]:
     candidates, losses = [], []
     # One for all consumers, whose losses are added.
@@ -181,8 +179,8 @@ def _best_factor(
         factor = factor / jnp.sqrt(factor.max(axis=1, keepdims=True) * factor.min(axis=1, keepdims=True))
         lost = [
             _lost(
-                with_whole_groups(entry, entry.matrix(entry.weight).astype(jnp.float32), spec, 1),
-                with_whole_groups(entry, entry.flat(entry.statistics.gram, ndim=2), spec, 1, 2),
+                with_whole_groups(entry, entry.matrices, spec, 1),
+                with_whole_groups(entry, entry.gram, spec, 1, 2),
                 with_whole_groups(entry, as_matrix_inputs(factor, entry.weight, place), spec, 1, fill=1.0),
                 unit,
                 spec,
@@ -214,15 +212,15 @@ def _lost(
 
 
 def _rounded_leaf(
-    entry: Calibrated, leaf: Any, factor: Any, spec: QuantSpec, ranges: RangeSearch | None
+    entry: CalibratedLeaf, leaf: Any, factor: Any, spec: QuantSpec, ranges: RangeSearch | None
 ) -> tuple[Any, dict[str, RoundingInfo]]:
-    gram = entry.flat(entry.statistics.gram, ndim=2)
+    gram = entry.gram
     # What reaches the leaf now has been divided.
     inverse = jnp.ones(gram.shape[:2]) if factor is None else 1.0 / factor
     own = gram * inverse[:, :, None] * inverse[:, None]
     weights = entry.matrix(leaf).astype(jnp.float32)
     importance = fill_unseen(jnp.diagonal(own, axis1=1, axis2=2), entry.unseen)
-    dense = entry.matrix(entry.weight).astype(jnp.float32)
+    dense = entry.matrices
     weights, dense, importance = (with_whole_groups(entry, x, spec, 1) for x in (weights, dense, importance))
     gram, own = (with_whole_groups(entry, x, spec, 1, 2) for x in (gram, own))
     groups = entry.layout.groups

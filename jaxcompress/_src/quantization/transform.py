@@ -10,7 +10,7 @@ from jaxcompress._src.schedules import final_value, warn_unfinished
 from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.checks import is_traced
 from jaxcompress._src.tree.maps import map_with_path
-from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState, is_compressed
+from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState, plain
 
 
 @transform_on_auto_axes
@@ -114,8 +114,8 @@ def _switch(begun, rounded: Params, params: Params) -> Params:
     def visit(_: str, leaf, new):
         if new is leaf:
             return leaf
-        plain = leaf.materialize() if is_compressed(leaf) else leaf
+        dense = plain(leaf)
         # A select is fused into the rounding; a `cond` would copy the tree.
-        return straight_through(jnp.where(begun, new, plain), plain)
+        return straight_through(jnp.where(begun, new, dense), dense)
 
     return map_with_path(visit, params, rounded)

@@ -1,6 +1,6 @@
 """Maps whose errors name the leaf; a compressed array is one leaf, and so are the statistics of one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,31 @@ def leaves_with_paths(tree: Params, *, is_leaf: Callable[[Any], bool] = is_entry
         [('dense/bias', 1), ('dense/kernel', 2)]
     """
     return [(path_string(keys), leaf) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]]
+
+
+def leaves_by_path(tree: Params) -> dict[str, Any]:
+    """All leaves by their paths; of a partial tree those that are there.
+
+    Example:
+        >>> leaves_by_path({"dense": {"bias": 1, "kernel": 2}})
+        {'dense/bias': 1, 'dense/kernel': 2}
+    """
+    return dict(leaves_with_paths(tree))
+
+
+def with_leaves(params: Params, leaves: Mapping[str, Any]) -> Params:
+    """`params` with other leaves, by path.
+
+    Raises:
+        ValueError: a path that `params` does not have.
+
+    Example:
+        >>> with_leaves({"dense": {"bias": 1, "kernel": 2}}, {"dense/kernel": 3})
+        {'dense': {'bias': 1, 'kernel': 3}}
+    """
+    if unknown := sorted(set(leaves) - set(leaf_paths(params))):
+        raise ValueError(f"The tree has no leaf {unknown[0]!r}.")
+    return map_with_path(lambda path, leaf: leaves.get(path, leaf), params)
 
 
 def leaf_paths(tree: Params) -> list[str]:

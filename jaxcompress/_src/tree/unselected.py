@@ -1,6 +1,6 @@
 """The mark of a leaf that is left alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import jax
@@ -65,6 +65,16 @@ def map_selected(fn: Callable[..., Any], selected: Params, *rest: Params) -> Par
         return Unselected if is_unselected(entry) else fn(path, entry, *others)
 
     return map_with_path(visit, selected, *rest, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf))
+
+
+def partial_tree(params: Params, entries: Mapping[str, Any]) -> Params:
+    """The tree of some entries by path, `Unselected` where there is none.
+
+    Example:
+        >>> partial_tree({"a": 1, "b": 2}, {"b": "two"})
+        {'a': Unselected, 'b': 'two'}
+    """
+    return map_with_path(lambda path, _: entries.get(path, Unselected), params)
 
 
 def without_compressed(selected: Params, params: Params, *, but: tuple[Any, ...] = ()) -> Params:

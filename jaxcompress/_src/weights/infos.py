@@ -1,11 +1,13 @@
-"""What a method did to each stack entry of a leaf, by name.
+"""What a one-shot method did to each leaf, or to each entry of a stack, by name.
 
 Shape letters: E stack entries; S matrices, one for each stack entry and group; D inputs.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Num
 
@@ -15,6 +17,39 @@ from jaxcompress._src.weights.matrices import MatrixLeaf
 from jaxcompress._src.weights.unseen import nothing_seen, unseen_counts
 
 _Info = TypeVar("_Info")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+    """What a one-shot method did to one leaf, or to one stack entry; techniques add fields of their own.
+
+    Errors are relative output errors, ||X W - X W'|| / ||X W|| over the calibration rows X. Where a method knows no
+    inputs, X is the unit matrix, or what the importance of the weights says; None: not measured, or no row was seen.
+
+    Infos are static pytree nodes, so that a traced function may return them.
+
+    Attributes:
+        error_before: what the method started from; see each method.
+        error: of what it made of the weights.
+        damping: share of the mean diagonal that was added to XᵀX; None where nothing is inverted.
+        retries: how often the damping had to grow; above 0 the matrix was singular beyond the damping asked for.
+        unseen_inputs: number of inputs that are 0 in every row; see the argument `unseen` of the methods.
+        unseen_entries: 1 if all inputs are such (an expert that no row reached), otherwise 0.
+        note: why the leaf was left as it is; empty otherwise.
+    """
+
+    error_before: float | None = None
+    error: float | None = None
+    damping: float | None = None
+    retries: int = 0
+    unseen_inputs: int = 0
+    unseen_entries: int = 0
+    note: str = ""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Registers each kind of info with JAX, which does not look at base classes."""
+        super().__init_subclass__(**options)
+        jax.tree_util.register_static(cls)
 
 
 def entry_names(path: str, shape: Sequence[int], layout: LeafLayout) -> list[str]:

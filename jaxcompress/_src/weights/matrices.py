@@ -1,4 +1,4 @@
-"""Leaves as matrices (stack, inputs, outputs), next to the statistics of their inputs.
+"""Leaves as matrices (stack, inputs, outputs), next to what is known of their inputs.
 
 Shape letters: S stack entries, D inputs, R outputs. Of a grouped convolution each group is a stack entry of its own:
 S runs over (stack, group), R over the outputs of one group.
@@ -6,21 +6,21 @@ S runs over (stack, group), R over the outputs of one group.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Shaped
 
-from jaxcompress._src.calibration.statistics import InputStatistics
+from jaxcompress._src.calibration.statistics import InputStatistics, LookupCounts
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
 from jaxcompress._src.tree.checks import check_finite, is_traced
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
-from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
-from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.tree.maps import leaves_by_path, map_with_path
+from jaxcompress._src.tree.unselected import is_unselected
+from jaxcompress._src.types import Params, Selector, is_compressed, plain
 from jaxcompress._src.weights.selection import selected_layouts
 from jaxcompress._src.weights.unseen import unseen_inputs
 
@@ -50,10 +50,22 @@ class MatrixLeaf:
         sizes = tuple(self.weight.shape[axis] for axis in self.layout.stack_axes)
         return sizes if self.layout.groups == 1 else (*sizes, self.layout.groups)
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Numbers of stack entries, inputs and outputs, all groups together."""
+        axes = (self.layout.stack_axes, self.layout.input_axes, self.layout.output_axes)
+        stack, inputs, outputs = (math.prod(self.weight.shape[axis] for axis in along) for along in axes)
+        return stack, inputs, outputs
+
+    @property
+    def matrices(self) -> Float32[Array, "S D R"]:
+        """The weights, in float32."""
+        return self.matrix(self.weight).astype(jnp.float32)
+
     @on_auto_axes
     def matrix(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "S D R"]:
         """An array of the leaf's shape, as one matrix for each stack entry."""
-        stack, inputs, outputs = self._sizes
+        stack, inputs, outputs = self.sizes
         groups = self.layout.groups
         wide = leaf.transpose(self._permutation).reshape(stack, inputs, groups, outputs // groups)
         return jnp.moveaxis(wide, 2, 1).reshape(stack * groups, inputs, outputs // groups)
@@ -74,7 +86,7 @@ class MatrixLeaf:
     @on_auto_axes
     def rows(self, leaf: Shaped[Array, "..."]) -> Shaped[Array, "s N"]:
         """An array of the leaf's shape, as one row for each stack entry: groups do not count as such."""
-        stack, inputs, outputs = self._sizes
+        stack, inputs, outputs = self.sizes
         return leaf.transpose(self._permutation).reshape(stack, inputs * outputs)
 
     @on_auto_axes
@@ -82,9 +94,9 @@ class MatrixLeaf:
         """One value for each input, in a shape that broadcasts against the leaf."""
         layout = self.layout
         if layout.groups > 1:
-            _, inputs, outputs = self._sizes
-            own = values.reshape(self.stack, inputs, 1)
-            return self.leaf(jnp.broadcast_to(own, (self.stack, inputs, outputs // layout.groups)))
+            _, inputs, outputs = self.sizes
+            spread = values.reshape(self.stack, inputs, 1)
+            return self.leaf(jnp.broadcast_to(spread, (self.stack, inputs, outputs // layout.groups)))
         shape = [self.weight.shape[axis] for axis in (*layout.stack_axes, *layout.input_axes)]
         spread = values.reshape(*shape, *(1,) * len(layout.output_axes))
         return spread.transpose(np.argsort(self._permutation).tolist())
@@ -95,26 +107,30 @@ class MatrixLeaf:
         return statistic.reshape(self.stack, *statistic.shape[statistic.ndim - ndim :])
 
     @property
-    def _sizes(self) -> tuple[int, int, int]:
-        """Of the stack axes, inputs and outputs, all groups together."""
-        axes = (self.layout.stack_axes, self.layout.input_axes, self.layout.output_axes)
-        stack, inputs, outputs = (math.prod(self.weight.shape[axis] for axis in own) for own in axes)
-        return stack, inputs, outputs
-
-    @property
     def _permutation(self) -> tuple[int, ...]:
         return (*self.layout.stack_axes, *self.layout.input_axes, *self.layout.output_axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibrated(MatrixLeaf):
-    """The same, with statistics.
-
-    Attributes:
-        statistics: of its inputs.
-    """
+class CalibratedLeaf(MatrixLeaf):
+    """A leaf that is contracted, with the statistics of its inputs."""
 
     statistics: InputStatistics
+
+    @property
+    def gram(self) -> Float32[Array, "S D D"]:
+        """XᵀX."""
+        return self.flat(self.statistics.gram, ndim=2)
+
+    @property
+    def cross(self) -> Float32[Array, "S D D"] | None:
+        """YᵀX, with Y the inputs in the dense model; None where they are not known."""
+        return None if self.statistics.cross is None else self.flat(self.statistics.cross, ndim=2)
+
+    @property
+    def count(self) -> Float32[Array, " S"]:
+        """Number of rows."""
+        return self.statistics.count.reshape(-1)
 
     @property
     def unseen(self) -> Bool[Array, "S D"]:
@@ -122,8 +138,19 @@ class Calibrated(MatrixLeaf):
         return self.flat(unseen_inputs(self.statistics), ndim=1)
 
 
-def matrices(params: Params, *, select: Selector | None = None, layouts: Params | None = None) -> Params:
-    """The leaves to compress as `MatrixLeaf`, `Unselected` elsewhere.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableLeaf(MatrixLeaf):
+    """A table that is looked up, with how often each row was; as a matrix, its rows are the outputs."""
+
+    counts: LookupCounts
+
+
+EvidentLeaf = CalibratedLeaf | TableLeaf
+"""A leaf with what is known of its inputs."""
+
+
+def weight_leaves(params: Params, *, select: Selector | None = None, layouts: Params | None = None) -> list[MatrixLeaf]:
+    """The leaves to compress without statistics.
 
     Args:
         params: the tree.
@@ -133,76 +160,63 @@ def matrices(params: Params, *, select: Selector | None = None, layouts: Params 
     Raises:
         ValueError: nothing is selected; a selected leaf is no float array, or holds NaN or Inf. Names the leaf.
     """
+    leaves: list[MatrixLeaf] = []
 
-    def visit(path: str, layout: LeafLayout, leaf: Any) -> MatrixLeaf:
-        # Without statistics the inputs of groups need not be told apart.
-        return MatrixLeaf(path=path, weight=checked_weight(path, leaf), layout=dataclasses.replace(layout, groups=1))
+    def visit(path: str, leaf: Any, layout: Any) -> None:
+        if not is_unselected(layout):
+            # Without statistics the inputs of groups need not be told apart.
+            axes = dataclasses.replace(layout, groups=1)
+            leaves.append(MatrixLeaf(path=path, weight=checked_weight(path, leaf), layout=axes))
 
-    return map_selected(visit, selected_layouts(params, select=select, layouts=layouts), params)
+    map_with_path(visit, params, selected_layouts(params, select=select, layouts=layouts))
+    return leaves
 
 
-def calibrated(
+def calibrated_leaves(
     params: Params, statistics: Params, *, needs: str, select: Selector | None, layouts: Params | None
-) -> Params:
-    """The leaves to compress with their statistics, `Unselected` elsewhere.
+) -> list[CalibratedLeaf]:
+    """The leaves to compress with the statistics of their inputs.
 
     Args:
         params: the tree.
         statistics: from `calibration.input_statistics`.
         needs: the statistic that must be there.
-        select: which leaves; by default all that have `InputStatistics`.
+        select: which leaves; by default all that have it.
         layouts: from `trace.layouts`; by default kernels are (in..., out).
 
     Raises:
-        ValueError: a leaf without statistics, or with statistics of another width; nothing to compress. Names the leaf.
+        ValueError: a selected leaf without the statistic; a leaf with statistics of another width, of no rows, or with
+            NaN or Inf in either; nothing to compress. Names the leaf.
     """
-    known = map_with_path(lambda *_: None, params) if layouts is None else layouts
-    marks = map_with_path(lambda *_: None, params) if select is None else select(params)
-
-    def visit(path: str, leaf: Any, found: Any, layout: LeafLayout | None, mark: bool | None) -> Any:
-        has = isinstance(found, InputStatistics) and getattr(found, needs) is not None
-        if mark and not has:
-            raise ValueError(f"Leaf {path!r} has no statistic {needs!r}; gather it with `input_statistics`.")
-        if not has or mark is False:
-            return Unselected
-        axes = layout if layout is not None and layout.is_weight else default_layout(path, leaf)
-        entry = Calibrated(path=path, weight=checked_weight(path, leaf), layout=axes, statistics=found)
-        _check_width(entry, needs)
-        return entry
-
-    chosen = map_with_path(visit, params, statistics, known, marks)
-    if not list(entries(chosen)):
-        raise ValueError(f"No leaf has the statistic {needs!r}: there is nothing to compress.")
-    return chosen
+    leaves = _evident_leaves(params, statistics, needs, select, layouts, tables=False)
+    return [leaf for leaf in leaves if isinstance(leaf, CalibratedLeaf)]
 
 
-def entries(chosen: Params) -> Iterator[Any]:
-    """The leaves that are there."""
-    for _, entry in leaves_with_paths(chosen):
-        yield entry
+def calibrated_leaves_and_tables(
+    params: Params, statistics: Params, *, needs: str, select: Selector | None, layouts: Params | None
+) -> list[EvidentLeaf]:
+    """The leaves to compress: contracted ones with their statistics, and tables with their counts.
 
+    Args:
+        params: the tree.
+        statistics: from `calibration.input_statistics`.
+        needs: the statistic that contracted leaves must have.
+        select: which leaves; by default all that have either.
+        layouts: from `trace.layouts`; by default kernels are (in..., out), embeddings (rows, features).
 
-def map_entries(fn: Callable[[Any], Any], chosen: Params) -> Params:
-    """`fn` of every leaf that is there; errors name the leaf."""
-    return map_selected(lambda _, entry: fn(entry), chosen)
-
-
-def with_leaves(params: Params, chosen: Params, leaves: dict[str, Any]) -> Params:
-    """`params` with new arrays for the chosen leaves, by path."""
-
-    def put(path: str, leaf: Any, entry: Any) -> Any:
-        return leaf if is_unselected(entry) else leaves[path]
-
-    return map_with_path(put, params, chosen, is_leaf=is_compressed)
+    Raises:
+        ValueError: as `calibrated_leaves`; a table whose counts are those of another one.
+    """
+    return _evident_leaves(params, statistics, needs, select, layouts, tables=True)
 
 
 def checked_weight(path: str, leaf: Any) -> jax.Array:
     """A leaf as floats; errors name it."""
-    plain = leaf.materialize() if is_compressed(leaf) else jnp.asarray(leaf)
-    if not jnp.issubdtype(plain.dtype, jnp.floating):
-        raise ValueError(f"Leaf {path!r} holds {plain.dtype}: only floats can be compressed; exclude it.")
-    check_finite(path, plain)
-    return plain
+    weight = jnp.asarray(plain(leaf))
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise ValueError(f"Leaf {path!r} holds {weight.dtype}: only floats can be compressed; exclude it.")
+    check_finite(path, weight)
+    return weight
 
 
 def checked_fisher(fisher: Params, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, jax.Array]:
@@ -215,32 +229,70 @@ def checked_fisher(fisher: Params, shapes: Mapping[str, tuple[int, ...]]) -> dic
     Raises:
         ValueError: a leaf without information, or with one of another shape, or that is negative, NaN or Inf somewhere.
     """
-    given = dict(leaves_with_paths(fisher, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf)))
-    found = {}
+    given, checked = leaves_by_path(fisher), {}
     for path, shape in shapes.items():
-        own = given.get(path)
-        if own is None or is_unselected(own) or is_compressed(own) or tuple(own.shape) != tuple(shape):
+        information = given.get(path)
+        if information is None or is_compressed(information) or tuple(information.shape) != tuple(shape):
             raise ValueError(f"Leaf {path!r} needs an entry in `fisher` of its shape, {tuple(shape)}.")
-        if not bool(jnp.isfinite(own).all()):
+        if not bool(jnp.isfinite(information).all()):
             raise ValueError(f"The `fisher` of leaf {path!r} holds NaN or Inf.")
-        if bool((own < 0).any()):
+        if bool((information < 0).any()):
             raise ValueError(f"`fisher` of leaf {path!r} is negative somewhere.")
-        found[path] = own
-    return found
+        checked[path] = information
+    return checked
 
 
-def _check_width(entry: Calibrated, needs: str) -> None:
-    layout, shape, found = entry.layout, entry.weight.shape, entry.statistics
-    wanted = list(entry.stack_shape), math.prod(shape[axis] for axis in layout.input_axes)
-    given = list(found.count.shape), getattr(found, needs).shape[-1]
+def _evident_leaves(
+    params: Params, statistics: Params, needs: str, select: Selector | None, layouts: Params | None, *, tables: bool
+) -> list[EvidentLeaf]:
+    known = map_with_path(lambda *_: None, params) if layouts is None else layouts
+    marks = map_with_path(lambda *_: None, params) if select is None else select(params)
+    leaves, lacking = list[EvidentLeaf](), list[str]()
+
+    def visit(path: str, leaf: Any, evidence: Any, layout: LeafLayout | None, mark: bool | None) -> None:
+        if mark is False:
+            return
+        axes = layout if layout is not None and layout.is_weight else default_layout(path, leaf)
+        if tables and isinstance(evidence, LookupCounts):
+            leaves.append(TableLeaf(path=path, weight=checked_weight(path, leaf), layout=axes, counts=evidence))
+            _check_rows(leaves[-1], evidence)
+        elif isinstance(evidence, InputStatistics) and getattr(evidence, needs) is not None:
+            leaves.append(
+                CalibratedLeaf(path=path, weight=checked_weight(path, leaf), layout=axes, statistics=evidence)
+            )
+            _check_statistics(leaves[-1], evidence, needs)
+        elif mark:
+            raise ValueError(f"Leaf {path!r} has no statistic {needs!r}; gather it with `input_statistics`.")
+        elif isinstance(evidence, InputStatistics):
+            lacking.append(path)
+
+    map_with_path(visit, params, statistics, known, marks)
+    # Tables alone are an answer where nothing is contracted, not where all that is has other statistics.
+    if not leaves or (lacking and all(isinstance(leaf, TableLeaf) for leaf in leaves)):
+        raise ValueError(f"No leaf has the statistic {needs!r}: there is nothing to compress.")
+    return leaves
+
+
+def _check_statistics(entry: MatrixLeaf, statistics: InputStatistics, needs: str) -> None:
+    wanted = list(entry.stack_shape), entry.sizes[1]
+    given = list(statistics.count.shape), getattr(statistics, needs).shape[-1]
     if wanted != given:
         raise ValueError(
-            f"Leaf {entry.path!r} of shape {shape} has stack {wanted[0]} and {wanted[1]} inputs, its statistics have "
-            f"{given[0]} and {given[1]}; give `layouts` from `trace.layouts`."
+            f"Leaf {entry.path!r} of shape {entry.weight.shape} has stack {wanted[0]} and {wanted[1]} inputs, its "
+            f"statistics have {given[0]} and {given[1]}; give `layouts` from `trace.layouts`."
         )
     # A stack entry without rows is an expert that nothing reached: methods know what to do. A whole leaf is a mistake.
-    if not is_traced(found.count) and not bool((found.count > 0).any()):
+    if not is_traced(statistics.count) and not bool((statistics.count > 0).any()):
         raise ValueError(f"The statistics of leaf {entry.path!r} are of no rows.")
-    for part in jax.tree.leaves(found):
+    for part in jax.tree.leaves(statistics):
         if not is_traced(part) and not bool(jnp.isfinite(part).all()):
             raise ValueError(f"The statistics of leaf {entry.path!r} hold NaN or Inf.")
+
+
+def _check_rows(table: MatrixLeaf, counts: LookupCounts) -> None:
+    stack, _, rows = table.sizes
+    if rows != counts.rows.size or stack != 1:
+        raise ValueError(
+            f"Leaf {table.path!r} of shape {table.weight.shape} has {rows} rows, its statistics count "
+            f"{counts.rows.size}; give `layouts` from `trace.layouts`."
+        )

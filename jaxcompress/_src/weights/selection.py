@@ -5,8 +5,8 @@ from typing import Any
 
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
 from jaxcompress._src.trace.left_out import large_left_out, listed, warn_left_out
-from jaxcompress._src.tree.maps import map_with_path
-from jaxcompress._src.tree.unselected import Unselected
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path
+from jaxcompress._src.tree.unselected import Unselected, map_selected
 from jaxcompress._src.types import Params, Selector, is_compressed
 
 
@@ -60,12 +60,36 @@ def selected_layouts(params: Params, *, select: Selector | None = None, layouts:
     return selected
 
 
+def without_misfits(
+    layouts: Params,
+    params: Params,
+    cut: Callable[[str, Sequence[int], LeafLayout], Any],
+    select: Selector | None,
+    *,
+    advice: str = "Give `select` without them.",
+) -> Params:
+    """A selection without the leaves that cannot be cut into blocks, where they are there by default; see `misfits`.
+
+    Args:
+        layouts: from `selected_layouts`.
+        params: the tree.
+        cut: `(path, shape, layout)`; raises `BlockError` where the blocks do not divide a leaf.
+        select: what the caller gave.
+        advice: what to do about it.
+    """
+    leaves = leaves_by_path(params)
+    places = {path: (leaves[path].shape, layout) for path, layout in leaves_with_paths(layouts)}
+    rest = misfits(places, cut, select, advice=advice, stacklevel=5)
+    return map_selected(lambda path, layout: Unselected if path in rest else layout, layouts)
+
+
 def misfits(
     places: Mapping[str, tuple[Sequence[int], LeafLayout]],
     cut: Callable[[str, Sequence[int], LeafLayout], Any],
     select: Selector | None,
     *,
     advice: str = "Give `select` without them.",
+    stacklevel: int = 4,
 ) -> frozenset[str]:
     """The paths of leaves that cannot be cut into blocks, where they are there by default; one warning names them.
 
@@ -74,6 +98,7 @@ def misfits(
         cut: `(path, shape, layout)`; raises `BlockError` where the blocks do not divide a leaf.
         select: what the caller gave.
         advice: what to do about it.
+        stacklevel: of the warning, counted from the caller.
 
     Raises:
         BlockError: leaves were asked for by `select`, or none can be cut; names them all.
@@ -90,7 +115,7 @@ def misfits(
             first.add_note(f"at leaf {path!r}")
         raise first
     reasons = {path: str(err) for path, err in errors.items()}
-    warn_left_out(reasons, "The default selection leaves out", advice=advice, stacklevel=4)
+    warn_left_out(reasons, "The default selection leaves out", advice=advice, stacklevel=stacklevel)
     return frozenset(errors)
 
 
