@@ -134,15 +134,15 @@ def test_stacks_have_a_statistic_for_each_entry():
         assert info[f"w[{entry}]"].loss == pytest.approx(own["w"].loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("weights", ["inputs", "outputs", "both"])
-def test_fisher_weighs_rows_and_columns(weights):
+@pytest.mark.parametrize("weighting", ["inputs", "outputs", "both"])
+def test_fisher_weighs_rows_and_columns(weighting):
     kernel, fisher = np.asarray(normal(8, 6), np.float64), np.square(np.asarray(normal(8, 6, seed=1), np.float64))
-    rows = np.sqrt(fisher.sum(1)) if weights != "outputs" else np.ones(8)
-    columns = np.sqrt(fisher.sum(0)) if weights != "inputs" else np.ones(6)
+    rows = np.sqrt(fisher.sum(1)) if weighting != "outputs" else np.ones(8)
+    columns = np.sqrt(fisher.sum(0)) if weighting != "inputs" else np.ones(6)
     wanted, values = truncated(rows[:, None] * kernel * columns, 3)
     wanted = wanted / rows[:, None] / columns
     params, given = {"w": jnp.asarray(kernel, jnp.float32)}, {"w": jnp.asarray(fisher, jnp.float32)}
-    small, info = fisher_svd(params, given, rank=3, weights=weights)
+    small, info = fisher_svd(params, given, rank=3, weighting=weighting)
     np.testing.assert_allclose(small["w"].materialize(), wanted, atol=1e-5)
     assert info["w"].error == pytest.approx(np.sqrt((values[3:] ** 2).sum() / (values**2).sum()), rel=1e-4)
 
@@ -282,7 +282,10 @@ GOOD = {"w": statistics_of(np.eye(4))}
         (lambda p: svd({"b": jnp.ones(3)}, rank=1), "nothing is selected"),
         (lambda p: activation_svd(p, {"w": Unselected}, rank=1), "nothing to compress"),
         (lambda p: activation_svd(p, {"w": Unselected}, rank=1, select=jc.tree.by_path("w")), "'w' has no statistic"),
-        (lambda p: activation_svd({"w": jnp.ones((5, 3))}, GOOD, rank=1), "'w' has 1 stack entries and 5 inputs"),
+        (
+            lambda p: activation_svd({"w": jnp.ones((5, 3))}, GOOD, rank=1),
+            r"'w' of shape \(5, 3\) has stack \[\] and 5 inputs",
+        ),
         (lambda p: activation_svd(p, GOOD, rank=1, damping=-1.0), "`damping`"),
         (lambda p: activation_svd(p, {"w": statistics_of(np.full((2, 4), np.inf))}, rank=1), "statistics of leaf 'w'"),
         (lambda p: activation_svd(p, GOOD, rank=1, fisher={"w": -jnp.ones((4, 3))}), "'w' is negative"),
