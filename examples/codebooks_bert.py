@@ -91,7 +91,7 @@ def _importance(model: Model, batches: Any) -> Any:
         statistics=("squared_sum",),
         row_mask=lambda ids, mask: mask,
     )
-    return input_importance(model.params, statistics, model.layouts)
+    return input_importance(model.params, statistics, layouts=model.layouts)
 
 
 def _arguments() -> argparse.Namespace:

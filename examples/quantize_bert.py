@@ -246,7 +246,7 @@ def _allocated(model: Model, samples: Samples, bits: float) -> Any:
 
 
 def _published(**options: Any) -> dict[str, Any]:
-    return {"targets": "weights", "bias": False, "ranges": None, "refine": 0, "row_mask": attended, **options}
+    return {"targets": "weights", "bias": False, "range_search": None, "refine": 0, "row_mask": attended, **options}
 
 
 METHODS: dict[str, Method] = {
@@ -255,10 +255,10 @@ METHODS: dict[str, Method] = {
     "AWQ": _awq,
     "GPTQ": _in_sequence(symmetric=True, **_published(order="natural")),
     "GPTQ-searched": _in_sequence(
-        symmetric=True, **_published(order="natural", groups="updated", ranges=RangeSearch())
+        symmetric=True, **_published(order="natural", group_scales="updated", range_search=RangeSearch())
     ),
     "GPTQ-order": _in_sequence(symmetric=True, **_published()),
-    "GPTQ-order-searched": _in_sequence(symmetric=True, **_published(ranges=RangeSearch())),
+    "GPTQ-order-searched": _in_sequence(symmetric=True, **_published(range_search=RangeSearch())),
     "GPTQ-order-asym": _in_sequence(**_published()),
     "reconstruct": _in_sequence(),
     "reconstruct-spliced": _spliced,

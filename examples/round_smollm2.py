@@ -189,7 +189,7 @@ METHODS: dict[str, Method] = {
     "RTN": _rtn,
     "HQQ": _hqq,
     "GPTQ": _gptq(),
-    "GPTQ-published": _gptq(ranges=None, refine=0),
+    "GPTQ-published": _gptq(range_search=None, refine=0),
     "GPTQ-symmetric": _gptq(spec={"symmetric": True}),
     "GPTQ-sequential": _sequential,
     "reconstruct": _reconstruct,

@@ -22,7 +22,7 @@ from jaxcompress._src.pruning.rigl import rigl as rigl
 from jaxcompress._src.pruning.scores import gradient_scores as gradient_scores
 from jaxcompress._src.pruning.scores import magnitude_scores as magnitude_scores
 from jaxcompress._src.pruning.sensitivity import by_sensitivity as by_sensitivity
-from jaxcompress._src.pruning.sensitivity import measure_sensitivity as measure_sensitivity
+from jaxcompress._src.pruning.sensitivity import loss_sensitivity as loss_sensitivity
 from jaxcompress._src.pruning.soft_movement import soft_movement as soft_movement
 from jaxcompress._src.pruning.sparse_evolution import sparse_evolution as sparse_evolution
 from jaxcompress._src.pruning.sparse_updates import sparse_updates as sparse_updates

@@ -3,7 +3,7 @@
 from jaxcompress._src.quantization.bias import correct_biases as correct_biases
 from jaxcompress._src.quantization.bit_allocation import allocate_bits as allocate_bits
 from jaxcompress._src.quantization.bit_allocation import fisher_sensitivity as fisher_sensitivity
-from jaxcompress._src.quantization.bit_allocation import measured_sensitivity as measured_sensitivity
+from jaxcompress._src.quantization.bit_allocation import loss_sensitivity as loss_sensitivity
 from jaxcompress._src.quantization.gptq import gptq as gptq
 from jaxcompress._src.quantization.gptq_sequential import gptq_sequential as gptq_sequential
 from jaxcompress._src.quantization.hqq import hqq as hqq

@@ -144,7 +144,7 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     "sparsegpt": lambda m: jc.pruning.sparsegpt(m.params, m.statistics, sparsity=0.5, select=ONE),
     "tune_masked": lambda m: jc.pruning.tune_masked(m.params, m.masks, m.statistics),
     "sensitivity": lambda m: (
-        jc.pruning.measure_sensitivity(
+        jc.pruning.loss_sensitivity(
             m.loss, m.params, m.batches, jc.pruning.magnitude_scores(m.params, select=ONE), grid=(0.0, 0.5)
         ).losses
     ),
@@ -153,7 +153,7 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     "fake_quantize, gradient": lambda m: jax.jit(jax.grad(m.trained))(m.params, m.x),
     "fixed_point": lambda m: jc.quantization.fixed_point(m.params, 8, select=ONE)[0],
     "gptq": lambda m: jc.quantization.gptq(m.params, m.statistics, SPEC, select=ONE),
-    "awq": lambda m: jc.quantization.awq(m.params, m.statistics, SPEC, steps=2, select=ONE),
+    "awq": lambda m: jc.quantization.awq(m.params, m.statistics, SPEC, grid_size=2, select=ONE),
     # Its zero points are means in which sums of other orders tip single codes.
     "hqq": lambda m: [round(_distance(jc.quantization.hqq(m.params, UNEVEN, select=ONE)[0], m.params), 2)],
     "smooth": lambda m: jc.quantization.smooth(m.params, m.statistics, jc.trace.folds(m.apply, m.params, m.x)),

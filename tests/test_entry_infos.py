@@ -96,7 +96,7 @@ def _with_residual(params, statistics, layouts):
 
 def _weighed(method, spec):
     def run(params, statistics, layouts):
-        importance = clustering.input_importance(params, statistics, layouts)
+        importance = clustering.input_importance(params, statistics, layouts=layouts)
         return method(params, spec, importance=importance, layouts=layouts)[1]
 
     return run

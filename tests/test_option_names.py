@@ -12,10 +12,10 @@ from jaxcompress._src.solvers.hard_concrete import deterministic_gates
 
 params = {"kernel": jnp.ones((4, 4))}
 calls = {
-    "scope": lambda: jc.pruning.masks_from_scores(params, scope="layer"),
+    "scope": lambda: jc.pruning.masks_from_scores(params, sparsity=0.5, scope="layer"),
     "variant": lambda: jc.pruning.gradient_scores(lambda p, x: p["kernel"].sum(), params, [1.0], variant="squared"),
     "store": lambda: jc.pruning.gradual(schedule=jc.schedules.constant(0.5), store="csr"),
-    "start": lambda: jc.quantization.lsq(jc.quantization.QuantSpec(bits=4), start="zero"),
+    "initial_scales": lambda: jc.quantization.lsq(jc.quantization.QuantSpec(bits=4), initial_scales="zero"),
     "per": lambda: ClusterStep(select=".*", values=4, per="row"),
     "storage": lambda: Saving(storage="zip"),
     "estimator": lambda: deterministic_gates(jnp.ones(3), estimator="mean"),
@@ -30,11 +30,11 @@ for option, call in calls.items():
 
 def test_wrong_names_list_the_right_ones():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
-    scope, variant, store, start, per, storage, estimator = done.stdout.splitlines()
+    scope, variant, store, initial_scales, per, storage, estimator = done.stdout.splitlines()
     assert scope == "`scope` must be 'leaf', 'global' or 'row', got 'layer'."
     assert variant == "`variant` must be 'normalized', 'absolute' or 'taylor', got 'squared'."
     assert store == "`store` must be 'sparse' or 'dense', got 'csr'."
-    assert start == "`start` must be one of ('mean', 'range'), got 'zero'."
+    assert initial_scales == "`initial_scales` must be one of ('mean', 'range'), got 'zero'."
     assert per == "`per` must be 'leaf' or 'output', got 'row'."
     assert storage == "`storage` must be 'orbax' or 'entropy', got 'zip'."
     assert estimator == "`estimator` must be 'louizos' or 'topk', got 'mean'."

@@ -82,7 +82,7 @@ TABLE: dict[str, Row] = {
     "SR-STE": Row(make=lambda: pruning.sr_ste(2, 4, strength=0.1), zeros=0.5),
     "group lasso": Row(make=lambda: pruning.group_lasso(strength=0.05, freeze_at=3), zeros=None),
     "group lasso, blocks": Row(
-        make=lambda: pruning.group_lasso(strength=0.05, groups=pruning.block(4, 4)), zeros=None, variant=True
+        make=lambda: pruning.group_lasso(strength=0.05, grouping=pruning.block(4, 4)), zeros=None, variant=True
     ),
     "rank gates": Row(
         make=lambda: lowrank.rank_gates(strength=0.01, drop_rate=0.4), zeros=None, trains=True, exact=False

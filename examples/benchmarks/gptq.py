@@ -59,7 +59,7 @@ def _kernel(depth: int, width: int, repeats: int) -> dict[str, Any]:
     params = {"kernel": jnp.asarray(weights)}
     statistics = {"kernel": InputStatistics(count=jnp.float32(rows), gram=jnp.asarray(gram))}
     # As published, in natural order; "default" is what a call without options does: searched ranges, two rounds behind.
-    options: dict[str, Any] = {"order": "natural", "groups": "updated", "ranges": None, "refine": 0}
+    options: dict[str, Any] = {"order": "natural", "group_scales": "updated", "range_search": None, "refine": 0}
 
     def call() -> Any:
         return jax.block_until_ready(quantization.gptq(params, statistics, SPEC, **options))
@@ -150,7 +150,7 @@ def _minilm() -> dict[str, Any]:
         SPEC,
         targets="weights",
         bias=False,
-        ranges=None,
+        range_search=None,
         refine=0,
         select=jc.tree.by_path(".*encoder/.*/kernel"),
     )

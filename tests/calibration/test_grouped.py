@@ -93,7 +93,7 @@ def test_methods_treat_groups_as_kernels_of_their_own(name, kernel):
 
 def test_importance_of_each_group():
     groups, params, statistics, layouts = _case("grouped")
-    found = np.asarray(clustering.input_importance(params, statistics, layouts)["kernel"])
+    found = np.asarray(clustering.input_importance(params, statistics, layouts=layouts)["kernel"])
     for group in range(groups):
         means = (_patches(X, group, groups) ** 2).mean(0).reshape(3, CHANNELS // groups)
         for output in (2 * group, 2 * group + 1):

@@ -38,7 +38,7 @@ def test_nothing_of_its_inputs_is_assumed(statistics):
     np.testing.assert_allclose(found[1], expected[1], rtol=1e-4, atol=1e-5)
     assert float(jnp.abs(found[0] - expected[0]).max()) > 1e-3
     with pytest.warns(UserWarning, match=r"reached 'experts' \(stack entries \[1\]\)"):
-        importance = np.asarray(clustering.input_importance(PARAMS, statistics, layouts)["experts"])[..., 0]
+        importance = np.asarray(clustering.input_importance(PARAMS, statistics, layouts=layouts)["experts"])[..., 0]
     x = np.asarray(X, np.float64)
     seen = np.stack([(x**2).mean(0), 4 * (x[:3] ** 2).mean(0)])
     np.testing.assert_allclose(importance, [seen[0], np.full(4, seen.mean()), seen[1]], rtol=1e-5)

@@ -48,7 +48,7 @@ def _check(info):
 
 def test_rounding_is_to_nearest_where_nothing_was_seen():
     with pytest.warns(UserWarning, match=REACHED + ": their weights were rounded to nearest"):
-        found, info = quantization.gptq(PARAMS, STATISTICS, SPEC, ranges=None, refine=0, **OPTIONS)
+        found, info = quantization.gptq(PARAMS, STATISTICS, SPEC, range_search=None, refine=0, **OPTIONS)
     values = np.asarray(found["experts"].materialize())
     np.testing.assert_allclose(values[1], _nearest(W)[1], atol=1e-6)
     np.testing.assert_allclose(values[0, 2], _nearest(W)[0, 2], atol=1e-6)
@@ -93,7 +93,7 @@ def test_scores_of_wanda_use_the_mean_energy():
 
 def test_awq_rounds_to_nearest_and_its_factors_leave_unseen_features_alone():
     with pytest.warns(UserWarning, match=REACHED):
-        found, info = quantization.awq(PARAMS, STATISTICS, SPEC, ranges=None, **OPTIONS)
+        found, info = quantization.awq(PARAMS, STATISTICS, SPEC, range_search=None, **OPTIONS)
     np.testing.assert_allclose(found["experts"].materialize()[1], _nearest(W)[1], atol=1e-6)
     _check(info)
     params = {"scale": jnp.ones(DEPTH), "kernel": PARAMS["experts"][0]}
@@ -115,7 +115,7 @@ def test_reconstruction_keeps_weights_without_evidence():
     x = jnp.asarray(X[0], jnp.float32)
     apply = lambda p, x: x @ p["w"] + p["b"][None]  # noqa: E731
     for options in ({}, {"targets": "weights", "bias": False}):
-        found, info = quantization.reconstruct(apply, params, [(x,)], SPEC, ranges=None, refine=0, **options)
+        found, info = quantization.reconstruct(apply, params, [(x,)], SPEC, range_search=None, refine=0, **options)
         np.testing.assert_allclose(found["w"].materialize()[2], _nearest(W[0])[2], atol=0.51 * np.abs(W).max() / 7)
         assert info["w"].unseen_inputs == 1
     found, _ = quantization.reconstruct(apply, params, [(x,)], SPEC, unseen="zero")
@@ -124,7 +124,7 @@ def test_reconstruction_keeps_weights_without_evidence():
 
 def test_importance_of_what_was_not_seen_is_that_of_the_others():
     with pytest.warns(UserWarning, match=REACHED):
-        h = clustering.input_importance(PARAMS, STATISTICS, OPTIONS["layouts"])["experts"]
+        h = clustering.input_importance(PARAMS, STATISTICS, layouts=OPTIONS["layouts"])["experts"]
     assert (np.asarray(h) > 0).all()
     np.testing.assert_allclose(h[1], np.asarray(h[0]).mean(), rtol=1e-5)
     spec = clustering.AdditiveSpec(length=4, tables=1, values=8)
@@ -134,7 +134,7 @@ def test_importance_of_what_was_not_seen_is_that_of_the_others():
     table = {"t": jnp.asarray(W[0], jnp.float32)}
     counts = {"t": LookupCounts(count=jnp.float32(4), rows=jnp.zeros(DEPTH).at[0].set(4.0))}
     lookup = {"t": LeafLayout(kind="lookup", input_axes=(1,), output_axes=(0,))}
-    rows = clustering.input_importance(table, counts, lookup)["t"]
+    rows = clustering.input_importance(table, counts, layouts=lookup)["t"]
     np.testing.assert_allclose(rows.ravel(), [1.0] + [0.25] * (DEPTH - 1))
 
 
@@ -153,7 +153,7 @@ def test_rows_of_tables_that_were_never_looked_up_get_the_best_scales_of_their_o
     lookup = {"t": LeafLayout(kind="lookup", input_axes=(1,), output_axes=(0,))}
     search = quantization.RangeSearch(norm=2.0, weighted=True)
     apply = lambda rows: quantization.gptq(  # noqa: E731
-        table, {"t": LookupCounts(count=rows.sum(), rows=rows)}, QuantSpec(bits=2), ranges=search, layouts=lookup
+        table, {"t": LookupCounts(count=rows.sum(), rows=rows)}, QuantSpec(bits=2), range_search=search, layouts=lookup
     )[0]["t"].materialize()
     some, every = apply(jnp.zeros(DEPTH).at[0].set(4.0)), apply(jnp.ones(DEPTH))
     np.testing.assert_array_equal(some, every)

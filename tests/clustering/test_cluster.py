@@ -122,10 +122,10 @@ def test_importance_of_inputs():
         return jnp.einsum("nab,abo->no", inputs, tree["kernel"])
 
     statistics = input_statistics(model, params, [(x[:8],), (x[8:],)])
-    h = input_importance(params, statistics, trace.layouts(model, params, x))["kernel"]
+    h = input_importance(params, statistics, layouts=trace.layouts(model, params, x))["kernel"]
     np.testing.assert_allclose(h, np.square(np.asarray(x, np.float64)).mean(0)[..., None], rtol=1e-5)
     with pytest.raises(ValueError, match="No leaf has input statistics"):
-        input_importance(params, {"kernel": None}, trace.layouts(model, params, x))
+        input_importance(params, {"kernel": None}, layouts=trace.layouts(model, params, x))
 
 
 def test_a_rate_buys_shorter_codes():

@@ -115,7 +115,7 @@ def _quadratic(sizes=(6, 4, 5), seed=0):
 def test_by_sensitivity_is_the_best_point_of_the_grid():
     loss, params = _quadratic()
     grid = (0.25, 0.5, 0.75, 1.0)
-    table = pruning.measure_sensitivity(loss, params, [1.0, 3.0], pruning.magnitude_scores(params), grid=grid)
+    table = pruning.loss_sensitivity(loss, params, [1.0, 3.0], pruning.magnitude_scores(params), grid=grid)
     assert table.sizes == {"0": 12, "1": 8, "2": 10}
     for name, leaf in params.items():
         masks = pruning.magnitude_masks({name: leaf}, sparsity=0.5)
@@ -139,7 +139,7 @@ def test_by_sensitivity_is_the_best_point_of_the_grid():
 def test_by_sensitivity_beats_uniform_where_leaves_differ():
     loss, params = _quadratic(sizes=(40, 30, 50), seed=3)
     scores = pruning.magnitude_scores(params)
-    shares = pruning.by_sensitivity(pruning.measure_sensitivity(loss, params, [1.0], scores), sparsity=0.6)
+    shares = pruning.by_sensitivity(pruning.loss_sensitivity(loss, params, [1.0], scores), sparsity=0.6)
     found = [
         float(loss(pruning.apply_masks(params, pruning.masks_from_scores(scores, sparsity=s)), 1.0))
         for s in (shares, pruning.uniform(params, sparsity=0.6))
@@ -151,12 +151,12 @@ def test_sensitivity_mistakes_are_named():
     loss, params = _quadratic()
     scores = pruning.magnitude_scores(params)
     with pytest.raises(ValueError, match="`batches` is empty"):
-        pruning.measure_sensitivity(loss, params, [], scores)
+        pruning.loss_sensitivity(loss, params, [], scores)
     with pytest.raises(ValueError, match="`grid` must ascend"):
-        pruning.measure_sensitivity(loss, params, [1.0], scores, grid=(0.5, 0.2))
+        pruning.loss_sensitivity(loss, params, [1.0], scores, grid=(0.5, 0.2))
     with pytest.raises(ValueError, match=r"The loss is nan at sparsity 0.5") as caught:
-        pruning.measure_sensitivity(lambda p, x: jnp.log(p["0"]).sum() * 0, params, [1.0], scores, grid=(0.5,))
+        pruning.loss_sensitivity(lambda p, x: jnp.log(p["0"]).sum() * 0, params, [1.0], scores, grid=(0.5,))
     assert "at leaf '0'" in caught.value.__notes__
-    table = pruning.measure_sensitivity(loss, params, [1.0], scores, grid=(0.5,))
+    table = pruning.loss_sensitivity(loss, params, [1.0], scores, grid=(0.5,))
     with pytest.raises(ValueError, match=r"The grid reaches a sparsity of 0.5, below the 0.9"):
         pruning.by_sensitivity(table, sparsity=0.9)

@@ -32,7 +32,7 @@ def test_equal_to_the_reference(case):
     if method == "sparsegpt":
         options |= {"block_size": block}
     pruned, info = getattr(pruning, method)(
-        {"kernel": kernel}, _statistics(layer, kernel), counting="reference", unseen="zero", **options
+        {"kernel": kernel}, _statistics(layer, kernel), counting=method, unseen="zero", **options
     )
     found = np.asarray(pruned["kernel"])
     np.testing.assert_array_equal(found == 0, expected == 0)
@@ -45,7 +45,7 @@ def test_equal_to_the_reference(case):
 def test_the_references_count_differs_from_ours_as_documented():
     kernel = jnp.asarray(GOLDEN["wide/weight"].T)
     statistics, weights = _statistics("wide", kernel), kernel.size
-    for count, zeros in (("exact", weights // 2), ("reference", weights // 2 + 3)):
+    for count, zeros in (("exact", weights // 2), ("sparsegpt", weights // 2 + 3)):
         pruned, _ = pruning.sparsegpt({"kernel": kernel}, statistics, sparsity=0.5, block_size=16, counting=count)
         # Blocks of 16, 16 and 8 inputs lose one weight more each.
         assert int((pruned["kernel"] == 0).sum()) == zeros

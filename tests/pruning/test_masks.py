@@ -231,3 +231,27 @@ def test_gradient_scores_against_gradients_by_hand():
         pruning.gradient_scores(loss, params, [])
     with pytest.raises(ValueError, match="The gradient of leaf 'w' holds NaN or Inf"):
         pruning.gradient_scores(lambda p, x: jnp.sum(jnp.sqrt(p["w"] - p["w"])), params, batches)
+
+
+def test_the_selection_says_which_scores_become_masks():
+    scores = {"a": jnp.asarray([[3.0, 1.0], [2.0, 4.0]]), "b": jnp.ones((2, 2)), "c": tree.Unselected}
+    found = pruning.masks_from_scores(scores, sparsity=0.5, select=tree.by_path("a"))
+    np.testing.assert_array_equal(found["a"], [[True, False], [False, True]])
+    assert found["b"] is tree.Unselected
+    assert found["c"] is tree.Unselected
+    by_leaf = pruning.masks_from_scores(
+        scores, sparsity={"a": 0.25, "b": 0.5, "c": tree.Unselected}, select=tree.by_path("a")
+    )
+    np.testing.assert_array_equal(by_leaf["a"], [[True, False], [True, True]])
+    with pytest.raises(ValueError, match="nothing is selected"):
+        pruning.masks_from_scores(scores, sparsity=0.5, select=lambda scores: jax.tree.map(lambda _: False, scores))
+
+
+def test_only_a_pattern_implies_a_sparsity():
+    scores = {"w": jnp.asarray([[4.0], [3.0], [2.0], [1.0]])}
+    masks = pruning.masks_from_scores(scores, pattern=pruning.n_of_m(1, 4))
+    np.testing.assert_array_equal(masks["w"].ravel(), [True, False, False, False])
+    np.testing.assert_array_equal(pruning.magnitude_masks(scores, pattern=pruning.n_of_m(1, 4))["w"], masks["w"])
+    for call in (pruning.masks_from_scores, pruning.magnitude_masks):
+        with pytest.raises(ValueError, match="`sparsity` is needed"):
+            call(scores, pattern=pruning.block(2, 1))

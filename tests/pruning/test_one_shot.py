@@ -82,10 +82,10 @@ def test_wanda_scores_and_rows_in_numpy():
 
 
 def test_blocks_of_sparsegpt_lose_the_same_or_what_costs_least():
-    pruned, even = pruning.sparsegpt(PARAMS, STATISTICS, sparsity=0.5, block_size=4, share="block")
+    pruned, even = pruning.sparsegpt(PARAMS, STATISTICS, sparsity=0.5, block_size=4, scope="block")
     zeros = (np.asarray(pruned["kernel"]) == 0).reshape(3, -1).sum(1)
     np.testing.assert_array_equal(zeros, [10, 10, 10])
-    pruned, _ = pruning.sparsegpt(PARAMS, STATISTICS, sparsity=0.5, block_size=4, share="leaf")
+    pruned, _ = pruning.sparsegpt(PARAMS, STATISTICS, sparsity=0.5, block_size=4, scope="leaf")
     upper = np.linalg.cholesky(np.linalg.inv(_damped(X))).T
     scores = (W / np.diag(upper)[:, None]) ** 2
     expected = (scores < np.sort(scores.ravel())[30]).reshape(3, -1).sum(1)
@@ -269,8 +269,8 @@ def test_mistakes_are_named():
         run(sparsity=0.5, damping=-1.0)
     with pytest.raises(ValueError, match="`block_size` must be at least 1"):
         run(sparsity=0.5, block_size=0)
-    with pytest.raises(ValueError, match="`counting='reference'` counts in rows"):
-        pruning.wanda(PARAMS, STATISTICS, sparsity=0.5, scope="leaf", counting="reference")
+    with pytest.raises(ValueError, match="`counting='wanda'` counts in rows"):
+        pruning.wanda(PARAMS, STATISTICS, sparsity=0.5, scope="leaf", counting="wanda")
     with pytest.raises(ValueError, match="'bias' has no statistic 'gram'"):
         run(sparsity=0.5, select=lambda params: dict.fromkeys(params, True))
     with pytest.raises(ValueError, match="there is nothing to compress"):

@@ -91,7 +91,7 @@ def _shrunk(w, groups, strength):
 def test_group_lasso_is_the_proximal_step(name):
     groups, slices = GROUPS[name]
     strength = float(np.median([np.sqrt((W[group] ** 2).mean()) for group in slices]))
-    transform = pruning.group_lasso(strength=strength, groups=groups)
+    transform = pruning.group_lasso(strength=strength, grouping=groups)
     state = transform.init({"w": jnp.asarray(W)}, key=jax.random.key(0))
     found = np.asarray(jax.jit(transform.project)({"w": jnp.asarray(W)}, state)[0]["w"])
     wanted = _shrunk(W.copy(), slices, strength)

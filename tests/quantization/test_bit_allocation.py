@@ -15,7 +15,7 @@ from jaxcompress.quantization import (
     allocate_bits,
     correct_biases,
     fisher_sensitivity,
-    measured_sensitivity,
+    loss_sensitivity,
     quantize,
     reconstruct,
 )
@@ -42,7 +42,7 @@ def _loss(params, x):
 
 
 def test_the_choice_is_the_best_of_all():
-    table = measured_sensitivity(_loss, PARAMS, [X], SPECS)
+    table = loss_sensitivity(_loss, PARAMS, [X], SPECS)
     names = ["a", "b", "c"]
     # Scales of groups of 4 take 8 bits for each weight.
     for mean in (11.0, 12.5, 14.2):
@@ -57,7 +57,7 @@ def test_the_choice_is_the_best_of_all():
         assert [SPECS.index(chosen[name]) for name in names] == list(min(every)[1])
     small = quantize_each(PARAMS, chosen)
     assert sum(small[name].nbits for name in names) <= 14.2 * sizes
-    stored = allocate_bits(table, size=sum(int(table.stored_bits[name][1]) for name in names) // 8)
+    stored = allocate_bits(table, total_bytes=sum(int(table.stored_bits[name][1]) for name in names) // 8)
     assert sum(int(table.stored_bits[n][SPECS.index(stored[n])]) for n in names) <= sum(
         int(table.stored_bits[n][1]) for n in names
     )
@@ -74,15 +74,15 @@ def test_second_order_losses_in_numpy():
 
 
 def test_budgets_that_cannot_be_met_are_named():
-    table = measured_sensitivity(_loss, PARAMS, [X], SPECS)
+    table = loss_sensitivity(_loss, PARAMS, [X], SPECS)
     with pytest.raises(ValueError, match="but the smallest formats of the table need 10 bits"):
         allocate_bits(table, mean_bits=1.0)
-    with pytest.raises(ValueError, match="Give one of `mean_bits` and `size`"):
+    with pytest.raises(ValueError, match="Give one of `mean_bits` and `total_bytes`"):
         allocate_bits(table)
     with pytest.raises(ValueError, match="`specs` is empty"):
-        measured_sensitivity(_loss, PARAMS, [X], [])
+        loss_sensitivity(_loss, PARAMS, [X], [])
     with pytest.raises(ValueError, match="`batches` is empty"):
-        measured_sensitivity(_loss, PARAMS, [], SPECS)
+        loss_sensitivity(_loss, PARAMS, [], SPECS)
 
 
 def test_corrected_biases_give_the_dense_means():
@@ -158,7 +158,7 @@ def test_foreign_evidence_and_budgets_are_named():
     table = fisher_sensitivity(params, {"a": jnp.ones((8, 12)), "bias": jnp.ones(5)}, [QuantSpec(bits=4)])
     with pytest.raises(ValueError, match=r"`mean_bits` is 2.0, but the smallest formats of the table need 4 bits"):
         allocate_bits(table, mean_bits=2.0, counted="codes")
-    with pytest.raises(ValueError, match=r"`size` is 8 bytes, but the smallest formats of the table need \d+ bytes"):
-        allocate_bits(table, size=8)
+    with pytest.raises(ValueError, match=r"`total_bytes` is 8, but the smallest formats of the table need \d+ bytes"):
+        allocate_bits(table, total_bytes=8)
     with pytest.raises(ValueError, match="`specs` names leaf 'zzz', which `params` does not have"):
         quantize_each(params, {"zzz": QuantSpec(bits=4)})

@@ -18,7 +18,7 @@ from jaxcompress.trace import LeafLayout
 RNG = np.random.default_rng(0)
 DEPTH, WIDTH = 12, 5
 SPEC = QuantSpec(bits=3, group_size=4, symmetric=False)
-PUBLISHED = {"ranges": None, "refine": 0}
+PUBLISHED = {"range_search": None, "refine": 0}
 X = RNG.normal(size=(60, DEPTH)) @ (RNG.normal(size=(DEPTH, DEPTH)) / np.sqrt(DEPTH) + 0.5)
 W = RNG.normal(size=(DEPTH, WIDTH))
 
@@ -74,10 +74,10 @@ def test_no_float_weights_are_left():
 
 
 def test_refining_and_better_ranges_lower_the_error():
-    search = RangeSearch(steps=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
+    search = RangeSearch(grid_size=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
     errors = [
         gptq(PARAMS, STATISTICS, SPEC, **PUBLISHED | options)[1]["kernel"].error
-        for options in ({}, {"refine": 3}, {"ranges": search, "refine": 3})
+        for options in ({}, {"refine": 3}, {"range_search": search, "refine": 3})
     ]
     assert errors[0] > errors[1]
     assert errors[0] > errors[2]
@@ -87,20 +87,20 @@ def test_updated_groups_weigh_their_ranges_by_their_own_inputs():
     """Inputs that are uncorrelated make up for nothing: updated groups must find what static ones do."""
     rows = np.diag(np.r_[1, 30, 2, 5, 0.1, 3, 40, 1, 9, 1, 1, 0.2])
     statistics = {"kernel": _statistics(rows)}
-    search = RangeSearch(steps=20, shrink=0.8, norm=2.0, weighted=True)
+    search = RangeSearch(grid_size=20, shrink=0.8, norm=2.0, weighted=True)
     params = {"kernel": PARAMS["kernel"]}
     for spec in (SPEC, dataclasses.replace(SPEC, symmetric=True)):
-        options = {"order": "natural", "ranges": search, "refine": 0}
+        options = {"order": "natural", "range_search": search, "refine": 0}
         updated, static = (
-            gptq(params, statistics, spec, groups=g, **options)[0]["kernel"] for g in ("updated", "static")
+            gptq(params, statistics, spec, group_scales=g, **options)[0]["kernel"] for g in ("updated", "static")
         )
         plain, _ = gptq(
             params,
             statistics,
             spec,
-            groups="updated",
+            group_scales="updated",
             order="natural",
-            ranges=RangeSearch(norm=2.0, steps=20),
+            range_search=RangeSearch(norm=2.0, grid_size=20),
             refine=0,
         )
         np.testing.assert_array_equal(updated.codes(), static.codes())
@@ -128,8 +128,8 @@ def test_tables_are_rounded_for_the_rows_that_are_looked_up():
     counts = LookupCounts(count=jnp.float32(8), rows=jnp.ones(9).at[8].set(0.0))
     layouts = {"table": LeafLayout(kind="lookup", input_axes=(1,), output_axes=(0,))}
     spec = QuantSpec(bits=4, per_tensor=True)
-    search = RangeSearch(norm=2.0, shrink=0.98, steps=50, weighted=True)
-    found, info = gptq(params, {"table": counts}, spec, ranges=search, layouts=layouts)
+    search = RangeSearch(norm=2.0, shrink=0.98, grid_size=50, weighted=True)
+    found, info = gptq(params, {"table": counts}, spec, range_search=search, layouts=layouts)
     rows = np.asarray(params["table"])[:8]
     lost = np.linalg.norm(np.asarray(found["table"].materialize())[:8] - rows) / np.linalg.norm(rows)
     assert info["table"].error == pytest.approx(lost, abs=1e-4)
@@ -154,8 +154,8 @@ def test_bfloat16_and_unseen_inputs_and_singular_matrices():
 
 
 def test_mistakes_are_named():
-    with pytest.raises(ValueError, match="`groups='updated'` needs `order='natural'`"):
-        gptq(PARAMS, STATISTICS, SPEC, groups="updated")
+    with pytest.raises(ValueError, match="`group_scales='updated'` needs `order='natural'`"):
+        gptq(PARAMS, STATISTICS, SPEC, group_scales="updated")
     with pytest.raises(ValueError, match="`damping` must be at least 0, got -1"):
         gptq(PARAMS, STATISTICS, SPEC, damping=-1.0)
     with pytest.raises(ValueError, match="`ridge` must not be negative, got -1"):
@@ -167,8 +167,8 @@ def test_mistakes_are_named():
         gptq({"kernel": PARAMS["kernel"].at[0, 0].set(jnp.nan)}, {"kernel": STATISTICS["kernel"]}, SPEC)
     with pytest.raises(ValueError, match=r"has stack \[\] and 5 inputs"):
         gptq({"kernel": PARAMS["kernel"].T}, {"kernel": STATISTICS["kernel"]}, SPEC)
-    with pytest.raises(ValueError, match="`steps` must be at least 1"):
-        RangeSearch(steps=0)
+    with pytest.raises(ValueError, match="`grid_size` must be at least 1"):
+        RangeSearch(grid_size=0)
 
 
 def test_equal_on_one_and_on_eight_devices():

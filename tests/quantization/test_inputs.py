@@ -115,7 +115,7 @@ def test_running_ranges():
 
 def test_learned_steps_begin_at_the_mean():
     spec = QuantSpec(bits=4, per_tensor=True, convention="full")
-    found = input_ranges(apply, params(), batches(), spec, start="mean")["first"]
+    found = input_ranges(apply, params(), batches(), spec, initial_scales="mean")["first"]
     np.testing.assert_allclose(found.scale * 7.5 / 7, 2 * np.abs(values()).mean() / np.sqrt(7), rtol=2e-3)
 
 

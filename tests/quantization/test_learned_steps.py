@@ -151,10 +151,10 @@ def test_what_is_trained_is_what_is_stored(name):
 
 def test_start_from_the_mean_is_the_paper():
     w = jnp.asarray(weights())
-    state = lsq(QuantSpec(bits=3, convention="full"), start="mean").init({"w": w}, key=KEY)
+    state = lsq(QuantSpec(bits=3, convention="full"), initial_scales="mean").init({"w": w}, key=KEY)
     wanted = 2 * np.abs(weights().astype(np.float64)).mean(0) / np.sqrt(3)
     np.testing.assert_allclose(state.trainable.scale["w"][0], wanted, rtol=1e-6)
-    blank = lsq(QuantSpec(bits=3), start="mean").init({"w": jnp.zeros((4, 2))}, key=KEY)
+    blank = lsq(QuantSpec(bits=3), initial_scales="mean").init({"w": jnp.zeros((4, 2))}, key=KEY)
     np.testing.assert_array_equal(blank.trainable.scale["w"], np.ones((1, 2)))
 
 
@@ -186,8 +186,8 @@ def test_a_scale_that_jumps_below_zero_comes_back():
 
 
 def test_bad_settings_are_named():
-    with pytest.raises(ValueError, match="`start` 'mean' is for symmetric integers"):
-        lsq(QuantSpec(bits=4, symmetric=False), start="mean")
+    with pytest.raises(ValueError, match="`initial_scales` 'mean' is for symmetric integers"):
+        lsq(QuantSpec(bits=4, symmetric=False), initial_scales="mean")
     with pytest.raises(ValueError, match="no scale to learn"):
         lsq(QuantSpec(bits=4, format="fixed_point"))
     with pytest.raises(ValueError, match="'w' holds 1 NaN"):

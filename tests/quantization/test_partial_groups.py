@@ -119,7 +119,7 @@ def test_methods_round_partial_groups_and_checkpoints_keep_them(tmp_path):
     asymmetric = QuantSpec(bits=3, group_size=8, partial_groups=True, symmetric=False)
     small = {
         "gptq": gptq(params, statistics, asymmetric)[0]["k"],
-        "updated": gptq(params, statistics, asymmetric, order="natural", groups="updated")[0]["k"],
+        "updated": gptq(params, statistics, asymmetric, order="natural", group_scales="updated")[0]["k"],
         "hqq": hqq(params, asymmetric)[0]["k"],
         "awq": awq(params, statistics, asymmetric)[0]["k"],
         "sparse": quantize({"k": sparsify(params["k"], params["k"] > 0)}, PARTIAL)[0]["k"],

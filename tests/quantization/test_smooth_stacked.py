@@ -101,7 +101,7 @@ def test_smoothing_is_that_of_the_layers_one_by_one(models):
 def test_smoothing_leaves_the_outputs(models):
     _, (apply, params), _ = models
     found, statistics = _prepared(apply, params, "absolute_max")
-    smoothed, _ = smooth(params, statistics, found, strength=0.8)
+    smoothed, _ = smooth(params, statistics, found, alpha=0.8)
     before, after = apply(params, X), apply(smoothed, X)
     assert float(jnp.linalg.norm(after - before) / jnp.linalg.norm(before)) < 1e-5
     moved = [
@@ -175,7 +175,7 @@ def test_factors_of_nested_scans_against_numpy():
         ((("value", (0, 2), (3, 1)), ("bias", (2, 3), (0, 1))), (("out", (4, 1), (2, 0)),))
     ]
     statistics = input_statistics(_attention_like, params, [(x,)], statistics=("absolute_max",))
-    own, factors = smooth(params, statistics, found, strength=0.7)
+    own, factors = smooth(params, statistics, found, alpha=0.7)
     wanted = {name: np.array(leaf, np.float64) for name, leaf in params.items()}
     h = np.array(x, np.float64)
     for g in range(2):

@@ -71,7 +71,7 @@ def test_importance_may_be_of_any_size():
 
 
 @pytest.mark.parametrize("damping", [0.0, 1e-6])
-@pytest.mark.parametrize("options", [{}, {"ranges": None, "refine": 0}])
+@pytest.mark.parametrize("options", [{}, {"range_search": None, "refine": 0}])
 def test_dependent_inputs_without_damping_are_no_worse_than_rounding_to_nearest(damping, options):
     for seed in range(4):
         rng = np.random.default_rng(seed)

@@ -70,8 +70,8 @@ def test_the_function_stays_and_the_inputs_get_even():
     np.testing.assert_allclose(after["down"]["kernel"].absolute_max, jnp.sqrt(largest * weights), rtol=1e-2)
     with pytest.raises(ValueError, match="`folds` is empty"):
         smooth(PARAMS, statistics, [])
-    with pytest.raises(ValueError, match="`strength` must be in"):
-        smooth(PARAMS, statistics, found, strength=2.0)
+    with pytest.raises(ValueError, match="`alpha` must be in"):
+        smooth(PARAMS, statistics, found, alpha=2.0)
 
 
 def test_awq_is_better_than_rounding_to_nearest():

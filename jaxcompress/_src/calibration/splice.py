@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 
 
-def spliced(
-    sequences: Iterable[Any], copies: int, *, head: int = 1, tail: int = 1, seed: int = 0
-) -> list[tuple[int, ...]]:
-    """Sequences of tokens for methods that fit layers to a few calibration rows, and would learn those by heart.
+def spliced(sequences: Iterable[Any], copies: int, *, head: int = 1, tail: int = 1, seed: int) -> list[tuple[int, ...]]:
+    """Sequences of tokens for methods that fit layers to a few calibration rows, and would overfit to them.
 
     Each sequence begins `copies` new ones: a_1 ... a_i b_j ... b_n, where b is any of the sequences and the cuts i, j
     are uniform. Around the cut tokens get neighbours that they did not have, so each layer sees inputs that are new

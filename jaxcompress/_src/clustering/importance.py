@@ -8,16 +8,18 @@ import numpy as np
 
 from jaxcompress._src.calibration.statistics import InputStatistics, LookupCounts
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.trace.layout import LeafLayout
+from jaxcompress._src.trace.layout import LeafLayout, default_layout
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import Unselected
-from jaxcompress._src.types import Params
+from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.matrices import MatrixLeaf
 from jaxcompress._src.weights.unseen import fill_unseen, unseen_inputs, warn_unseen
 
 
 @on_auto_axes
-def input_importance(params: Params, statistics: Params, layouts: Params) -> Params:
+def input_importance(
+    params: Params, statistics: Params, *, select: Selector | None = None, layouts: Params | None = None
+) -> Params:
     """H = mean of x² of the input that a weight multiplies: the output error, for uncorrelated inputs.
 
     Of a table that is looked up, h is the share of the look-ups that a row gets. Weights that no row reached may not
@@ -27,7 +29,8 @@ def input_importance(params: Params, statistics: Params, layouts: Params) -> Par
     Args:
         params: the tree.
         statistics: from `calibration.input_statistics`, with "gram" or "squared_sum".
-        layouts: from `trace.layouts`, of the same model.
+        select: which leaves; by default all that have statistics.
+        layouts: from `trace.layouts`, of the same model; by default kernels are (in..., out).
 
     Returns:
         A partial tree of arrays that broadcast against the leaves, fit for `cluster`.
@@ -41,13 +44,16 @@ def input_importance(params: Params, statistics: Params, layouts: Params) -> Par
         >>> params, x = {"kernel": jnp.ones((2, 3))}, jnp.array([[1.0, 2.0], [3.0, 0.0]])
         >>> model = lambda p, x: x @ p["kernel"]
         >>> statistics = input_statistics(model, params, [(x,)])
-        >>> input_importance(params, statistics, layouts(model, params, x))["kernel"].tolist()
+        >>> input_importance(params, statistics, layouts=layouts(model, params, x))["kernel"].tolist()
         [[5.0], [2.0]]
     """
+    known = map_with_path(lambda *_: None, params) if layouts is None else layouts
+    marks = map_with_path(lambda *_: True, params) if select is None else select(params)
 
-    def visit(path: str, leaf: Any, entry: Any, layout: LeafLayout) -> Any:
-        if not isinstance(entry, InputStatistics | LookupCounts):
+    def visit(path: str, leaf: Any, entry: Any, given: LeafLayout | None, mark: bool) -> Any:
+        if not mark or not isinstance(entry, InputStatistics | LookupCounts):
             return Unselected
+        layout = given if given is not None and given.is_weight else default_layout(path, leaf)
         if not bool((jnp.asarray(entry.count) > 0).any()):
             raise ValueError(f"Leaf {path!r} has statistics of no rows: its importance is not known.")
         if isinstance(entry, LookupCounts):
@@ -56,7 +62,7 @@ def input_importance(params: Params, statistics: Params, layouts: Params) -> Par
         return importance
 
     unseen: dict[str, Any] = {}
-    found = map_with_path(visit, params, statistics, layouts)
+    found = map_with_path(visit, params, statistics, known, marks)
     if not leaves_with_paths(found):
         raise ValueError("No leaf has input statistics: gather them with `calibration.input_statistics`.")
     warn_unseen(unseen, "taken to count as much as the others do")

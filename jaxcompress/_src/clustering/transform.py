@@ -44,9 +44,9 @@ def trained_codebooks(
     every: int = 1,
     until: int = 0,
     importance: Params | None = None,
+    store: Literal["dense", "sparse"] = "dense",
     select: Selector | None = None,
     layouts: Params | None = None,
-    store: Literal["dense", "sparse"] = "dense",
 ) -> Transform:
     """Trains with weights that share values. Tables start from `cluster` and are trained; gradients are summed by code.
 
@@ -62,11 +62,11 @@ def trained_codebooks(
             weights may have moved since they got their codes: `finalize` keeps those, as `apply` does, and warns
             (`UnfinishedScheduleWarning`).
         importance: as for `cluster`.
+        store: what `finalize` does with codes of 0: keeps them ("dense", smaller in the file and at low sparsity in
+            memory) or leaves them out under a bit mask ("sparse").
         select: which leaves; by default every weight. Those that are compressed when the training begins stay as they
             are (of sparse ones, the values that are there get codes).
         layouts: from `trace.layouts`.
-        store: what `finalize` does with codes of 0: keeps them ("dense", smaller in the file and at low sparsity in
-            memory) or leaves them out under a bit mask ("sparse").
 
     Returns:
         The transform. Its trainable state is the partial tree of tables (float32), its fixed state a `CodebookState`.

@@ -55,9 +55,9 @@ def rank_gates(
     strength: float | None = None,
     warm_up: Schedule = constant(1.0),  # noqa: B008 (a pure function)
     drop_rate: float = 0.1,
+    distribution: HardConcrete = STANDARD,
     select: Selector | None = None,
     layouts: Params | None = None,
-    distribution: HardConcrete = STANDARD,
 ) -> Transform:
     """Learns how many directions each leaf keeps: W' = W V diag(z) Vᵀ, with a hard concrete gate z on each direction.
 
@@ -75,10 +75,10 @@ def rank_gates(
         strength: λ: a fixed price, λ s.
         warm_up: step -> how far towards t: the target is 1 - warm_up (1 - t).
         drop_rate: 1 - P(z != 0) at the start, in (0, 1).
+        distribution: constants of the hard concrete distribution.
         select: which leaves; by default every weight. Those that are compressed when the training begins stay as
             they are.
         layouts: from `trace.layouts`.
-        distribution: constants of the hard concrete distribution.
 
     Returns:
         The transform. `state.trainable` is {"log_alpha": path -> (K,), "multipliers": {"linear": λ1, "quadratic": λ2}

@@ -1,21 +1,18 @@
-"""How many weights to prune, by our rule or by a reference's."""
+"""How many weights of each leaf to prune."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, get_args
 
-from jaxcompress._src.pruning.patterns import NOfM, Pattern
-from jaxcompress._src.pruning.ranking import check_sparsity, is_tree
+from jaxcompress._src.pruning.patterns import Pattern
+from jaxcompress._src.pruning.ranking import check_sparsity, implied_sparsity, is_tree
 from jaxcompress._src.tree.maps import leaves_by_path
 from jaxcompress._src.weights.matrices import MatrixLeaf
 
-Count = Literal["exact", "reference"]
-"""`exact`: round(s n) of n, lowest index kept. `reference`: as the method's public implementation counts."""
 
-
-def check_count(counting: str) -> None:
-    """Raises when the rule is unknown."""
-    if counting not in ("exact", "reference"):
-        raise ValueError(f"`counting` must be 'exact' or 'reference', got {counting!r}.")
+def check_counting(counting: str, rules: Any) -> None:
+    """Raises when the rule is none of those of a `Literal`."""
+    if counting not in get_args(rules):
+        raise ValueError(f"`counting` must be one of {get_args(rules)}, got {counting!r}.")
 
 
 def sparsity_by_path(sparsity: Any, leaves: Sequence[MatrixLeaf], pattern: Pattern) -> dict[str, float]:
@@ -30,10 +27,7 @@ def sparsity_by_path(sparsity: Any, leaves: Sequence[MatrixLeaf], pattern: Patte
         ValueError: a number outside [0, 1] or above what the pattern allows; none at all where the pattern does not
             give one; a leaf that the tree does not have.
     """
-    if sparsity is None:
-        if not isinstance(pattern, NOfM):
-            raise ValueError("`sparsity` is needed: only patterns n of m imply one.")
-        return {leaf.path: pattern.allowed for leaf in leaves}
+    sparsity = implied_sparsity(sparsity, pattern)
     check_sparsity(sparsity)
     given = leaves_by_path(sparsity) if is_tree(sparsity) else {}
     found = {}

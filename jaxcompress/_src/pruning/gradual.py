@@ -23,13 +23,13 @@ def gradual(
     every: int = 100,
     freeze_at: int | None = None,
     rerank: bool = False,
-    select: Selector | None = None,
-    layouts: Params | None = None,
     scope: Scope = "leaf",
     pattern: Pattern = unstructured(),  # noqa: B008 (a frozen dataclass)
     score: ScoreFn = jnp.abs,
     sparsities: Params | None = None,
     store: Store = "sparse",
+    select: Selector | None = None,
+    layouts: Params | None = None,
 ) -> Transform:
     """Prunes more and more while the model trains: masks by rank of the raw weights, renewed every few steps.
 
@@ -46,15 +46,15 @@ def gradual(
         freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
         rerank: also rank where the sparsity has not changed since the last time, so that weights go on swapping places
             (a ranking costs 20 to 45 reads of the weights).
-        select: which leaves; by default every weight. Those that are compressed when the training begins stay as
-            they are, in every function of the transform.
-        layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.
         pattern: see `masks_from_scores`; under `n_of_m` the schedule runs up to 1 - n/m.
         score: magnitude by default.
         sparsities: a partial tree, such as `erdos_renyi` returns it: the sparsity of a leaf is the schedule times its
             entry, so let the schedule end at 1. Not in global scope.
         store: what `finalize` makes of the leaves: "sparse" arrays, or "dense" ones with zeros.
+        select: which leaves; by default every weight. Those that are compressed when the training begins stay as
+            they are, in every function of the transform.
+        layouts: from `trace.layouts`.
 
     Returns:
         The transform; its fixed state is a `MaskState`.

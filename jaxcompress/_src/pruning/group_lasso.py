@@ -21,7 +21,7 @@ from jaxcompress._src.tree.maps import leaves_by_path, with_leaves
 from jaxcompress._src.tree.unselected import map_selected
 from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState, exportable
 
-Groups = Literal["outputs", "inputs"] | Block
+Grouping = Literal["outputs", "inputs"] | Block
 """The weights of one output unit, those of one input feature, or tiles."""
 
 
@@ -41,7 +41,7 @@ class GroupLassoState(NamedTuple):
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class _Setup:
     leaves: RankedLeaves
-    groups: Groups
+    grouping: Grouping
     strength: Schedule
     freeze_at: int | None
 
@@ -50,11 +50,11 @@ class _Setup:
 def group_lasso(
     *,
     strength: Schedule | float,
-    groups: Groups = "outputs",
+    grouping: Grouping = "outputs",
     freeze_at: int | None = None,
+    store: Store = "sparse",
     select: Selector | None = None,
     layouts: Params | None = None,
-    store: Store = "sparse",
 ) -> Transform:
     """Shrinks groups of weights after every step: w_g <- w_g max(0, 1 - t √|g| / ||w_g||), |g| being the group's size.
 
@@ -64,19 +64,19 @@ def group_lasso(
 
     Args:
         strength: t, or step -> t (multiply λ by the schedule of the learning rate).
-        groups: "outputs" (all inputs of one output unit), "inputs" (all outputs of one input feature), or a `block`.
+        grouping: "outputs" (all inputs of one output unit), "inputs" (all outputs of one input feature), or a `block`.
         freeze_at: the update from which groups that are zero stay zero, and the others are no longer shrunk: the
             fine-tuning that takes the bias of the penalty away. After a training that ended before, `finalize` warns
             (`UnfinishedScheduleWarning`).
+        store: what `finalize` makes of leaves: "sparse" under a bit mask, or "dense" with zeros.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`; stacked layers have groups of their own.
-        store: what `finalize` makes of leaves: "sparse" under a bit mask, or "dense" with zeros.
 
     Returns:
         The transform; its fixed state is a `GroupLassoState`.
 
     Raises:
-        ValueError: a negative constant strength, unknown groups; from `init` as `gradual`.
+        ValueError: a negative constant strength, unknown `grouping`; from `init` as `gradual`.
 
     Example:
         >>> params = {"kernel": jnp.array([[2.0, 0.1]] * 4)}
@@ -91,11 +91,11 @@ def group_lasso(
     """
     if not callable(strength) and not strength >= 0:
         raise ValueError(f"`strength` must not be negative, got {strength}.")
-    if groups not in ("outputs", "inputs") and not isinstance(groups, Block):
-        raise ValueError(f"`groups` must be 'outputs', 'inputs' or a `block`, got {groups!r}.")
+    if grouping not in ("outputs", "inputs") and not isinstance(grouping, Block):
+        raise ValueError(f"`grouping` must be 'outputs', 'inputs' or a `block`, got {grouping!r}.")
     setup = _Setup(
         leaves=RankedLeaves(select=select, layouts=layouts, store=store),
-        groups=groups,
+        grouping=grouping,
         strength=strength if callable(strength) else constant(strength),
         freeze_at=freeze_at,
     )
@@ -179,26 +179,28 @@ def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
 
 def _norms(setup: _Setup, w: Float[Array, "..."], layout: LeafLayout) -> Float[Array, "..."]:
     """||w_g|| of every group, float32."""
-    if isinstance(setup.groups, Block):
+    if isinstance(setup.grouping, Block):
         # The mean of squares times the count; a tile at the border has fewer.
-        return jnp.sqrt(setup.groups.units(jnp.square(w.astype(jnp.float32)), layout) * _sizes(setup, w.shape, layout))
+        return jnp.sqrt(
+            setup.grouping.units(jnp.square(w.astype(jnp.float32)), layout) * _sizes(setup, w.shape, layout)
+        )
     return jnp.sqrt(jnp.square(w.astype(jnp.float32)).sum(_reduced(setup, layout), keepdims=True))
 
 
 def _sizes(setup: _Setup, shape: tuple[int, ...], layout: LeafLayout) -> Float[Array, "..."]:
     """Weights per group."""
-    if isinstance(setup.groups, Block):
-        return setup.groups.counts(shape, layout)
+    if isinstance(setup.grouping, Block):
+        return setup.grouping.counts(shape, layout)
     size = math.prod(shape[axis] for axis in _reduced(setup, layout))
     return jnp.full([1 if axis in _reduced(setup, layout) else n for axis, n in enumerate(shape)], size, jnp.float32)
 
 
 def _spread(setup: _Setup, groups: Array, shape: tuple[int, ...], layout: LeafLayout) -> Array:
     """One entry per weight."""
-    if isinstance(setup.groups, Block):
-        return setup.groups.spread(groups, shape, layout)
+    if isinstance(setup.grouping, Block):
+        return setup.grouping.spread(groups, shape, layout)
     return jnp.broadcast_to(groups, shape)
 
 
 def _reduced(setup: _Setup, layout: LeafLayout) -> tuple[int, ...]:
-    return layout.input_axes if setup.groups == "outputs" else layout.output_axes
+    return layout.input_axes if setup.grouping == "outputs" else layout.output_axes

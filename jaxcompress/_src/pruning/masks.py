@@ -10,11 +10,11 @@ from jax.typing import ArrayLike
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.pruning.counting_rules import CountingRule, check_rule, drops, settle_ties
 from jaxcompress._src.pruning.patterns import Pattern, unstructured
-from jaxcompress._src.pruning.ranking import Scope, as_it_is, check_sparsity, ranked_masks
+from jaxcompress._src.pruning.ranking import Scope, as_it_is, check_sparsity, implied_sparsity, is_tree, ranked_masks
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
 from jaxcompress._src.tree.checks import check_finite, is_traced
 from jaxcompress._src.tree.maps import leaves_by_path, with_leaves
-from jaxcompress._src.tree.unselected import map_selected
+from jaxcompress._src.tree.unselected import Unselected, map_selected
 from jaxcompress._src.types import Params, Selector, is_compressed, plain
 from jaxcompress._src.weights.matrices import checked_weight
 from jaxcompress._src.weights.selection import selected_layouts
@@ -26,11 +26,12 @@ _UNSTRUCTURED = unstructured()
 def masks_from_scores(
     scores: Params,
     *,
-    sparsity: ArrayLike | Params = 0.5,
+    sparsity: ArrayLike | Params | None = None,
     scope: Scope = "leaf",
     pattern: Pattern = _UNSTRUCTURED,
-    layouts: Params | None = None,
     counting: CountingRule = "exact",
+    select: Selector | None = None,
+    layouts: Params | None = None,
 ) -> Params:
     """Keeps exactly n - round(sparsity n) weights (halves to even) of every group of n: those with the highest scores.
 
@@ -40,23 +41,25 @@ def masks_from_scores(
         scores: a partial tree, as the score functions return it; any float dtype.
         sparsity: share of pruned weights in [0, 1]; may be traced, so that a schedule does not retrace (its float32
             value is then what counts, exactly). Or a partial tree of them, one for each leaf that has scores, as the
-            allocations (`erdos_renyi` and others) return it; not in global scope.
+            allocations (`erdos_renyi` and others) return it; not in global scope. A pattern n of m implies it.
         scope: what is ranked together: "leaf", "global" (all leaves), or "row" (the inputs of one output unit).
         pattern: `unstructured()`, `n_of_m(2, 4)` or `block(32, 32)`; with blocks, counts are of blocks.
-        layouts: from `trace.layouts`; needed for rows and patterns where kernels are not (in..., out).
         counting: "exact", or the rule of a reference implementation, for comparisons with it (unstructured only, a
             concrete sparsity): "jaxpruner" keeps max(1, round((1 - sparsity) n)); "sparsegpt" drops all that is not
             above the int(sparsity n)-th smallest score, counted from 0, as the magnitude pruning of the SparseGPT and
             Wanda repositories does: one more than asked, and all ties; "tfmot" keeps all that reaches the
             max(1, round((1 - sparsity) n))-th largest: all ties stay.
+        select: which of the leaves that have scores; by default all.
+        layouts: from `trace.layouts`; needed for rows and patterns where kernels are not (in..., out).
 
     Returns:
         A partial tree of bool masks, True = kept.
 
     Raises:
-        ValueError: a concrete sparsity outside [0, 1] or above what the pattern allows; concrete scores with NaN or
-            Inf; an unknown scope or counting rule; a tree of sparsities without an entry for a leaf, with one for a
-            leaf without scores, or in global scope. Names option or leaf.
+        ValueError: no sparsity, and a pattern that implies none; a concrete one outside [0, 1] or above what the
+            pattern allows; nothing is selected; concrete scores with NaN or Inf; an unknown scope or counting rule; a
+            tree of sparsities without an entry for a leaf, with one for a leaf without scores, or in global scope.
+            Names option or leaf.
 
     Example:
         >>> scores = {"kernel": jnp.array([[3.0, 1.0], [2.0, 2.0]])}
@@ -66,7 +69,10 @@ def masks_from_scores(
         >>> masks_from_scores(scores, sparsity={"kernel": 0.25})["kernel"].sum()
         Array(3, dtype=int32)
     """
+    sparsity = implied_sparsity(sparsity, pattern)
     check_sparsity(sparsity)
+    if select is not None:
+        scores, sparsity = _selected(scores, sparsity, select)
     map_selected(lambda path, leaf: check_finite(path, leaf), scores)
     known = _layouts(scores, layouts)
     check_rule(counting, sparsity, pattern)
@@ -78,7 +84,7 @@ def masks_from_scores(
 def magnitude_masks(
     params: Params,
     *,
-    sparsity: ArrayLike | Params = 0.5,
+    sparsity: ArrayLike | Params | None = None,
     scope: Scope = "leaf",
     pattern: Pattern = _UNSTRUCTURED,
     select: Selector | None = None,
@@ -101,9 +107,10 @@ def magnitude_masks(
         ValueError: as `masks_from_scores` and `magnitude_scores`.
 
     Example:
-        >>> magnitude_masks({"kernel": jnp.array([[-3.0, 1.0]]), "bias": jnp.ones(2)})
+        >>> magnitude_masks({"kernel": jnp.array([[-3.0, 1.0]]), "bias": jnp.ones(2)}, sparsity=0.5)
         {'bias': Unselected, 'kernel': Array([[ True, False]], dtype=bool)}
     """
+    sparsity = implied_sparsity(sparsity, pattern)
     check_sparsity(sparsity)
     chosen = selected_layouts(params, select=select, layouts=layouts)
     weights = map_selected(lambda path, _, leaf: checked_weight(path, leaf), chosen, params)
@@ -190,6 +197,19 @@ def clip_weights(params: Params, limit: ArrayLike, *, select: Selector | None = 
 
     marks = jax.tree.map(lambda _: True, params, is_leaf=is_compressed) if select is None else select(params)
     return jax.tree.map(clip, params, marks, is_leaf=is_compressed)
+
+
+def _selected(scores: Params, sparsity: Any, select: Selector) -> tuple[Params, Any]:
+    """Scores and sparsities of the leaves that are selected."""
+    marks = select(scores)
+
+    def marked(_: str, entry: Any, mark: bool) -> Any:
+        return entry if mark else Unselected
+
+    chosen = map_selected(marked, scores, marks)
+    if not leaves_by_path(chosen):
+        raise ValueError("`select` marks no leaf that has scores: nothing is selected.")
+    return chosen, map_selected(marked, sparsity, marks) if is_tree(sparsity) else sparsity
 
 
 def _layouts(scores: Params, layouts: Params | None) -> Params:

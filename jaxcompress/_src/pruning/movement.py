@@ -24,12 +24,12 @@ def movement(
     schedule: Schedule,
     every: int = 1,
     freeze_at: int | None = None,
-    select: Selector | None = None,
-    layouts: Params | None = None,
     scope: Scope = "leaf",
     pattern: Pattern = unstructured(),  # noqa: B008 (a frozen dataclass)
     sparsities: Params | None = None,
     store: Store = "sparse",
+    select: Selector | None = None,
+    layouts: Params | None = None,
 ) -> Transform:
     """Keeps the weights with the highest learned scores S: w' = top(S) w, with dL/dS = dL/dw' w, as if S were the mask.
 
@@ -41,12 +41,12 @@ def movement(
             steps: equal scores keep the lowest index.
         every: updates between rankings; see `gradual`.
         freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
-        select: which leaves; by default every weight.
-        layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.
         pattern: see `masks_from_scores`.
         sparsities: see `gradual`.
         store: see `gradual`.
+        select: which leaves; by default every weight.
+        layouts: from `trace.layouts`.
 
     Returns:
         The transform. Its trainable state is the partial tree of scores, float32, at first zero; it needs a

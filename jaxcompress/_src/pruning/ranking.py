@@ -92,6 +92,15 @@ def check_sparsity(sparsity: ArrayLike | Params) -> None:
         check("", sparsity)
 
 
+def implied_sparsity(sparsity: ArrayLike | Params | None, pattern: Pattern) -> ArrayLike | Params:
+    """The sparsity; without one, that of the pattern n of m."""
+    if sparsity is not None:
+        return sparsity
+    if not isinstance(pattern, NOfM):
+        raise ValueError("`sparsity` is needed: only patterns n of m imply one.")
+    return pattern.allowed
+
+
 def group_axes(shapes: list[tuple[int, ...]], layouts: list[LeafLayout], scope: Scope) -> Axes:
     """The axes that are ranked together."""
     if scope == "global":

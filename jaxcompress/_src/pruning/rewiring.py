@@ -86,9 +86,9 @@ def rewiring(
     fraction: float | Schedule,
     decay: bool,
     grow: Literal["gradient", "random"],
+    store: Store,
     select: Selector | None,
     layouts: Params | None,
-    store: Store,
 ) -> Transform:
     """The transform under `rigl` and `sparse_evolution`."""
     if not callable(fraction) and not 0 <= fraction <= 1:

@@ -15,9 +15,9 @@ def rigl(
     every: int = 100,
     fraction: float | Schedule = 0.3,
     allocation: Allocation = erdos_renyi_kernel,
+    store: Store = "sparse",
     select: Selector | None = None,
     layouts: Params | None = None,
-    store: Store = "sparse",
 ) -> Transform:
     """Trains a network that is sparse from the start: the smallest weights are replaced by those with large gradients.
 
@@ -36,9 +36,9 @@ def rigl(
         fraction: share of the kept weights replaced at first, decaying by the cosine; or update -> share. The paper
             uses 0.3, its code 0.1 by default.
         allocation: how a single sparsity is spread over leaves.
+        store: see `gradual`.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
-        store: see `gradual`.
 
     Returns:
         The transform; its fixed state is a `RewiringState`. Masks are drawn at random in `init`.

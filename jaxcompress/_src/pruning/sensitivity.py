@@ -22,7 +22,7 @@ _UNSTRUCTURED = unstructured()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sensitivity:
-    """What `measure_sensitivity` measured: two partial trees of vectors, one entry for each point of the grid.
+    """What `loss_sensitivity` measured: two partial trees of vectors, one entry for each point of the grid.
 
     Attributes:
         pruned: how many weights of the leaf went, int64; ascending from 0.
@@ -35,7 +35,7 @@ class Sensitivity:
     sizes: Params
 
 
-def measure_sensitivity(
+def loss_sensitivity(
     loss: Callable[[Params, Any], jax.Array],
     params: Params,
     batches: Sequence[Any],
@@ -72,7 +72,7 @@ def measure_sensitivity(
         >>> def loss(params, x):
         ...     return jnp.mean((x * (params["a"] - 1)) ** 2) + jnp.mean((x * (params["b"] - 1)) ** 2)
         >>> params = {"a": jnp.array([1.0, 0.5]), "b": jnp.array([1.0, 1.0])}
-        >>> found = measure_sensitivity(loss, params, [jnp.ones(2)], params, grid=(0.5,))
+        >>> found = loss_sensitivity(loss, params, [jnp.ones(2)], params, grid=(0.5,))
         >>> found.pruned["a"], found.losses["b"]
         (array([0, 1]), array([0.125, 0.625]))
 

@@ -36,9 +36,9 @@ def soft_movement(
     *,
     threshold: Schedule | float,
     strength: Schedule | float,
+    store: Store = "sparse",
     select: Selector | None = None,
     layouts: Params | None = None,
-    store: Store = "sparse",
 ) -> Transform:
     """Keeps the weights whose learned score passes a threshold: w' = [σ(S) > τ] w, and adds λ mean σ(S) to the loss.
 
@@ -50,9 +50,9 @@ def soft_movement(
             last one, and warns if training ended before it was reached. With scores that begin at 0, all weights are
             kept below τ = 1/2.
         strength: λ, or step -> λ. In the paper it rises with the threshold: λ_final τ / τ_final.
+        store: see `gradual`.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
-        store: see `gradual`.
 
     Returns:
         The transform. Its trainable state is the partial tree of scores, float32, at first zero; it needs a

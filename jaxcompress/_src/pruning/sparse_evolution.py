@@ -15,9 +15,9 @@ def sparse_evolution(
     every: int = 100,
     fraction: float | Schedule = 0.3,
     allocation: Allocation = erdos_renyi,
+    store: Store = "sparse",
     select: Selector | None = None,
     layouts: Params | None = None,
-    store: Store = "sparse",
 ) -> Transform:
     """Trains a network that is sparse from the start: the smallest weights are replaced by random others (SET).
 
@@ -31,9 +31,9 @@ def sparse_evolution(
         every: updates between two changes; an epoch in the paper.
         fraction: share of the kept weights that is replaced, ζ; or update -> share.
         allocation: how a single sparsity is spread over leaves.
+        store: see `gradual`.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
-        store: see `gradual`.
 
     Returns:
         The transform; its fixed state is a `RewiringState`. Masks are drawn at random in `init`.

@@ -5,7 +5,7 @@ Shape letters: S stack entries (of each group), E stack entries with all of thei
 
 import functools
 import itertools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.pruning.counts import Count, check_count, sparsity_by_path
+from jaxcompress._src.pruning.counts import check_counting, sparsity_by_path
 from jaxcompress._src.pruning.leaf_info import LeafInfo, leaf_infos
 from jaxcompress._src.pruning.patterns import NOfM, Pattern, Unstructured, unstructured
 from jaxcompress._src.solvers.cholesky import inverse_factor
@@ -29,8 +29,11 @@ from jaxcompress._src.weights.unseen import Unseen, check_unseen, warn_unseen
 
 _UNSTRUCTURED = unstructured()
 
-Share = Literal["block", "leaf"]
+RankingScope = Literal["leaf", "block"]
 """Where the pruned weights of a leaf lie: as many in each block of inputs, or where they cost least."""
+
+Counting = Literal["exact", "sparsegpt"]
+"""How many weights go: exactly those asked for, or as the public implementation counts."""
 
 _FALLBACKS = {"keep": "ranked by magnitude", "zero": "set to 0"}
 
@@ -45,8 +48,8 @@ def sparsegpt(
     damping: float = 0.01,
     ridge: float = 0.1,
     block_size: int = 128,
-    share: Share = "leaf",
-    counting: Count = "exact",
+    scope: RankingScope = "leaf",
+    counting: Counting = "exact",
     unseen: Unseen = "keep",
     quantize_column: QuantizeColumn | None = None,
     start_group: StartGroup | None = None,
@@ -74,10 +77,10 @@ def sparsegpt(
         ridge: how much T is held to W, at least 0; the rows must tell more than noise about it. Without `cross`,
             T = W.
         block_size: inputs that are decided together; rounded up to a multiple of m, and of smaller groups.
-        share: "block": every block loses the same share, as in the paper. "leaf": blocks lose what a ranking of the
-            whole leaf by the scores of the dense weights says.
+        scope: what is ranked together. "leaf": blocks lose what a ranking of the whole leaf by the scores of the dense
+            weights says. "block": every block loses the same share, as in the paper.
         counting: "exact": n - round(s n) weights are kept, lowest (input, output) first among equal scores.
-            "reference": as the public implementation counts, per block: scores up to the one of rank int(s n) go, that
+            "sparsegpt": as the public implementation counts, per block: scores up to the one of rank int(s n) go, that
             is int(s n) + 1 weights, and more where scores tie.
         unseen: what becomes of inputs that are 0 in every row. "keep": their weights are ranked with the others, as if
             such inputs had the mean energy of those that were seen: by magnitude. "zero": they become 0, beyond the
@@ -109,13 +112,13 @@ def sparsegpt(
     References:
         Frantar and Alistarh 2023, "SparseGPT: massive language models can be accurately pruned in one-shot".
     """
-    _check_options(pattern, damping, ridge, block_size, share, counting)
+    _check_options(pattern, damping, ridge, block_size, scope, counting)
     check_unseen(unseen)
     entries = calibrated_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, entries, pattern)
     if group_size is not None and group_size < block_size:
         block_size = -(-block_size // group_size) * group_size
-    rule = _Rule(pattern, block_size, share, counting, unseen, quantize_column, start_group, group_size)
+    rule = _Rule(pattern, block_size, scope, counting, unseen, quantize_column, start_group, group_size)
     leaves: dict[str, Any] = {}
     info: dict[str, LeafInfo] = {}
     for entry in entries:
@@ -130,8 +133,8 @@ class _Rule(NamedTuple):
 
     pattern: Any
     block_size: int
-    share: Share
-    counting: Count
+    scope: RankingScope
+    counting: Counting
     unseen: Unseen
     quantize_column: QuantizeColumn | None
     start_group: StartGroup | None
@@ -153,15 +156,15 @@ class _Solved(NamedTuple):
     retries: Array
 
 
-def _check_options(pattern: Pattern, damping: float, ridge: float, block_size: int, share: str, counting: str) -> None:
-    check_count(counting)
+def _check_options(pattern: Pattern, damping: float, ridge: float, block_size: int, scope: str, counting: str) -> None:
+    check_counting(counting, Counting)
     if not isinstance(pattern, Unstructured | NOfM):
         raise ValueError(f"`sparsegpt` prunes single weights or n of m, got the pattern {pattern}.")
     check_damping(damping, ridge)
     if block_size < 1:
         raise ValueError(f"`block_size` must be at least 1, got {block_size}.")
-    if share not in ("block", "leaf"):
-        raise ValueError(f"`share` must be 'block' or 'leaf', got {share!r}.")
+    if scope not in get_args(RankingScope):
+        raise ValueError(f"`scope` must be one of {get_args(RankingScope)}, got {scope!r}.")
 
 
 def _prune(
@@ -185,7 +188,7 @@ def _prune(
 def _counts_by_block(depth: int, width: int, sparsity: float, rule: _Rule) -> np.ndarray:
     """How many weights each block loses; for the reference, the rank of the last one."""
     sizes = [rows * width for rows in block_sizes(depth, rule.block_size)]
-    if rule.counting == "reference":
+    if rule.counting == "sparsegpt":
         return np.array([int(size * sparsity) for size in sizes], np.int32)
     ends = itertools.accumulate(sizes, initial=0)
     return np.diff([round(sparsity * end) for end in ends]).astype(np.int32)
@@ -250,10 +253,10 @@ def _hooks(
             return keep_in_runs(_scores(weights, diagonal, beyond=-1.0), n, m, axis=0)
 
         return {"keep_run": keep_run, "run_size": m}
-    if rule.counting == "reference":
+    if rule.counting == "sparsegpt":
         ranks = numbers.by_block
         return {"keep_block": lambda weights, diagonal, block: _above(_scores(weights, diagonal), ranks[block])}
-    counts = numbers.by_block if rule.share == "block" else _cheapest(weights, diagonal, numbers.dropped, rule)
+    counts = numbers.by_block if rule.scope == "block" else _cheapest(weights, diagonal, numbers.dropped, rule)
 
     def keep_block(weights: Any, diagonal: Any, block: Any) -> Any:
         return keep_largest([_scores(weights, diagonal)], counts[block])[0]

@@ -22,9 +22,9 @@ def sr_ste(
     m: int,
     *,
     strength: float = 2e-4,
+    store: Store = "sparse",
     select: Selector | None = None,
     layouts: Params | None = None,
-    store: Store = "sparse",
 ) -> Transform:
     """Trains with `n` of every `m` consecutive inputs: dL/dw = dL/dw' + λ (1 - mask) w, where w' = mask(w) w.
 
@@ -37,9 +37,9 @@ def sr_ste(
         n: kept.
         m: length of a run along the innermost input axis.
         strength: λ, 2e-4 in the paper; 0 is plain straight-through.
+        store: see `gradual`.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
-        store: see `gradual`.
 
     Returns:
         The transform; its fixed state is a `MaskState`.

@@ -22,13 +22,13 @@ def straight_through_magnitude(
     schedule: Schedule,
     every: int = 1,
     freeze_at: int | None = None,
-    select: Selector | None = None,
-    layouts: Params | None = None,
     scope: Scope = "leaf",
     pattern: Pattern = unstructured(),  # noqa: B008 (a frozen dataclass)
     score: ScoreFn = jnp.abs,
     sparsities: Params | None = None,
     store: Store = "sparse",
+    select: Selector | None = None,
+    layouts: Params | None = None,
 ) -> Transform:
     """The largest weights in the forward pass; all weights move: dL/dw = dL/dw', where w' = mask(w) w.
 
@@ -41,13 +41,13 @@ def straight_through_magnitude(
         every: updates between rankings; see `gradual`. At 1 the mask is always that of the present weights, which costs
             20 to 45 reads of them at every step (two to three under `n_of_m` with a constant sparsity).
         freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
-        select: which leaves; by default every weight.
-        layouts: from `trace.layouts`.
         scope: see `masks_from_scores`.
         pattern: see `masks_from_scores`.
         score: magnitude by default.
         sparsities: see `gradual`.
         store: see `gradual`.
+        select: which leaves; by default every weight.
+        layouts: from `trace.layouts`.
 
     Returns:
         The transform; its fixed state is a `MaskState`.

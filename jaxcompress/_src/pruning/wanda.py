@@ -1,12 +1,12 @@
 """Wanda: weights by their size times the size of their input."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.pruning.counts import Count, check_count, sparsity_by_path
+from jaxcompress._src.pruning.counts import check_counting, sparsity_by_path
 from jaxcompress._src.pruning.leaf_info import LeafInfo, leaf_infos
 from jaxcompress._src.pruning.masks import Scope, masks_from_scores
 from jaxcompress._src.pruning.patterns import NOfM, Pattern, unstructured
@@ -20,6 +20,9 @@ from jaxcompress._src.weights.unseen import Unseen, check_unseen, fill_unseen, w
 
 _UNSTRUCTURED = unstructured()
 
+
+Counting = Literal["exact", "wanda"]
+"""How many weights go: exactly those asked for, or as the public implementation counts."""
 
 _FALLBACKS = {"keep": "ranked by magnitude", "zero": "given a score of 0"}
 
@@ -73,7 +76,7 @@ def wanda(
     sparsity: Any = None,
     pattern: Pattern = _UNSTRUCTURED,
     scope: Scope = "row",
-    counting: Count = "exact",
+    counting: Counting = "exact",
     unseen: Unseen = "keep",
     select: Selector | None = None,
     layouts: Params | None = None,
@@ -86,8 +89,8 @@ def wanda(
         sparsity: share of pruned weights; one number, or a partial tree of them. A pattern n of m implies it.
         pattern: see `masks_from_scores`.
         scope: what is ranked together; see there.
-        counting: "exact", as `masks_from_scores` counts; "reference": int(s n) of the n inputs of a row, and among
-            equal scores the lowest index is pruned (n of m: as "exact").
+        counting: "exact", as `masks_from_scores` counts; "wanda", as the public implementation: int(s n) of the n
+            inputs of a row, and among equal scores the lowest index is pruned (n of m: as "exact").
         unseen: as for `wanda_scores`.
         select: as for `wanda_scores`.
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
@@ -97,7 +100,7 @@ def wanda(
         entry of a stack).
 
     Raises:
-        ValueError: as for `wanda_scores` and `masks_from_scores`; "reference" with another scope than "row"; several
+        ValueError: as for `wanda_scores` and `masks_from_scores`; "wanda" with another scope than "row"; several
             sparsities in global scope.
 
     Example:
@@ -108,16 +111,16 @@ def wanda(
         >>> pruned["kernel"].tolist(), info["kernel"].sparsity
         ([[1.0, -2.0], [0.0, 0.0]], 0.5)
     """
-    check_count(counting)
+    check_counting(counting, Counting)
     check_unseen(unseen)
-    if counting == "reference" and scope != "row":
-        raise ValueError(f"`counting='reference'` counts in rows, got `scope` {scope!r}.")
+    if counting == "wanda" and scope != "row":
+        raise ValueError(f"`counting='wanda'` counts in rows, got `scope` {scope!r}.")
     entries = calibrated_leaves(params, statistics, needs="squared_sum", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, entries, pattern)
     if scope == "global":
         masks = _global_masks(entries, shares, pattern, unseen)
     else:
-        of_leaf = _reference_mask if counting == "reference" and not isinstance(pattern, NOfM) else _mask
+        of_leaf = _reference_mask if counting == "wanda" and not isinstance(pattern, NOfM) else _mask
         masks = {e.path: of_leaf(e, shares[e.path], scope=scope, pattern=pattern, unseen=unseen) for e in entries}
     leaves = {e.path: jnp.where(masks[e.path], e.weight, jnp.zeros((), e.weight.dtype)) for e in entries}
     info = {name: figures for e in entries for name, figures in _infos(e, leaves[e.path]).items()}

@@ -82,7 +82,7 @@ def fisher_sensitivity(
     return _table(params, specs, loss, select=select, layouts=layouts)
 
 
-def measured_sensitivity(
+def loss_sensitivity(
     loss: Callable[[Params, Any], jax.Array],
     params: Params,
     batches: Sequence[Any],
@@ -113,7 +113,7 @@ def measured_sensitivity(
         >>> params = {"a": jnp.array([[1.0], [0.3]]), "b": jnp.array([[1.0], [0.3]])}
         >>> def loss(p, x):
         ...     return jnp.sum((p["a"] - params["a"]) ** 2) + 9 * jnp.sum((p["b"] - params["b"]) ** 2)
-        >>> found = measured_sensitivity(loss, params, [0.0], [QuantSpec(bits=2), QuantSpec(bits=8)])
+        >>> found = loss_sensitivity(loss, params, [0.0], [QuantSpec(bits=2), QuantSpec(bits=8)])
         >>> found.losses["a"].round(2).tolist(), found.losses["b"].round(2).tolist()
         ([0.2, 0.0], [1.81, 0.0])
     """
@@ -133,7 +133,7 @@ def allocate_bits(
     sensitivity: FormatSensitivity,
     *,
     mean_bits: float | None = None,
-    size: int | None = None,
+    total_bytes: int | None = None,
     counted: Counted = "stored",
 ) -> Params:
     """The format of each leaf with the least sum of losses under a budget, exactly (`solvers.cheapest_choice`).
@@ -143,14 +143,14 @@ def allocate_bits(
     Args:
         sensitivity: the table.
         mean_bits: bits per weight over all leaves of the table, at most.
-        size: bytes of them together, at most; stored ones.
+        total_bytes: bytes of them together, at most; stored ones.
         counted: what `mean_bits` counts.
 
     Returns:
         A partial tree of `QuantSpec`; see `quantize_each`.
 
     Raises:
-        ValueError: not one of `mean_bits` and `size`; a budget below the smallest formats.
+        ValueError: not one of `mean_bits` and `total_bytes`; a budget below the smallest formats.
 
     Example:
         >>> params = {"a": jnp.array([[1.0], [0.3]]), "b": jnp.array([[1.0], [0.3]])}
@@ -163,8 +163,8 @@ def allocate_bits(
     References:
         NVIDIA Model Optimizer's AutoQuantize states the same problem; here it is solved exactly.
     """
-    if (mean_bits is None) == (size is None):
-        raise ValueError(f"Give one of `mean_bits` and `size`, got {mean_bits} and {size}.")
+    if (mean_bits is None) == (total_bytes is None):
+        raise ValueError(f"Give one of `mean_bits` and `total_bytes`, got {mean_bits} and {total_bytes}.")
     if counted not in get_args(Counted):
         raise ValueError(f"`counted` must be one of {get_args(Counted)}, got {counted!r}.")
     paths = [path for path, _ in leaves_with_paths(sensitivity.losses)]
@@ -175,11 +175,11 @@ def allocate_bits(
     costs = stored
     if mean_bits is not None and counted == "codes":
         costs = [np.array([count * spec.bits for spec in sensitivity.specs]) for count in sizes]
-    budget = 8 * size if size is not None else math.floor((mean_bits or 0.0) * sum(sizes))
+    budget = 8 * total_bytes if total_bytes is not None else math.floor((mean_bits or 0.0) * sum(sizes))
     least = int(sum(min(cost) for cost in costs))
     if least > budget:
-        found = f"`size` is {size} bytes" if size is not None else f"`mean_bits` is {mean_bits}"
-        need = f"{-(-least // 8)} bytes" if size is not None else f"{least / sum(sizes):.4g} bits per weight"
+        found = f"`total_bytes` is {total_bytes}" if total_bytes is not None else f"`mean_bits` is {mean_bits}"
+        need = f"{-(-least // 8)} bytes" if total_bytes is not None else f"{least / sum(sizes):.4g} bits per weight"
         raise ValueError(f"{found}, but the smallest formats of the table need {need} ({counted!r}).")
     options = dict(zip(paths, cheapest_choice(costs, losses, budget).options, strict=True))
     return map_selected(lambda path, _: sensitivity.specs[options[path]], sensitivity.sizes)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.quantization.gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
+from jaxcompress._src.quantization.gptq_matrix import GroupScales, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress._src.quantization.leaf_matrix import (
     MATRIX,
     check_blocks,
@@ -41,8 +41,8 @@ def gptq(
     spec: QuantSpec,
     *,
     order: Order = "activation",
-    groups: Groups = "static",
-    ranges: RangeSearch | None = BEST_RANGES,
+    group_scales: GroupScales = "static",
+    range_search: RangeSearch | None = BEST_RANGES,
     refine: int = 2,
     ridge: float = 0.1,
     damping: float = 0.01,
@@ -68,9 +68,9 @@ def gptq(
         statistics: from `calibration.input_statistics`, with "gram".
         spec: bits, granularity, variant.
         order: "activation" begins with the inputs of most energy (act-order); what is stored does not change.
-        groups: "static": all scales come from the weights as they were. "updated": those of a group from the weights as
-            they are when it begins, in natural order only. Without groups there is no difference.
-        ranges: how to search for scales; None: by the extreme values, as published.
+        group_scales: "static": all scales come from the weights as they were. "updated": those of a group from the
+            weights as they are when it begins, in natural order only. Without groups there is no difference.
+        range_search: how to search for scales; None: by the extreme values, as published.
         refine: rounds of least-squares scales and coordinate descent of the codes behind it; no output gets worse on
             the calibration rows. 0: none, as published. Without both, 2-bit codes lose about twice as much.
         ridge: how much T is held to W, at least 0; the rows must tell more than noise about it. Without `cross`,
@@ -104,7 +104,7 @@ def gptq(
     References:
         Frantar et al. 2022, "GPTQ: accurate post-training quantization for generative pre-trained transformers".
     """
-    rule = Rule(spec, order, groups, ranges, refine, block_size)
+    rule = Rule(spec, order, group_scales, range_search, refine, block_size)
     check_rule(rule, damping, ridge)
     check_unseen(unseen)
     entries = calibrated_leaves_and_tables(params, statistics, needs="gram", select=select, layouts=layouts)
@@ -112,7 +112,7 @@ def gptq(
     for entry in fitting(entries, spec, select):
         check_blocks(entry, spec)
         if isinstance(entry, TableLeaf):
-            leaves[entry.path], info = _nearest_table(entry, spec, ranges)
+            leaves[entry.path], info = _nearest_table(entry, spec, range_search)
         else:
             leaves[entry.path], info = _quantize(entry, ridge, damping, unseen, rule)
             unseen_inputs[entry.path] = entry.unseen
@@ -158,7 +158,7 @@ def _solve(
 
 
 def _nearest_table(
-    table: TableLeaf, spec: QuantSpec, ranges: RangeSearch | None
+    table: TableLeaf, spec: QuantSpec, range_search: RangeSearch | None
 ) -> tuple[Any, dict[str, RoundingInfo]]:
     """Rounds a table to nearest; scales that several rows share suit the rows that are looked up most.
 
@@ -168,21 +168,21 @@ def _nearest_table(
     Args:
         table: the leaf.
         spec: of the codes.
-        ranges: how to search for scales.
+        range_search: how to search for scales.
     """
     matrix = with_whole_groups(table, table.matrices, spec, 1)
-    scale, zero_point, codes, before, after = _nearest_rows(matrix[0], table.counts.rows, spec, ranges)
+    scale, zero_point, codes, before, after = _nearest_rows(matrix[0], table.counts.rows, spec, range_search)
     zero_point = None if zero_point is None else zero_point[None]
     leaf = stored(table, codes[None], scale[None], zero_point, spec)
     errors = {"error_before": before[None], "error": after[None]}
     return leaf, entry_infos(table, functools.partial(RoundingInfo.of, leaf), errors=errors)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "ranges"))
+@functools.partial(jax.jit, static_argnames=("spec", "range_search"))
 def _nearest_rows(
-    w: Float32[Array, "D R"], counts: Float[Array, " R"], spec: QuantSpec, ranges: RangeSearch | None
+    w: Float32[Array, "D R"], counts: Float[Array, " R"], spec: QuantSpec, range_search: RangeSearch | None
 ) -> Any:
-    scale, zero_point = searched_scales(w, spec, MATRIX, ranges, jnp.where(counts > 0, counts, 1e-3)[None])
+    scale, zero_point = searched_scales(w, spec, MATRIX, range_search, jnp.where(counts > 0, counts, 1e-3)[None])
     plain = searched_scales(w, spec, MATRIX, None)
     unit = unit_of(w)
     total = jnp.sum(counts * jnp.square(w / unit).sum(axis=0))

@@ -24,7 +24,7 @@ from jaxcompress._src.solvers.outputs import not_worse, unit_of
 Order = Literal["natural", "activation"]
 """In which order the inputs of a leaf are rounded: as they are stored, or those of most energy first."""
 
-Groups = Literal["static", "updated"]
+GroupScales = Literal["static", "updated"]
 """Scales from the weights as they were, or as they are when their group begins.
 
 Updated weights carry the errors of those before them, and their ranges grow: with symmetric codes of 2 bits the model
@@ -40,8 +40,8 @@ class Rule(NamedTuple):
 
     spec: QuantSpec
     order: Order = "activation"
-    groups: Groups = "static"
-    ranges: RangeSearch | None = None
+    group_scales: GroupScales = "static"
+    range_search: RangeSearch | None = None
     refine: int = 0
     block_size: int = 128
 
@@ -61,10 +61,10 @@ def check_rule(rule: Rule, damping: float, ridge: float) -> None:
     """Raises for options that are out of range, or exclude each other."""
     if rule.order not in get_args(Order):
         raise ValueError(f"`order` must be one of {get_args(Order)}, got {rule.order!r}.")
-    if rule.groups not in get_args(Groups):
-        raise ValueError(f"`groups` must be one of {get_args(Groups)}, got {rule.groups!r}.")
-    if (rule.order, rule.groups) == ("activation", "updated"):
-        raise ValueError("`groups='updated'` needs `order='natural'`: otherwise no group is finished as a whole.")
+    if rule.group_scales not in get_args(GroupScales):
+        raise ValueError(f"`group_scales` must be one of {get_args(GroupScales)}, got {rule.group_scales!r}.")
+    if (rule.order, rule.group_scales) == ("activation", "updated"):
+        raise ValueError("`group_scales='updated'` needs `order='natural'`: otherwise no group is finished as a whole.")
     check_damping(damping, ridge)
     if rule.block_size < 1 or rule.refine < 0:
         raise ValueError(
@@ -85,10 +85,10 @@ def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], 
     by_energy = rule.order == "activation"
     order = jnp.argsort(-importance, stable=True) if by_energy else jnp.arange(len(importance))
     factor = inverse_factor(hessian[order][:, order], damping)
-    if rule.groups == "updated" and spec.group_size is not None:
+    if rule.group_scales == "updated" and spec.group_size is not None:
         weights, (scale, zero_point) = _with_updated_groups(targets, factor.factor, importance, rule)
     else:
-        scale, zero_point = searched_scales(targets, spec, MATRIX, rule.ranges, importance[:, None])
+        scale, zero_point = searched_scales(targets, spec, MATRIX, rule.range_search, importance[:, None])
         column = _round_input(scale, zero_point, targets.shape[0], spec)
         found = solve_columns(
             targets[order],
@@ -178,14 +178,14 @@ def _with_updated_groups(
 
     def start(w: Any, first: Any) -> Any:
         own = jax.lax.dynamic_slice_in_dim(importance, first, size)[:, None]
-        scale, zero_point = searched_scales(w, spec, MATRIX, rule.ranges, own)
+        scale, zero_point = searched_scales(w, spec, MATRIX, rule.range_search, own)
         return scale[0], None if zero_point is None else jnp.broadcast_to(zero_point, scale.shape)[0]
 
     def column(w: Any, parameters: Any, _: Any) -> Any:
         scale, zero_point = parameters
         return rounded(w[None], scale[None], None if zero_point is None else zero_point[None], spec)[0]
 
-    # Groups beyond a block must be a multiple of it.
+    # GroupScales beyond a block must be a multiple of it.
     block = rule.block_size
     if size >= block:
         block = max(part for part in range(1, block + 1) if size % part == 0)

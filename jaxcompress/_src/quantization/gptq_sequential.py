@@ -7,7 +7,7 @@ from typing import Any
 from jaxcompress._src.calibration.sequential import sequential
 from jaxcompress._src.quantization.blocks import PARTIAL
 from jaxcompress._src.quantization.gptq import gptq
-from jaxcompress._src.quantization.gptq_matrix import Groups, Order
+from jaxcompress._src.quantization.gptq_matrix import GroupScales, Order
 from jaxcompress._src.quantization.range_search import BEST_RANGES, RangeSearch
 from jaxcompress._src.quantization.rounding_info import RoundingInfo
 from jaxcompress._src.quantization.spec import QuantSpec
@@ -27,8 +27,8 @@ def gptq_sequential(
     together: Callable[[str], Any] | None = None,
     dense_inputs: bool = True,
     order: Order = "activation",
-    groups: Groups = "static",
-    ranges: RangeSearch | None = BEST_RANGES,
+    group_scales: GroupScales = "static",
+    range_search: RangeSearch | None = BEST_RANGES,
     refine: int = 2,
     ridge: float = 0.1,
     damping: float = 0.01,
@@ -55,8 +55,8 @@ def gptq_sequential(
         dense_inputs: aim at what the kernel writes in the dense model. False, as in the published tools: at what the
             dense weights write on the inputs at hand, which makes up for nothing, and often gains nothing over `gptq`.
         order: as for `gptq`.
-        groups: as for `gptq`.
-        ranges: as for `gptq`.
+        group_scales: as for `gptq`.
+        range_search: as for `gptq`.
         refine: as for `gptq`.
         ridge: as for `gptq`; for `dense_inputs` only. Targets that are hardly held fit the noise of the calibration
             rows. MiniLM (2 bits, asymmetric, groups of 32, 128 film reviews, 3 seeds) has errors of the vector of .441
@@ -92,8 +92,8 @@ def gptq_sequential(
         gptq,
         spec=spec,
         order=order,
-        groups=groups,
-        ranges=ranges,
+        group_scales=group_scales,
+        range_search=range_search,
         refine=refine,
         ridge=ridge,
         damping=damping,

@@ -17,7 +17,7 @@ from jaxcompress._src.calibration.statistics import InputStatistics, LookupCount
 from jaxcompress._src.quantization.entropy import entropy_clip
 from jaxcompress._src.quantization.inputs import InputRange, check_input_spec
 from jaxcompress._src.quantization.learned import highest_step
-from jaxcompress._src.quantization.lsq import Start
+from jaxcompress._src.quantization.lsq import InitialScales
 from jaxcompress._src.quantization.ranges import GRID
 from jaxcompress._src.quantization.rounding import round_to_codes
 from jaxcompress._src.quantization.scales import range_scales
@@ -33,10 +33,10 @@ def input_ranges(
     batches: Iterable[Any],
     spec: QuantSpec,
     *,
-    select: Selector | None = None,
     row_mask: Callable[..., Any] | None = None,
     momentum: float | None = None,
-    start: Start = "range",
+    initial_scales: InitialScales = "range",
+    select: Selector | None = None,
 ) -> Params:
     """The range of what each weight is multiplied with, by the range rule of a spec.
 
@@ -51,11 +51,11 @@ def input_ranges(
         params: plain or compressed.
         batches: tuples of inputs.
         spec: of the inputs; `per_tensor`.
-        select: which leaves; by default every one that is multiplied.
         row_mask: as in `calibration.input_statistics`, so that padding does not count.
         momentum: m in [0, 1): a running range instead, r <- m r + (1 - m) r_batch, beginning with the first batch.
             None: one range of all values.
-        start: "mean" gives 2 mean|x| / sqrt(Q_P) instead, where LSQ begins; for symmetric specs.
+        initial_scales: "mean" gives 2 mean|x| / sqrt(Q_P) instead, where LSQ begins; for symmetric specs.
+        select: which leaves; by default every one that is multiplied.
 
     Returns:
         A partial tree of `InputRange`, for `quantize_inputs` and, as `statistics`, for `lsq_inputs` and `pact_inputs`.
@@ -76,10 +76,10 @@ def input_ranges(
     check_input_spec(spec, static=True)
     if momentum is not None and not 0 <= momentum < 1:
         raise ValueError(f"`momentum` must be in [0, 1), got {momentum}.")
-    if start == "mean" and not spec.symmetric:
-        raise ValueError("`start` 'mean' is for symmetric specs; take 'range'.")
+    if initial_scales == "mean" and not spec.symmetric:
+        raise ValueError("`initial_scales` 'mean' is for symmetric specs; take 'range'.")
     gather = {"select": select, "row_mask": row_mask, "statistics": ("histogram",)}
-    find = functools.partial(_ends, spec=spec, start=start)
+    find = functools.partial(_ends, spec=spec, initial_scales=initial_scales)
     if momentum is None:
         ends = _of_leaves(find, input_statistics(apply, params, batches, **gather))
     else:
@@ -112,11 +112,11 @@ def _filled(ends: Array) -> tuple[Array, Array]:
     return jnp.where(jnp.isnan(low), jnp.nanmin(low), low), jnp.where(jnp.isnan(high), jnp.nanmax(high), high)
 
 
-def _ends(histogram: Histogram, *, spec: QuantSpec, start: Start) -> Array:
+def _ends(histogram: Histogram, *, spec: QuantSpec, initial_scales: InitialScales) -> Array:
     """(2, stack...): the lowest and the highest value of the range, for each stack entry; NaN without any value."""
     stack = histogram.lowest.shape
     parts = [np.asarray(part, np.float64).reshape(math.prod(stack), -1) for part in _parts(histogram)]
-    found = [_entry_ends(*entry, spec=spec, start=start) for entry in zip(*parts, strict=True)]
+    found = [_entry_ends(*entry, spec=spec, initial_scales=initial_scales) for entry in zip(*parts, strict=True)]
     return jnp.asarray(np.array(found).T.reshape(2, *stack), jnp.float32)
 
 
@@ -125,14 +125,20 @@ def _parts(histogram: Histogram) -> list[Any]:
 
 
 def _entry_ends(
-    counts: np.ndarray, limit: np.ndarray, lowest: np.ndarray, highest: np.ndarray, *, spec: QuantSpec, start: Start
+    counts: np.ndarray,
+    limit: np.ndarray,
+    lowest: np.ndarray,
+    highest: np.ndarray,
+    *,
+    spec: QuantSpec,
+    initial_scales: InitialScales,
 ) -> tuple[float, float]:
     low, high, half = float(lowest[0]), float(highest[0]), len(counts) // 2
     if not counts.any():
         return math.nan, math.nan
     edges = np.linspace(-limit[0], limit[0], len(counts) + 1)
     sizes, upper = counts[half:] + counts[:half][::-1], edges[half + 1 :]
-    if start == "mean":
+    if initial_scales == "mean":
         mean = float(sizes @ (upper - upper[0] / 2)) / max(sizes.sum(), 1)
         clip = 2 * mean / math.sqrt(highest_step(spec)) * highest_step(spec)
     elif spec.range_rule == "entropy":
@@ -150,7 +156,7 @@ def _entry_ends(
     else:
         return low, high
     # "mean" is a rule for the scale, and may lie beyond the largest value.
-    return (-clip, clip) if start == "mean" else (max(low, -clip), min(high, clip))
+    return (-clip, clip) if initial_scales == "mean" else (max(low, -clip), min(high, clip))
 
 
 def _quantile(counts: np.ndarray, upper: np.ndarray, share: float) -> float:

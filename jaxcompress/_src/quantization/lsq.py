@@ -24,7 +24,7 @@ from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.unselected import Unselected, is_unselected, map_selected
 from jaxcompress._src.types import Params, Selector, Transform, TransformState, exportable, plain
 
-Start = Literal["mean", "range"]
+InitialScales = Literal["mean", "range"]
 
 
 @exportable
@@ -42,7 +42,11 @@ class LearnedSteps(NamedTuple):
 
 @transform_on_auto_axes
 def lsq(
-    spec: QuantSpec, *, select: Selector | None = None, layouts: Params | None = None, start: Start = "range"
+    spec: QuantSpec,
+    *,
+    initial_scales: InitialScales = "range",
+    select: Selector | None = None,
+    layouts: Params | None = None,
 ) -> Transform:
     """Trains with rounded weights whose scales (and zero points) are trained too, and stores them in the end.
 
@@ -52,17 +56,18 @@ def lsq(
 
     Args:
         spec: any format with scales; LSQ's own codes for b bits are `convention="full"`.
+        initial_scales: "range": those of `block_scales` (set `range_rule="mse"` for few bits); "mean":
+            2 mean|w| / sqrt(Q_P), as in LSQ's paper, for symmetric integers.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
-        start: where scales begin: "range", at those of `block_scales` (set `range_rule="mse"` for few bits); "mean",
-            at 2 mean|w| / sqrt(Q_P), as in LSQ's paper, for symmetric integers.
 
     Returns:
         The transform. Its trainable state is `LearnedSteps`; it needs a `transform_optimizer`. Adam moves a scale by
         its rate at every step: take one far below a typical scale, and another one for zero points, which count codes.
 
     Raises:
-        ValueError: a `start` that the format does not have, or fixed point; from `init` and `finalize`: as `quantize`.
+        ValueError: `initial_scales` that the format does not have, or fixed point; from `init` and `finalize`: as
+            `quantize`.
 
     Example:
         >>> import jax
@@ -75,21 +80,23 @@ def lsq(
     References:
         Esser et al., "Learned step size quantization", 2020; Bhalgat et al., "LSQ+", 2020.
     """
-    if start not in get_args(Start):
-        raise ValueError(f"`start` must be one of {get_args(Start)}, got {start!r}.")
+    if initial_scales not in get_args(InitialScales):
+        raise ValueError(f"`initial_scales` must be one of {get_args(InitialScales)}, got {initial_scales!r}.")
     if spec.format == "fixed_point":
         raise ValueError("Fixed point has no scale to learn; take `quantization_aware`.")
     if spec.partial_groups:
         raise ValueError("Steps are learned for whole groups only: leave `partial_groups` at False.")
-    if start == "mean" and (spec.format != "int" or not spec.signed):
-        raise ValueError(f"`start` 'mean' is for symmetric integers; with {spec} take 'range'.")
+    if initial_scales == "mean" and (spec.format != "int" or not spec.signed):
+        raise ValueError(f"`initial_scales` 'mean' is for symmetric integers; with {spec} take 'range'.")
 
     def chosen(params: Params) -> Params:
         return weight_layouts(params, select=select, layouts=layouts, spec=spec)
 
     def init(params: Params, *, key: Any, statistics: Any = None) -> TransformState:
         del key, statistics
-        pairs = map_selected(lambda path, layout, leaf: _start(path, layout, leaf, spec, start), chosen(params), params)
+        pairs = map_selected(
+            lambda path, layout, leaf: _start(path, layout, leaf, spec, initial_scales), chosen(params), params
+        )
         scales = map_selected(lambda _, pair: pair.scale.astype(jnp.float32), pairs)
         zero_points = map_selected(lambda _, pair: pair.learned_zero_point, pairs)
         return TransformState(LearnedSteps(scales, zero_points), ())
@@ -137,10 +144,10 @@ class _Pair:
         return self.zero_point.astype(jnp.float32)
 
 
-def _start(path: str, layout: LeafLayout, leaf: Any, spec: QuantSpec, start: Start) -> _Pair:
+def _start(path: str, layout: LeafLayout, leaf: Any, spec: QuantSpec, initial_scales: InitialScales) -> _Pair:
     dense = jnp.asarray(plain(leaf))
     check_finite(path, dense)
-    if start == "range":
+    if initial_scales == "range":
         scale, zero_point = jax.jit(block_scales, static_argnums=(1, 2))(dense, spec, axes_of(layout))
         return _Pair(jnp.where(scale.astype(jnp.float32) > 0, scale, jnp.ones_like(scale)), zero_point)
     shape = scale_shape(dense.shape, spec, layout)

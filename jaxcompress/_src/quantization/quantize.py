@@ -69,9 +69,9 @@ def fake_quantize(
     params: Params,
     spec: QuantSpec,
     *,
+    bits: Any = None,
     select: Selector | None = None,
     layouts: Params | None = None,
-    bits: Any = None,
 ) -> Params:
     """The values of the selected leaves after quantization, with straight-through gradients; for use inside a loss.
 
@@ -81,9 +81,9 @@ def fake_quantize(
     Args:
         params: the tree.
         spec: format, granularity, range.
+        bits: of integers, where they are traced; see `fake_quantize_array`.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
-        bits: of integers, where they are traced; see `fake_quantize_array`.
 
     Returns:
         A tree of the same logical shapes and dtypes.

@@ -24,12 +24,12 @@ class RangeSearch:
     """A grid of ranges for every block; the one of least Σ m |w - q(w)|^norm is taken, the widest among equal ones.
 
     Attributes:
-        steps: number of shares p = 1, 1 - shrink/steps, ... that the extreme values are multiplied by.
+        grid_size: number of shares p = 1, 1 - shrink/grid_size, ... that the extreme values are multiplied by.
         shrink: the range is cut by less than this.
         norm: 2 for squares; GPTQ's code uses 2.4.
         weighted: m is the mean square of the weight's input (where statistics are at hand), else 1.
-        two_sided: both ends of the range have shares of their own: steps² ranges. Symmetric codes, whose range has one
-            end only, get 2 steps instead.
+        two_sided: both ends of the range have shares of their own: grid_size² ranges. Symmetric codes, whose range has
+            one end only, get a grid of twice the size instead.
 
     Raises:
         ValueError: an attribute is out of range.
@@ -42,21 +42,21 @@ class RangeSearch:
         0.32
     """
 
-    steps: int = 80
+    grid_size: int = 80
     shrink: float = 0.8
     norm: float = 2.4
     weighted: bool = False
     two_sided: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 < self.shrink <= 1 or not self.norm > 0:
+        if self.grid_size < 1 or not 0 < self.shrink <= 1 or not self.norm > 0:
             raise ValueError(
-                f"`steps` must be at least 1, `shrink` in (0, 1] and `norm` positive, got {self.steps}, {self.shrink} "
-                f"and {self.norm}."
+                f"`grid_size` must be at least 1, `shrink` in (0, 1] and `norm` positive, got {self.grid_size}, "
+                f"{self.shrink} and {self.norm}."
             )
 
 
-BEST_RANGES = RangeSearch(steps=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
+BEST_RANGES = RangeSearch(grid_size=8, shrink=0.64, norm=2.0, weighted=True, two_sided=True)
 """Both ends of every range, weighted by the inputs."""
 
 
@@ -82,7 +82,7 @@ def searched_scales(
     if search is None or spec.bits == 1:
         return block_scales(w, spec, layout)
     both = search.two_sided and not spec.symmetric
-    steps = search.steps * (2 if search.two_sided and not both else 1)
+    steps = search.grid_size * (2 if search.two_sided and not both else 1)
     shares = 1 - search.shrink * jnp.arange(steps) / steps
     pairs = jnp.stack([shares, shares], axis=1)
     if both:

@@ -18,7 +18,7 @@ from jaxcompress._src.calibration.moments import Moments, flat_weights, moments,
 from jaxcompress._src.calibration.pause import side_by_side, stops
 from jaxcompress._src.calibration.site import LeafPart, Site
 from jaxcompress._src.quantization.blocks import PARTIAL, cut
-from jaxcompress._src.quantization.gptq_matrix import Groups, Order, Rule, Solved, check_rule, gptq_matrix
+from jaxcompress._src.quantization.gptq_matrix import GroupScales, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress._src.quantization.leaf_matrix import (
     check_blocks,
     plain_kernels,
@@ -49,8 +49,8 @@ def reconstruct(
     spec: QuantSpec | Callable[[str], QuantSpec],
     *,
     order: Order = "activation",
-    groups: Groups = "static",
-    ranges: RangeSearch | None = BEST_RANGES,
+    group_scales: GroupScales = "static",
+    range_search: RangeSearch | None = BEST_RANGES,
     refine: int = 2,
     targets: Targets = "dense",
     ridge: float = 0.1,
@@ -81,11 +81,11 @@ def reconstruct(
             for all of them, twice.
         spec: bits, granularity, variant; or a function of the path.
         order: as for `gptq`.
-        groups: as for `gptq`.
-        ranges: as for `gptq`.
+        group_scales: as for `gptq`.
+        range_search: as for `gptq`.
         refine: as for `gptq`.
         targets: "dense": T as above. "weights": T = W, which is GPTQ as published, in sequence; without `refine`,
-            `ranges` and `bias`, exactly so.
+            `range_search` and `bias`, exactly so.
         ridge: how much T is held to W; the rows must tell more than noise about it. MiniLM (2 bits, asymmetric, groups
             of 32, 128 film reviews, 3 seeds) has sentence-vector errors of .407 on other film reviews and .566 on news
             with .1, .399 and .555 with .3; the KL of its classes is .018 and .022, .018 and .025.
@@ -124,7 +124,10 @@ def reconstruct(
     _check(kept, targets)
     check_unseen(unseen)
     kernels, uses, left = _kernels(apply, params, kept[0], select)
-    rules = {path: Rule(spec(path) if callable(spec) else spec, order, groups, ranges, refine) for path in kernels}
+    rules = {
+        path: Rule(spec(path) if callable(spec) else spec, order, group_scales, range_search, refine)
+        for path in kernels
+    }
     places = {path: (kernel.weight.shape, kernel.layout) for path, kernel in kernels.items()}
     rest = misfits(places, lambda path, shape, layout: cut(shape, rules[path].spec, layout), select, advice=PARTIAL)
     for path in rest:

@@ -33,13 +33,13 @@ from jaxcompress._src.weights.infos import entry_infos
 from jaxcompress._src.weights.matrices import CalibratedLeaf, calibrated_leaves, checked_weight
 from jaxcompress._src.weights.unseen import fill_unseen, warn_unseen
 
-CLIP = RangeSearch(steps=10, shrink=0.5, norm=2.0, weighted=True)
+CLIP = RangeSearch(grid_size=10, shrink=0.5, norm=2.0, weighted=True)
 """AWQ's search for ranges: ten of them, down to a half."""
 
 
 @on_auto_axes
 def smooth(
-    params: Params, statistics: Params, folds: Sequence[Fold], *, strength: float = 0.5
+    params: Params, statistics: Params, folds: Sequence[Fold], *, alpha: float = 0.5
 ) -> tuple[Params, dict[str, jax.Array]]:
     """SmoothQuant: the inputs of some kernels are divided, and their weights multiplied, by s_j for each feature j.
 
@@ -52,13 +52,13 @@ def smooth(
         params: the tree; plain leaves.
         statistics: from `calibration.input_statistics`, with "absolute_max", for one consumer of each fold at least.
         folds: from `trace.folds`: where that is possible.
-        strength: α, in [0, 1].
+        alpha: α, the share of the difficulty that moves into the weights, in [0, 1].
 
     Returns:
         `(params, factors)`: s by the paths of the consumers, (D,), or (*stack, D) with the outermost scan first.
 
     Raises:
-        ValueError: `strength` out of range; no folds; a fold without statistics, or with those of another width or
+        ValueError: `alpha` out of range; no folds; a fold without statistics, or with those of another width or
             stack or with NaN; a leaf with NaN: names it.
 
     Example:
@@ -75,8 +75,8 @@ def smooth(
         Xiao et al. 2023, "SmoothQuant: accurate and efficient post-training quantization for large language models",
         equation 4.
     """
-    if not 0 <= strength <= 1:
-        raise ValueError(f"`strength` must be in [0, 1], got {strength}.")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"`alpha` must be in [0, 1], got {alpha}.")
     if not folds:
         raise ValueError("`folds` is empty: no factor can be moved in this model.")
     leaves, factors = leaves_by_path(params), {}
@@ -85,7 +85,7 @@ def smooth(
         largest = fold_statistic(fold, statistics, "absolute_max", leaves)
         weights = [jnp.abs(matrix).max(axis=2).astype(jnp.float32) for matrix in plain]
         of_weights = functools.reduce(jnp.maximum, weights)
-        factor = _floored(largest) ** strength / _floored(of_weights) ** (1 - strength)
+        factor = _floored(largest) ** alpha / _floored(of_weights) ** (1 - alpha)
         factors |= {place.path: by_stack(factor, leaves[place.path], place) for place in fold.consumers}
         leaves |= moved(fold, leaves, factor)
     return with_leaves(params, leaves), factors
@@ -98,14 +98,14 @@ def awq(
     spec: QuantSpec,
     *,
     folds: Sequence[Fold] = (),
-    steps: int = 20,
-    ranges: RangeSearch | None = CLIP,
+    grid_size: int = 20,
+    range_search: RangeSearch | None = CLIP,
     select: Selector | None = None,
     layouts: Params | None = None,
 ) -> tuple[Params, dict[str, RoundingInfo]]:
     """AWQ: features with large inputs get finer steps, by factors that are moved into the leaves before them.
 
-    For each fold, s_j = mean|x_j|^r / sqrt(max · min), r = 0, 1/steps, ...: the r of the least output error of all
+    For each fold, s_j = mean|x_j|^r / sqrt(max · min), r = 0, 1/grid_size, ...: the r of the least output error of all
     consumers together, ||X W - X q(s W) / s||², measured by XᵀX. Then the ranges are searched for, weighted by the
     inputs, and the weights rounded to nearest. Leaves without a fold get the search for ranges alone. Each entry of
     stacked layers (`nn.scan`) has an r of its own.
@@ -115,8 +115,8 @@ def awq(
         statistics: from `calibration.input_statistics`, with "gram" and "absolute_sum".
         spec: bits, granularity, variant.
         folds: from `trace.folds`.
-        steps: number of exponents r.
-        ranges: the search; None: the extreme values.
+        grid_size: number of exponents r.
+        range_search: the search; None: the extreme values.
         select: which leaves are rounded; by default all that have statistics of contracted inputs.
         layouts: from `trace.layouts`; needed where kernels are not (in..., out).
 
@@ -125,7 +125,7 @@ def awq(
         path (`path[i]` for each entry of a stack).
 
     Raises:
-        ValueError: `steps` below 1; as `gptq` for leaves and statistics.
+        ValueError: `grid_size` below 1; as `gptq` for leaves and statistics.
 
     Example:
         >>> from jaxcompress.calibration import input_statistics
@@ -139,8 +139,8 @@ def awq(
     References:
         Lin et al. 2024, "AWQ: activation-aware weight quantization for on-device LLM compression and acceleration".
     """
-    if steps < 1:
-        raise ValueError(f"`steps` must be at least 1, got {steps}.")
+    if grid_size < 1:
+        raise ValueError(f"`grid_size` must be at least 1, got {grid_size}.")
     calibrated = calibrated_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
     by_path = {entry.path: entry for entry in fitting(calibrated, spec, select)}
     for entry in by_path.values():
@@ -151,12 +151,12 @@ def awq(
         stacks = [entry.stack == sizes(entry.weight, place)[0] for entry, place in own]
         if len(own) != len(fold.consumers) or not all(stacks):
             continue
-        factor = _best_factor(own, fold_statistic(fold, statistics, "absolute_mean", leaves), spec, steps)
+        factor = _best_factor(own, fold_statistic(fold, statistics, "absolute_mean", leaves), spec, grid_size)
         leaves |= moved(fold, leaves, factor)
         factors |= {entry.path: as_matrix_inputs(factor, entry.weight, place) for entry, place in own}
     info = {}
     for path, entry in by_path.items():
-        leaves[path], own = _rounded_leaf(entry, leaves[path], factors.get(path), spec, ranges)
+        leaves[path], own = _rounded_leaf(entry, leaves[path], factors.get(path), spec, range_search)
         info |= own
     warn_unseen({path: entry.unseen for path, entry in by_path.items()}, FALLBACKS["keep"])
     return with_leaves(params, leaves), info
@@ -169,12 +169,12 @@ def _floored(largest: Float[Array, "S D"]) -> Float[Array, "S D"]:
 
 
 def _best_factor(
-    own: Sequence[tuple[CalibratedLeaf, FoldedLeaf]], mean: Float[Array, "S D"], spec: QuantSpec, steps: int
+    own: Sequence[tuple[CalibratedLeaf, FoldedLeaf]], mean: Float[Array, "S D"], spec: QuantSpec, grid_size: int
 ) -> Float32[Array, "S D"]:
     candidates, losses = [], []
     # One for all consumers, whose losses are added.
     unit = functools.reduce(jnp.maximum, [unit_of(entry.weight) for entry, _ in own])
-    for r in np.arange(steps, dtype=np.float32) / steps:
+    for r in np.arange(grid_size, dtype=np.float32) / grid_size:
         factor = jnp.maximum(mean, 1e-4) ** r
         factor = factor / jnp.sqrt(factor.max(axis=1, keepdims=True) * factor.min(axis=1, keepdims=True))
         lost = [
@@ -212,7 +212,7 @@ def _lost(
 
 
 def _rounded_leaf(
-    entry: CalibratedLeaf, leaf: Any, factor: Any, spec: QuantSpec, ranges: RangeSearch | None
+    entry: CalibratedLeaf, leaf: Any, factor: Any, spec: QuantSpec, range_search: RangeSearch | None
 ) -> tuple[Any, dict[str, RoundingInfo]]:
     gram = entry.gram
     # What reaches the leaf now has been divided.
@@ -224,25 +224,25 @@ def _rounded_leaf(
     weights, dense, importance = (with_whole_groups(entry, x, spec, 1) for x in (weights, dense, importance))
     gram, own = (with_whole_groups(entry, x, spec, 1, 2) for x in (gram, own))
     groups = entry.layout.groups
-    codes, scale, zero_point, error = _nearest(weights, own, importance, spec, ranges, groups)
+    codes, scale, zero_point, error = _nearest(weights, own, importance, spec, range_search, groups)
     before = _nearest(dense, gram, importance, spec, None, groups)[-1]
     small = stored(entry, codes, scale, zero_point, spec)
     errors = {"error_before": before, "error": error}
     return small, entry_infos(entry, functools.partial(RoundingInfo.of, small), errors=errors, unseen=entry.unseen)
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "ranges", "groups"))
+@functools.partial(jax.jit, static_argnames=("spec", "range_search", "groups"))
 def _nearest(
     weights: Float32[Array, "S D R"],
     gram: Float[Array, "S D D"],
     importance: Float[Array, "S D"],
     spec: QuantSpec,
-    ranges: Any,
+    range_search: Any,
     groups: int,
 ) -> Any:
     def one(parts: Any) -> Any:
         w, counts = parts
-        scale, zero_point = searched_scales(w, spec, MATRIX, ranges, counts[:, None])
+        scale, zero_point = searched_scales(w, spec, MATRIX, range_search, counts[:, None])
         return round_to_codes(w, scale, zero_point, spec), scale, zero_point, rounded(w, scale, zero_point, spec)
 
     codes, scale, zero_point, found = jax.lax.map(one, (weights, importance))

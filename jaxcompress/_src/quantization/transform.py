@@ -17,10 +17,10 @@ from jaxcompress._src.types import Params, Schedule, Selector, Transform, Transf
 def quantization_aware(
     spec: QuantSpec,
     *,
-    select: Selector | None = None,
-    layouts: Params | None = None,
     begin: int = 0,
     bits: Schedule | None = None,
+    select: Selector | None = None,
+    layouts: Params | None = None,
 ) -> Transform:
     """Trains with rounded weights (straight-through), and stores them quantized in the end.
 
@@ -31,12 +31,12 @@ def quantization_aware(
 
     Args:
         spec: format, granularity, range.
-        select: which leaves; resolved on the tree at hand at every call. By default every weight.
-        layouts: from `trace.layouts`.
         begin: number of updates after which rounding begins. Before that, `apply` returns `params`; the law that
             `finalize` stores what `apply` returns holds from there on.
         bits: number of updates -> bits, of integers: 8 at first, say, and fewer and fewer. Its values are rounded to
             whole numbers and clipped to [2, 8]; it must end at `spec.bits`, which is what `finalize` stores.
+        select: which leaves; resolved on the tree at hand at every call. By default every weight.
+        layouts: from `trace.layouts`.
 
     Returns:
         The transform. Its state is empty, but for a counter of updates (int32) with `begin` > 0 or `bits`.
