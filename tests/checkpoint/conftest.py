@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from jaxcompress._src.arrays.packed import pack
-from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, sparsify
+from jaxcompress._src.quantization.inputs import InputRounding
+from jaxcompress.arrays import (
+    AdditiveCodebookArray,
+    CodebookArray,
+    InputQuantizedArray,
+    LowRankArray,
+    QuantizedArray,
+    sparsify,
+)
+from jaxcompress.quantization import QuantSpec
 
 
 def _bits(leaf: Any) -> bytes:
@@ -78,6 +87,12 @@ def _compressed() -> dict[str, Any]:
         "int8 bit mask": quantized(kept, scale),
         "int8 2:4": quantized(regular, groups),
         "int4 2:4": quantized(nested, groups),
+        "quantized inputs": InputQuantizedArray(
+            weight=quantized(packed, groups),
+            inputs=InputRounding(spec=QuantSpec(bits=8, symmetric=False)),
+            scale=jnp.float32(0.1),
+            zero_point=jnp.uint8(3),
+        ),
         "low rank": thin,
         "low rank with a residual": with_rest,
         "stacked": jax.tree.map(lambda part: jnp.stack([part, part]), quantized(packed, groups)),

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 
+from jaxcompress._src.arrays.protocol import KINDS
 from jaxcompress._src.checkpoint.manifest_json import STORED_DTYPES
 from jaxcompress.checkpoint import restore, save
 from jaxcompress.tree import partition_trainable
@@ -48,6 +49,12 @@ def test_compressed_leaves(tmp_path, assert_same, compressed):
     found, _ = restore(tmp_path / "c")
     assert_same(found, compressed)
     assert [type(leaf) for leaf in found.values()] == [type(leaf) for leaf in compressed.values()]
+
+
+def test_every_kind_of_the_library_is_saved(compressed):
+    """Of a new kind, add a leaf to `conftest.py`."""
+    kinds = {kind.cls for kind in KINDS.values() if kind.cls.__module__.startswith("jaxcompress.")}
+    assert kinds == {type(part) for leaf in compressed.values() for part in (leaf, *vars(leaf).values())} & kinds
 
 
 def test_arrays_without_elements(tmp_path, assert_same, compressed):
