@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._src.arrays.packed import pack
+from jaxcompress._src.types import is_compressed
 from jaxcompress.arrays import AdditiveCodebookArray, CodebookArray, LowRankArray, QuantizedArray, sparsify
 from jaxcompress.trace import LeafLayout
 
@@ -159,6 +160,14 @@ def _low_rank(make_factor: Maker | None = None, make_residual: Maker | None = No
 def _integers(array: jax.Array, layout: LeafLayout) -> QuantizedArray:
     scale = np.full([n if axis in layout.stack_axes else 1 for axis, n in enumerate(array.shape)], 1 / 16)
     return _leaf(array, np.round(16 * np.asarray(array)).astype(np.int8), 4, layout.input_axes[-1], scale)
+
+
+def parts_within(leaf: Any) -> Iterator[Any]:
+    """A compressed array and those it is made of."""
+    if is_compressed(leaf):
+        yield leaf
+        for part in vars(leaf).values():
+            yield from parts_within(part)
 
 
 KINDS: dict[str, Maker] = {

@@ -23,8 +23,8 @@ Schedule: TypeAlias = Callable[[ArrayLike], jax.Array]
 class CompressedArray(Protocol):
     """A leaf that stores a logical array in fewer bits.
 
-    It is a pytree node (a plain dataclass, not a subclass of anything) whose leading, stacked axes come from its data,
-    so that `scan`, `vmap` and slicing act on it as on an array.
+    It is a pytree node whose leading, stacked axes come from its data, so that `scan`, `vmap` and slicing act on it as
+    on an array. `arrays/protocol.py` says what else a kind may have.
     """
 
     @property

@@ -24,7 +24,6 @@ from jaxcompress._src.arrays.protocol import (
 from jaxcompress._src.arrays.sharding import component_shardings, ones_replicated
 from jaxcompress._src.arrays.static_fields import DTYPE, FLOAT
 from jaxcompress._src.arrays.validate import require, validate_array
-from jaxcompress._src.types import is_compressed
 from jaxcompress.arrays import InputQuantizedArray
 from jaxcompress.trace import LeafLayout, fallbacks
 
@@ -192,18 +191,10 @@ def test_a_name_is_taken_once():
         array_kind()(type("SquareArray", (), {}))
 
 
-def _parts_within(leaf):
-    """A compressed array and those it is made of."""
-    if is_compressed(leaf):
-        yield leaf
-        for part in vars(leaf).values():
-            yield from _parts_within(part)
-
-
 def test_every_kind_of_the_library_has_a_maker():
     """`kinds.KINDS` is the table that tests of running, sharding, saving and validating go through."""
     layout = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
     leaves = [make(jax.random.normal(jax.random.key(0), (16, 8)), layout) for make in kinds.KINDS.values()]
     # The inputs of `InputQuantizedArray` are not those of its plain weight: see test_quantized_inputs.py.
-    made = {type(part) for leaf in leaves for part in _parts_within(leaf)} | {InputQuantizedArray}
+    made = {type(part) for leaf in leaves for part in kinds.parts_within(leaf)} | {InputQuantizedArray}
     assert made == {kind.cls for kind in KINDS.values() if kind.cls.__module__.startswith("jaxcompress.")}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import kinds
 import numpy as np
 import pytest
 
@@ -12,7 +13,7 @@ import jaxcompress as jc
 from jaxcompress._src.arrays.validate import validate_array
 from jaxcompress._src.coding.codes import decode_codes
 from jaxcompress._src.tree.unselected import is_unselected
-from jaxcompress._src.types import TransformState, is_compressed
+from jaxcompress._src.types import TransformState
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -44,7 +45,7 @@ def test_every_kind_comes_back(every_kind):
     tree, info, values = every_kind
     leaves = tree["leaves"]
     assert set(leaves) == set(info.metadata["kinds"])
-    assert {type(part).__name__ for leaf in leaves.values() for part in _arrays_within(leaf)} == {
+    assert {type(part).__name__ for leaf in leaves.values() for part in kinds.parts_within(leaf)} == {
         *("PackedArray", "QuantizedArray", "NMSparseArray", "BitmaskSparseArray"),
         *("CodebookArray", "AdditiveCodebookArray", "LowRankArray", "InputQuantizedArray"),
     }
@@ -86,11 +87,3 @@ def test_bytes_of_every_coder_are_read(coder):
     with np.load(GOLDEN / "every_kind.npz") as values:
         data, codes = values[f"coder {coder}"].tobytes(), values["codes"]
     np.testing.assert_array_equal(decode_codes(data, codes.shape, bits=2), codes)
-
-
-def _arrays_within(leaf):
-    """A compressed array and those it is made of."""
-    if is_compressed(leaf):
-        yield leaf
-        for part in vars(leaf).values():
-            yield from _arrays_within(part)

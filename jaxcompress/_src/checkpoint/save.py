@@ -46,7 +46,7 @@ def save(
     Layout: `manifest.json` (paths, classes, static fields, shapes, dtypes, config, checksums) and `arrays-ID/`, an
     Orbax checkpoint; every save has another ID. With entropy coding: `manifest.z`, the same in short, and
     `arrays-ID.bin`, in which every array has the fewest bytes that one of several coders gives. Codes of few values and
-    much zero become small, dense floats hardly; ten million codes take seconds, sparse ones longer.
+    much zero become small, dense floats hardly; ten million codes take seconds.
 
     With several JAX processes, all of them call it with the same tree, on a file system that they share. Arrays on the
     devices of one process, NumPy arrays and numbers must be equal in all; `config` and `metadata` are those of the
