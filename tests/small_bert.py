@@ -34,7 +34,7 @@ def bert_directory(tmp_path_factory):
         pooling="mean",
     )
     module = make_module(config)
-    params = module.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     save_pretrained(directory, module, params)
     (directory / "vocab.txt").write_text("\n".join(vocabulary))
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}

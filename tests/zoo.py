@@ -1,6 +1,7 @@
 """Small models, one for each way in which a model uses its leaves: what `trace` and `execution` are tested on."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ class Model:
 
 
 def _linen(module: nn.Module, *inputs: Any, expected: dict[str, Any], method: Any = None) -> Model:
-    params = module.init(jax.random.key(0), *inputs, method=method)["params"]
+    params = jax.jit(functools.partial(module.init, method=method))(jax.random.key(0), *inputs)["params"]
     return Model(lambda p, *x: module.apply({"params": p}, *x, method=method), params, inputs, expected)
 
 
@@ -93,7 +94,7 @@ def scanned() -> Model:
     """Three layers of attention and feed-forward under `nn.scan` of `nn.remat`."""
     stack = nn.scan(nn.remat(_Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)()
     x = _normal(2, 5, 16)
-    params = stack.init(jax.random.key(0), x, None)["params"]
+    params = jax.jit(stack.init)(jax.random.key(0), x, None)["params"]
     attended = "MultiHeadDotProductAttention_0"
     return Model(
         lambda p, y: stack.apply({"params": p}, y, None)[0],

@@ -87,7 +87,7 @@ def test_few_traces_for_many_batches(mlp):
 def test_attention_output_has_two_input_axes():
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=6)
     x = jnp.asarray(RNG.normal(size=(3, 4, 6)), jnp.float32)
-    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     found = calibration.input_statistics(lambda p, y: module.apply({"params": p}, y), params, [(x,)])
     # With the identity as its kernel, the projection shows its input.
     shown = params | {"out": {"kernel": jnp.eye(6).reshape(2, 3, 6), "bias": jnp.zeros(6)}}
@@ -171,7 +171,7 @@ def test_experts_on_a_batch_axis_and_leaves_on_either_side():
 def test_rows_of_a_convolution_are_its_patches(strides, dilation, padding):
     module = nn.Conv(4, (3, 2), strides=strides, kernel_dilation=dilation, padding=padding, use_bias=False)
     x = jnp.asarray(RNG.normal(size=(2, 7, 6, 3)), jnp.float32)
-    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     found = calibration.input_statistics(lambda p, y: module.apply({"params": p}, y), params, [(x,)])["kernel"]
     # A kernel that is 1 at one place of the window shows that feature of the patches.
     rows = []

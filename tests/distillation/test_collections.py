@@ -40,7 +40,7 @@ def _student(variables, batch, *, key, train):
 
 
 def _variables():
-    return NET.init(jax.random.key(0), BATCH["x"], True)
+    return jax.jit(NET.init, static_argnums=2)(jax.random.key(0), BATCH["x"], True)
 
 
 def test_batch_norm_statistics_move_and_fold_into_the_quantized_kernel():

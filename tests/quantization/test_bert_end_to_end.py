@@ -33,7 +33,7 @@ def test_what_is_trained_is_what_is_served(name):
     weights, inputs = WAYS[name][0], WAYS[name][1]()
     module = small_classifier(hidden_size=32, num_attention_heads=2, intermediate_size=48)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 40, (4, 6)))
-    params = module.init(jax.random.key(0), ids)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), ids)["params"]
     params = jax.tree.map(lambda leaf: leaf * 3 if leaf.ndim == 2 else leaf, params)
 
     def apply(params, batch, *, key=None, train=False):

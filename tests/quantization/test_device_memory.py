@@ -25,7 +25,7 @@ def bert():
         small_classifier(hidden_size=64, num_attention_heads=4, intermediate_size=96),
         jnp.ones((2, 6), jnp.int32),
     )
-    params = module.init(jax.random.key(0), ids)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), ids)["params"]
     return lambda p, ids: module.apply({"params": p}, ids)["logits"], params, (ids,)
 
 

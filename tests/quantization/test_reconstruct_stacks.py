@@ -163,7 +163,7 @@ class _Model(nn.Module):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_every_kernel_of_a_flax_scan_is_visited_in_order(axis):
     model = _Model(axis=axis)
-    params = model.init(jax.random.key(0), X)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     apply = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
     names = [part.name for part in stops(apply, params, X)]
     inner = {"attention/query", "attention/key", "attention/value", "attention/out", "up", "down"}

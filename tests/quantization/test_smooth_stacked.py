@@ -42,7 +42,7 @@ def _scanned(axis, **options):
         stretched = np.array(leaf) * np.exp(rng.normal(size=leaf.shape)) + 0.1 * rng.normal(size=leaf.shape)
         return jnp.asarray(stretched, leaf.dtype)
 
-    params = jax.tree.map(spoilt, stack.init(jax.random.key(0), X, None)["params"])
+    params = jax.tree.map(spoilt, jax.jit(stack.init)(jax.random.key(0), X, None)["params"])
     return (lambda params, x: stack.apply({"params": params}, x, None)[0]), params
 
 

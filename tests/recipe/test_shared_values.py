@@ -108,7 +108,7 @@ def test_pruning_survives_weights_that_move_between_values(model, tokens):
 def test_the_teacher_reads_rows_as_each_part_cuts_them(tokens, monkeypatch):
     """The model has 16 positions, and would stop at rows that are padded to 24; parts that cut alike ask once."""
     small = small_classifier(hidden_size=16, num_attention_heads=2, intermediate_size=32)
-    params = small.init(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    params = jax.jit(small.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
     narrow, wide = (dataclasses.replace(DISTIL, widths=widths) for widths in ((8,), (8, 12)))
     asked = []
 

@@ -31,7 +31,7 @@ class _Block(nn.Module):
 
 def _model():
     module = _Block()
-    params = module.init(jax.random.key(0), X)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), X)["params"]
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
     return (lambda params, x: module.apply({"params": params}, x)), params

@@ -40,7 +40,7 @@ def _scan(layer, *, axis=0, length=LAYERS, **options):
 
 
 def _model(module):
-    params = module.init(jax.random.key(0), X, None)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), X, None)["params"]
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params)
     return (lambda params, x: module.apply({"params": params}, x, None)[0]), params

@@ -59,7 +59,7 @@ def test_shared_inputs_in_bfloat16():
     """Each projection casts its input by itself: the casts are looked through."""
     module = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=16, dtype=jnp.bfloat16)
     x = jnp.ones((2, 5, 16))
-    params = module.init(jax.random.key(0), x)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), x)["params"]
     found = _by_path(lambda p, y: module.apply({"params": p}, y), params, x)
     assert found["query/kernel"].input_id == found["value/kernel"].input_id is not None
 

@@ -58,8 +58,7 @@ class PackedArray(StoredArray):
     @on_auto_axes
     def materialize(self) -> Integer[Array, "..."]:
         """The codes as int8 or uint8."""
-        codes = _unpack(self.data, self.bits, self.axis, self.width)
-        return _extend_sign(codes, self.bits) if self.signed else codes
+        return _unpack(self.data, self.bits, self.axis, self.width, self.signed)
 
     @on_auto_axes
     def take(self, positions: Integer[Array, "..."]) -> Integer[Array, "..."]:
@@ -175,9 +174,8 @@ def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedAr
     signed = jnp.issubdtype(codes.dtype, jnp.signedinteger)
     if bits == 8:
         return codes.astype(jnp.int8 if signed else jnp.uint8)
-    unsigned = codes.astype(jnp.int8 if signed else jnp.uint8).view(jnp.uint8) & jnp.uint8(2**bits - 1)
     return PackedArray(
-        data=_pack(unsigned, bits, axis), bits=bits, signed=bool(signed), axis=axis, width=codes.shape[axis]
+        data=_pack(codes, bits, axis), bits=bits, signed=bool(signed), axis=axis, width=codes.shape[axis]
     )
 
 
@@ -204,8 +202,10 @@ def _planes(bits: int) -> list[tuple[int, int]]:
 
 # Compiled as one: called op by op, each new shape would cost a dozen compilations, and each call a dozen passes.
 @functools.partial(jax.jit, static_argnames=("bits", "axis"), inline=True)
-def _pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:
+def _pack(codes: Integer[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:
     at = axis + codes.ndim
+    signed = jnp.issubdtype(codes.dtype, jnp.signedinteger)
+    codes = codes.astype(jnp.int8 if signed else jnp.uint8).view(jnp.uint8) & jnp.uint8(2**bits - 1)
     per_block = codes_per_block(bits)
     padding = [(0, -codes.shape[at] % per_block if i == at else 0) for i in range(codes.ndim)]
     codes = jnp.pad(codes, padding)
@@ -218,8 +218,8 @@ def _pack(codes: UInt8[Array, "..."], bits: int, axis: int) -> UInt8[Array, "...
     return jnp.concatenate(parts, axis=at + 1).reshape(*before, codes.shape[at] * bits // 8, *after)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "axis", "width"), inline=True)
-def _unpack(data: UInt8[Array, "..."], bits: int, axis: int, width: int) -> UInt8[Array, "..."]:
+@functools.partial(jax.jit, static_argnames=("bits", "axis", "width", "signed"), inline=True)
+def _unpack(data: UInt8[Array, "..."], bits: int, axis: int, width: int, signed: bool) -> Integer[Array, "..."]:
     at = axis + data.ndim
     before, after = data.shape[:at], data.shape[at + 1 :]
     per_block = codes_per_block(bits)
@@ -236,7 +236,8 @@ def _unpack(data: UInt8[Array, "..."], bits: int, axis: int, width: int) -> UInt
         codes = plane if codes is None else codes | plane
         start = stop
     assert codes is not None
-    return jax.lax.slice_in_dim(codes, 0, width, axis=at)
+    codes = jax.lax.slice_in_dim(codes, 0, width, axis=at)
+    return _extend_sign(codes, bits) if signed else codes
 
 
 def _shifts(width: int, at: int, ndim: int) -> UInt8[Array, "..."]:

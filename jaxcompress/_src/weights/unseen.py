@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32
@@ -47,6 +48,7 @@ def unseen_inputs(statistics: InputStatistics) -> Bool[Array, "*stack D"]:
     raise ValueError("The statistics know nothing of single inputs; gather 'gram' or 'squared_sum'.")
 
 
+@jax.jit
 def fill_unseen(values: Float[Array, "S D"], unseen: Bool[Array, "S D"]) -> Float32[Array, "S D"]:
     """Positive values of inputs, with a guess where an input was never seen.
 
