@@ -9,6 +9,7 @@ from jaxcompress._src.pruning.evidence_scores import taylor_scores as taylor_sco
 from jaxcompress._src.pruning.gradual import gradual as gradual
 from jaxcompress._src.pruning.group_lasso import group_lasso as group_lasso
 from jaxcompress._src.pruning.leaf_info import LeafInfo as LeafInfo
+from jaxcompress._src.pruning.magnitude import magnitude as magnitude
 from jaxcompress._src.pruning.masks import apply_masks as apply_masks
 from jaxcompress._src.pruning.masks import clip_weights as clip_weights
 from jaxcompress._src.pruning.masks import magnitude_masks as magnitude_masks

@@ -4,6 +4,8 @@ from jaxcompress._src.units.costs import flop_costs as flop_costs
 from jaxcompress._src.units.costs import parameter_costs as parameter_costs
 from jaxcompress._src.units.group import UnitGroup as UnitGroup
 from jaxcompress._src.units.group import UnitSlices as UnitSlices
+from jaxcompress._src.units.one_shot import fisher_shrink as fisher_shrink
+from jaxcompress._src.units.one_shot import magnitude_shrink as magnitude_shrink
 from jaxcompress._src.units.refit import refit as refit
 from jaxcompress._src.units.scores import fisher_unit_scores as fisher_unit_scores
 from jaxcompress._src.units.scores import gate_gradients as gate_gradients

@@ -14,7 +14,7 @@ SOURCE = ROOT / "_src"
 
 # Lower rows may be imported by higher ones; within a row nothing imports anything else.
 LAYERS = [
-    {"types", "meshes", "coding"},
+    {"types", "meshes", "coding", "lazy"},
     {"tree", "arrays", "schedules"},
     {"transforms"},
     {"trace"},
@@ -78,11 +78,18 @@ def test_kinds_of_arrays_are_known_by_their_protocol_alone(path):
 def test_facades_hold_names_only(path):
     docstring, *body = ast.parse(path.read_text("utf-8")).body
     assert isinstance(docstring, ast.Expr)
-    version = {"__version__"} if path.stem == "__init__" else set()
+    if path.stem == "__init__":
+        # Modules are imported on first use: a type checker reads their names, and `imported_on_use` has them.
+        *body, version, lazy = body
+        assert (ast.unparse(version.targets[0]), ast.unparse(lazy.value)) == (
+            "__version__",
+            "imported_on_use(__name__)",
+        )
+        modules = [path.stem for path in FACADES if path.stem != "__init__"]
+        (typed,) = [node for node in body if isinstance(node, ast.If)]
+        assert [alias.name for node in typed.body for alias in node.names] == modules
+        body = [node for node in body if isinstance(node, ast.ImportFrom) and node.names[0].asname]
     for node in body:
-        if isinstance(node, ast.Assign):
-            assert {target.id for target in node.targets} == version
-            continue
         assert isinstance(node, ast.ImportFrom)
         assert all(alias.asname == alias.name for alias in node.names)
 
@@ -94,6 +101,8 @@ def _public():
         module = importlib.import_module(facade)
         for node in ast.parse(path.read_text("utf-8")).body:
             for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+                if alias.asname is None:
+                    continue  # what makes the facade
                 found = getattr(module, alias.name)
                 if not inspect.ismodule(found):
                     yield facade, alias.name, found
@@ -113,9 +122,17 @@ def test_nothing_is_exported_twice_and_everything_is_documented():
             assert seen.setdefault(id(found), f"{facade}.{name}") == f"{facade}.{name}"
 
 
+def test_modules_are_imported_on_first_use():
+    code = "import sys, jaxcompress as jc; a = 'jaxcompress.lowrank' in sys.modules; jc.lowrank.svd; print(a, dir(jc))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, _, rest = done.stdout.partition(" ")
+    assert first == "False"
+    assert {path.stem for path in FACADES} - {"__init__"} <= set(ast.literal_eval(rest))
+
+
 def test_importing_the_library_imports_no_extra_and_no_orbax():
     names = ("orbax", "transformers", "typer", "rich", "matplotlib")
-    code = f"import sys, jaxcompress; print([n for n in {names} if n in sys.modules and n not in before])"
+    code = f"import sys, jaxcompress.recipe; print([n for n in {names} if n in sys.modules and n not in before])"
     code = f"import sys, jax, flax, optax; before = set(sys.modules); {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -12,7 +12,7 @@ from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.recipe import compress as _compress
 from jaxcompress._src.recipe.compress import without_distillation
 from jaxcompress._src.recipe.recipe import Recipe, Saving
-from jaxcompress._src.recipe.steps import ClusterStep, PruneStep, QuantizeStep
+from jaxcompress._src.recipe.steps import read_step
 from jaxcompress._src.recipe.text import read_texts
 from jaxcompress.arrays import CodebookArray, QuantizedArray
 from jaxcompress.models import from_pretrained
@@ -20,10 +20,10 @@ from jaxcompress.recipe import Training
 
 ENCODER, EMBEDDINGS = "bert/encoder/.*/kernel", "bert/embeddings/.*/embedding"
 FEED_FORWARD, ATTENTION = "bert/encoder/.*(intermediate|output)/dense/kernel", "bert/encoder/.*self/.*/kernel"
-PRUNE = PruneStep(select=ENCODER, sparsity=0.5, every=1)
-SHARE = ClusterStep(select=FEED_FORWARD, values=4)
-FROZEN = ClusterStep(select=EMBEDDINGS, values=8, rate=0.01, frozen=True)
-INT4 = QuantizeStep(select=ATTENTION, bits=4)
+PRUNE = read_step("prune", {"select": ENCODER, "sparsity": 0.5, "every": 1})
+SHARE = read_step("cluster", {"select": FEED_FORWARD, "values": 4})
+FROZEN = read_step("cluster", {"select": EMBEDDINGS, "values": 8, "rate": 0.01, "frozen": True})
+INT4 = read_step("quantize", {"select": ATTENTION, "bits": 4})
 DISTIL = Training(epochs=1, learning_rate=3e-3, soft_targets=1.0, widths=(16,))
 SLOWLY = Training(epochs=1, learning_rate=1e-3, soft_targets=1.0, widths=(16,), weight_decay=0.1)
 CLOSER = Training(epochs=10, learning_rate=1e-3, pooled=1.0, widths=(16,))
@@ -85,7 +85,9 @@ def test_the_second_part_trains_values_and_leaves_finished_leaves_alone(model, t
 
 def test_without_pruning_or_quantization_there_is_one_part_and_it_brings_the_outputs_closer(model, tokens):
     module, params = model
-    moving = ClusterStep(select=ENCODER, values=4, until=0.5, every=1, store="sparse", rate=0.05)
+    moving = read_step(
+        "cluster", {"select": ENCODER, "values": 4, "until": 0.5, "every": 1, "store": "sparse", "rate": 0.05}
+    )
     found = recipe.compress(Recipe(cluster=(moving,), distil=CLOSER), module, params, tokens)
     still = recipe.compress(Recipe(cluster=(moving,)), module, params)
     pairs = list(zip(_leaves(found, ENCODER), _leaves(still, ENCODER), strict=True))
@@ -96,8 +98,8 @@ def test_without_pruning_or_quantization_there_is_one_part_and_it_brings_the_out
 
 
 def test_pruning_survives_weights_that_move_between_values(model, tokens):
-    prune = PruneStep(select=ENCODER, sparsity=0.9, every=1)
-    moving = ClusterStep(select=ENCODER, values=4, until=0.5, every=1)
+    prune = read_step("prune", {"select": ENCODER, "sparsity": 0.9, "every": 1})
+    moving = read_step("cluster", {"select": ENCODER, "values": 4, "until": 0.5, "every": 1})
     pruned = recipe.compress(Recipe(prune=(prune,), distil=DISTIL), *model, tokens)
     found = recipe.compress(Recipe(prune=(prune,), cluster=(moving,), distil=DISTIL), *model, tokens)
     for leaf, before in zip(_leaves(found, ENCODER), _leaves(pruned, ENCODER), strict=True):
@@ -143,11 +145,23 @@ def test_the_file_is_smaller_and_comes_back_bit_for_bit(compressed, tmp_path):
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
-        ({"quantize": (INT4,), "cluster": (ClusterStep(select=ENCODER, values=4),)}, r"\[\[quantize\]\] 1 and in"),
+        (
+            {"quantize": (INT4,), "cluster": (read_step("cluster", {"select": ENCODER, "values": 4}),)},
+            r"\[\[quantize\]\] 1 and in",
+        ),
         ({"cluster": (SHARE, SHARE)}, r"output/dense/kernel' is in \[\[cluster\]\] 1 and in \[\[cluster\]\] 2"),
-        ({"prune": (PRUNE,), "cluster": (ClusterStep(select=ENCODER, values=4, frozen=True),)}, "frozen by"),
-        ({"prune": (PRUNE,), "cluster": (ClusterStep(select=ENCODER, values=4, zero=False),)}, "`zero` must be true"),
-        ({"cluster": (SHARE, ClusterStep(select="none", values=4))}, r"\[\[cluster\]\] 2: .* matches no leaf"),
+        (
+            {"prune": (PRUNE,), "cluster": (read_step("cluster", {"select": ENCODER, "values": 4, "frozen": True}),)},
+            "frozen by",
+        ),
+        (
+            {"prune": (PRUNE,), "cluster": (read_step("cluster", {"select": ENCODER, "values": 4, "zero": False}),)},
+            "`zero` must be true",
+        ),
+        (
+            {"cluster": (SHARE, read_step("cluster", {"select": "none", "values": 4}))},
+            r"\[\[cluster\]\] 2: .* matches no leaf",
+        ),
         ({"cluster": (SHARE,), "distil_shared": DISTIL}, "it needs texts"),
     ],
 )

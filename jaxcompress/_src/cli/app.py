@@ -8,6 +8,7 @@ import typer
 from jaxcompress import __version__
 from jaxcompress._src.cli.commands import run_compress, run_evaluate, run_inspect
 from jaxcompress._src.cli.demo import run_demo
+from jaxcompress._src.cli.recipes import list_recipes, show_recipe
 from jaxcompress._src.cli.screen import Screen
 
 app = typer.Typer(
@@ -23,6 +24,10 @@ def _show_version(asked: bool | None) -> None:
     if asked:
         print(f"jaxcompress {__version__}")
         raise typer.Exit
+
+
+recipes = typer.Typer(help="List what recipes can do, and explain one.", rich_markup_mode="rich")
+app.add_typer(recipes, name="recipes")
 
 
 @app.callback()
@@ -75,18 +80,22 @@ def compress(
     model: Annotated[Path, typer.Argument(help="A Hugging Face directory.")],
     recipe: Annotated[str, typer.Option(help="A TOML file, or the name of a recipe of the library.")],
     out: Annotated[Path, typer.Option(help="Directory to write.")],
-    data: Annotated[Path | None, typer.Option(help="CSV file with a column `text`, for recipes that distil.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="CSV file with a column `text`, for recipes that calibrate or distil.")
+    ] = None,
     max_length: _MaxLength = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a compressed model in OUT.")] = False,
     as_json: _Json = False,
 ) -> None:
     """Run a recipe on a model: a classifier, a plain encoder or a masked language model.
 
-    From Python, `jaxcompress.recipe.load_model(OUT)` opens the result, and `jaxcompress.recipe.save_huggingface(OUT,
-    DIRECTORY)` writes it back for transformers and sentence-transformers.
+    `jaxcompress recipes` lists what there is. From Python, `jaxcompress.recipe.load_model(OUT)` opens the result, and
+    `jaxcompress.recipe.save_huggingface(OUT, DIRECTORY)` writes it back for transformers and sentence-transformers.
 
     Examples:
       jaxcompress compress my-bert --recipe int4 --out my-bert-int4
+
+      jaxcompress compress my-bert --recipe int3-reconstruct --data texts.csv --out my-bert-int3
 
       jaxcompress compress my-bert --recipe recipe.toml --data train.csv --out my-bert-small
 
@@ -138,3 +147,35 @@ def evaluate(
     """
     screen = Screen(as_json=as_json, hold=True)
     run_evaluate(screen, model, data, against=against, outputs=outputs, max_length=max_length)
+
+
+@recipes.callback(invoke_without_command=True)
+def _recipes(context: typer.Context, as_json: _Json = False) -> None:
+    """List the recipes of the library, and the methods that a recipe can name.
+
+    Examples:
+      jaxcompress recipes
+
+      jaxcompress recipes show int3-reconstruct
+
+      jaxcompress recipes show sparsegpt
+    """
+    if context.invoked_subcommand is None:
+        list_recipes(Screen(as_json=as_json))
+
+
+@recipes.command()
+def show(
+    name: Annotated[str, typer.Argument(help="A recipe of the library, a TOML file, or a method.")],
+    as_json: _Json = False,
+) -> None:
+    """Print a recipe with its options explained, or all options of a method.
+
+    Examples:
+      jaxcompress recipes show int3-reconstruct
+
+      jaxcompress recipes show my-recipe.toml
+
+      jaxcompress recipes show alps
+    """
+    show_recipe(Screen(as_json=as_json), name)

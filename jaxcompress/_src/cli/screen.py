@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
+from rich.text import Text
 
 
 class Screen:
@@ -58,12 +59,20 @@ class Screen:
         self._let_go()
         if self._as_json:
             return
-        table = Table(title=title, title_justify="left")
+        # As text: brackets in titles and cells are no markup.
+        table = Table(title=Text(title), title_justify="left")
         for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i == 0 else "right", overflow="fold")
+            figures = i > 0 and all(row[i][:1] in "0123456789-+" for row in rows)
+            table.add_column(name, justify="right" if figures else "left", overflow="fold")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))
         self._output.print(table)
+
+    def text(self, text: str) -> None:
+        """A file as it is; nothing with `--json`."""
+        self._let_go()
+        if not self._as_json:
+            self._output.print(text, markup=False, soft_wrap=True)
 
     def result(self, figures: dict[str, Any], *, lines: Sequence[str] = ()) -> None:
         """One JSON object with `--json`, else a few lines."""

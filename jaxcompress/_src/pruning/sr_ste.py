@@ -34,8 +34,8 @@ def sr_ste(
     that a train step reports includes it.
 
     Args:
-        n: kept.
-        m: length of a run along the innermost input axis.
+        n: number of weights that stay of every `m`.
+        m: number of consecutive inputs that are counted together.
         strength: λ, 2e-4 in the paper; 0 is plain straight-through.
         store: see `gradual`.
         select: which leaves; by default every weight.

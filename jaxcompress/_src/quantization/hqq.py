@@ -61,10 +61,10 @@ def hqq(
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
         spec: asymmetric, 2 to 8 bits, with scales per output or group; zero points are stored as `spec.scale_dtype`.
-        iterations: at most.
-        norm: p, in (0, 1).
-        beta: β at the start.
-        kappa: κ.
+        iterations: largest number of half-quadratic steps.
+        norm: p of the l_p norm of the errors, in (0, 1).
+        beta: β, the weight of the quadratic term, at the start.
+        kappa: κ, by which β grows in each step.
         iterate: "best": for each block, of least mean |w - (q - z) s|. "legacy": as the public solver's default: it
             stops at the first step that does not lower the mean over the whole matrix, and takes the zero points after
             that step; as in that solver, ranges below 1e-4 are taken for none, so weights must not be very small.

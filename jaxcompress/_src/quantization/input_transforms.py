@@ -124,8 +124,8 @@ def pact_inputs(
     `select`.
 
     Args:
-        bits: b, in [2, 8].
-        strength: λ.
+        bits: b, bits of a code, in [2, 8].
+        strength: λ, the weight of the penalty on the clipping levels.
         select: as for `quantize_inputs`.
         layouts: from `trace.layouts`.
 

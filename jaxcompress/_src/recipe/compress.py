@@ -3,56 +3,59 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 
-from jaxcompress._src.clustering.cluster import cluster
-from jaxcompress._src.clustering.transform import trained_codebooks
+from jaxcompress._src.clustering.spec import CodebookSpec
 from jaxcompress._src.execution.materialize import materialize
-from jaxcompress._src.models.families import config_of, head_of
-from jaxcompress._src.pruning.gradual import gradual
-from jaxcompress._src.pruning.ranking import Scope
-from jaxcompress._src.quantization.quantize import quantize
-from jaxcompress._src.quantization.transform import quantization_aware
+from jaxcompress._src.models.families import config_of, head_of, resized, unit_groups
+from jaxcompress._src.recipe.calibrate import Evidence
 from jaxcompress._src.recipe.heads import SentencePooling
+from jaxcompress._src.recipe.one_shot import Surroundings, run_steps
+from jaxcompress._src.recipe.options import at_steps, read_options
 from jaxcompress._src.recipe.predict import predict
 from jaxcompress._src.recipe.progress import Progress, Silent
 from jaxcompress._src.recipe.recipe import Recipe
 from jaxcompress._src.recipe.selections import check_selections
-from jaxcompress._src.recipe.steps import ClusterStep, PruneStep, QuantizeStep, Training
+from jaxcompress._src.recipe.steps import Step, Training
 from jaxcompress._src.recipe.tokens import Tokens
 from jaxcompress._src.recipe.train import prepared, steps_of, train
-from jaxcompress._src.schedules import constant, cubic
 from jaxcompress._src.trace.layouts import layouts as trace_layouts
 from jaxcompress._src.transforms import chain
 from jaxcompress._src.tree.checks import check_finite
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
-from jaxcompress._src.tree.partition import partition_trainable
 from jaxcompress._src.tree.selectors import any_of, by_path
 from jaxcompress._src.types import Params, Transform, is_compressed
+from jaxcompress._src.units.costs import parameter_costs
+from jaxcompress._src.units.lagrangian import lagrangian
+from jaxcompress._src.units.refit import refit
+from jaxcompress._src.units.select import select_units
+from jaxcompress._src.units.shrink import shrink
 
 _TEACHER = "Computing teacher outputs"
+_GATES_RATE = 0.05
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Part:
-    """A part of the work, with a training of its own.
+    """A part of the work with a training of its own.
 
     Attributes:
         name: shown while it trains.
-        transform: number of steps -> the transform.
-        training: None: in one shot.
-        dense: steps whose leaves an earlier part may have made sparse, and which want them dense.
+        training: its options.
+        steps: those that train.
+        dense: selections of leaves that an earlier part may have made sparse, and which this one wants dense.
     """
 
     name: str
-    transform: Callable[[int], Transform]
-    training: Training | None
-    dense: Sequence[ClusterStep] = ()
+    training: Training
+    steps: Sequence[Step] = ()
+    dense: Sequence[str] = ()
 
 
 def compress(
@@ -64,63 +67,37 @@ def compress(
     pooling: SentencePooling = "mean",
     progress: Progress | None = None,
 ) -> Params:
-    """Prunes, quantizes and clusters `params`, while they are distilled from themselves if the recipe says so.
+    """Runs the steps of a recipe on `params`, which are distilled from themselves if the recipe says so.
 
-    Values are shared in a second part, when the first has pruned: k-means must see the weights that are left.
+    First what needs no training, stage after stage; then pruning and rounding in one training; then values are shared
+    in another, since k-means must see the weights that are left.
 
     Args:
         recipe: what to do.
         module: a model of `jaxcompress.models`.
         params: its parameters; they stay as they are, and are the teacher.
-        tokens: rows to distil on.
-        pooling: of the sentence vectors of a plain encoder, which `pooled` compares.
-        progress: where to show loss and time left, and told what is left out or cut.
+        tokens: rows to calibrate and to distil on.
+        pooling: of the sentence vectors of a plain encoder.
+        progress: where to show loss and time left, and told what each step did, and what is left out or cut.
 
     Returns:
-        A tree of the same logical structure with compressed leaves.
+        A tree of the same logical structure with compressed leaves. Where units were taken out, arrays are smaller:
+        `models.resized(module, params)` is then the module.
 
     Raises:
-        ValueError: before anything runs: the recipe distils and there are no `tokens`, or they do not fit it; a leaf is
-            compressed already; a step selects nothing; steps contradict one another on a leaf; whatever a step finds
-            wrong with a leaf.
+        ValueError: before anything runs: the recipe needs texts and there are no `tokens`, or they do not fit it; a
+            leaf is compressed already; a step selects nothing; steps contradict one another on a leaf. Then whatever a
+            step finds wrong with a leaf.
     """
     check_selections(recipe, params)
-    if recipe.distils and tokens is None:
-        raise ValueError("This recipe distils: it needs texts (rows to run both models on).")
-    layouts = _layouts(module, params)
-    parts = _prepared(_parts(recipe, layouts), module, tokens, progress)
-    _try(recipe, parts, params, layouts, tokens)
-    student = _with_frozen_steps(recipe, params, layouts)
-    asked: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
-    for part in parts:
-        student = _with_dense(part.dense, student)
-        if part.training is None or tokens is None:
-            student = _at_once(part.transform(0), student)
-            continue
-        widths = part.training.widths
-        # Hidden states, and distributions over a vocabulary, are too large to keep for every row.
-        alongside = part.training.hidden > 0 or head_of(module).answer == "tokens"
-        if not alongside and widths not in asked:
-            # The teacher reads rows that are cut where the student's are.
-            asked[widths] = predict(
-                module, params, tokens, widths=widths, pooling=pooling, progress=progress, name=_TEACHER
-            )
-        transform = part.transform(steps_of(part.training, tokens))
-        student, state = train(
-            module,
-            student,
-            tokens,
-            part.training,
-            teacher=params if alongside else None,
-            cached=None if alongside else asked[widths],
-            transform=transform,
-            trainable=_not_compressed,
-            pooling=pooling,
-            progress=progress,
-            name=part.name,
+    if tokens is None and recipe.needs_texts:
+        what = (
+            "distils: it needs texts (rows to run both models on)" if recipe.distils else "calibrates: it needs texts"
         )
-        student = transform.finalize(student, state)
-    return student
+        raise ValueError(f"This recipe {what}.")
+    for path, leaf in leaves_with_paths(params):
+        check_finite(path, leaf)
+    return _Run(recipe, module, params, tokens, pooling, progress).result()
 
 
 def without_distillation(recipe: Recipe) -> Recipe:
@@ -128,41 +105,207 @@ def without_distillation(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, distil=None, distil_shared=None, fine_tune=None)
 
 
-def _prepared(
-    parts: Sequence[_Part], module: nn.Module, tokens: Tokens | None, progress: Progress | None
-) -> list[_Part]:
-    """The parts with trainings that fit the rows and the model."""
-    said: set[str] = set()
+class _Run:
+    """One recipe on one model: the dense model beside what has become of it."""
 
-    def note(text: str) -> None:
-        if text not in said:
-            said.add(text)
-            (progress or Silent()).note(text)
+    def __init__(
+        self,
+        recipe: Recipe,
+        module: nn.Module,
+        params: Params,
+        tokens: Tokens | None,
+        pooling: SentencePooling,
+        progress: Progress | None,
+    ) -> None:
+        self._recipe, self._tokens, self._pooling = recipe, tokens, pooling
+        self._dense_module, self._dense = module, jax.tree.map(jnp.asarray, params)
+        self._progress = progress or Silent()
+        self._outputs: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
+        self._distil, self._distil_shared = self._prepared(recipe.distil), self._prepared(recipe.distil_shared)
 
-    def fitting(training: Training | None) -> Training | None:
-        return training if training is None or tokens is None else prepared(training, module, tokens, note=note)
+    def result(self) -> Params:
+        """Runs all stages."""
+        layouts = _layouts(self._dense_module, self._dense)
+        _try(self._parts(), self._dense, self._recipe, self._tokens, layouts)
+        module, params = self._shrunk()
+        if module is not self._dense_module:
+            layouts = _layouts(module, params)
+        at_once = [(name, step) for name, step in self._recipe.at_once if step.stage != "shrink"]
+        params = run_steps(at_once, params, self._around(module, layouts))
+        for part in self._parts():
+            params = _with_dense(part.dense, params)
+            beginnings = self._beginnings(part.steps, module, params)
+            transform = _transform(part.steps, layouts, beginnings, steps_of(part.training, self._rows()))
+            params, state = self._trained(part.name, part.training, module, params, transform)
+            params = transform.finalize(params, state)
+        return params
 
-    return [dataclasses.replace(part, training=fitting(part.training)) for part in parts]
+    def _prepared(self, training: Training | None) -> Training | None:
+        """A training that fits the rows and the model; what it leaves out is said once."""
+        if training is None or self._tokens is None:
+            return None
+        notes = self._progress.note if training == self._recipe.distil else lambda _: None
+        return prepared(training, self._dense_module, self._tokens, note=notes)
+
+    def _around(self, module: nn.Module, layouts: Params) -> Surroundings:
+        evidence = None
+        if self._recipe.calibrates and self._tokens is not None:
+            evidence = Evidence(self._recipe.calibrate, module, self._tokens, pooling=self._pooling)
+        groups = unit_groups(config_of(module)) if self._recipe.shrink else ()
+        return Surroundings(layouts=layouts, groups=groups, evidence=evidence, progress=self._progress)
+
+    def _shrunk(self) -> tuple[nn.Module, Params]:
+        """The model without the units that [[shrink]] steps take out."""
+        module, params = self._dense_module, self._dense
+        for name, step in self._recipe.steps:
+            if step.stage != "shrink":
+                continue
+            around = self._around(module, _layouts(module, params))
+            if step.trains:
+                params = self._without_closed_gates(name, step, module, params, around)
+            else:
+                params = run_steps([(name, step)], params, around)
+            module = resized(module, params)
+        return module, params
+
+    def _without_closed_gates(
+        self, name: str, step: Step, module: nn.Module, params: Params, around: Surroundings
+    ) -> Params:
+        """Gates find what goes while they are trained; the weights of the rest are the dense ones, fitted."""
+        if self._distil is None:
+            raise ValueError(f"{name}: gates are trained: the recipe needs a table [distil].")
+        costs = parameter_costs(params, select=None if step.select is None else by_path(step.select))
+        options = {key: value for key, value in step.table["penalty"].items() if key != "rule"}
+        penalty = read_options(lagrangian, options)
+
+        steps = steps_of(self._distil, self._rows())
+        aimed = {"penalty": lagrangian(**at_steps(penalty, steps), costs=costs)}
+        gates = step.method.function(around.groups, **at_steps(step.keywords, steps) | aimed)
+        rate = optax.adam(_GATES_RATE)
+        gated, state = self._trained("Training gates", self._distil, module, params, gates, transform_optimizer=rate)
+        target = {key: value for key, value in penalty.items() if key in ("sparsity", "budget")}
+        scores = state.trainable["log_alpha"]
+        keep = select_units(scores, around.groups, gated, **target, costs=costs, rule="rank").keep
+        units = f"{sum(int(np.sum(mask)) for mask in keep.values())} of {sum(len(mask) for mask in keep.values())}"
+        self._progress.note(f"{name}, {step.name}: {units} units are left")
+        evidence = Evidence(self._recipe.calibrate, module, self._rows(), pooling=self._pooling)
+        fitted, _ = refit(evidence.apply, params, around.groups, keep, evidence.batches, row_mask=evidence.row_mask)
+        return shrink(fitted, around.groups, keep)
+
+    def _parts(self) -> list[_Part]:
+        """The trainings, in order."""
+        if self._distil is None and self._distil_shared is None:
+            return []
+        training = [step for _, step in self._recipe.steps if step.trains and step.stage != "shrink"]
+        shared = [step for step in training if step.stage == "cluster"]
+        first = [step for step in training if step.stage != "cluster"]
+        parts = []
+        if self._distil is not None and (first or not shared):
+            name = "Pruning and quantizing while distilling" if first else "Distilling"
+            parts.append(_Part(name=name, training=self._distil, steps=first))
+        last = self._distil_shared or self._distil
+        if shared and last is not None:
+            selections = [step.select for step in shared if step.select]
+            name = "Sharing values while distilling"
+            parts.append(_Part(name=name, training=last, steps=shared, dense=selections))
+        return parts
+
+    def _trained(
+        self, name: str, training: Training, module: nn.Module, params: Params, transform: Transform, **options: Any
+    ) -> tuple[Params, Any]:
+        # Hidden states, and distributions over a vocabulary, are too large to keep for every row.
+        alongside = training.hidden > 0 or head_of(module).answer == "tokens"
+        return train(
+            module,
+            params,
+            self._rows(),
+            training,
+            teacher=self._dense if alongside else None,
+            teacher_module=self._dense_module,
+            cached=None if alongside else self._teacher_outputs(training.widths),
+            transform=transform,
+            trainable=_not_compressed,
+            pooling=self._pooling,
+            progress=self._progress,
+            name=name,
+            **options,
+        )
+
+    def _beginnings(self, steps: Sequence[Step], module: nn.Module, params: Params) -> list[Params | None]:
+        """What each transform begins with, such as the ranges of inputs."""
+        if all(step.method.statistics is None for step in steps):
+            return [None for _ in steps]
+        evidence = Evidence(self._recipe.calibrate, module, self._rows(), pooling=self._pooling)
+        return [
+            step.method.statistics(evidence, params, by_path(step.select or ""), step.keywords)
+            if step.method.statistics
+            else None
+            for step in steps
+        ]
+
+    def _teacher_outputs(self, widths: tuple[int, ...]) -> dict[str, np.ndarray]:
+        """The teacher reads rows that are cut where the student's are; parts that cut alike share its outputs."""
+        if widths not in self._outputs:
+            self._outputs[widths] = predict(
+                self._dense_module,
+                self._dense,
+                self._rows(),
+                widths=widths,
+                pooling=self._pooling,
+                progress=self._progress,
+                name=_TEACHER,
+            )
+        return self._outputs[widths]
+
+    def _rows(self) -> Tokens:
+        if self._tokens is None:
+            raise ValueError("This recipe needs texts.")
+        return self._tokens
 
 
-def _try(recipe: Recipe, parts: Sequence[_Part], params: Params, layouts: Params, tokens: Tokens | None) -> None:
-    """What a step finds wrong with a leaf is said before hours of work."""
-    for path, leaf in leaves_with_paths(params):
-        if not np.isfinite(np.asarray(leaf)).all():
-            check_finite(path, leaf)
-    for step in recipe.cluster:
-        marks = by_path(step.select)(params)
-        map_with_path(_blocks(step), params, layouts, marks)
+def _transform(steps: Sequence[Step], layouts: Params, beginnings: Sequence[Params | None], count: int) -> Transform:
+    """The transforms of steps for a training of `count` steps."""
+    return chain(
+        *(
+            _beginning_with(
+                beginning,
+                step.method.function(select=by_path(step.select), layouts=layouts, **at_steps(step.keywords, count)),
+            )
+            for step, beginning in zip(steps, beginnings, strict=True)
+            if step.select is not None
+        )
+    )
+
+
+def _beginning_with(beginning: Params | None, transform: Transform) -> Transform:
+    if beginning is None:
+        return transform
+
+    def init(params: Params, *, key: jax.Array, statistics: Any = None) -> Any:
+        del statistics
+        return transform.init(params, key=key, statistics=beginning)
+
+    return transform._replace(init=init)
+
+
+def _try(parts: Sequence[_Part], params: Params, recipe: Recipe, tokens: Tokens | None, layouts: Params) -> None:
+    """What a transform or shared values find wrong with a leaf is said before hours of work."""
+    for _, step in recipe.steps:
+        spec = step.keywords.get("spec")
+        if isinstance(spec, CodebookSpec) and step.select is not None:
+            map_with_path(_blocks(spec), params, layouts, by_path(step.select)(params))
     for part in parts:
-        if not part.dense:  # shared values are found on the host only
-            steps = 0 if part.training is None or tokens is None else steps_of(part.training, tokens)
-            jax.eval_shape(functools.partial(part.transform(steps).init, key=jax.random.key(0)), params)
+        if not part.dense and tokens is not None:  # shared values are found on the host only
+            # What some begin with is not known yet.
+            known = [step for step in part.steps if step.method.statistics is None]
+            init = _transform(known, layouts, [None for _ in known], steps_of(part.training, tokens)).init
+            jax.eval_shape(functools.partial(init, key=jax.random.key(0)), params)
 
 
-def _blocks(step: ClusterStep) -> Callable[..., None]:
+def _blocks(spec: CodebookSpec) -> Callable[..., None]:
     def visit(_: str, leaf: Any, layout: Any, mark: bool) -> None:
         if mark:
-            step.spec().blocks(leaf.shape, layout)
+            spec.blocks(leaf.shape, layout)
 
     return visit
 
@@ -172,81 +315,11 @@ def _layouts(module: nn.Module, params: Params) -> Params:
     return trace_layouts(lambda p, ids, mask: module.apply({"params": p}, ids, mask), params, ids, ids)
 
 
-def _with_frozen_steps(recipe: Recipe, params: Params, layouts: Params) -> Params:
-    for step in recipe.quantize:
-        if step.frozen:
-            params, _ = quantize(params, step.spec(), select=by_path(step.select), layouts=layouts)
-    for step in recipe.cluster:
-        if step.frozen:
-            params, _ = cluster(params, step.spec(), select=by_path(step.select), layouts=layouts)
-    return params
-
-
-def _parts(recipe: Recipe, layouts: Params) -> list[_Part]:
-    prune, quantized = recipe.prune, [step for step in recipe.quantize if not step.frozen]
-    clustered = [step for step in recipe.cluster if not step.frozen]
-
-    def first(steps: int) -> Transform:
-        pruning = [_pruning(step, layouts, steps) for step in prune]
-        return chain(*pruning, *(_quantization(step, layouts) for step in quantized))
-
-    def second(steps: int) -> Transform:
-        return chain(*(_sharing(step, layouts, steps) for step in clustered))
-
-    parts = []
-    if prune or quantized or not clustered:
-        parts.append(_Part(name="Pruning and quantizing while distilling", transform=first, training=recipe.distil))
-    if clustered:
-        training = recipe.distil_shared or recipe.distil
-        name = "Sharing values while distilling"
-        parts.append(_Part(name=name, transform=second, training=training, dense=clustered))
-    return parts
-
-
-def _pruning(step: PruneStep, layouts: Params, steps: int) -> Transform:
-    # The end is at least one step away, and never behind the last step: what is asked for is always reached.
-    end = max(round(step.end * steps), 1)
-    begin = min(round(step.begin * steps), end - 1)
-    schedule = constant(step.sparsity) if steps == 0 else cubic(0.0, step.sparsity, begin=begin, end=end)
-    return gradual(
-        schedule=schedule,
-        every=1 if steps == 0 else step.every,
-        select=by_path(step.select),
-        layouts=layouts,
-        scope=cast(Scope, step.scope),  # checked by PruneStep
-        pattern=step.parsed_pattern(),
-    )
-
-
-def _quantization(step: QuantizeStep, layouts: Params) -> Transform:
-    return quantization_aware(step.spec(), select=by_path(step.select), layouts=layouts)
-
-
-def _sharing(step: ClusterStep, layouts: Params, steps: int) -> Transform:
-    return trained_codebooks(
-        step.spec(),
-        every=step.every,
-        until=max(round(step.until * steps), 1) if step.until and steps else 0,
-        select=by_path(step.select),
-        layouts=layouts,
-        store=step.store,
-    )
-
-
-def _with_dense(steps: Sequence[ClusterStep], params: Params) -> Params:
-    if not steps:
+def _with_dense(selections: Sequence[str], params: Params) -> Params:
+    if not selections:
         return params
-    marks = any_of(*(by_path(step.select) for step in steps))(params)
+    marks = any_of(*map(by_path, selections))(params)
     return map_with_path(lambda _, leaf, mark: materialize(leaf) if mark else leaf, params, marks)
-
-
-def _at_once(transform: Transform, params: Params) -> Params:
-    state = transform.init(params, key=jax.random.key(0))
-    floats, _ = partition_trainable(params)
-    # One update ranks the weights where they are: pruning in one shot.
-    grads = tuple(floats for _ in transform.stages)
-    state, _ = transform.update(grads, state, params, key=jax.random.key(0), loss=0.0)
-    return transform.finalize(params, state)
 
 
 def _not_compressed(params: Params) -> Params:

@@ -7,7 +7,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxcompress._src.recipe.steps import ClusterStep, PruneStep, QuantizeStep, Training
+from jaxcompress._src.recipe.calibrate import Calibration
+from jaxcompress._src.recipe.methods import METHODS
+from jaxcompress._src.recipe.one_shot import calibrates
+from jaxcompress._src.recipe.steps import Step, Training, read_step
 from jaxcompress._src.recipe.values import read_table
 
 _MOST_BYTES = 2**20  # of a recipe: what is larger is some other file
@@ -31,21 +34,27 @@ class Saving:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A pipeline.
+    """A pipeline. Its stages run in the order of these attributes, the steps of a stage as they are written.
 
     Attributes:
-        prune: pruning steps, applied in order.
-        quantize: quantization steps, after pruning.
-        cluster: steps that let weights share values, after pruning.
+        shrink: steps that take units out of the arrays.
+        prune: steps that set weights to 0.
+        lowrank: steps that factorize leaves.
+        quantize: steps that round leaves.
+        cluster: steps that let weights share values.
+        calibrate: the texts that one-shot methods see.
         distil: how the compressed model is trained to follow the original; None: one-shot.
-        distil_shared: the same for the second part of the training, in which values are shared; by default `distil`.
+        distil_shared: the same for the last part of the training, in which values are shared; by default `distil`.
         fine_tune: how the demo trains the original model first; not used otherwise.
         save: how the result is written.
     """
 
-    prune: tuple[PruneStep, ...] = ()
-    quantize: tuple[QuantizeStep, ...] = ()
-    cluster: tuple[ClusterStep, ...] = ()
+    shrink: tuple[Step, ...] = ()
+    prune: tuple[Step, ...] = ()
+    lowrank: tuple[Step, ...] = ()
+    quantize: tuple[Step, ...] = ()
+    cluster: tuple[Step, ...] = ()
+    calibrate: Calibration = dataclasses.field(default_factory=Calibration)
     distil: Training | None = None
     distil_shared: Training | None = None
     fine_tune: Training | None = None
@@ -53,19 +62,60 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Checks that there is something to do, and nothing that would never be done."""
-        if not self.prune and not self.quantize and not self.cluster:
-            raise ValueError("A recipe needs at least one [[prune]], [[quantize]] or [[cluster]] step.")
-        if self.distil_shared is not None and all(step.frozen for step in self.cluster):
+        if not self.steps:
+            *others, last = (f"[[{stage}]]" for stage in METHODS)
+            raise ValueError(f"A recipe needs at least one {', '.join(others)} or {last} step.")
+        if self.distil_shared is not None and not any(step.trains for step in self.cluster):
             raise ValueError("[distil_shared] trains shared values: it needs a [[cluster]] step that is not frozen.")
+        if not self.distils:
+            for name, step in self.steps:
+                try:
+                    _ = step.one_shot
+                except ValueError as err:
+                    raise ValueError(f"{name}: {err}") from err
+
+    @property
+    def steps(self) -> tuple[tuple[str, Step], ...]:
+        """All steps in the order in which they run, each with its name for messages."""
+        return tuple((f"[[{stage}]] {i + 1}", step) for stage in METHODS for i, step in enumerate(getattr(self, stage)))
 
     @property
     def distils(self) -> bool:
-        """Whether texts are needed."""
+        """Whether it trains."""
         return self.distil is not None or self.distil_shared is not None
 
+    @property
+    def at_once(self) -> tuple[tuple[str, Step], ...]:
+        """The steps that run without a training."""
+        return tuple((name, step.one_shot) for name, step in self.steps if not (self.distils and step.trains))
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether there must be rows."""
+        return self.distils or self.calibrates
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether one-shot methods look at texts."""
+        return any(calibrates(step) for _, step in self.at_once)
+
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return dataclasses.asdict(self)
+        """For JSON: the tables as they were written, and options that were left out where they have a default."""
+        tables = {stage: [dict(step.table) for step in getattr(self, stage)] for stage in METHODS}
+        names = ("calibrate", "distil", "distil_shared", "fine_tune", "save")
+        return tables | {
+            name: value and dataclasses.asdict(value) for name in names for value in (getattr(self, name),)
+        }
+
+
+TABLES: Mapping[str, Any] = {
+    "calibrate": Calibration,
+    "distil": Training,
+    "distil_shared": Training,
+    "fine_tune": Training,
+    "save": Saving,
+}
+"""The tables of a recipe that are no steps."""
 
 
 def packaged_recipes() -> tuple[str, ...]:
@@ -86,13 +136,10 @@ def read_recipe(source: str | Path) -> Recipe:
             the table and the option.
 
     Example:
-        >>> read_recipe("int4").quantize[0].bits
+        >>> read_recipe("int4").quantize[0].keywords["spec"].bits
         4
     """
-    if str(source) in packaged_recipes():
-        text = resources.files("jaxcompress._src.recipe").joinpath("recipes", f"{source}.toml").read_text("utf-8")
-    else:
-        text = _text(Path(source))
+    text = recipe_text(source)
     try:
         return _parse(tomllib.loads(text))
     except (ValueError, TypeError) as err:
@@ -101,7 +148,16 @@ def read_recipe(source: str | Path) -> Recipe:
         raise ValueError(f"Recipe {str(source)!r}: its values are nested too deeply.") from None
 
 
-def _text(path: Path) -> str:
+def recipe_text(source: str | Path) -> str:
+    """What is written in a recipe.
+
+    Raises:
+        OSError: as `read_recipe`.
+        ValueError: it is no text.
+    """
+    if str(source) in packaged_recipes():
+        return resources.files("jaxcompress._src.recipe").joinpath("recipes", f"{source}.toml").read_text("utf-8")
+    path = Path(source)
     if not path.is_file():
         found = "is not a file" if path.exists() else "does not exist"
         raise FileNotFoundError(
@@ -122,17 +178,24 @@ def _text(path: Path) -> str:
 
 
 def _parse(tables: Mapping[str, Any]) -> Recipe:
-    lists = {"prune": PruneStep, "quantize": QuantizeStep, "cluster": ClusterStep}
-    singles = {"distil": Training, "distil_shared": Training, "fine_tune": Training, "save": Saving}
-    unknown = sorted(set(tables) - {*lists, *singles})
+    unknown = sorted(set(tables) - {*METHODS, *TABLES})
     if unknown:
-        raise ValueError(f"unknown table {unknown[0]!r}; known are {', '.join([*lists, *singles])}.")
-    for name in lists:
-        if not isinstance(tables.get(name, []), list):
-            raise ValueError(f"`{name}` is a list of tables: write [[{name}]].")
+        raise ValueError(f"unknown table {unknown[0]!r}; known are {', '.join([*METHODS, *TABLES])}.")
+    for stage in METHODS:
+        if not isinstance(tables.get(stage, []), list):
+            raise ValueError(f"`{stage}` is a list of tables: write [[{stage}]].")
     read: dict[str, Any] = {
-        name: tuple(read_table(cls, f"[[{name}]] {i + 1}", table) for i, table in enumerate(tables.get(name, [])))
-        for name, cls in lists.items()
+        stage: tuple(_step(stage, f"[[{stage}]] {i + 1}", table) for i, table in enumerate(tables.get(stage, [])))
+        for stage in METHODS
     }
-    read |= {name: read_table(cls, f"[{name}]", tables[name]) for name, cls in singles.items() if name in tables}
+    read |= {name: read_table(cls, f"[{name}]", tables[name]) for name, cls in TABLES.items() if name in tables}
     return Recipe(**read)
+
+
+def _step(stage: str, name: str, table: Any) -> Step:
+    if not isinstance(table, dict):
+        raise ValueError(f"{name} must be a table of options, found {table!r}.")
+    try:
+        return read_step(stage, table)
+    except (ValueError, TypeError) as err:
+        raise ValueError(f"{name}: {err}") from err

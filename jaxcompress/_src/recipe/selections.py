@@ -1,12 +1,9 @@
 """Steps of a recipe that contradict one another on a model, found before hours of training."""
 
-from collections.abc import Iterable
-from typing import Any
-
 import jax
 
 from jaxcompress._src.recipe.recipe import Recipe
-from jaxcompress._src.recipe.steps import ClusterStep, PruneStep, QuantizeStep
+from jaxcompress._src.recipe.steps import Step
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.tree.selectors import by_path
 from jaxcompress._src.types import Params, is_compressed
@@ -17,7 +14,7 @@ def check_selections(recipe: Recipe, params: Params) -> None:
 
     Raises:
         ValueError: a leaf is compressed already; a step selects nothing; a leaf is in two steps that give it its
-            values; a leaf is pruned that is frozen, or whose shared values leave out 0. Names the steps and the leaf.
+            values; a leaf is pruned by a step whose zeros another would not keep. Names the steps and the leaf.
     """
     compressed = [path for path, leaf in leaves_with_paths(params) if is_compressed(leaf)]
     if compressed:
@@ -25,24 +22,40 @@ def check_selections(recipe: Recipe, params: Params) -> None:
             f"{len(compressed)} leaves are compressed already, such as {compressed[0]!r}: compress the original model, "
             "or call `jaxcompress.materialize(params)` first."
         )
-    pruned = {path: name for name, step in _named("prune", recipe.prune) for path in _paths(name, step, params)}
+    steps = [(name, step if recipe.distils and step.trains else step.one_shot) for name, step in recipe.steps]
+    pruned: dict[str, tuple[str, Step]] = {}
     owners: dict[str, str] = {}
-    for name, step in [*_named("quantize", recipe.quantize), *_named("cluster", recipe.cluster)]:
+    for name, step in steps:
         for path in _paths(name, step, params):
-            if path in owners:
-                raise ValueError(f"Leaf {path!r} is in {owners[path]} and in {name}; only one can give it its values.")
-            owners[path] = name
-            if path in pruned and step.frozen:
-                raise ValueError(f"Leaf {path!r} is in {pruned[path]} and frozen by {name}: it could not be pruned.")
-            if path in pruned and isinstance(step, ClusterStep) and not step.zero:
-                raise ValueError(f"Leaf {path!r} is in {pruned[path]}, so `zero` must be true in {name}.")
+            if step.stage == "prune":
+                pruned[path] = (name, step)
+            elif step.stage != "shrink" and step.method.gives_values:
+                if path in owners:
+                    raise ValueError(
+                        f"Leaf {path!r} is in {owners[path]} and in {name}; only one can give it its values."
+                    )
+                owners[path] = name
+                if path in pruned:
+                    _check_zeros(path, *pruned[path], name, step)
 
 
-def _named(table: str, steps: Iterable[Any]) -> list[tuple[str, Any]]:
-    return [(f"[[{table}]] {i + 1}", step) for i, step in enumerate(steps)]
+def _check_zeros(path: str, pruning: str, prune: Step, name: str, step: Step) -> None:
+    if prune.trains and not step.trains:
+        raise ValueError(f"Leaf {path!r} is in {pruning} and frozen by {name}: it could not be pruned.")
+    if not prune.trains and step.trains:
+        raise ValueError(
+            f"Leaf {path!r} is pruned by {pruning} before the training, in which {name} would give its zeros values: "
+            "prune it by a method that trains, or compress it by one that does not."
+        )
+    if not getattr(step.keywords.get("spec"), "zero", True):
+        raise ValueError(f"Leaf {path!r} is in {pruning}, so `zero` must be true in {name}.")
+    if not step.method.keeps_zeros:
+        raise ValueError(f"Leaf {path!r} is in {pruning}, and {name}, {step.name!r}, would give its zeros values.")
 
 
-def _paths(name: str, step: PruneStep | QuantizeStep | ClusterStep, params: Params) -> list[str]:
+def _paths(name: str, step: Step, params: Params) -> list[str]:
+    if step.select is None:
+        return []
     try:
         marks = by_path(step.select)(params)
     except ValueError as err:

@@ -1,155 +1,177 @@
 """The steps of a recipe: what is done to which leaves, and how a model is trained meanwhile."""
 
 import dataclasses
-import typing
-from typing import Literal
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any
 
-from jaxcompress._src.clustering.spec import CodebookSpec
-from jaxcompress._src.pruning.patterns import Pattern, n_of_m, unstructured
-from jaxcompress._src.pruning.ranking import Scope
-from jaxcompress._src.quantization.spec import QuantSpec
-from jaxcompress._src.recipe.values import check_numbers, check_select
+from jaxcompress._src.recipe.methods import METHODS, Method
+from jaxcompress._src.recipe.options import NEEDED, Option, at_steps, options_of, read_options
+from jaxcompress._src.recipe.values import check_numbers, check_select, read_value
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PruneStep:
-    """Gradual magnitude pruning (one-shot without distillation).
-
-    Attributes:
-        select: regular expression over whole paths.
-        sparsity: share of zeros at the end, in [0, 1].
-        pattern: "unstructured" or "N:M", N kept of every M.
-        scope: "leaf", "global" or "row".
-        begin: share of the training steps at which pruning begins.
-        end: share at which the final sparsity is reached.
-        every: steps between two rankings.
-    """
-
-    select: str
-    sparsity: float
-    pattern: str = "unstructured"
-    scope: str = "leaf"
-    begin: float = 0.0
-    end: float = 0.5
-    every: int = 10
-
-    def __post_init__(self) -> None:
-        """Checks the options."""
-        check_select(self.select)
-        check_numbers(self)
-        if not 0.0 <= self.sparsity <= 1.0:
-            raise ValueError(f"`sparsity` must be in [0, 1], got {self.sparsity}.")
-        if not 0.0 <= self.begin < self.end <= 1.0:
-            raise ValueError(f"`begin` and `end` must be 0 <= begin < end <= 1, got {self.begin} and {self.end}.")
-        if self.scope not in typing.get_args(Scope):
-            raise ValueError(f"`scope` must be leaf, global or row, got {self.scope!r}.")
-        if self.every < 1:
-            raise ValueError(f"`every` must be at least 1, got {self.every}.")
-        allowed = self.parsed_pattern().allowed
-        if self.sparsity > allowed + 1e-6:
-            raise ValueError(
-                f"`pattern` {self.pattern} allows a `sparsity` of at most {allowed:g}, got {self.sparsity:g}."
-            )
-
-    def parsed_pattern(self) -> Pattern:
-        """The pattern that `pattern` names."""
-        if self.pattern == "unstructured":
-            return unstructured()
-        kept, separator, run = self.pattern.partition(":")
-        if separator and kept.isdigit() and run.isdigit():
-            return n_of_m(int(kept), int(run))
-        raise ValueError(f"`pattern` must be unstructured or N:M (such as 2:4), got {self.pattern!r}.")
+_COMMON = {
+    "select": Option(
+        name="select",
+        kind=str,
+        default=NEEDED,
+        help="regular expression over whole paths: the leaves to act on, or whose parameters count for [[shrink]].",
+    ),
+    "frozen": Option(
+        name="frozen", kind=bool, default=False, help="done in one shot before the training, which leaves it alone."
+    ),
+    "sequential": Option(
+        name="sequential",
+        kind=bool,
+        default=None,
+        help="leaves are compressed one after another, each with the inputs that the earlier ones leave it.",
+    ),
+}
+"""Options of steps that are no keywords of their functions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizeStep:
-    """Fake quantization while distilling, then real; or, `frozen`, quantized before and not trained.
+class Step:
+    """One step of a recipe: a method, and the leaves that it acts on.
 
     Attributes:
-        select: regular expression over whole paths.
-        frozen: quantize before the distillation, and leave those leaves as they are.
-        bits: see `QuantSpec`, as the following ones.
-        group_size: see `QuantSpec`.
-        symmetric: see `QuantSpec`.
-        scale_dtype: see `QuantSpec`.
-        convention: see `QuantSpec`.
-        partial_groups: see `QuantSpec`.
+        stage: "shrink", "prune", "lowrank", "quantize" or "cluster".
+        name: of the method in the table `METHODS`.
+        select: regular expression over whole paths; None where the method selects no leaves.
+        frozen: whether it is done in one shot before the training, although its method could train.
+        sequential: see `Method`.
+        keywords: of the method's function.
+        at_once: keywords of the method that does the same in one shot, if there is one.
+        inner: what compresses factors or residuals, in a method that takes a `compress`.
+        table: as written.
     """
 
-    select: str
-    bits: int
-    frozen: bool = False
-    group_size: int | None = None
-    symmetric: bool = True
-    scale_dtype: Literal["float32", "bfloat16", "e8m0"] = "bfloat16"
-    convention: Literal["narrow", "full"] | None = None
-    partial_groups: bool = False
+    stage: str
+    name: str
+    select: str | None
+    frozen: bool
+    sequential: bool
+    keywords: Mapping[str, Any]
+    at_once: Mapping[str, Any] | None
+    inner: "Step | None"
+    table: Mapping[str, Any]
 
-    def __post_init__(self) -> None:
-        """Checks the options."""
-        check_select(self.select)
-        check_numbers(self)
-        self.spec()
+    @property
+    def method(self) -> Method:
+        """The row of the table."""
+        return METHODS[self.stage][self.name]
 
-    def spec(self) -> QuantSpec:
-        """The specification of the numbers."""
-        names = ("bits", "group_size", "symmetric", "scale_dtype", "convention", "partial_groups")
-        return QuantSpec(**{name: getattr(self, name) for name in names})
+    @property
+    def trains(self) -> bool:
+        """Whether it needs a training."""
+        return self.method.trains and not self.frozen
+
+    @property
+    def one_shot(self) -> "Step":
+        """The step without a training.
+
+        Raises:
+            ValueError: its method does nothing without one.
+        """
+        if not self.method.trains:
+            return self
+        if self.method.at_once is None or self.at_once is None:
+            raise ValueError(f"`{self.name}` trains: the recipe needs a table [distil].")
+        return dataclasses.replace(self, name=self.method.at_once, keywords=self.at_once)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClusterStep:
-    """Weights that share a few values, found when pruning has ended; then the values are trained while distilling.
+def read_step(stage: str, table: Mapping[str, Any]) -> Step:
+    """A step from a table of options.
 
-    Attributes:
-        select: regular expression over whole paths.
-        values: see `CodebookSpec`, as the following ones.
-        zero: see `CodebookSpec`.
-        per: see `CodebookSpec`.
-        group_size: see `CodebookSpec`.
-        rate: see `CodebookSpec`.
-        dtype: see `CodebookSpec`.
-        frozen: share values before the distillation, and leave those leaves as they are.
-        until: share of the training up to which weights move too and go to other values (with `zero`, what is
-            0 stays 0); then only values do.
-        every: steps between two such assignments.
-        store: "dense" (fewest bytes in an entropy-coded file), or "sparse": codes of 0 are left out under a bit mask.
+    Args:
+        stage: a stage of `METHODS`.
+        table: parsed TOML: `method` (by default the first of the stage), `select`, and the method's options; `frozen`
+            where a method that trains may also be done in one shot, `sequential` where leaves may be done in turn.
+
+    Raises:
+        ValueError: an unknown method or option, a missing one, a value of the wrong type or out of range; names the
+            option.
+
+    Example:
+        >>> step = read_step("prune", {"method": "alps", "select": ".*/kernel", "pattern": "2:4"})
+        >>> step.trains, step.keywords["pattern"]
+        (False, NOfM(n=2, m=4))
     """
+    methods = METHODS[stage]
+    name = table.get("method", next(iter(methods)))
+    if not isinstance(name, str) or name not in methods:
+        raise ValueError(f"unknown `method` {name!r}; known are {', '.join(methods)}.")
+    method, options = methods[name], dict(table)
+    options.pop("method", None)
+    known = step_options(method)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r}; known are {', '.join(known)}.")
+    common = {key: read_value(key, known[key].kind, options.pop(key)) for key in _COMMON if key in options}
+    if "select" in common:
+        check_select(common["select"])
+    elif "select" in known and known["select"].default is NEEDED:
+        raise ValueError("the option 'select' is needed.")
+    keywords = read_options(method.function, options, defaults=method.defaults)
+    inner = keywords.pop("compress", None)
+    at_once, shared = None, {}
+    if method.at_once is not None:
+        other = methods[method.at_once]
+        shared = {key: value for key, value in options.items() if key in options_of(other.function)}
+        at_once = read_options(other.function, shared, defaults=other.defaults)
+    _check_training(method, keywords, options, shared, frozen=common.get("frozen", False))
+    return Step(
+        stage=stage,
+        name=name,
+        select=common.get("select"),
+        frozen=common.get("frozen", False),
+        sequential=common.get("sequential", bool(method.sequential)),
+        keywords=keywords,
+        at_once=at_once,
+        inner=None if inner is None else _inner(inner),
+        table=dict(table),
+    )
 
-    select: str
-    values: int
-    zero: bool = True
-    per: Literal["leaf", "output"] = "leaf"
-    group_size: int | None = None
-    rate: float = 0.0
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    frozen: bool = False
-    until: float = 0.0
-    every: int = 10
-    store: Literal["dense", "sparse"] = "dense"
 
-    def __post_init__(self) -> None:
-        """Checks the options."""
-        check_select(self.select)
-        check_numbers(self)
-        self.spec()
-        if not 0.0 <= self.until <= 1.0:
-            raise ValueError(f"`until` is a share of the training and must be in [0, 1], got {self.until}.")
-        if self.frozen and self.until:
-            raise ValueError(
-                f"`until` must be 0 if `frozen` is true, got {self.until}: frozen leaves do not train; leave one out."
-            )
-        if self.every < 1:
-            raise ValueError(f"`every` must be at least 1, got {self.every}.")
-        if self.store not in ("dense", "sparse") or (self.store == "sparse" and not (self.zero and not self.frozen)):
-            raise ValueError(
-                f"`store` must be 'dense', or 'sparse' if `zero` is true and `frozen` is not, got {self.store!r}."
-            )
+def step_options(method: Method) -> dict[str, Option]:
+    """All options of a step but `method`: those of every step where they apply, and the keywords of its function."""
+    offered = {"select": method.selects, "frozen": method.at_once, "sequential": method.sequential is not None}
+    common = {name: _COMMON[name] for name, offer in offered.items() if offer}
+    defaults = {"sequential": method.sequential, **method.defaults}
+    if method in METHODS["shrink"].values():
+        defaults["select"] = None
+    options = common | options_of(method.function)
+    return {
+        name: dataclasses.replace(option, default=defaults.get(name, option.default))
+        for name, option in options.items()
+    }
 
-    def spec(self) -> CodebookSpec:
-        """The specification of the values."""
-        names = ("values", "zero", "per", "group_size", "rate", "dtype")
-        return CodebookSpec(**{name: getattr(self, name) for name in names})
+
+def _inner(table: Any) -> Step:
+    """What compresses the factors of low-rank leaves, or a residual: a one-shot step on whatever it is given."""
+    if not isinstance(table, dict):
+        raise ValueError(f"`compress` must be a table with `method` and its options, found {table!r}.")
+    try:
+        step = read_step("quantize", {"select": ".*", "method": "quantize", **table})
+    except ValueError as err:
+        raise ValueError(f"`compress`: {err}") from err
+    names = inspect.signature(step.method.function).parameters
+    if step.method.trains or not {"params", "select"} <= set(names) or "apply" in names:
+        raise ValueError(f"`compress`: `method` {step.name!r} does not work on factors; gptq, hqq and quantize do.")
+    return step
+
+
+def _check_training(
+    method: Method, keywords: Mapping[str, Any], options: Mapping[str, Any], at_once: Collection[str], *, frozen: bool
+) -> None:
+    """What can be wrong with options that a training needs is found before it."""
+    if not method.trains:
+        return
+    if frozen:
+        wrong = [name for name in options if name not in at_once]
+        if wrong:
+            raise ValueError(f"`{wrong[0]}` must be left out if `frozen` is true: frozen leaves do not train.")
+    if "groups" not in inspect.signature(method.function).parameters or "groups" in keywords:  # units come from a model
+        method.function(**at_steps(keywords, 100))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

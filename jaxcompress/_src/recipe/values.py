@@ -35,7 +35,7 @@ def read_table(cls: Any, name: str, table: Any) -> Any:
     if missing:
         raise ValueError(f"{name}: the option {missing[0]!r} is needed.")
     try:
-        return cls(**{key: _value(key, hints[key], value) for key, value in table.items()})
+        return cls(**{key: read_value(key, hints[key], value) for key, value in table.items()})
     except ValueError as err:
         raise ValueError(f"{name}: {err}") from err
 
@@ -55,11 +55,13 @@ def check_numbers(step: Any) -> None:
     for field in dataclasses.fields(step):
         value = getattr(step, field.name)
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                _check_number(field.name, number)
+            check_number(field.name, number)
 
 
-def _check_number(name: str, value: int | float) -> None:
+def check_number(name: str, value: Any) -> None:
+    """Raises a `ValueError` for a number that float32 (or int32) cannot hold, NaN and Inf among them."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
     if isinstance(value, int) and abs(value) > _LARGEST_INT:
         raise ValueError(f"`{name}` must be at most {_LARGEST_INT}, got {value}.")
     if not math.isfinite(value) or abs(value) > _LARGEST_FLOAT:
@@ -68,15 +70,20 @@ def _check_number(name: str, value: int | float) -> None:
         raise ValueError(f"`{name}` is {value}, which float32 rounds to 0.")
 
 
-def _value(name: str, hint: Any, value: Any) -> Any:
+def read_value(name: str, hint: Any, value: Any) -> Any:
+    """A value of a TOML file as the type that an annotation says; whole numbers may stand for floats.
+
+    Raises:
+        ValueError: it is of another type, or none of the choices; names the option.
+    """
     kinds = typing.get_args(hint) or (hint,)
     if typing.get_origin(kinds[0]) is Literal:
         # A choice that may be left out; a file cannot say None.
-        return _value(name, kinds[0], value)
+        return read_value(name, kinds[0], value)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"`{name}` must be a list, such as [32, 64], found {value!r}.")
-        return tuple(_value(name, kinds[0], item) for item in value)
+        return tuple(read_value(name, kinds[0], item) for item in value)
     if typing.get_origin(hint) is Literal:
         if value not in kinds:
             raise ValueError(f"`{name}` must be {' or '.join(map(repr, kinds))}, found {value!r}.")

@@ -8,7 +8,8 @@ from jax.extend import core
 
 from jaxcompress._src.trace.graph import Graph, graph_of
 from jaxcompress._src.trace.scaling import Scaling
-from jaxcompress._src.types import Params
+from jaxcompress._src.tree.maps import leaves_with_paths
+from jaxcompress._src.types import Params, is_compressed
 
 
 class FoldedLeaf(NamedTuple):
@@ -52,12 +53,13 @@ def folds(apply: Callable[..., Any], params: Params, *inputs: Any) -> list[Fold]
 
     Args:
         apply: `(params, *inputs) -> outputs`, pure.
-        params: arrays or `jax.ShapeDtypeStruct`.
+        params: arrays, compressed arrays or `jax.ShapeDtypeStruct`.
         *inputs: trees of arrays, or of `jax.ShapeDtypeStruct`.
 
     Returns:
-        In the order of the model. Kernels in branches and `while` loops, and leaves of several uses, have none; nor do
-        a leaf of a stack and one that all iterations share, or the inside of a scan and what comes before or after.
+        In the order of the model. Compressed leaves take no factors: there is no fold with one. Kernels in branches and
+        `while` loops, and leaves of several uses, have none; nor do a leaf of a stack and one that all iterations
+        share, or the inside of a scan and what comes before or after.
 
     Example:
         >>> import jax
@@ -82,7 +84,9 @@ def folds(apply: Callable[..., Any], params: Params, *inputs: Any) -> list[Fold]
         Xiao et al. 2023, "SmoothQuant", section 4.2; Lin et al. 2024, "AWQ", section 3.2 (both list modules by name).
     """
     graph = graph_of(apply, params, inputs)
-    return list(_folds(graph, graph.uses()))
+    compressed = {path for path, leaf in leaves_with_paths(params) if is_compressed(leaf)}
+    found = _folds(graph, graph.uses())
+    return [fold for fold in found if compressed.isdisjoint(leaf.path for leaf in fold.producers + fold.consumers)]
 
 
 def _folds(graph: Graph, uses: Mapping[str, int]) -> Iterator[Fold]:

@@ -10,8 +10,8 @@ from jax.extend import core
 
 from jaxcompress._src.trace.origin import Origin, rearrange
 from jaxcompress._src.trace.walk import inlined
-from jaxcompress._src.tree.maps import leaves_with_paths
-from jaxcompress._src.types import Params
+from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.types import Params, is_compressed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +103,11 @@ class Graph:
 
 
 def graph_of(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> Graph:
-    """The graph of a model."""
-    return _graph(jax.make_jaxpr(apply)(params, *inputs), params)
+    """The graph of a model; compressed leaves count as the arrays they stand for."""
+    logical = map_with_path(
+        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_compressed(leaf) else leaf, params
+    )
+    return _graph(jax.make_jaxpr(apply)(logical, *inputs), params)
 
 
 def leaf_uses(closed: Any, params: Params) -> Counter[str]:

@@ -1,0 +1,324 @@
+"""The one table of methods: it has every one-shot method and transform, and each runs from a recipe file."""
+
+import inspect
+import types
+
+import jax
+import numpy as np
+import pytest
+from small_bert import small_classifier
+
+import jaxcompress as jc
+from jaxcompress import gates, pruning, quantization, recipe, structured, tree
+from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.recipe.methods import METHODS
+from jaxcompress._src.recipe.options import NEEDED
+from jaxcompress._src.recipe.steps import step_options
+from jaxcompress._src.types import Params, Transform
+from jaxcompress.arrays import (
+    AdditiveCodebookArray,
+    BitmaskSparseArray,
+    CodebookArray,
+    InputQuantizedArray,
+    LowRankArray,
+    NMSparseArray,
+    QuantizedArray,
+)
+from jaxcompress.recipe import Tokens
+
+FACADES = (pruning, quantization, jc.clustering, jc.lowrank, gates, structured)
+INSIDE = {"refit": "what `fisher` and `hard_concrete` end with"}
+"""One-shot functions that are a part of other rows: they need a choice of units, which no file can say."""
+
+
+def _public_methods():
+    """One-shot methods take `params` and return `(params, info)`; transforms are made from keywords."""
+    for facade in FACADES:
+        for name, function in vars(facade).items():
+            if isinstance(function, types.FunctionType) and not name.startswith("_"):
+                signature = inspect.signature(function)
+                returns = signature.return_annotation
+                is_pair = getattr(returns, "__origin__", None) is tuple and len(returns.__args__) == 2
+                of_params = "params" in signature.parameters and is_pair and returns.__args__[0] is Params
+                if returns is Transform or (of_params and name not in INSIDE):
+                    yield function
+
+
+def test_the_table_has_every_one_shot_method_and_transform_of_the_facades_and_nothing_else():
+    rows = [method.function for entries in METHODS.values() for method in entries.values()]
+    assert len(set(rows)) == len(rows)
+    assert {function.__name__ for function in _public_methods()} == {function.__name__ for function in rows}
+    assert {inspect.unwrap(function) for function in _public_methods()} == set(map(inspect.unwrap, rows))
+
+
+@pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage, entries in METHODS.items() for name in entries])
+def test_every_option_of_every_method_is_explained(recipe_of, stage, name):
+    method = METHODS[stage][name]
+    assert method.summary
+    options = step_options(method).values()
+    assert all(len(option.help) > 8 for option in options)
+    needed = [option.name for option in options if option.default is NEEDED]
+    if needed:
+        with pytest.raises(ValueError, match=f"the option '{needed[0]}' is needed"):
+            recipe_of(f"[[{stage}]]\nmethod = '{name}'\n")
+
+
+ROWS = 24
+DISTIL = """
+[distil]
+epochs = 1
+learning_rate = 1e-3
+batch_size = 8
+soft_targets = 1.0
+widths = [8]
+"""
+CALIBRATE = "[calibrate]\nrows = 16\nbatch_size = 16\n"
+LAYER = "bert/encoder/layer/{}/{}/kernel"
+PLACES = (
+    "attention/self/query", "attention/self/key", "attention/self/value", "attention/output/dense",
+    "intermediate/dense", "output/dense",
+)  # fmt: skip
+KERNELS = [LAYER.format(layer, place) for layer in (0, 1) for place in PLACES]
+
+
+@pytest.fixture(scope="module")
+def model():
+    module = small_classifier(hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
+    return module, jax.device_get(params)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    rng = np.random.default_rng(0)
+    ids = tuple(tuple(rng.integers(1, 40, size=8).tolist()) for _ in range(ROWS))
+    return Tokens(ids=ids, labels=rng.integers(0, 2, ROWS).astype(np.int32), pad_id=0)
+
+
+@pytest.fixture
+def recipe_of(tmp_path):
+    def read(text):
+        (tmp_path / "recipe.toml").write_text(text)
+        return recipe.read_recipe(tmp_path / "recipe.toml")
+
+    return read
+
+
+def _steps(stage, methods, kernels):
+    """One step for each method, each on a kernel of its own."""
+    return "".join(
+        f"[[{stage}]]\nmethod = '{name}'\nselect = '{kernel}'\n{options}\n"
+        for (name, options), kernel in zip(methods.items(), kernels, strict=False)
+    )
+
+
+def _leaves(params):
+    return dict(tree.leaves_with_paths(params))
+
+
+def _zeros(leaf):
+    return float((np.asarray(jc.materialize({"leaf": leaf})["leaf"]) == 0).mean())
+
+
+HALF = "sparsity = 0.5\n"
+PRUNING_TRANSFORMS = {
+    "gradual": HALF + "every = 1\n",
+    "straight_through_magnitude": HALF + "every = 1\n",
+    "movement": HALF + "every = 1\n",
+    "soft_movement": "threshold = 0.5\nstrength = 0.1\n",
+    "rigl": HALF + "until = 0.7\nevery = 1\n",
+    "sparse_evolution": HALF + "until = 0.7\nevery = 1\n",
+    "sr_ste": "n = 2\nm = 4\n",
+    "group_lasso": "strength = 100.0\ngroups = 'outputs'\n",
+}
+QUANTIZATION_TRANSFORMS = {
+    "quantization_aware": "bits = 4\n",
+    "lsq": "bits = 3\n",
+    "lsq_inputs": "bits = 8\nper_tensor = true\n",
+    "pact_inputs": "bits = 8\n",
+}
+
+
+def test_every_transform_runs_in_one_training(model, tokens, recipe_of):
+    first = _steps("prune", PRUNING_TRANSFORMS, KERNELS) + _steps("quantize", QUANTIZATION_TRANSFORMS, KERNELS[8:])
+    last = _steps("lowrank", {"rank_gates": "share = 0.5\n"}, ["bert/pooler/dense/kernel"])
+    shared = _steps("cluster", {"trained_codebooks": "values = 4\n"}, ["classifier/kernel"])
+    read = recipe_of(first + last + shared + DISTIL + CALIBRATE)
+    trained = {step.name for _, step in read.steps}
+    assert trained == {name for entries in METHODS.values() for name, row in entries.items() if row.trains} - {
+        "hard_concrete"
+    }
+    # Three steps are too few for the gates to close.
+    with pytest.warns(jc.schedules.UnfinishedScheduleWarning, match="open directions"):
+        leaves = _leaves(recipe.compress(read, *model, tokens))
+    pruned = dict(zip(PRUNING_TRANSFORMS, KERNELS, strict=False))
+    for name, path in pruned.items():
+        zeros = _zeros(leaves[path])
+        assert zeros == 1.0 if name == "group_lasso" else 0.0 <= zeros < 0.6, name
+        if name not in ("soft_movement", "group_lasso"):
+            assert zeros == pytest.approx(0.5, abs=0.01), name
+            assert isinstance(leaves[path], NMSparseArray if name == "sr_ste" else BitmaskSparseArray), name
+    kinds = (QuantizedArray, QuantizedArray, InputQuantizedArray, InputQuantizedArray)
+    assert [type(leaves[path]) for path in KERNELS[8:]] == list(kinds)
+    assert [leaves[path].bits for path in KERNELS[8:10]] == [4, 3]
+    assert isinstance(leaves["bert/pooler/dense/kernel"], LowRankArray)
+    assert isinstance(leaves["classifier/kernel"], CodebookArray)
+
+
+ONE_SHOT_PRUNING = {
+    "magnitude": "pattern = '2:4'\n",
+    "wanda": HALF,
+    "sparsegpt": HALF,
+    "alps": "pattern = '2:4'\n",
+}
+LOW_RANK = {
+    "svd": "rank = 4\n",
+    "activation_svd": "rank = {rule = 'budget', share = 0.5}\n",
+    "fisher_svd": "rank = {rule = 'energy', share = 0.5}\n",
+    "with_residual": "rank = 2\ncompress = {method = 'gptq', bits = 4, group_size = 8}\n",
+}
+CLUSTERING = {"cluster": "values = 4\n", "additive_quantize": "length = 4\ntables = 1\nvalues = 8\n"}
+
+
+def test_one_shot_pruning_low_rank_and_clusters_run(model, tokens, recipe_of):
+    text = _steps("prune", ONE_SHOT_PRUNING, KERNELS) + "[[prune]]\nmethod = 'tune_masked'\n"
+    text += _steps("lowrank", LOW_RANK, KERNELS[4:])
+    text += "[[lowrank]]\nmethod = 'compress_factors'\ncompress = {method = 'quantize', bits = 8}\n"
+    text += _steps("cluster", CLUSTERING, KERNELS[8:])
+    notes = Notes()
+    leaves = _leaves(recipe.compress(recipe_of(text + CALIBRATE), *model, tokens, progress=notes))
+    assert [_zeros(leaves[path]) for path in KERNELS[:4]] == [0.5] * 4
+    assert all(isinstance(leaves[path], SparseArray) for path in KERNELS[:4])
+    assert [type(leaves[path]) for path in KERNELS[4:8]] == [LowRankArray] * 4
+    assert leaves[KERNELS[4]].rank == 4
+    assert all(isinstance(leaves[path].left, QuantizedArray) for path in KERNELS[4:8])
+    assert isinstance(leaves[KERNELS[7]].residual, QuantizedArray)
+    assert [type(leaves[path]) for path in KERNELS[8:10]] == [CodebookArray, AdditiveCodebookArray]
+    assert all(any(line.startswith(f"[[prune]] {i}, ") for line in notes.lines) for i in range(1, 6))
+    assert "mean relative output error" in " ".join(notes.lines)
+
+
+ROUNDING = {
+    "reconstruct": "bits = 4\ngroup_size = 8\n",
+    "quantize": "bits = 4\n",
+    "fixed_point": "bits = 6\n",
+    "hqq": "bits = 4\ngroup_size = 8\nsymmetric = false\n",
+    "awq": "bits = 4\ngroup_size = 8\n",
+    "gptq": "bits = 4\ngroup_size = 8\n",
+    "gptq_sequential": "bits = 4\ngroup_size = 8\n",
+}
+
+
+def test_every_rounding_method_runs(model, tokens, recipe_of):
+    text = "[[quantize]]\nmethod = 'smooth'\n" + _steps("quantize", ROUNDING, KERNELS)
+    text += "[[quantize]]\nmethod = 'learned_rounding'\ntogether = 'layer/([0-9]+)/'\nschedule = {steps = 5}\n"
+    text += "[[quantize]]\nmethod = 'correct_biases'\n"
+    text += f"[[quantize]]\nmethod = 'quantize_inputs'\nselect = '{KERNELS[0]}'\nbits = 8\n"
+    read = recipe_of(text + CALIBRATE)
+    names = {step.name for _, step in read.steps}
+    assert names == {name for name, row in METHODS["quantize"].items() if not row.trains}
+    leaves = _leaves(recipe.compress(read, *model, tokens))
+    assert isinstance(leaves[KERNELS[0]], InputQuantizedArray)
+    assert all(isinstance(leaves[path], QuantizedArray) for path in KERNELS[1:7])
+    assert [leaves[path].bits for path in KERNELS[1:7]] == [4, 6, 4, 4, 4, 4]
+    dense = _leaves(model[1])
+    assert any((leaves[path] != dense[path]).any() for path in dense if path.endswith("bias"))
+
+
+def test_a_recipe_does_what_the_function_does(model, tokens, recipe_of):
+    module, params = model
+    text = f"[[quantize]]\nmethod = 'hqq'\nselect = '{KERNELS[0]}'\nbits = 3\ngroup_size = 8\nsymmetric = false\n"
+    text += "norm = 0.5\n"
+    found = _leaves(recipe.compress(recipe_of(text), module, params))[KERNELS[0]]
+    spec = quantization.QuantSpec(bits=3, group_size=8, symmetric=False, scale_dtype="bfloat16")
+    wanted = quantization.hqq(params, spec, norm=0.5, select=tree.by_path(KERNELS[0]))[0]
+    np.testing.assert_array_equal(found.materialize(), _leaves(wanted)[KERNELS[0]].materialize())
+
+
+@pytest.mark.parametrize("method", ["fisher", "magnitude", "hard_concrete"])
+def test_units_are_taken_out(model, tokens, recipe_of, method):
+    module, params = model
+    options = {"hard_concrete": "penalty = {rule = 'lagrangian', sparsity = 0.4, warm_up = 0.5}\ndrop_rate = 0.1\n"}
+    select = "select = 'bert/encoder/.*'\n" + ("" if method == "hard_concrete" else "sparsity = 0.4\nROUNDS")
+    text = f"[[shrink]]\nmethod = '{method}'\n{options.get(method, '')}{select}"
+    text = text.replace("ROUNDS", "rounds = 1\n" if method == "fisher" else "")
+    text += CALIBRATE + (DISTIL if method == "hard_concrete" else "")
+    small = recipe.compress(recipe_of(text), module, params, tokens)
+    sizes = {
+        name: sum(leaf.size for path, leaf in _leaves(found).items() if path.startswith("bert/encoder/"))
+        for name, found in (("small", small), ("dense", params))
+    }
+    assert sizes["small"] <= 0.61 * sizes["dense"]
+    shrunk = jc.models.resized(module, small)
+    outputs = jax.jit(lambda p, ids: shrunk.apply({"params": p}, ids)["logits"])(small, np.array([tokens.ids[0]]))
+    assert np.isfinite(outputs).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[prune]]\nmethod = 'movement'\nselect = '.*'\nsparsity = 0.5", r"\[\[prune\]\] 1: `movement` trains"),
+        ("[[prune]]\nmethod = 'wand'\nselect = '.*'", "unknown `method` 'wand'; known are gradual, magnitude, wanda"),
+        (
+            "[[prune]]\nmethod = 'alps'\nselect = '.*'\nevery = 5",
+            "unknown option 'every'; known are select, sequential",
+        ),
+        ("[[quantize]]\nmethod = 'gptq'\nselect = '.*'\nbits = 4\nranges = 5", "`ranges`.* must be a table"),
+        ("[[lowrank]]\nmethod = 'svd'\nselect = '.*'\nrank = {rule = 'none'}", "`rank` must be a table with `rule`"),
+        ("[[lowrank]]\nmethod = 'svd'\nselect = '.*'\nrank = {rule = 'budget', shar = 1}", "`rank`: unknown option"),
+        (
+            "[[lowrank]]\nmethod = 'with_residual'\nselect = '.*'\nrank = 2\n"
+            "compress = {method = 'reconstruct', bits = 4}",
+            "`compress`: `method` 'reconstruct' does not work on factors",
+        ),
+    ],
+)
+def test_mistakes_are_named(recipe_of, text, message):
+    with pytest.raises(ValueError, match=message):
+        recipe_of(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[prune]]\nmethod = 'alps'\nselect = 'K0'\npattern = '2:4'\n", "calibrates: it needs texts"),
+        (
+            "[[prune]]\nmethod = 'magnitude'\nselect = 'K0'\nsparsity = 0.5\n"
+            "[[quantize]]\nmethod = 'hqq'\nselect = 'K0'\nbits = 4\n",
+            "would give its zeros values",
+        ),
+        (
+            "[[prune]]\nmethod = 'magnitude'\nselect = 'K0'\nsparsity = 0.5\n"
+            "[[quantize]]\nselect = 'K0'\nbits = 4\n" + DISTIL,
+            "before the training, in which",
+        ),
+        ("[[prune]]\nmethod = 'tune_masked'\n" + CALIBRATE, "tunes what earlier"),
+    ],
+)
+def test_contradictions_are_named(model, tokens, recipe_of, text, message):
+    given = None if "needs texts" in message else tokens
+    with pytest.raises(ValueError, match=message):
+        recipe.compress(recipe_of(text.replace("K0", KERNELS[0])), *model, given)
+
+
+class Notes:
+    """A `Progress` that keeps what it is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def task(self, name, total):
+        del name, total
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def advance(self, **figures):
+        """Nothing to show."""
+
+    def note(self, text):
+        self.lines.append(text)
