@@ -7,7 +7,6 @@ CODE = """
 import jax.numpy as jnp
 import jaxcompress as jc
 from jaxcompress._src.recipe.recipe import Saving
-from jaxcompress._src.recipe.steps import ClusterStep
 from jaxcompress._src.solvers.hard_concrete import deterministic_gates
 
 params = {"kernel": jnp.ones((4, 4))}
@@ -16,7 +15,7 @@ calls = {
     "variant": lambda: jc.pruning.gradient_scores(lambda p, x: p["kernel"].sum(), params, [1.0], variant="squared"),
     "store": lambda: jc.pruning.gradual(schedule=jc.schedules.constant(0.5), store="csr"),
     "initial_scales": lambda: jc.quantization.lsq(jc.quantization.QuantSpec(bits=4), initial_scales="zero"),
-    "per": lambda: ClusterStep(select=".*", values=4, per="row"),
+    "per": lambda: jc.clustering.CodebookSpec(values=4, per="row"),
     "storage": lambda: Saving(storage="zip"),
     "estimator": lambda: deterministic_gates(jnp.ones(3), estimator="mean"),
 }

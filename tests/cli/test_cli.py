@@ -175,3 +175,40 @@ def test_a_damaged_checkpoint_is_named(run, bert_directory, tmp_path):
     code, _, stderr = run("inspect", out)
     assert (code, stderr.count("\n")) == (2, 1)
     assert "manifest.json" in stderr
+
+
+def test_recipes_are_listed_and_explained(run, tmp_path):
+    code, stdout, _ = run("recipes")
+    assert code == 0
+    assert "int3-reconstruct" in stdout
+    assert "sparsegpt" in stdout
+    code, stdout, _ = run("recipes", "show", "half-fisher")
+    assert code == 0
+    assert 'method = "fisher"' in stdout
+    assert "[[shrink]] 1, fisher: Takes out the units" in stdout
+    assert "number of texts" in stdout
+    code, stdout, _ = run("recipes", "show", "magnitude", "--json")
+    assert (code, set(json.loads(stdout)["options"])) == (0, {"shrink", "prune"})
+    code, _, stderr = run("recipes", "show", "int5")
+    assert (code, stderr.count("\n")) == (2, 1)
+    assert "recipes of the library: 2of4-alps, deep-compression" in stderr
+
+
+def test_a_recipe_that_takes_units_out(run, bert_directory, data_file, tmp_path):
+    """What is left says for itself how large it is: read again, evaluated, shown."""
+    (tmp_path / "half.toml").write_text(
+        "[calibrate]\nrows = 32\n[[shrink]]\nmethod = 'fisher'\nselect = 'bert/encoder/.*'\nsparsity = 0.5\n"
+        "rounds = 1\n"
+    )
+    out = tmp_path / "out"
+    arguments = ("compress", bert_directory, "--recipe", tmp_path / "half.toml", "--out", out, "--json")
+    code, _, stderr = run(*arguments)
+    assert (code, "calibrates: give --data" in stderr) == (2, True)
+    code, stdout, stderr = run(*arguments, "--data", data_file)
+    assert code == 0, stderr
+    assert "units are left" in stderr
+    written = json.loads(stdout)
+    assert written["bytes_stored"] < 0.8 * written["bytes_original"]
+    code, stdout, _ = run("evaluate", out, "--against", bert_directory, "--data", data_file, "--json")
+    assert code == 0
+    assert json.loads(stdout)["kl"] < 0.1

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from jaxcompress._src.recipe import compress as _compress
-from jaxcompress._src.recipe.steps import ClusterStep, PruneStep
+from jaxcompress._src.recipe import options as _options
+from jaxcompress._src.recipe.steps import read_step
 
 PARAMS = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(8, 6)), jnp.float32)}
 LAYOUTS = jc.trace.layouts(lambda p, x: x @ p["w"], PARAMS, jnp.ones((2, 8)))
@@ -14,36 +14,30 @@ LAYOUTS = jc.trace.layouts(lambda p, x: x @ p["w"], PARAMS, jnp.ones((2, 8)))
 
 def test_pruning_ends_within_any_training(monkeypatch):
     found = []
-    monkeypatch.setattr(_compress, "gradual", lambda **options: jc.identity())
-    monkeypatch.setattr(_compress, "cubic", lambda initial, final, *, begin, end: found.append((begin, end)))
+    monkeypatch.setattr(_options, "cubic", lambda initial, final, *, begin, end: found.append((begin, end)))
     for begin, end in ((0.0, 0.5), (0.0, 1.0), (0.9, 1.0), (0.3, 0.31), (0.0, 0.001)):
-        step = PruneStep(select="w", sparsity=0.5, begin=begin, end=end)
+        keywords = _options.read_options(jc.pruning.gradual, {"sparsity": 0.5, "begin": begin, "end": end})
         for steps in range(1, 60):
-            _compress._pruning(step, LAYOUTS, steps)
+            _options.at_steps(keywords, steps)
             first, last = found.pop()
             assert 0 <= first < last <= steps
 
 
-def test_weights_move_for_one_step_at_least_if_they_are_to_move(monkeypatch):
-    found = []
+def test_weights_move_for_one_step_at_least_if_they_are_to_move():
+    def until(steps, **given):
+        step = read_step("cluster", {"select": "w", "values": 4, **given})
+        return _options.at_steps(step.keywords, steps).get("until", 0)
 
-    def record(spec, **options):
-        found.append(options["until"])
-        return jc.identity()
-
-    monkeypatch.setattr(_compress, "trained_codebooks", record)
     for share in (0.01, 0.5, 1.0):
         for steps in range(1, 60):
-            _compress._sharing(ClusterStep(select="w", values=4, until=share), LAYOUTS, steps)
-            assert 1 <= found.pop() <= steps
-    for steps in (0, 1, 9):
-        _compress._sharing(ClusterStep(select="w", values=4), LAYOUTS, steps)
-    assert found == [0, 0, 0]
+            assert 1 <= until(steps, until=share) <= steps
+    assert [until(steps) for steps in (0, 1, 9)] == [0, 0, 0]
 
 
 def test_nine_steps_with_the_options_of_the_recipe_prune_two_of_four():
     """By default weights are ranked every ten steps, and the end is half of the training."""
-    transform = _compress._pruning(PruneStep(select="w", sparsity=0.5, pattern="2:4"), LAYOUTS, 9)
+    step = read_step("prune", {"select": "w", "sparsity": 0.5, "pattern": "2:4"})
+    transform = jc.pruning.gradual(layouts=LAYOUTS, **_options.at_steps(step.keywords, 9))
     state = transform.init(PARAMS, key=jax.random.key(0))
     update = jax.jit(lambda s: transform.update(PARAMS, s, PARAMS, key=jax.random.key(1), loss=0.0)[0])
     for _ in range(9):

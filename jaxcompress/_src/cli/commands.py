@@ -9,7 +9,7 @@ from jaxcompress._src.checkpoint.read import read_manifest
 from jaxcompress._src.cli.figures import compare_logits, compare_tokens, compare_vectors
 from jaxcompress._src.cli.paths import check_output_directory, check_output_file
 from jaxcompress._src.cli.screen import Screen
-from jaxcompress._src.models.families import config_of, family_of, head_of
+from jaxcompress._src.models.families import config_of, family_of, head_of, resized
 from jaxcompress._src.recipe.companions import companion_files, sentence_pooling
 from jaxcompress._src.recipe.compress import compress as run_recipe
 from jaxcompress._src.recipe.directories import LoadedModel, holds_compressed, load_model, save_compressed
@@ -20,7 +20,8 @@ from jaxcompress._src.recipe.text import Texts, read_texts
 from jaxcompress._src.recipe.tokens import Tokens, has_tokenizer, tokenize
 from jaxcompress._src.recipe.train import check_labels
 from jaxcompress._src.report.size import SizeReport, size_report
-from jaxcompress._src.report.table import leaf_table, total_table
+from jaxcompress._src.report.table import format_bytes, leaf_table, total_table
+from jaxcompress._src.tree.maps import leaves_with_paths
 
 
 def run_compress(
@@ -35,8 +36,9 @@ def run_compress(
 ) -> None:
     """Runs a recipe on a model and writes the result."""
     steps = read_recipe(recipe)
-    if steps.distils and data is None:
-        raise ValueError(f"The recipe {recipe!r} distils: give --data, a CSV file with a column `text`.")
+    if steps.needs_texts and data is None:
+        does = "distils" if steps.distils else "calibrates"
+        raise ValueError(f"The recipe {recipe!r} {does}: give --data, a CSV file with a column `text`.")
     check_output_directory(out, model, overwrite=overwrite)
     if holds_compressed(model):
         raise ValueError(f"{str(model)!r} is compressed already; compress the original model.")
@@ -44,8 +46,8 @@ def run_compress(
     loaded = load_model(model)
     companion_files(model)
     tokens = None
-    if texts is not None and not steps.distils:
-        screen.note(f"--data is not used: the recipe {recipe!r} does not distil.")
+    if texts is not None and not steps.needs_texts:
+        screen.note(f"--data is not used: the recipe {recipe!r} needs no texts.")
     elif texts is not None and data is not None:
         if any(training and training.hard_labels for training in (steps.distil, steps.distil_shared)):
             _check_labels(loaded, texts, data)
@@ -53,10 +55,16 @@ def run_compress(
         _say_cut(screen, tokens, data)
     pooling = "mean" if tokens is None else _pooling(loaded)
     compressed = run_recipe(steps, loaded.module, loaded.params, tokens, pooling=pooling, progress=screen)
-    path = save_compressed(out, loaded.module, compressed, source=model, recipe=steps, overwrite=overwrite)
+    module = resized(loaded.module, compressed) if steps.shrink else loaded.module
+    path = save_compressed(out, module, compressed, source=model, recipe=steps, overwrite=overwrite)
     sizes = size_report(compressed, group_by=family_of(loaded.module).parts, disk_path=path)
     _show_sizes(screen, f"{model} → {out}", sizes)
-    screen.result({"checkpoint": str(path.resolve()), **_totals(sizes)}, lines=[f"Written to {path}"])
+    figures = {"checkpoint": str(path.resolve()), **_totals(sizes)}
+    lines = [f"Written to {path}"]
+    if steps.shrink:
+        figures["bytes_original"] = sum(leaf.nbytes for _, leaf in leaves_with_paths(loaded.params))
+        lines.insert(0, f"Before units were taken out: {format_bytes(figures['bytes_original'])}")
+    screen.result(figures, lines=lines)
 
 
 def run_inspect(screen: Screen, model: Path, *, leaves: bool) -> None:

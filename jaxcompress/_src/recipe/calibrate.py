@@ -72,7 +72,8 @@ class Evidence:
     def __init__(self, settings: Calibration, module: nn.Module, tokens: Tokens, *, pooling: SentencePooling) -> None:
         if len(tokens) < settings.rows:
             raise ValueError(f"[calibrate]: `rows` is {settings.rows}, and there are only {len(tokens)} rows.")
-        self._settings, self._module, self._pooling = settings, module, pooling
+        self._settings, self._module = settings, module
+        self._pooling: SentencePooling = pooling
         chosen = np.sort(np.random.default_rng(settings.seed).choice(len(tokens), settings.rows, replace=False))
         ids = tuple(tokens.ids[i] for i in chosen)
         self._rows = dataclasses.replace(tokens, ids=ids, labels=tokens.labels[chosen])

@@ -117,7 +117,8 @@ class _Run:
         pooling: SentencePooling,
         progress: Progress | None,
     ) -> None:
-        self._recipe, self._tokens, self._pooling = recipe, tokens, pooling
+        self._recipe, self._tokens = recipe, tokens
+        self._pooling: SentencePooling = pooling
         self._dense_module, self._dense = module, jax.tree.map(jnp.asarray, params)
         self._progress = progress or Silent()
         self._outputs: dict[tuple[int, ...], dict[str, np.ndarray]] = {}

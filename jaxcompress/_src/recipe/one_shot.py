@@ -79,18 +79,15 @@ def run_steps(steps: Sequence[tuple[str, Step]], params: Params, around: Surroun
 def summary(info: Any) -> str:
     """One line of what a method says of its leaves."""
     entries = list(info.values()) if isinstance(info, dict) else []
-    errors = [
-        (getattr(entry, "error_before", None), entry.error)
-        for entry in entries
-        if getattr(entry, "error", None) is not None
-    ]
+    errors = [entry.error for entry in entries if getattr(entry, "error", None) is not None]
+    before = [entry.error_before for entry in entries if getattr(entry, "error_before", None) is not None]
     parts = [f"{len(entries)} leaves"] if entries else ["done"]
     if units := [(entry.units, entry.of) for entry in entries if hasattr(entry, "units")]:
         parts = [f"{sum(left for left, _ in units)} of {sum(of for _, of in units)} units are left"]
     if errors:
-        parts.append(f"mean relative output error {np.mean([error for _, error in errors]):.4f}")
-        if all(before is not None for before, _ in errors):
-            parts.append(f"{np.mean([before for before, _ in errors]):.4f} before")
+        parts.append(f"mean relative output error {np.mean(errors):.4f}")
+    if before:
+        parts.append(f"{np.mean(before):.4f} before")
     if unseen := sum(getattr(entry, "unseen_entries", 0) for entry in entries):
         parts.append(f"{unseen} were reached by no row")
     return ", ".join(parts)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import optax
 
 from jaxcompress._src.clustering.additive_spec import AdditiveSpec
@@ -170,6 +171,8 @@ def _keyword(parameter: inspect.Parameter, text: str) -> _Keyword | None:
         return one(str, parsed_pattern, default="unstructured")
     if name in ("until", "freeze_at") or (name == "begin" and hint is int):
         return one(float, _share_of_training(name), default=default or 0.0)
+    if name == "every":
+        return one(int, _period)
     if name == "together":
         return one(str, _grouping)
     if name == "allocation":
@@ -193,11 +196,9 @@ def _keyword(parameter: inspect.Parameter, text: str) -> _Keyword | None:
 def _value(option: Option, value: Any) -> Any:
     if option.kind is None:
         return value
-    read = read_value(option.name, option.kind, value)
+    read: Any = read_value(option.name, option.kind, value)
     for number in read if isinstance(read, tuple) else (read,):
         check_number(option.name, number)
-    if option.name == "every" and read < 1:
-        raise ValueError(f"`every` must be at least 1, got {read}.")
     return read
 
 
@@ -243,12 +244,19 @@ def _share_of_training(name: str) -> Callable[[float], OverTraining]:
     return build
 
 
+def _period(steps: int) -> int:
+    if steps < 1:
+        raise ValueError(f"`every` must be at least 1, got {steps}.")
+    return steps
+
+
 def _rise(share: float) -> OverTraining:
     _check_share("warm_up", share)
 
     def at(steps: int) -> Schedule:
-        length = round(share * steps)
-        return optax.schedules.linear_schedule(0.0, 1.0, length) if length else constant(1.0)
+        length = max(round(share * steps), 1)
+        rise = optax.schedules.linear_schedule(0.0, 1.0, length)
+        return (lambda step: jnp.asarray(rise(step), jnp.float32)) if share else constant(1.0)
 
     return OverTraining(at)
 
@@ -281,13 +289,14 @@ def _function(name: str, functions: Mapping[str, Callable[..., Any]], value: Any
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
         return value
-    rule = value.get("rule") if isinstance(value, dict) else None
+    table: dict[str, Any] = value if isinstance(value, dict) else {}
+    rule = table.get("rule")
     if not isinstance(rule, str) or rule not in functions:
         raise ValueError(
             f"`{name}` must be a table with `rule` = {' or '.join(map(repr, functions))} and its options"
             f"{', or a whole number' if name == 'rank' else ''}, found {value!r}."
         )
-    given = _inner(name, functions[rule], {key: entry for key, entry in value.items() if key != "rule"})
+    given = _inner(name, functions[rule], {key: entry for key, entry in table.items() if key != "rule"})
     if any(isinstance(entry, OverTraining) for entry in given.values()):
         return OverTraining(lambda steps: functions[rule](**at_steps(given, steps)))
     return functions[rule](**given)
