@@ -9,7 +9,7 @@ Settings were chosen with `--validate`, which holds out training rows; without i
 
     python examples/deep_compression.py [--model lenet-300-100] [--images fashion-mnist] [--quick] [--plot FILE]
 
-The images are fetched once (see `jaxcompress.recipe.fashion_mnist`); the last line printed is JSON.
+The images are fetched once (see `workbench.fashion_mnist`); the last line printed is JSON.
 """
 
 import argparse
@@ -29,12 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from lenets import NETWORKS, Network
+from workbench import Images, fashion_mnist, mnist_5k
 
 import jaxcompress as jc
 from jaxcompress import checkpoint, pruning
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.distillation import hard_labels, make_train_step, soft_targets
-from jaxcompress.recipe import Images, fashion_mnist, mnist_5k
 from jaxcompress.report import disk_bytes, size_report
 from jaxcompress.schedules import cubic
 from jaxcompress.tree import by_path, leaves_with_paths
@@ -115,7 +115,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("lenet-300-100", "lenet-5"), default="lenet-300-100")
     parser.add_argument("--images", choices=("fashion-mnist", "mnist-5k"), default="fashion-mnist")
-    parser.add_argument("--data", type=Path, help="where the images are; see `jaxcompress.recipe`")
+    parser.add_argument("--data", type=Path, help="where the images are; fetched by default")
     parser.add_argument("--quick", action="store_true", help="2,000 images and few epochs")
     parser.add_argument("--validate", action="store_true", help="report training rows that are held out instead")
     parser.add_argument("--seed", type=int, default=0)

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from lenets import NETWORKS, Network, Params
+from workbench import Images, fashion_mnist, mnist_5k
 
 import jaxcompress as jc
 from jaxcompress import gates, structured
 from jaxcompress.distillation import make_train_step, soft_targets
-from jaxcompress.recipe import Images, fashion_mnist, mnist_5k
 from jaxcompress.structured import UnitGroup
 
 

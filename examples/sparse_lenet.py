@@ -22,11 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from workbench import fashion_mnist
 
 import jaxcompress as jc
 from jaxcompress import pruning
 from jaxcompress.distillation import hard_labels, make_train_step
-from jaxcompress.recipe import fashion_mnist
 from jaxcompress.schedules import cubic
 
 SIZES = (784, 300, 100, 10)

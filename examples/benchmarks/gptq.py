@@ -28,12 +28,12 @@ from one_kernel import drawn_layer, output_error, seconds_of
 
 import jaxcompress as jc
 from jaxcompress import quantization
+from jaxcompress._src.recipe.assets import MINILM, fetch
 from jaxcompress._src.solvers.cholesky import inverse_factor
 from jaxcompress._src.solvers.columns import solve_groups
 from jaxcompress.calibration import InputStatistics
 from jaxcompress.models import from_pretrained
 from jaxcompress.quantization import QuantSpec
-from jaxcompress.recipe import MINILM, fetch
 
 SPEC = QuantSpec(bits=4, group_size=32, convention="full")
 

@@ -18,8 +18,8 @@ import numpy as np
 import optax
 
 import jaxcompress as jc
+from jaxcompress._src.recipe.train import model_apply
 from jaxcompress.models import BertConfig, make_module
-from jaxcompress.recipe import model_apply
 
 
 def main() -> None:

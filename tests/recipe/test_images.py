@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxcompress import recipe
-from jaxcompress._src.recipe.assets import AssetError
+from jaxcompress._src.recipe.assets import Asset, AssetError, cache_directory, fetch
+from jaxcompress._src.recipe.images import fashion_mnist, mnist_5k
 
 
 def _gzip(data: bytes) -> bytes:
@@ -40,7 +40,7 @@ def fashion(tmp_path):
 
 def test_fashion_mnist_from_a_directory(fashion):
     directory, (train_images, train_labels, test_images, test_labels) = fashion
-    found = recipe.fashion_mnist(directory)
+    found = fashion_mnist(directory)
     assert found.train_images.dtype == np.float32
     assert found.train_labels.dtype == np.int32
     np.testing.assert_array_equal(np.rint(found.train_images * 255), train_images)
@@ -68,7 +68,7 @@ def test_what_is_no_idx_file_is_named(fashion, content, message):
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(AssetError, match=message):
-        recipe.fashion_mnist(directory)
+        fashion_mnist(directory)
 
 
 def _digits(path, labels):
@@ -82,7 +82,7 @@ def _digits(path, labels):
 
 
 def test_the_split_of_the_digits_takes_the_sorts_in_turn(tmp_path):
-    found = recipe.mnist_5k(_digits(tmp_path / "mnist_5k.csv.gz", np.repeat(np.arange(10), 500)))
+    found = mnist_5k(_digits(tmp_path / "mnist_5k.csv.gz", np.repeat(np.arange(10), 500)))
     assert found.train_images.shape == (4000, 28, 28)
     assert found.test_images.shape == (1000, 28, 28)
     np.testing.assert_array_equal(found.train_labels, np.tile(np.arange(10), 400))
@@ -94,12 +94,12 @@ def test_the_split_of_the_digits_takes_the_sorts_in_turn(tmp_path):
 
 def test_another_table_of_digits_is_refused(tmp_path):
     with pytest.raises(AssetError, match=r"500 of each label in order, got \(20, 785\)"):
-        recipe.mnist_5k(_digits(tmp_path / "short.csv.gz", np.arange(20) % 10))
+        mnist_5k(_digits(tmp_path / "short.csv.gz", np.arange(20) % 10))
     with pytest.raises(AssetError, match="is not a table of pixels and labels"):
-        recipe.mnist_5k(tmp_path / "absent.csv.gz")
+        mnist_5k(tmp_path / "absent.csv.gz")
 
 
-ASSET = recipe.Asset(
+ASSET = Asset(
     distribution="no-such-package",
     version="1.0-1",
     size=1,
@@ -137,7 +137,7 @@ def notes(tmp_path, monkeypatch):
 def test_a_debian_package_is_downloaded_once_and_never_installed(notes, monkeypatch):
     calls = _apt_that_brings(b"rows", monkeypatch)
     for _ in range(2):
-        directory = recipe.fetch(ASSET, note=notes.append)
+        directory = fetch(ASSET, note=notes.append)
         assert [file.name for file in directory.iterdir()] == ["rows.gz"]
     assert calls[0] == ["apt-get", "download", "no-such-package=1.0-1"]
     assert [call[:2] for call in calls[1:]] == [["dpkg-deb", "-x"]]
@@ -150,7 +150,7 @@ def test_the_files_of_an_installed_debian_package_are_copied(notes, tmp_path, mo
     placed = dataclasses.replace(
         ASSET, members={str(tmp_path / "rows.gz").lstrip("/"): hashlib.sha256(b"rows").hexdigest()}
     )
-    assert (recipe.fetch(placed, note=notes.append) / "rows.gz").read_bytes() == b"rows"
+    assert (fetch(placed, note=notes.append) / "rows.gz").read_bytes() == b"rows"
     assert calls == notes == []
 
 
@@ -165,12 +165,12 @@ def test_the_files_of_an_installed_debian_package_are_copied(notes, tmp_path, mo
 def test_what_fails_is_said_and_nothing_is_left(notes, monkeypatch, content, failing, message):
     _apt_that_brings(content, monkeypatch, failing=failing)
     with pytest.raises(AssetError, match=message):
-        recipe.fetch(ASSET, note=notes.append)
-    assert list(recipe.cache_directory().iterdir()) == []
+        fetch(ASSET, note=notes.append)
+    assert list(cache_directory().iterdir()) == []
 
 
 def test_a_package_without_the_member_is_named(notes, monkeypatch):
     _apt_that_brings(b"rows", monkeypatch)
     other = dataclasses.replace(ASSET, members={"usr/share/other.gz": "0"})
     with pytest.raises(AssetError, match=r"all\.deb does not hold usr/share/other\.gz"):
-        recipe.fetch(other, note=notes.append)
+        fetch(other, note=notes.append)

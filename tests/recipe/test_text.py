@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcompress import recipe
-from jaxcompress._src.recipe.text import read_texts
+from jaxcompress._src.recipe.text import read_texts, rotten_tomatoes
 from jaxcompress._src.recipe.tokens import evaluation_batches, training_batches
 
 
@@ -52,7 +52,7 @@ def test_the_split_is_by_hash_and_leaves_other_sources_out(tmp_path):
     path = tmp_path / "reviews.csv"
     lines = [f'"row {i}",{i % 2},rotten_tomatoes' for i in range(1600)] + ['"other",1,imdb']
     path.write_text("\n".join(["text,label,source", *lines]))
-    split = recipe.rotten_tomatoes(path)
+    split = rotten_tomatoes(path)
     assert [len(part) for part in (split.test, split.validation, split.train)] == [1000, 500, 100]
     hashes = [hashlib.sha256(text.encode()).hexdigest() for text in (*split.test.texts, *split.train.texts)]
     assert hashes == sorted(hashes)

@@ -5,6 +5,7 @@ are options of the step. What counts training steps is written as a share of the
 """
 
 import dataclasses
+import functools
 import inspect
 import re
 import types
@@ -144,6 +145,7 @@ def parsed_pattern(text: str) -> Pattern:
     raise ValueError(f"`pattern` must be unstructured or N:M (such as 2:4), got {text!r}.")
 
 
+@functools.cache
 def _keywords(function: Callable[..., Any]) -> dict[str, _Keyword]:
     texts = argument_texts(function)
     found = {p.name: _keyword(p, texts.get(p.name, "")) for p in inspect.signature(function).parameters.values()}
