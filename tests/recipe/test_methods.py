@@ -125,7 +125,7 @@ PRUNING_TRANSFORMS = {
     "gradual": HALF + "every = 1\n",
     "straight_through_magnitude": HALF + "every = 1\n",
     "movement": HALF + "every = 1\n",
-    "soft_movement": "threshold = 0.5\nstrength = 0.1\n",
+    "soft_movement": "threshold = 0.4\nstrength = 0.1\n",
     "rigl": HALF + "until = 0.7\nevery = 1\n",
     "sparse_evolution": HALF + "until = 0.7\nevery = 1\n",
     "sr_ste": "n = 2\nm = 4\n",
@@ -154,14 +154,15 @@ def test_every_transform_runs_in_one_training(model, tokens, recipe_of):
     pruned = dict(zip(PRUNING_TRANSFORMS, KERNELS, strict=False))
     for name, path in pruned.items():
         zeros = _zeros(leaves[path])
-        assert zeros == 1.0 if name == "group_lasso" else 0.0 <= zeros < 0.6, name
-        if name not in ("soft_movement", "group_lasso"):
-            assert zeros == pytest.approx(0.5, abs=0.01), name
-            assert isinstance(leaves[path], NMSparseArray if name == "sr_ste" else BitmaskSparseArray), name
+        # Scores of soft movement begin above its threshold; the lasso is as strong as to leave nothing.
+        assert zeros == pytest.approx({"soft_movement": 0.0, "group_lasso": 1.0}.get(name, 0.5), abs=0.01), name
+        assert isinstance(leaves[path], NMSparseArray if name == "sr_ste" else BitmaskSparseArray), name
     kinds = (QuantizedArray, QuantizedArray, InputQuantizedArray, InputQuantizedArray)
     assert [type(leaves[path]) for path in KERNELS[8:]] == list(kinds)
     assert [leaves[path].bits for path in KERNELS[8:10]] == [4, 3]
-    assert isinstance(leaves["bert/pooler/dense/kernel"], LowRankArray)
+    # All directions are open, so that two factors would be larger than the kernel.
+    factorized = leaves["bert/pooler/dense/kernel"]
+    assert 0 < np.abs(factorized - _leaves(model[1])["bert/pooler/dense/kernel"]).max() < 0.1
     assert isinstance(leaves["classifier/kernel"], CodebookArray)
 
 

@@ -87,7 +87,8 @@ def _mean(loss: Loss, params: Params, batches: Iterable[Any], evidence: _Evidenc
     if not float(count):
         raise ValueError("`batches` is empty: gradients need at least one batch.")
     mean = jax.tree.map(lambda leaf: leaf / count, total)
-    for path, leaf in leaves_with_paths(mean):
+    # Also the parts of compressed leaves that have gradients: the factors of low rank.
+    for path, leaf in leaves_with_paths(mean, is_leaf=lambda _: False):
         if not np.isfinite(jax.device_get(leaf.sum())):
             raise ValueError(f"The gradient of leaf {path!r} holds NaN or Inf.")
     return mean
