@@ -129,7 +129,7 @@ PRUNING_TRANSFORMS = {
     "rigl": HALF + "until = 0.7\nevery = 1\n",
     "sparse_evolution": HALF + "until = 0.7\nevery = 1\n",
     "sr_ste": "n = 2\nm = 4\n",
-    "group_lasso": "strength = 100.0\ngroups = 'outputs'\n",
+    "group_lasso": "strength = 100.0\ngrouping = 'outputs'\n",
 }
 QUANTIZATION_TRANSFORMS = {
     "quantization_aware": "bits = 4\n",
@@ -264,7 +264,10 @@ def test_units_are_taken_out(model, tokens, recipe_of, method):
             "[[prune]]\nmethod = 'alps'\nselect = '.*'\nevery = 5",
             "unknown option 'every'; known are select, sequential",
         ),
-        ("[[quantize]]\nmethod = 'gptq'\nselect = '.*'\nbits = 4\nranges = 5", "`ranges`.* must be a table"),
+        (
+            "[[quantize]]\nmethod = 'gptq'\nselect = '.*'\nbits = 4\nrange_search = 5",
+            "`range_search`.* must be a table",
+        ),
         ("[[lowrank]]\nmethod = 'svd'\nselect = '.*'\nrank = {rule = 'none'}", "`rank` must be a table with `rule`"),
         ("[[lowrank]]\nmethod = 'svd'\nselect = '.*'\nrank = {rule = 'budget', shar = 1}", "`rank`: unknown option"),
         (
