@@ -38,10 +38,20 @@ def with_leaves(params: Params, leaves: Mapping[str, Any]) -> Params:
     Example:
         >>> with_leaves({"dense": {"bias": 1, "kernel": 2}}, {"dense/kernel": 3})
         {'dense': {'bias': 1, 'kernel': 3}}
+        >>> with_leaves({"kernel": 2}, {"bias": 3})
+        Traceback (most recent call last):
+        ValueError: The tree has no leaf 'bias'.
     """
-    if unknown := sorted(set(leaves) - set(leaf_paths(params))):
-        raise ValueError(f"The tree has no leaf {unknown[0]!r}.")
-    return map_with_path(lambda path, leaf: leaves.get(path, leaf), params)
+    unknown = set(leaves)
+
+    def put(path: str, leaf: Any) -> Any:
+        unknown.discard(path)
+        return leaves.get(path, leaf)
+
+    changed = map_with_path(put, params)
+    if unknown:
+        raise ValueError(f"The tree has no leaf {min(unknown)!r}.")
+    return changed
 
 
 def leaf_paths(tree: Params) -> list[str]:

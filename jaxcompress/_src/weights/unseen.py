@@ -72,7 +72,7 @@ def unseen_counts(unseen: Bool[Array | np.ndarray, "G D"]) -> dict[str, int]:
     return {"unseen_inputs": int(np.asarray(unseen).sum()), "unseen_entries": int(nothing_seen(unseen))}
 
 
-def nothing_seen(unseen: Bool[Array | np.ndarray, "G D"]) -> bool:
+def nothing_seen(unseen: Bool[Array | np.ndarray, "*G D"]) -> bool:
     """Whether no input of a stack entry was seen, so that no output error can be measured."""
     marks = np.asarray(unseen)
     return bool(marks.size and marks.all())
@@ -88,9 +88,9 @@ def warn_unseen(unseen: Mapping[str, Any], fallback: str, *, stacklevel: int = 4
     """
     parts = []
     for path, marks in unseen.items():
-        whole = np.flatnonzero(_whole(np.asarray(marks)))
-        if len(whole):
-            parts.append(f"{path!r}" + (f" (stack entries {whole.tolist()})" if len(marks) > 1 else ""))
+        whole = [i for i, entry in enumerate(np.asarray(marks)) if nothing_seen(entry)]
+        if whole:
+            parts.append(f"{path!r}" + (f" (stack entries {whole})" if len(marks) > 1 else ""))
     if parts:
         warnings.warn(
             f"No row of the calibration data reached {', '.join(parts)}: their weights were {fallback}. Give batches "
@@ -98,7 +98,3 @@ def warn_unseen(unseen: Mapping[str, Any], fallback: str, *, stacklevel: int = 4
             UserWarning,
             stacklevel=stacklevel,
         )
-
-
-def _whole(marks: np.ndarray) -> np.ndarray:
-    return np.asarray(marks.all(axis=1) & bool(marks.shape[1]))
