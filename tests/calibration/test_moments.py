@@ -1,23 +1,25 @@
 """Sums of rows that count more or less, against rows that stand there several times."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress._src.calibration.moments import flat_weights, moments
-from jaxcompress._src.calibration.site import LeafPart, Site
+from jaxcompress._src.calibration.layer_by_layer import Rows
+from jaxcompress._src.calibration.moments import flat_weights, moments, targets
 
 RNG = np.random.default_rng(0)
 KERNEL, BIAS = RNG.normal(size=(3, 2)).astype(np.float32), RNG.normal(size=2).astype(np.float32)
 NAMES = ("count", "inputs", "targets", "gram", "cross", "square")
 
 
-def _site(inputs, residual):
-    return Site(kernel=LeafPart(path="w"), inputs=jnp.asarray(inputs), residual=jnp.asarray(residual), bias=None)
-
-
-def _pair(dense, pruned, residuals):
-    return _site(dense, residuals[0]), _site(pruned, residuals[1])
+def _pair(dense, pruned, residuals) -> Any:
+    with np.errstate(invalid="ignore"):
+        written = dense @ KERNEL + BIAS + residuals[0]
+    rows = (dense, residuals[0], written), (pruned, residuals[1], None)
+    return tuple(Rows(*(None if part is None else jnp.asarray(part) for part in own)) for own in rows)
 
 
 def _rows(count):
@@ -27,7 +29,17 @@ def _rows(count):
 
 
 def _found(pairs, weights):
-    return moments(pairs, jnp.asarray(KERNEL), jnp.asarray(BIAS), weights)
+    sums = moments("w", pairs, jnp.asarray(KERNEL), jnp.asarray(BIAS), weights)
+    found = targets(sums, KERNEL, BIAS)
+    # The targets' squares, from Σ |t - b|², and from those of the gaps.
+    kernel, bias = KERNEL.astype(np.float64), BIAS.astype(np.float64)
+    whole = {field: np.asarray(value, np.float64) for field, value in vars(sums).items()}
+    square = whole["energy"] + 2 * found.targets @ bias - found.count * np.square(bias).sum()
+    gaps = whole["square"] + 2 * (kernel * whole["cross"]).sum() + 2 * bias @ whole["gaps"]
+    gaps += np.trace(kernel.T @ found.gram @ kernel) + 2 * found.inputs @ kernel @ bias
+    gaps += found.count * np.square(bias).sum()
+    np.testing.assert_allclose(gaps, square, rtol=1e-5, atol=1e-4)
+    return SimpleNamespace(**vars(found), square=square)
 
 
 def test_sums_are_those_of_float64():

@@ -7,7 +7,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import calibration, trace, tree
-from jaxcompress._src.calibration.pause import stops
+from jaxcompress._src.calibration.sites import kernels_at_work
 from jaxcompress.quantization import QuantSpec, gptq
 
 RNG = np.random.default_rng(0)
@@ -142,7 +142,7 @@ def test_a_constant_on_the_other_side():
     np.testing.assert_allclose(found["w"].gram, basis.astype(np.float64).T @ basis, atol=1e-4)
     (fold,) = trace.folds(apply, params, x)
     assert [(leaf.path, leaf.axes) for leaf in (*fold.producers, *fold.consumers)] == [("w", (1,)), ("v", (0,))]
-    pauses = stops(apply, params, x)
+    pauses = kernels_at_work(apply, params, x)
     assert [part.path for part in pauses][-1] == "v"
     left = lambda p, y: jnp.tanh(y @ p["v"].T) @ p["w"].T @ basis.T  # noqa: E731
     rows = np.tanh(np.asarray(x[:, :2], np.float64) @ np.asarray(params["v"], np.float64).T)

@@ -231,13 +231,14 @@ def test_descent_and_scales_against_float64():
     start = step * np.round(W / step)
     gram = jnp.asarray(hessian, jnp.float32)
     to_step = lambda w, i: step * jnp.round(w / step)  # noqa: E731
-    found = coordinate_descent(jnp.asarray(start), jnp.asarray(W), gram, to_step, sweeps=3, block_size=5)
+    found, slope = coordinate_descent(jnp.asarray(start), jnp.asarray(W), gram, to_step, sweeps=3, block_size=5)
     expected = start.copy()
     for _ in range(3):
         for i in range(DEPTH):
             want = expected[i] - (hessian[i] @ (expected - W)) / hessian[i, i]
             expected[i] = step * np.round(want / step)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_allclose(slope, hessian @ (expected - W), rtol=1e-4, atol=1e-3)
     values = np.round(W / step)
     start, targets = jnp.ones((3, WIDTH)), jnp.asarray(W, jnp.float32)
     scales = least_squares_scales(jnp.asarray(values, jnp.float32), targets, gram, start, damping=0.0)

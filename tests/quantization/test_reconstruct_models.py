@@ -1,6 +1,6 @@
 """`reconstruct` on Equinox modules, kernels on the left, shared ones, and stacks in loops of Python."""
 
-from typing import Any
+from types import SimpleNamespace
 
 import equinox as eqx
 import jax
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress._src.calibration.pause import pausing, stops
+from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
+from jaxcompress._src.calibration.sites import kernels_at_work
 from jaxcompress.calibration import input_statistics
 from jaxcompress.quantization import QuantSpec, correct_biases, gptq, quantize, reconstruct
 
@@ -41,18 +42,10 @@ def _errors(apply, params):
 
 
 def _sites(apply, paths, params, **options):
-    leaves: Any = dict(jc.tree.leaves_with_paths(params))
-    run: Any = pausing(apply, paths, params, X, **options)
-    reply, found = None, []
-    while True:
-        try:
-            site = run.send(reply)
-        except StopIteration:
-            return found
-        found.append(site)
-        kernel = site.kernel.matrix(leaves[site.kernel.path])
-        bias = jnp.zeros(kernel.shape[1]) if site.bias is None else site.bias.matrix(leaves[site.bias.path])[0]
-        reply = kernel, bias
+    found = []
+    for stop in layer_by_layer(apply, paths, [params], [(X,)], **options):
+        found.append(SimpleNamespace(kernel=stop.kernel, bias=stop.bias, inputs=stop.rows(0, 0).inputs))
+    return found
 
 
 def _wide(*arrays):
@@ -113,8 +106,8 @@ def _shared(params, x):
 def test_a_kernel_that_all_layers_share_is_fitted_to_all_of_them():
     params = {"up": _normal(WIDTH, 12), "bias": _normal(12), "down": _normal(12, WIDTH) / 4}
     params |= {f"own{i}": _normal(WIDTH) for i in range(3)}
-    assert [part.name for part in stops(_shared, params, X, repeated="first")] == ["up", "down"]
-    assert stops(_shared, params, X) == []
+    assert [part.name for part in kernels_at_work(_shared, params, X, repeated="first")] == ["up", "down"]
+    assert kernels_at_work(_shared, params, X) == []
     (x,), inputs = _wide(X), []
     up, bias, down = _wide(params["up"], params["bias"], params["down"])
     for i in range(3):

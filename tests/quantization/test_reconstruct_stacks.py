@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress._src.calibration.pause import pausing, stops
+from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
+from jaxcompress._src.calibration.sites import kernels_at_work
 from jaxcompress.quantization import QuantSpec, correct_biases, quantize, reconstruct
 
 RNG = np.random.default_rng(3)
@@ -165,7 +166,7 @@ def test_every_kernel_of_a_flax_scan_is_visited_in_order(axis):
     model = _Model(axis=axis)
     params = jax.jit(model.init)(jax.random.key(0), X)["params"]
     apply = lambda p, x: model.apply({"params": p}, x)  # noqa: E731
-    names = [part.name for part in stops(apply, params, X)]
+    names = [part.name for part in kernels_at_work(apply, params, X)]
     inner = {"attention/query", "attention/key", "attention/value", "attention/out", "up", "down"}
     for i in range(LAYERS):
         assert set(names[6 * i : 6 * i + 6]) == {f"layers/{name}/kernel[{i}]" for name in inner}
@@ -191,23 +192,21 @@ def test_a_scan_that_runs_backwards_stops_at_its_last_entry_first():
 
         return jax.lax.scan(step, x, params["w"], reverse=True)
 
-    run, reply, seen, h = pausing(once, ["w"], {"w": stack}, x), None, [], np.float64(x)
-    for _ in range(LAYERS):
-        site = run.send(reply)
-        seen.append(site.kernel.name)
-        h = h if reply is None else h + h @ reply[0]
-        np.testing.assert_allclose(site.inputs, h, atol=1e-4)
-        reply = np.full((WIDTH, WIDTH), 0.1 * len(seen)), np.zeros(WIDTH)
+    seen, reply, h = [], None, np.float64(x)
+    for stop in layer_by_layer(once, ["w"], [{"w": stack}], [(x,)]):
+        seen.append(stop.kernel.name)
+        h = h if reply is None else h + h @ reply
+        np.testing.assert_allclose(stop.rows(0, 0).inputs, h, atol=1e-4)
+        reply = np.full((WIDTH, WIDTH), 0.1 * len(seen))
+        stop.replace(reply, np.zeros(WIDTH))
     assert seen == ["w[2]", "w[1]", "w[0]"]
-    with pytest.raises(StopIteration):
-        run.send(reply)
 
     def twice(params, x):
         return jax.lax.scan(lambda h, w: (h + jnp.tanh(h @ w) @ w, None), x, params["w"])
 
-    assert [part.name for part in stops(twice, {"w": stack}, x)] == []
+    assert [part.name for part in kernels_at_work(twice, {"w": stack}, x)] == []
     with pytest.raises(ValueError, match="'w' is in more than one matmul"):
-        stops(twice, {"w": stack}, x, paths=["w"])
+        kernels_at_work(twice, {"w": stack}, x, paths=["w"])
 
 
 def test_a_bias_that_all_layers_share_stays(layers):
@@ -229,6 +228,6 @@ def test_a_kernel_that_all_iterations_share_is_named():
     def apply(params, x):
         return jax.lax.scan(lambda h, _: (jnp.tanh(h @ params["w"]), None), x, length=2)[0]
 
-    assert stops(apply, params, X) == []
+    assert kernels_at_work(apply, params, X) == []
     with pytest.raises(ValueError, match="'w' is used as a whole inside a `scan`"):
         reconstruct(apply, params, [(X,)], SPEC, select=lambda _: {"w": True})

@@ -1,11 +1,13 @@
 """Least squares against float64 `lstsq`, kernel after kernel, in a residual model."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress._src.calibration.pause import pausing
+from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
 from jaxcompress._src.units.shrink import mask_units
 from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.structured import UnitGroup, UnitSlices, refit, shrink
@@ -276,27 +278,27 @@ def test_wrong_axis_two_owners_and_compressed_leaves_are_named(params, batches):
 
 def test_the_model_stops_at_its_kernels_and_goes_on_with_others(params, batches):
     (x,) = batches[0]
-    run, reply = pausing(apply, ["0/down", "1/down"], params, x), None
-    h = np.float64(x).reshape(-1, WIDTH)
-    for i in range(BLOCKS):
-        site = run.send(reply)
-        up = np.float64(params[str(i)]["up"])
-        np.testing.assert_allclose(site.inputs, np.tanh(h @ up), rtol=0, atol=1e-5)
-        np.testing.assert_allclose(site.residual, h, rtol=0, atol=1e-4)
-        assert (site.kernel.path, site.bias.path, site.kernel.input_axes) == (f"{i}/down", f"{i}/bias", (0,))
+    h, seen = np.float64(x).reshape(-1, WIDTH), []
+    stop: Any
+    for i, stop in enumerate(layer_by_layer(apply, ["0/down", "1/down"], [params], [(x,)])):
+        up, rows = np.float64(params[str(i)]["up"]), stop.rows(0, 0)
+        np.testing.assert_allclose(rows.inputs, np.tanh(h @ up), rtol=0, atol=1e-5)
+        np.testing.assert_allclose(rows.residual, h, rtol=0, atol=1e-4)
+        assert (stop.kernel.path, stop.bias.path, stop.kernel.input_axes) == (f"{i}/down", f"{i}/bias", (0,))
         reply = np.full((INNER[i], WIDTH), 0.1), np.full(WIDTH, 0.2)
+        stop.replace(*reply)
         h = h + np.tanh(h @ up) @ reply[0] + reply[1]
-    with pytest.raises(StopIteration):
-        run.send(reply)
+        seen.append(i)
+    assert seen == list(range(BLOCKS))
 
 
 def test_an_output_that_is_added_to_nothing():
     params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
-    run = pausing(lambda p, x: jnp.sin(x @ p["a"]) @ p["b"], ["a", "b"], params, jnp.ones((3, 2)))
+    run = layer_by_layer(lambda p, x: jnp.sin(x @ p["a"]) @ p["b"], ["a", "b"], [params], [(jnp.ones((3, 2)),)])
     first = next(run)
-    assert (first.kernel.name, first.residual, first.bias) == ("a", None, None)
-    second = run.send((np.zeros((2, 2)), np.zeros(2)))
-    np.testing.assert_array_equal(second.inputs, np.zeros((3, 2)))
+    assert (first.kernel.name, first.rows(0, 0).residual, first.bias) == ("a", None, None)
+    first.replace(np.zeros((2, 2)), np.zeros(2))
+    np.testing.assert_array_equal(next(run).rows(0, 0).inputs, np.zeros((3, 2)))
 
 
 def test_units_of_several_runs_have_one_gate():

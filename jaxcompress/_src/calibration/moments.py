@@ -1,32 +1,68 @@
-"""Sums over the rows that go through a kernel, of a dense and of a pruned model.
+"""Sums over the rows that go through a kernel, of a dense model and of one that is being compressed, on the device.
 
 Shape letters: N rows (tokens), D inputs of a kernel, O its outputs.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Float64, Num
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
-from jaxcompress._src.calibration.site import Site
+from jaxcompress._src.calibration.layer_by_layer import Rows
 from jaxcompress._src.meshes import on_auto_axes
 
+# Rows of several batches are summed at once: the shapes of batches, and which of their rows count, then ask for few
+# compilations.
+_ROWS = 8192
 
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["count", "inputs", "gaps", "gram", "cross", "square", "energy"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Sums over rows of weight a, of inputs x, and of targets t that `x @ W + b` should be.
+    """Sums over rows of weight a, of inputs x in the compressed model, and of gaps z.
+
+    With W and b of the dense model, y its inputs, s what its output is added to, r the same of the compressed model:
+    the target is t = y W + b + s - r, and z = t - (x W + b) what is missing before the kernel is touched. In z, errors
+    are not differences of large sums: float32 is enough for them.
 
     Attributes:
         count: Σ a, the number of rows if each has weight 1.
         inputs: Σ a x.
+        gaps: Σ a z.
+        gram: Σ a x xᵀ.
+        cross: Σ a x zᵀ.
+        square: Σ a |z|².
+        energy: Σ a |t - b|².
+    """
+
+    count: Float32[Array, ""]
+    inputs: Float32[Array, " D"]
+    gaps: Float32[Array, " O"]
+    gram: Float32[Array, "D D"]
+    cross: Float32[Array, "D O"]
+    square: Float32[Array, ""]
+    energy: Float32[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Targets:
+    """The same sums of inputs x and of targets t, in float64 on the host.
+
+    Attributes:
+        count: Σ a.
+        inputs: Σ a x.
         targets: Σ a t.
         gram: Σ a x xᵀ.
         cross: Σ a x tᵀ.
-        square: Σ a |t|².
     """
 
     count: float
@@ -34,21 +70,20 @@ class Moments:
     targets: Float64[np.ndarray, " O"]
     gram: Float64[np.ndarray, "D D"]
     cross: Float64[np.ndarray, "D O"]
-    square: float
 
 
 def moments(
-    pairs: Iterable[tuple[Site, Site]],
+    path: str,
+    pairs: Iterable[tuple[Rows, Rows]],
     kernel: Float[Array, "D O"],
     bias: Float[Array, " O"],
     weights: Iterable[Float[np.ndarray, " N"] | None],
 ) -> Moments:
-    """Sums of what the pruned model feeds into a kernel, and of what it should write there.
-
-    The target of a row is what the dense model writes and adds it to, less what the pruned model adds it to.
+    """Sums of what the compressed model feeds into a kernel, and of what is missing to what it should write there.
 
     Args:
-        pairs: the kernel in the dense and in the pruned model, for each batch.
+        path: of the kernel, for errors.
+        pairs: the kernel in the dense and in the compressed model, for each batch.
         kernel: of the dense model.
         bias: of the dense model.
         weights: a of the rows of each batch, at least 0; None: all are 1.
@@ -57,22 +92,16 @@ def moments(
         ValueError: no row counts, or something that goes into the kernel is NaN or Inf; there are more or fewer weights
             than rows. Names the kernel.
     """
-    total: dict[str, np.ndarray] = {}
-    path = ""
-    for (dense, pruned), own in zip(pairs, weights, strict=True):
-        path = dense.kernel.name
-        if own is not None and len(own) != len(pruned.inputs):
-            raise ValueError(
-                f"`row_mask` gives {len(own)} entries; the input of {path!r} has {len(pruned.inputs)} rows."
-            )
-        found = _sums((dense.inputs, dense.residual), (pruned.inputs, pruned.residual), kernel, bias, own)
-        total = {name: np.asarray(value, np.float64) + total.get(name, 0.0) for name, value in found.items()}
-    if not all(np.isfinite(value).all() for value in total.values()):
-        raise ValueError(f"What goes into {path!r}, or what is added to its output, holds NaN or Inf.")
-    if not total["count"]:
+    total, lost = None, None
+    for group, counted in _groups(path, pairs, weights):
+        more = _sums(group, *_counting(counted), kernel, bias)
+        # What rounding loses of a sum over many groups is added to the next one.
+        total, lost = (more, None) if total is None else _added(total, lost, more)
+    if total is None:
         raise ValueError(f"`row_mask` leaves no row of the input of {path!r}.")
-    count, square = float(total.pop("count")), float(total.pop("square"))
-    return Moments(count=count, square=square, **total)
+    if not bool(_all_finite(total)):
+        raise ValueError(f"What goes into {path!r}, or what is added to its output, holds NaN or Inf.")
+    return total
 
 
 def flat_weights(
@@ -89,61 +118,155 @@ def flat_weights(
     return [np.maximum(np.asarray(row_mask(*batch), np.float32).reshape(-1), 0.0) for batch in batches]
 
 
-def relative_error(moments: Moments, kernel: np.ndarray, bias: np.ndarray, dense_bias: np.ndarray) -> float:
+def relative_error(
+    moments: Moments, change: Float[Array, "D O"], bias_change: Float[Array, " O"]
+) -> Float32[Array, ""]:
     """sqrt(Σ |x W' + b' - t|² / Σ |t - b|²), the relative output error of a kernel.
 
     With the bias b of the dense model and its inputs this is ||X W' - X W|| / ||X W||.
 
     Args:
         moments: the sums.
-        kernel: W'.
-        bias: b'.
-        dense_bias: b.
+        change: W' - W.
+        bias_change: b' - b.
 
     Example:
+        >>> one = jnp.ones(())
         >>> sums = Moments(
-        ...     count=2.0, inputs=np.zeros(1), targets=np.zeros(1), gram=np.eye(1), cross=np.eye(1), square=1.0
+        ...     count=2 * one,
+        ...     inputs=jnp.zeros(1),
+        ...     gaps=jnp.zeros(1),
+        ...     gram=jnp.eye(1),
+        ...     cross=jnp.zeros((1, 1)),
+        ...     square=0 * one,
+        ...     energy=one,
         ... )
-        >>> relative_error(sums, np.array([[0.5]]), np.zeros(1), np.zeros(1))
+        >>> relative_error(sums, jnp.array([[-0.5]]), jnp.zeros(1)).item()
         0.5
     """
-    w, b, m = np.asarray(kernel, np.float64), np.asarray(bias, np.float64), moments
-    dense = np.asarray(dense_bias, np.float64)
-    predicted = (w * (m.gram @ w)).sum() + 2 * (b @ (m.inputs @ w)) + m.count * (b @ b)
-    error = predicted - 2 * ((w * m.cross).sum() + b @ m.targets) + m.square
-    total = m.square - 2 * (dense @ m.targets) + m.count * (dense @ dense)
-    # Both are differences of large sums: what is left of nothing is a rounding error.
-    least = 1e-14 * m.square
-    return float(np.sqrt(max(float(error), 0.0) / total)) if total > least else 0.0
+    w, b, m = change.astype(jnp.float32), bias_change.astype(jnp.float32), moments
+    of_kernel = jnp.sum(w * (_product(m.gram, w) - 2 * m.cross))
+    of_bias = jnp.sum(b * (2 * _product(m.inputs, w) - 2 * m.gaps + m.count * b))
+    error = jnp.maximum(of_kernel + of_bias + m.square, 0.0)
+    return jnp.where(m.energy > 0, jnp.sqrt(error / jnp.where(m.energy > 0, m.energy, 1.0)), 0.0)
+
+
+def targets(moments: Moments, kernel: Any, bias: Any) -> Targets:
+    """The sums of the targets themselves; `kernel` and `bias` are those of the dense model."""
+    m = {field.name: np.asarray(getattr(moments, field.name), np.float64) for field in dataclasses.fields(moments)}
+    w, b = np.asarray(kernel, np.float64), np.asarray(bias, np.float64)
+    return Targets(
+        count=float(m["count"]),
+        inputs=m["inputs"],
+        gram=m["gram"],
+        targets=m["gaps"] + m["inputs"] @ w + m["count"] * b,
+        cross=m["cross"] + m["gram"] @ w + np.outer(m["inputs"], b),
+    )
+
+
+def pooled(parts: Iterable[Moments]) -> Moments:
+    """The sums over the rows of several uses of a kernel."""
+    return functools.reduce(lambda left, right: jax.tree.map(jnp.add, left, right), parts)
+
+
+_Group = list[tuple[Rows, Rows]]
+
+
+def _groups(
+    path: str, pairs: Iterable[tuple[Rows, Rows]], weights: Iterable[Float[np.ndarray, " N"] | None]
+) -> Iterator[tuple[_Group, list[Any]]]:
+    """Neighbouring batches, up to a number of rows, with the weights of their rows; some of which count."""
+    group: _Group = []
+    counted: list[Any] = []
+    for pair, own in zip(pairs, weights, strict=True):
+        rows = len(pair[1].inputs)
+        if own is not None and len(own) != rows:
+            raise ValueError(f"`row_mask` gives {len(own)} entries; the input of {path!r} has {rows} rows.")
+        if own is not None and not (own != 0).any():
+            continue
+        if group and sum(len(other.inputs) for _, other in group) + rows > _ROWS:
+            yield group, counted
+            group, counted = [], []
+        group.append(pair)
+        counted.append((own, rows))
+    if group:
+        yield group, counted
+
+
+def _counting(counted: list[Any]) -> tuple[Int[np.ndarray, " n"] | None, Float[np.ndarray, " n"] | None]:
+    """Which rows count, and what; None where all count alike."""
+    if all(own is None for own, _ in counted):
+        return None, None
+    weights = np.concatenate([np.ones(rows, np.float32) if own is None else own for own, rows in counted])
+    places = np.flatnonzero(weights != 0)
+    # One of few numbers, so that groups of the same shapes share a compilation.
+    step = -(-len(weights) // 16)
+    padded = np.zeros(-(-len(places) // step) * step, np.int32)
+    padded[: len(places)] = places
+    return padded, np.where(np.arange(len(padded)) < len(places), weights[padded], np.float32(0))
 
 
 @on_auto_axes
 @jax.jit
 def _sums(
-    dense: tuple[Num[Array, "N D"], Float[Array, "N O"] | None],
-    pruned: tuple[Num[Array, "N D"], Float[Array, "N O"] | None],
+    group: list[tuple[Rows, Rows]],
+    places: Int[Array | np.ndarray, " n"] | None,
+    weights: Float[Array | np.ndarray, " n"] | None,
     kernel: Float[Array, "D O"],
     bias: Float[Array, " O"],
-    weights: Float[Array, " N"] | None,
-) -> dict[str, jax.Array]:
-    inputs = pruned[0].astype(jnp.float32)
-    target = _product(dense[0].astype(jnp.float32), kernel.astype(jnp.float32)) + bias.astype(jnp.float32)[None, :]
-    if dense[1] is not None and pruned[1] is not None:
-        target = target + dense[1].astype(jnp.float32) - pruned[1].astype(jnp.float32)
-    if weights is None:
-        weights = jnp.ones(len(inputs), jnp.float32)
-    # Not a product alone: what does not count may be NaN.
-    counts = weights[:, None] > 0
-    inputs, target = jnp.where(counts, inputs, 0.0), jnp.where(counts, target, 0.0)
-    weighted = inputs * weights[:, None]
-    return {
-        "count": weights.sum(),
-        "inputs": weighted.sum(axis=0),
-        "targets": _product(weights, target),
-        "gram": _product(weighted.T, inputs),
-        "cross": _product(weighted.T, target),
-        "square": _product(weights, jnp.square(target).sum(axis=1)),
-    }
+) -> Moments:
+    def together(parts: list[Any]) -> Any:
+        if any(part is None for part in parts):
+            return jnp.float32(0)
+        whole = jnp.concatenate(parts).astype(jnp.float32)
+        if places is None:
+            return whole
+        # Not a product with the weights alone: what does not count may be NaN.
+        return jnp.where((counts > 0)[:, None], whole[places], 0.0)
+
+    rows = sum(len(other.inputs) for _, other in group)
+    counts = jnp.ones(rows, jnp.float32) if weights is None else jnp.asarray(weights)
+    x, y = (together([pair[k].inputs for pair in group]) for k in (1, 0))
+    r, s = (together([pair[k].residual for pair in group]) for k in (1, 0))
+    written = together([dense.written for dense, _ in group])
+    kernel, bias = kernel.astype(jnp.float32), bias.astype(jnp.float32)
+    gaps = _product(y - x, kernel) + (s - r)
+    outputs = jnp.where((counts > 0)[:, None], written - r - bias[None], 0.0)
+    weighted = x * counts[:, None]
+    return Moments(
+        count=counts.sum(),
+        inputs=weighted.sum(axis=0),
+        gaps=_product(counts, gaps),
+        gram=_gram(weighted, x),
+        cross=_product(weighted.T, gaps),
+        square=_product(counts, jnp.square(gaps).sum(axis=1)),
+        energy=_product(counts, jnp.square(outputs).sum(axis=1)),
+    )
+
+
+def _gram(weighted: Float32[Array, "N D"], x: Float32[Array, "N D"]) -> Float32[Array, "D D"]:
+    """Σ a x xᵀ: of a wide one, the blocks from the diagonal on, and those mirrored."""
+    depth = x.shape[1]
+    if depth <= 1024:
+        return _product(weighted.T, x)
+    step = -(-depth // 8)
+    rows = [(at, _product(weighted[:, at : at + step].T, x[:, at:])) for at in range(0, depth, step)]
+    upper = jnp.triu(jnp.concatenate([jnp.pad(own, ((0, 0), (at, 0))) for at, own in rows]))
+    return upper + jnp.triu(upper, 1).T
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def _added(total: Moments, lost: Moments | None, more: Moments) -> tuple[Moments, Moments]:
+    """Kahan's sum: the new total, and what it lacks."""
+    if lost is not None:
+        more = jax.tree.map(jnp.add, more, lost)
+    found = jax.tree.map(jnp.add, total, more)
+    return found, jax.tree.map(lambda whole, old, new: new - (whole - old), found, total, more)
+
+
+@jax.jit
+def _all_finite(sums: Moments) -> Bool[Array, ""]:
+    return jnp.stack([jnp.isfinite(part).all() for part in jax.tree.leaves(sums)]).all()
 
 
 def _product(left: Any, right: Any) -> jax.Array:

@@ -6,8 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress._src.calibration.moments import flat_weights, moments
-from jaxcompress._src.calibration.pause import side_by_side
+from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
+from jaxcompress._src.calibration.moments import flat_weights, moments, targets
 from jaxcompress._src.quantization.leaf_matrix import plain_kernels
 from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path, with_leaves
 from jaxcompress._src.types import Params, is_compressed, plain
@@ -41,7 +41,7 @@ def correct_biases(
         biases of their own, by both paths.
 
     Raises:
-        ValueError: no batches; no compressed kernel; as `calibration.pausing`.
+        ValueError: no batches; no compressed kernel; a kernel in no plain matmul.
 
     Example:
         >>> from jaxcompress.quantization import QuantSpec, quantize
@@ -65,24 +65,17 @@ def correct_biases(
     paths = sorted({part.path for part in parts})
     rounded = map_with_path(lambda _, leaf: plain(leaf), compressed)
     rows = flat_weights(row_mask, kept)
-    run = side_by_side(apply, paths, (params, rounded), kept, repeated="each")
-    dense, current, changed, shifts = leaves_by_path(params), leaves_by_path(rounded), {}, {}
-    replies: Any = None
-    for _ in parts:
-        pairs = run.send(replies)
-        site = pairs[0][0]
-        kernels = [site.kernel.matrix(tree[site.kernel.path]) for tree in (dense, current)]
-        if site.bias is None:
-            nothing = jnp.zeros(kernels[0].shape[1], kernels[0].dtype)
-            replies = (kernels[0], nothing), (kernels[1], nothing)
+    current, changed, shifts = leaves_by_path(rounded), {}, {}
+    for stop in layer_by_layer(apply, paths, (params, rounded), kept, repeated="each"):
+        if stop.bias is None:
             continue
-        place, bias = site.bias.path, site.bias.matrix(dense[site.bias.path])[0]
-        sums = moments(pairs, kernels[0], bias, rows)
-        after = (sums.targets - sums.inputs @ np.asarray(kernels[1], np.float64)) / sums.count
-        before = np.asarray(site.bias.matrix(current[place])[0], np.float64)
-        name, uses = site.kernel.name, sum(part == site.kernel for part in parts)
-        name = name if uses == 1 else f"{name}, {place}"
-        shifts[name] = float(np.sqrt(np.mean((after - before) ** 2)))
-        changed[place] = site.bias.put(changed.get(place, current[place]), after)
-        replies = (kernels[0], bias), (kernels[1], jnp.asarray(site.bias.matrix(changed[place])[0]))
+        (kernel, bias), (weights, before) = stop.weights(0), stop.weights(-1)
+        sums = moments(stop.kernel.name, stop.pairs(), kernel, bias, rows)
+        wanted, place = targets(sums, kernel, bias), stop.bias.path
+        after = (wanted.targets - wanted.inputs @ np.asarray(weights, np.float64)) / wanted.count
+        shared = sum(part == stop.kernel for part in parts) > 1
+        name = f"{stop.kernel.name}, {place}" if shared else stop.kernel.name
+        shifts[name] = float(np.sqrt(np.mean((after - np.asarray(before, np.float64)) ** 2)))
+        changed[place] = stop.bias.put(changed.get(place, current[place]), after)
+        stop.replace(bias=after)
     return with_leaves(compressed, {path: jnp.asarray(leaf) for path, leaf in changed.items()}), shifts

@@ -134,9 +134,8 @@ def refined(
     unit = unit_of(targets)
     fits = scale.shape[1] == width and spec.format != "fixed_point"
 
-    def loss(weights: Any) -> Any:
-        gap = (weights - targets) / unit
-        return jnp.sum(gap * jnp.matmul(hessian, gap, precision=jax.lax.Precision.HIGHEST), axis=0)
+    def loss(weights: Any, slope: Any) -> Any:
+        return jnp.sum((weights - targets) / unit * (slope / unit), axis=0)
 
     def turn(state: Any, _: Any) -> Any:
         weights, scale, before = state
@@ -147,13 +146,14 @@ def refined(
             usable = jnp.isfinite(found) & (found > jnp.finfo(jnp.float32).tiny)
             fitted = jnp.where(usable, cast_scale(jnp.where(usable, found, 1.0), spec), scale)
             start = values * jnp.repeat(fitted.astype(jnp.float32), depth // len(fitted), axis=0)
-        start = coordinate_descent(start, targets, hessian, _round_input(fitted, zero_point, depth, spec))
-        after = loss(start)
+        start, slope = coordinate_descent(start, targets, hessian, _round_input(fitted, zero_point, depth, spec))
+        after = loss(start, slope)
         better = after < before
         scale = jnp.where(better[None] if fits else True, fitted, scale)
         return (jnp.where(better[None], start, weights), scale, jnp.where(better, after, before)), None
 
-    (weights, scale, _), _ = jax.lax.scan(turn, (weights, scale, loss(weights)), length=rounds)
+    slope = jnp.matmul(hessian, weights - targets, precision=jax.lax.Precision.HIGHEST)
+    (weights, scale, _), _ = jax.lax.scan(turn, (weights, scale, loss(weights, slope)), length=rounds)
     return weights, scale
 
 

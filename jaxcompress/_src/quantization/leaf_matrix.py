@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Num, Shaped
 
 from jaxcompress._src.arrays.quantized import QuantizedArray
-from jaxcompress._src.calibration.pause import stops_and_refusals
-from jaxcompress._src.calibration.site import LeafPart
+from jaxcompress._src.calibration.leaf_part import LeafPart
+from jaxcompress._src.calibration.sites import sites_and_refusals
 from jaxcompress._src.quantization.blocks import PARTIAL, cut, packing_axis, padded_shape, partial_axis
 from jaxcompress._src.quantization.round_to_nearest import cropped, padded, store_codes, store_zero_points
 from jaxcompress._src.quantization.spec import QuantSpec
@@ -41,7 +41,7 @@ def plain_kernels(
     Other kernels, of experts and of convolutions, say, come second, by path, with a sentence that says why.
     """
     kinds = {path: layout.kind for path, layout in leaves_with_paths(layouts(apply, params, *inputs))}
-    parts, refused = stops_and_refusals(apply, params, *inputs, repeated="each")
+    parts, refused = sites_and_refusals(apply, params, *inputs, repeated="each")
     others = {path: refused[path] for path in refused if kinds[path] == "matmul"}
     others |= {path: f"Leaf {path!r} is the kernel of a convolution." for path, kind in kinds.items() if kind == "conv"}
     return [part for part in parts if kinds[part.path] == "matmul"], others

@@ -11,12 +11,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float64
+from jaxtyping import Array, Bool, Float, Float32
 
 from jaxcompress._src.arrays.quantized import QuantizedArray
-from jaxcompress._src.calibration.moments import Moments, flat_weights, moments, relative_error
-from jaxcompress._src.calibration.pause import side_by_side, stops
-from jaxcompress._src.calibration.site import LeafPart, Site
+from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
+from jaxcompress._src.calibration.leaf_part import LeafPart
+from jaxcompress._src.calibration.moments import Moments, flat_weights, moments, pooled, relative_error
+from jaxcompress._src.calibration.sites import kernels_at_work
+from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.blocks import PARTIAL, cut
 from jaxcompress._src.quantization.gptq_matrix import GroupScales, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress._src.quantization.leaf_matrix import (
@@ -28,8 +30,9 @@ from jaxcompress._src.quantization.leaf_matrix import (
 from jaxcompress._src.quantization.range_search import BEST_RANGES, RangeSearch
 from jaxcompress._src.quantization.round_to_nearest import quantize_array
 from jaxcompress._src.quantization.rounding_info import FALLBACKS, RoundingInfo
-from jaxcompress._src.quantization.shared_kernels import pooled_moments
 from jaxcompress._src.quantization.spec import QuantSpec
+from jaxcompress._src.solvers.cholesky import damped_cholesky
+from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.trace.layouts import layouts as traced_layouts
 from jaxcompress._src.trace.left_out import warn_left_out
 from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path, with_leaves
@@ -105,8 +108,8 @@ def reconstruct(
         rounded to nearest. With the inputs and the bias of the dense model that is ||X W' - X W|| / ||X W||.
 
     Raises:
-        ValueError: options out of range; no batches, or no row that counts; a kernel that `calibration.pausing` cannot
-            stop at, or with axes that the group size does not divide; inputs with NaN or Inf. Names the leaf; of
+        ValueError: options out of range; no batches, or no row that counts; a kernel that is in no plain
+            matmul, or with axes that the group size does not divide; inputs with NaN or Inf. Names the leaf; of
             selected kernels at which the model cannot stop, all.
 
     Example:
@@ -132,36 +135,29 @@ def reconstruct(
     rest = misfits(places, lambda path, shape, layout: cut(shape, rules[path].spec, layout), select, advice=PARTIAL)
     for path in rest:
         del kernels[path], rules[path]
-    uses = {part: count for part, count in uses.items() if part.path in kernels}
     for path, kernel in kernels.items():
         check_rule(rules[path], damping, ridge)
         check_blocks(kernel, rules[path].spec)
-    rows, held = flat_weights(row_mask, kept), ridge if targets == "dense" else None
-    run = side_by_side(apply, list(kernels), (params, params), kept, repeated="first")
-    replies: Any = None
-    visited: list[_Rounded] = []
-    for _ in uses:
-        pairs = run.send(replies)
-        site = pairs[0][0]
-        kernel, before = _entry(kernels, site.kernel), _bias(params, site)
-        weights = np.asarray(kernel.matrix(kernel.weight)[0], np.float64)
-        dense = jnp.asarray(weights, jnp.float32)
-        if uses[site.kernel] > 1:
+    rows, held = flat_weights(row_mask, kept), max(ridge, 1e-8) if targets == "dense" else None
+    visited: list[_Visited] = []
+    for stop in layer_by_layer(apply, list(kernels), (params, params), kept, repeated="first"):
+        path, shared = stop.kernel.path, uses[stop.kernel] > 1
+        if shared:
             trees = params, _so_far(params, kernels, rules, visited)
-            sums = pooled_moments(apply, trees, site.kernel, kept, rows)
-            fit = _Fit(weights, np.zeros(before.shape), held, damping, False, unseen)
+            sums = _pooled_moments(apply, trees, stop.kernel, kept, rows)
         else:
-            sums = moments(pairs, dense, before.astype(jnp.float32), rows)
-            fit = _Fit(weights, np.asarray(before, np.float64), held, damping, bias and site.bias is not None, unseen)
-        found, new = _rounded_kernel(kernel, site, sums, fit, rules[site.kernel.path])
-        visited.append(found)
-        dense_reply = kernel.matrix(kernel.weight)[0], before
-        replies = dense_reply, (new, jnp.asarray(found.values, before.dtype) if fit.free_bias else before)
+            sums = moments(stop.kernel.name, stop.pairs(), *stop.weights(0), rows)
+        free = bias and stop.bias is not None and not shared
+        weight, layout = stop.kernel.entry_of(kernels[path].weight), _matrix_layout(kernels[path].layout)
+        fit = _Fit(rules[path], layout, held, damping, free, unseen)
+        solved, weights = _rounded(weight, stop.weights(0)[1], sums, fit)
+        visited.append(_Visited(stop.kernel, stop.bias if free else None, solved))
+        stop.replace(weights, solved.values if free else None)
     leaves, info = _assembled(kernels, rules, visited)
     plain = leaves_by_path(params)
     bits = {path: 8.0 * jnp.dtype(plain[path].dtype).itemsize for path in left}
     info |= {path: RoundingInfo(bits_per_weight=bits[path], note=reason) for path, reason in left.items()}
-    warn_unseen({found.kernel.name: found.unseen[None] for found in visited}, FALLBACKS[unseen])
+    warn_unseen({each.kernel.name: np.asarray(each.rounded.unseen)[None] for each in visited}, FALLBACKS[unseen])
     return with_leaves(params, _fitted_biases(params, visited) | leaves), info
 
 
@@ -182,7 +178,7 @@ def _kernels(
     found = traced_layouts(apply, params, *inputs)
     if select is not None:
         kernels = {entry.path: entry for entry in weight_leaves(params, select=select, layouts=found)}
-        return kernels, Counter(stops(apply, params, *inputs, paths=list(kernels), repeated="each")), {}
+        return kernels, Counter(kernels_at_work(apply, params, *inputs, paths=list(kernels), repeated="each")), {}
     parts, refused = plain_kernels(apply, params, inputs)
     chosen = {part.path for part in parts}
     rest = {path: layout.kind for path, layout in leaves_with_paths(found) if layout.is_weight and path not in chosen}
@@ -214,20 +210,11 @@ def _entry(kernels: Mapping[str, MatrixLeaf], part: LeafPart) -> MatrixLeaf:
     return MatrixLeaf(path=part.name, weight=part.entry_of(whole.weight), layout=whole.layout.entry)
 
 
-def _bias(params: Params, site: Site) -> Float[Array, " R"]:
-    """The dense bias, in its dtype; zeros, in that of the kernel, without one."""
-    leaves = leaves_by_path(params)
-    if site.bias is None:
-        kernel = jnp.asarray(leaves[site.kernel.path])
-        return jnp.zeros(site.kernel.matrix(kernel).shape[1], kernel.dtype)
-    return site.bias.matrix(jnp.asarray(leaves[site.bias.path]))[0]
-
-
 class _Fit(NamedTuple):
-    """A kernel of the dense model, and what it may become; without a ridge the weights are the targets."""
+    """What a kernel may become; without a ridge its weights are the targets. Hashable: equal layers share a program."""
 
-    weights: Float64[np.ndarray, "D R"]
-    bias: Float64[np.ndarray, " R"]
+    rule: Rule
+    layout: LeafLayout
     ridge: float | None
     damping: float
     free_bias: bool
@@ -235,75 +222,127 @@ class _Fit(NamedTuple):
 
 
 class _Rounded(NamedTuple):
-    """What a kernel became: codes and scales, its bias, what it never saw, and the errors. No floats of its weights."""
+    """What a kernel became: codes and scales, its bias, what it never saw, and the errors."""
 
-    kernel: LeafPart
     codes: Any
     scale: Any
     zero_point: Any
-    bias: LeafPart | None
-    values: Float64[np.ndarray, " R"]
-    unseen: Bool[np.ndarray, " D"]
+    values: Any
+    unseen: Any
     figures: dict[str, Any]
 
 
-def _rounded_kernel(
-    kernel: MatrixLeaf, site: Site, sums: Moments, fit: _Fit, rule: Rule
-) -> tuple[_Rounded, Float[Array, "D R"]]:
-    """What is stored, and the weights that it stands for, in the dtype of the leaf."""
-    targets, hessian, marks = _problem(sums, fit)
-    whole = with_whole_groups(kernel, jnp.asarray(targets, jnp.float32), rule.spec, 0)
-    metric = with_whole_groups(kernel, jnp.asarray(hessian, jnp.float32), rule.spec, 0, 1)
+class _Visited(NamedTuple):
+    """The same, with the places of the kernel, and of a bias that was fitted."""
+
+    kernel: LeafPart
+    bias: LeafPart | None
+    rounded: _Rounded
+
+
+def _matrix_layout(layout: LeafLayout) -> LeafLayout:
+    """Of one entry: its axes alone."""
+    own = layout.entry
+    return LeafLayout(kind="matmul", input_axes=own.input_axes, output_axes=own.output_axes)
+
+
+@on_auto_axes
+@functools.partial(jax.jit, static_argnames="fit")
+def _rounded(weight: Float[Array, "..."], bias: Float[Array, " R"], sums: Moments, fit: _Fit) -> tuple[_Rounded, Any]:
+    """One kernel, in the shape of its entry, rounded, and the weights (D, R) that it stands for."""
+    kernel, spec = MatrixLeaf(path="", weight=weight, layout=fit.layout), fit.rule.spec
+    dense = kernel.matrix(weight)[0].astype(jnp.float32)
+    targets, hessian, marks = _problem(sums, dense, fit)
+    whole = with_whole_groups(kernel, targets, spec, 0)
+    metric = with_whole_groups(kernel, hessian, spec, 0, 1)
     # What fills up a partial group meets no input: its errors cost nothing, and nothing makes up for them.
     metric = metric + jnp.diag(jnp.where(jnp.diag(metric) == 0, 1.0, 0.0))
-    solved = _solve(whole, metric, np.float32(fit.damping), rule)
-    weights = kernel.matrix(_stored(kernel, [solved], rule.spec).materialize())[0]
-    found = np.asarray(weights, np.float64)
-    nearest = quantize_array(kernel.weight, rule.spec, kernel.layout).materialize()
-    after = (sums.targets - sums.inputs @ found) / sums.count if fit.free_bias else fit.bias
+    solved = gptq_matrix(whole, metric, jnp.float32(fit.damping), fit.rule)
+    weights = kernel.matrix(_stored(kernel, [solved], spec).materialize())[0]
+    nearest = kernel.matrix(quantize_array(weight, spec, fit.layout).materialize())[0].astype(jnp.float32)
+    change, still = weights.astype(jnp.float32) - dense, jnp.zeros(dense.shape[1], jnp.float32)
+    shift = (sums.gaps - _product(sums.inputs, change)) / sums.count if fit.free_bias else still
     figures = {
-        "error_before": relative_error(sums, np.asarray(kernel.matrix(nearest)[0]), fit.bias, fit.bias),
-        "error": relative_error(sums, found, after, fit.bias),
-        "damping": float(solved.damping),
-        "retries": int(solved.retries),
-        **unseen_counts(marks[None]),
+        "error_before": relative_error(sums, nearest - dense, still),
+        "error": relative_error(sums, change, shift),
+        "damping": solved.damping,
+        "retries": solved.retries,
     }
-    stored_parts = solved.codes, solved.scale, solved.zero_point
-    return _Rounded(site.kernel, *stored_parts, site.bias if fit.free_bias else None, after, marks, figures), weights
+    values = bias.astype(jnp.float32) + shift
+    return _Rounded(solved.codes, solved.scale, solved.zero_point, values, marks, figures), weights
+
+
+def _problem(
+    sums: Moments, dense: Float32[Array, "D R"], fit: _Fit
+) -> tuple[Float32[Array, "D R"], Float32[Array, "D D"], Bool[Array, " D"]]:
+    """Targets, the matrix that weighs their errors (its mean diagonal is 1), and which inputs are 0 in every row."""
+    raw, gram, cross = jnp.diag(sums.gram), sums.gram, sums.cross
+    unseen = raw <= 0
+    if fit.free_bias:
+        gram = gram - jnp.outer(sums.inputs, sums.inputs) / sums.count
+        cross = cross - jnp.outer(sums.inputs, sums.gaps) / sums.count
+    # Inputs that never change leave rounding errors on a centred diagonal, or nothing.
+    constant = jnp.diag(gram) <= 1e-6 * raw
+    level = jnp.where(unseen.all(), 1.0, raw.sum() / jnp.maximum((~unseen).sum(), 1))
+    mean = jnp.where(constant, 0.0, jnp.diag(gram)).sum() / jnp.maximum((~constant).sum(), 1)
+    mean = jnp.where(constant.all(), level, mean)
+    hessian = jnp.where(constant[:, None] | constant[None], 0.0, gram / mean)
+    hessian = hessian + jnp.diag(jnp.where(constant, 1.0, 0.0))
+    targets = dense
+    if fit.ridge is not None:
+        factor = damped_cholesky(hessian, fit.ridge).factor
+        right = jnp.where(constant[:, None], 0.0, cross / mean)
+        targets = dense + jax.scipy.linalg.cho_solve((factor, True), right)
+    return jnp.where(unseen[:, None], 0.0 if fit.unseen == "zero" else dense, targets), hessian, unseen
+
+
+def _pooled_moments(
+    apply: Callable[..., Any], trees: Sequence[Params], kernel: LeafPart, batches: Sequence[Any], rows: Sequence[Any]
+) -> Moments:
+    """Of all matmuls that share a kernel; their biases are the same in both models."""
+    return pooled(
+        moments(kernel.name, stop.pairs(), *stop.weights(0), rows)
+        for stop in layer_by_layer(apply, [kernel.path], trees, batches, repeated="each")
+        if stop.kernel == kernel
+    )
 
 
 def _so_far(
-    params: Params, kernels: Mapping[str, MatrixLeaf], rules: Mapping[str, Rule], visited: Sequence[_Rounded]
+    params: Params, kernels: Mapping[str, MatrixLeaf], rules: Mapping[str, Rule], visited: Sequence[_Visited]
 ) -> Params:
     """The model with what has been rounded, as plain arrays."""
     leaves, changed = leaves_by_path(params), dict[str, Any](_fitted_biases(params, visited))
-    for found in visited:
-        path = found.kernel.path
-        kernel = _entry(kernels, found.kernel)
-        weights = kernel.matrix(_stored(kernel, [found], rules[path].spec).materialize())[0]
-        changed[path] = found.kernel.put(changed.get(path, leaves[path]), weights)
+    for each in visited:
+        path = each.kernel.path
+        kernel = _entry(kernels, each.kernel)
+        weights = kernel.matrix(_stored(kernel, [each.rounded], rules[path].spec).materialize())[0]
+        changed[path] = each.kernel.put(changed.get(path, leaves[path]), weights)
     return with_leaves(params, {path: jnp.asarray(leaf) for path, leaf in changed.items()})
 
 
-def _fitted_biases(params: Params, visited: Sequence[_Rounded]) -> dict[str, jax.Array]:
+def _fitted_biases(params: Params, visited: Sequence[_Visited]) -> dict[str, jax.Array]:
     """The biases by path, with their stack entries put together."""
     leaves, changed = leaves_by_path(params), {}
-    for found in visited:
-        if found.bias is not None:
-            path = found.bias.path
-            changed[path] = found.bias.put(changed.get(path, leaves[path]), found.values)
+    for each in visited:
+        if each.bias is not None:
+            path = each.bias.path
+            changed[path] = each.bias.put(changed.get(path, leaves[path]), each.rounded.values)
     return {path: jnp.asarray(leaf) for path, leaf in changed.items()}
 
 
 def _assembled(
-    kernels: Mapping[str, MatrixLeaf], rules: Mapping[str, Rule], visited: Sequence[_Rounded]
+    kernels: Mapping[str, MatrixLeaf], rules: Mapping[str, Rule], visited: Sequence[_Visited]
 ) -> tuple[dict[str, QuantizedArray], dict[str, RoundingInfo]]:
     """The compressed leaves, by path, and what happened, by path and entry, in the order of the model."""
     leaves = {}
     for path, kernel in kernels.items():
-        own = sorted((found for found in visited if found.kernel.path == path), key=lambda found: found.kernel.entry)
-        leaves[path] = _stored(kernel, own, rules[path].spec)
-    info = {found.kernel.name: RoundingInfo.of(leaves[found.kernel.path], **found.figures) for found in visited}
+        own = sorted((each for each in visited if each.kernel.path == path), key=lambda each: each.kernel.entry)
+        leaves[path] = _stored(kernel, [each.rounded for each in own], rules[path].spec)
+    info = {}
+    for each in visited:
+        figures = {name: value.item() for name, value in each.rounded.figures.items()}
+        figures |= unseen_counts(np.asarray(each.rounded.unseen)[None])
+        info[each.kernel.name] = RoundingInfo.of(leaves[each.kernel.path], **figures)
     return leaves, info
 
 
@@ -314,26 +353,5 @@ def _stored(kernel: MatrixLeaf, parts: Sequence[Solved | _Rounded], spec: QuantS
     return stored(kernel, codes, scale, jnp.stack(zeros) if zeros else None, spec)
 
 
-def _problem(sums: Moments, fit: _Fit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Targets, the matrix that weighs their errors (its mean diagonal is 1), and which inputs are 0 in every row."""
-    gram, cross = sums.gram, sums.cross - np.outer(sums.inputs, fit.bias)
-    unseen = np.diag(gram) <= 0
-    if fit.free_bias:
-        gram = sums.gram - np.outer(sums.inputs, sums.inputs) / sums.count
-        cross = sums.cross - np.outer(sums.inputs, sums.targets) / sums.count
-    # Inputs that never change leave rounding errors on a centred diagonal, or nothing.
-    level = np.diag(sums.gram)[~unseen].mean() if not unseen.all() else 1.0
-    constant = np.diag(gram) <= 1e-6 * np.diag(sums.gram)
-    mean = np.diag(gram)[~constant].mean() if not constant.all() else level
-    hessian = np.where(constant[:, None] | constant[None], 0.0, gram / mean) + np.diag(np.where(constant, 1.0, 0.0))
-    targets = fit.weights
-    if fit.ridge is not None:
-        hold = max(fit.ridge, 1e-8)
-        right = np.where(constant[:, None], fit.weights, cross / mean) + hold * fit.weights
-        targets = np.linalg.solve(hessian + hold * np.eye(len(gram)), right)
-    return np.where(unseen[:, None], 0.0 if fit.unseen == "zero" else fit.weights, targets), hessian, unseen
-
-
-@functools.partial(jax.jit, static_argnames="rule")
-def _solve(targets: Any, hessian: Any, damping: Any, rule: Rule) -> Solved:
-    return gptq_matrix(targets, hessian, damping, rule)
+def _product(left: Any, right: Any) -> jax.Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST)

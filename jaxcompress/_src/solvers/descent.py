@@ -23,7 +23,7 @@ def coordinate_descent(
     *,
     sweeps: int = 1,
     block_size: int = 32,
-) -> Float32[Array, "D R"]:
+) -> tuple[Float32[Array, "D R"], Float32[Array, "D R"]]:
     """Lowers tr((T - W)ᵀ H (T - W)) over weights that can be stored, input after input.
 
     For input i, all others as they are, the best weights are w_i - (H (W - T))_i / H_ii; the nearest that can be stored
@@ -40,11 +40,11 @@ def coordinate_descent(
             matmul a block.
 
     Returns:
-        The weights.
+        The weights, and H (W - T) at them: what they lose is the sum of its products with W - T.
 
     Example:
         >>> H = jnp.array([[1.0, 0.9], [0.9, 1.0]])
-        >>> found = coordinate_descent(
+        >>> found, _ = coordinate_descent(
         ...     jnp.zeros((2, 1)), jnp.array([[0.6], [0.6]]), H, lambda w, i: jnp.round(w), sweeps=2
         ... )
         >>> found.ravel().tolist()
@@ -56,7 +56,7 @@ def coordinate_descent(
     depth = weights.shape[0]
     weights, targets = weights.astype(jnp.float32), targets.astype(jnp.float32)
     if not weights.size or sweeps < 1:
-        return weights
+        return weights, _product(hessian, weights - targets)
     block = min(block_size, depth)
     padding = -depth % block
     # Inputs that fill up the last block touch no others, and 0 is where they are.
@@ -80,12 +80,12 @@ def coordinate_descent(
         gradient = gradient + _product(rows.T, solved - own)
         return (jax.lax.dynamic_update_slice_in_dim(weights, solved, start, 0), gradient), None
 
-    def sweep(weights: Any, _: Any) -> Any:
-        state = (weights, _product(hessian, weights - targets))
-        (weights, _), _ = jax.lax.scan(step, state, block * jnp.arange(len(weights) // block))
-        return weights, None
+    def sweep(state: Any, _: Any) -> Any:
+        return jax.lax.scan(step, state, block * jnp.arange(len(weights) // block))[0], None
 
-    return jax.lax.scan(sweep, weights, length=sweeps)[0][:depth]
+    state = (weights, _product(hessian, weights - targets))
+    (weights, gradient), _ = jax.lax.scan(sweep, state, length=sweeps)
+    return weights[:depth], gradient[:depth]
 
 
 def least_squares_scales(
@@ -120,12 +120,17 @@ def least_squares_scales(
     size = values.shape[0] // groups
     values, start = values.astype(jnp.float32), start.astype(jnp.float32)
 
+    def by_group(x: Any) -> Any:
+        # A product with ones: what XLA fuses into a sum on the CPU is not vectorized.
+        ones = jnp.ones(size, jnp.float32)
+        return jnp.einsum("gsr,s->gr", x.reshape(groups, size, width), ones, precision=jax.lax.Precision.HIGHEST)
+
     def normal_row(_: Any, group: Any) -> Any:
         own, rows = (jax.lax.dynamic_slice_in_dim(part, group * size, size) for part in (values, hessian))
-        return None, (_product(rows.T, own) * values).reshape(groups, size, width).sum(axis=1)
+        return None, by_group(_product(rows.T, own) * values)
 
     _, normal = jax.lax.scan(normal_row, None, jnp.arange(groups))
-    right = (values * _product(hessian, targets.astype(jnp.float32))).reshape(groups, size, width).sum(axis=1)
+    right = by_group(values * _product(hessian, targets.astype(jnp.float32)))
     normal, right = normal.transpose(2, 0, 1), right.T
     diagonal = jnp.diagonal(normal, axis1=1, axis2=2)
     hold = jnp.asarray(damping, jnp.float32) * diagonal.mean(axis=1) + jnp.finfo(jnp.float32).tiny

@@ -1,6 +1,6 @@
 """The one evaluator of jaxprs; its users differ only in what they do at each equation."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,23 +28,6 @@ def walk(body: Body, values: Sequence[Any], visit: Visit) -> list[Any]:
     Returns:
         One value for each output.
     """
-
-    def straight(eqn: Any, values: list[Any]) -> Generator[Any, Any, Sequence[Any]]:
-        return visit(eqn, values)
-        # Never reached: what makes this function a generator, of no steps.
-        yield
-
-    try:
-        next(walk_in_steps(body, values, straight))
-    except StopIteration as done:
-        return done.value
-    raise AssertionError("a walk without steps has stopped on its way")
-
-
-def walk_in_steps(
-    body: Body, values: Sequence[Any], visit: Callable[[Any, list[Any]], Generator[Any, Any, Sequence[Any]]]
-) -> Generator[Any, Any, list[Any]]:
-    """`walk` whose visits are generators: what they yield stops the walk until it is sent an answer."""
     jaxpr = body.jaxpr
     env = dict(zip(jaxpr.constvars, body.consts, strict=True)) | dict(zip(jaxpr.invars, values, strict=True))
     last_use = {var: i for i, eqn in enumerate(jaxpr.eqns) for var in eqn.invars if not isinstance(var, core.Literal)}
@@ -54,7 +37,7 @@ def walk_in_steps(
         return var.val if isinstance(var, core.Literal) else env[var]
 
     for i, eqn in enumerate(jaxpr.eqns):
-        results = yield from visit(eqn, [read(var) for var in eqn.invars])
+        results = visit(eqn, [read(var) for var in eqn.invars])
         env.update(zip(eqn.outvars, results, strict=True))
         # An eager run would otherwise hold every activation until the end.
         for var in {v for v in eqn.invars if not isinstance(v, core.Literal) and last_use[v] == i}:

@@ -6,11 +6,11 @@ Shape letters: D inputs of a kernel, O its outputs, U units.
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from jaxcompress._src.calibration.moments import Moments
+from jaxcompress._src.calibration.moments import Targets
 
 
 def fit_rows(
-    moments: Moments,
+    sums: Targets,
     start: Float[np.ndarray, "D O"],
     bias: Float[np.ndarray, " O"],
     kept: Int[np.ndarray, " K"],
@@ -21,7 +21,7 @@ def fit_rows(
     """Argmin over the kept rows of W, and b: Σ |x W + b - t|² + ridge · mean(diag Σ x xᵀ) · |W - start|².
 
     Args:
-        moments: the sums.
+        sums: the sums.
         start: where the ridge holds the solution; rows that are not kept are 0 in the solution.
         bias: b, if it is not free.
         kept: indices of rows.
@@ -32,23 +32,23 @@ def fit_rows(
         W and b.
 
     Example:
-        >>> sums = Moments(
-        ...     count=2.0, inputs=np.zeros(1), targets=np.zeros(1), gram=np.eye(1), cross=3 * np.eye(1), square=9.0
+        >>> sums = Targets(
+        ...     count=2.0, inputs=np.zeros(1), targets=np.zeros(1), gram=np.eye(1), cross=3 * np.eye(1)
         ... )
         >>> fit_rows(sums, np.ones((1, 1)), np.zeros(1), np.array([0]), ridge=1.0, free_bias=False)[0]
         array([[2.]])
     """
-    gram, cross = _about(moments, bias, free_bias)
+    gram, cross = _about(sums, bias, free_bias)
     solved = np.zeros(cross.shape)
     if len(kept):
-        normal, hold = gram[np.ix_(kept, kept)], ridge * _scale(moments.gram, kept)
+        normal, hold = gram[np.ix_(kept, kept)], ridge * _scale(sums.gram, kept)
         normal = normal + hold * np.eye(len(kept))
         solved[kept] = _solve(normal, cross[kept] + hold * np.asarray(start, np.float64)[kept], start[kept])
-    return solved, _bias(moments, solved, bias, free_bias)
+    return solved, _bias(sums, solved, bias, free_bias)
 
 
 def fit_gates(
-    moments: Moments,
+    sums: Targets,
     kernel: Float[np.ndarray, "D O"],
     bias: Float[np.ndarray, " O"],
     kept: Int[np.ndarray, " K"],
@@ -63,7 +63,7 @@ def fit_gates(
     c_u = mean(diag Σ x xᵀ) · |W_u|², so that the ridge is that of `fit_rows`, of kernels with such gates.
 
     Args:
-        moments: the sums.
+        sums: the sums.
         kernel: W, whole.
         bias: b, if it is not free.
         kept: indices of rows.
@@ -75,7 +75,7 @@ def fit_gates(
     Returns:
         diag(z) W, with rows of 0 that are not kept, and b.
     """
-    gram, cross = _about(moments, bias, free_bias)
+    gram, cross = _about(sums, bias, free_bias)
     whole, solved = np.asarray(kernel, np.float64), np.zeros(cross.shape)
     if len(kept):
         owners, places = np.unique(units[kept], return_inverse=True)
@@ -83,26 +83,26 @@ def fit_gates(
         member[np.arange(len(kept)), places] = 1.0
         rows = whole[kept]
         normal = member.T @ (gram[np.ix_(kept, kept)] * (rows @ rows.T)) @ member
-        hold = ridge * _scale(moments.gram, kept) * (member.T @ np.square(rows).sum(axis=1))
+        hold = ridge * _scale(sums.gram, kept) * (member.T @ np.square(rows).sum(axis=1))
         right = member.T @ (rows * cross[kept]).sum(axis=1)
         gates = np.clip(_solve(normal + np.diag(hold), right + hold, np.ones(len(right))), -limit, limit)
         solved[kept] = rows * (member @ gates)[:, None]
-    return solved, _bias(moments, solved, bias, free_bias)
+    return solved, _bias(sums, solved, bias, free_bias)
 
 
-def _about(moments: Moments, bias: np.ndarray, free_bias: bool) -> tuple[np.ndarray, np.ndarray]:
+def _about(sums: Targets, bias: np.ndarray, free_bias: bool) -> tuple[np.ndarray, np.ndarray]:
     """Gram and cross moments: about the means if the bias is free, which takes them up; otherwise of t - b."""
-    m = moments
+    m = sums
     if free_bias:
         count = max(m.count, 1.0)
         return m.gram - np.outer(m.inputs, m.inputs) / count, m.cross - np.outer(m.inputs, m.targets) / count
     return m.gram, m.cross - np.outer(m.inputs, np.asarray(bias, np.float64))
 
 
-def _bias(moments: Moments, solved: np.ndarray, bias: np.ndarray, free_bias: bool) -> np.ndarray:
+def _bias(sums: Targets, solved: np.ndarray, bias: np.ndarray, free_bias: bool) -> np.ndarray:
     if not free_bias:
         return np.asarray(bias, np.float64)
-    return (moments.targets - moments.inputs @ solved) / max(moments.count, 1.0)
+    return (sums.targets - sums.inputs @ solved) / max(sums.count, 1.0)
 
 
 def _scale(gram: np.ndarray, kept: np.ndarray) -> float:

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress._src.calibration.moments import flat_weights, moments, relative_error
-from jaxcompress._src.calibration.pause import side_by_side
-from jaxcompress._src.calibration.site import Site
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.calibration.layer_by_layer import Stop, layer_by_layer
+from jaxcompress._src.calibration.moments import flat_weights, moments, relative_error, targets
+from jaxcompress._src.tree.maps import leaves_by_path, map_with_path
 from jaxcompress._src.types import Params, is_compressed
 from jaxcompress._src.units.group import UnitGroup, UnitSlices, index_owners
 from jaxcompress._src.units.least_squares import fit_gates, fit_rows
@@ -88,30 +87,26 @@ def refit(
     rows = flat_weights(row_mask, batches)
     fitted, info = mask_units(params, groups, keep), {}
     paths = list(owners)
-    run = side_by_side(apply, paths, (params, fitted), batches)
-    replies: Any = None
-    for _ in paths:
-        pairs = run.send(replies)
-        site = pairs[0][0]
-        owner, mask = owners[site.kernel.path], masks[site.kernel.path]
-        _check_axis(site, *owner)
-        sums = moments(pairs, *_stored(_Kernel.of(params, site), params, site), rows)
+    for stop in layer_by_layer(apply, paths, (params, fitted), batches):
+        owner, mask = owners[stop.kernel.path], masks[stop.kernel.path]
+        _check_axis(stop, *owner)
+        dense = stop.weights(0)
+        sums = moments(stop.kernel.name, stop.pairs(), *dense, rows)
+        wanted = targets(sums, *dense)
         # A bias that went with its sublayer must stay 0: `shrink` makes it so.
-        free = bias and site.bias is not None and bool(np.all(masks.get(site.bias.path, True)))
-        whole, before = _Kernel.of(params, site), _Kernel.of(fitted, site)
-        kept = np.flatnonzero(_kept_inputs(mask, params, site))
+        free = bias and stop.bias is not None and bool(np.all(masks.get(stop.bias.path, True)))
+        whole, before = _Kernel.of(params, stop), _Kernel.of(fitted, stop)
+        kept = np.flatnonzero(_kept_inputs(mask, params, stop))
         options = {"ridge": ridge, "free_bias": free}
         if fit == "rows":
-            after = _Kernel(*fit_rows(sums, whole.weight, before.bias, kept, **options))
+            after = _Kernel(*fit_rows(wanted, whole.weight, before.bias, kept, **options))
         else:
             units = _unit_of_row(*owner, len(whole.weight))
-            after = _Kernel(*fit_gates(sums, whole.weight, before.bias, kept, units, limit=limit, **options))
-        fitted = after.put(fitted, site)
-        replies = _stored(whole, params, site), _stored(after, params, site)
-        info[site.kernel.name] = {
-            "error_before": relative_error(sums, *before, whole.bias),
-            "error": relative_error(sums, *after, whole.bias),
-        }
+            after = _Kernel(*fit_gates(wanted, whole.weight, before.bias, kept, units, limit=limit, **options))
+        fitted = after.put(fitted, stop)
+        stop.replace(after.weight, after.bias)
+        errors = [relative_error(sums, *kernel.less(whole)).item() for kernel in (before, after)]
+        info[stop.kernel.name] = dict(zip(("error_before", "error"), errors, strict=True))
     return fitted, info
 
 
@@ -122,17 +117,21 @@ class _Kernel(NamedTuple):
     bias: np.ndarray
 
     @classmethod
-    def of(cls, params: Params, site: Site) -> "_Kernel":
-        leaves = dict(leaves_with_paths(params))
-        weight = np.asarray(site.kernel.matrix(leaves[site.kernel.path]), np.float64)
-        if site.bias is None:
+    def of(cls, params: Params, stop: Stop) -> "_Kernel":
+        leaves = leaves_by_path(params)
+        weight = np.asarray(stop.kernel.matrix(leaves[stop.kernel.path]), np.float64)
+        if stop.bias is None:
             return cls(weight, np.zeros(weight.shape[1]))
-        return cls(weight, np.asarray(site.bias.matrix(leaves[site.bias.path])[0], np.float64))
+        return cls(weight, np.asarray(stop.bias.matrix(leaves[stop.bias.path])[0], np.float64))
 
-    def put(self, params: Params, site: Site) -> Params:
-        parts = {site.kernel.path: (site.kernel, self.weight)}
-        if site.bias is not None:
-            parts[site.bias.path] = site.bias, self.bias
+    def less(self, other: "_Kernel") -> tuple[jax.Array, jax.Array]:
+        """What it differs by from another one."""
+        return jnp.asarray(self.weight - other.weight, jnp.float32), jnp.asarray(self.bias - other.bias, jnp.float32)
+
+    def put(self, params: Params, stop: Stop) -> Params:
+        parts = {stop.kernel.path: (stop.kernel, self.weight)}
+        if stop.bias is not None:
+            parts[stop.bias.path] = stop.bias, self.bias
 
         def visit(path: str, leaf: Any) -> Any:
             if path not in parts:
@@ -143,25 +142,17 @@ class _Kernel(NamedTuple):
         return map_with_path(visit, params)
 
 
-def _stored(kernel: _Kernel, params: Params, site: Site) -> tuple[jax.Array, jax.Array]:
-    """As the tree will hold it: rounded to the dtypes of its leaves."""
-    leaves = dict(leaves_with_paths(params))
-    dtype = leaves[site.kernel.path].dtype
-    bias_dtype = dtype if site.bias is None else leaves[site.bias.path].dtype
-    return jnp.asarray(kernel.weight, dtype), jnp.asarray(kernel.bias, bias_dtype)
-
-
-def _kept_inputs(mask: Any, params: Params, site: Site) -> np.ndarray:
+def _kept_inputs(mask: Any, params: Params, stop: Stop) -> np.ndarray:
     """For each input, whether anything of it stays; another group may have cut the outputs."""
-    leaf = dict(leaves_with_paths(params))[site.kernel.path]
-    return np.asarray(site.kernel.matrix(np.broadcast_to(np.asarray(mask), leaf.shape)).any(axis=1))
+    leaf = leaves_by_path(params)[stop.kernel.path]
+    return np.asarray(stop.kernel.matrix(np.broadcast_to(np.asarray(mask), leaf.shape)).any(axis=1))
 
 
-def _check_axis(site: Site, group: UnitGroup, part: UnitSlices) -> None:
-    if (part.axis,) != site.kernel.input_axes:
-        summed = ", ".join(str(axis) for axis in site.kernel.input_axes)
+def _check_axis(stop: Stop, group: UnitGroup, part: UnitSlices) -> None:
+    if (part.axis,) != stop.kernel.input_axes:
+        summed = ", ".join(str(axis) for axis in stop.kernel.input_axes)
         raise ValueError(
-            f"Group {group.name!r} has gated slices on axis {part.axis} of {site.kernel.path!r}, but the model sums "
+            f"Group {group.name!r} has gated slices on axis {part.axis} of {stop.kernel.path!r}, but the model sums "
             f"over axis {summed}: only what a kernel reads can be fitted."
         )
 
@@ -171,7 +162,7 @@ def _owners(
 ) -> dict[str, tuple[UnitGroup, UnitSlices]]:
     """The group whose units cut each gated kernel."""
     owners: dict[str, tuple[UnitGroup, UnitSlices]] = {}
-    leaves = dict(leaves_with_paths(params))
+    leaves = leaves_by_path(params)
     for group in groups:
         for part in group.gated if group.name in keep else ():
             if is_compressed(leaves[part.path]):

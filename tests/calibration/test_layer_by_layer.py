@@ -1,7 +1,7 @@
-"""`pausing` with the dense kernels as replies, against float64 products; and which biases may be changed."""
+"""`layer_by_layer` with the dense kernels, against float64 products; and which biases may be changed."""
 
 import weakref
-from typing import Any
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress._src.calibration.pause import pausing, stops
+from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
+from jaxcompress._src.calibration.sites import kernels_at_work
 from jaxcompress.quantization import QuantSpec, correct_biases, reconstruct
 
 RNG = np.random.default_rng(5)
@@ -19,17 +20,11 @@ BIAS = jnp.asarray(RNG.normal(size=4), jnp.float32)
 
 
 def _sites(apply, paths, params, *inputs):
-    leaves = dict(jc.tree.leaves_with_paths(params))
-    run: Any = pausing(apply, paths, params, *inputs)
-    reply, found = None, []
-    while True:
-        try:
-            site = run.send(reply)
-        except StopIteration:
-            return found
-        found.append(site)
-        bias = jnp.zeros(4) if site.bias is None else site.bias.matrix(leaves[site.bias.path])[0]
-        reply = site.kernel.matrix(leaves[site.kernel.path]), bias
+    found = []
+    for stop in layer_by_layer(apply, paths, [params], [inputs]):
+        rows = stop.rows(0, 0)
+        found.append(SimpleNamespace(kernel=stop.kernel, bias=stop.bias, inputs=rows.inputs, residual=rows.residual))
+    return found
 
 
 def _product(x, w):
@@ -143,11 +138,11 @@ def test_a_shard_map_runs_as_a_whole():
         return summed(x @ p["w"], p["v"]) @ p["u"]
 
     params = {"w": KERNEL, "v": OTHER, "u": KERNEL}
-    assert [part.path for part in stops(apply, params, X)] == ["w", "u"]
+    assert [part.path for part in kernels_at_work(apply, params, X)] == ["w", "u"]
     wanted = _product(_product(X, KERNEL), OTHER).sum(axis=0, keepdims=True)
     np.testing.assert_allclose(_sites(apply, ["w", "u"], params, X)[1].inputs, wanted, atol=1e-4)
     with pytest.raises(ValueError, match="'v' is used as a whole inside a `shard_map`"):
-        stops(apply, params, X, paths=["v"])
+        kernels_at_work(apply, params, X, paths=["v"])
 
 
 def _kept_in_float32(p, x):
@@ -194,12 +189,10 @@ def test_a_wide_bias_beside_a_narrow_kernel():
 def test_inputs_are_let_go_once_the_model_is_past_them():
     params = {"layers": jnp.stack([KERNEL, OTHER] * 2)}
     apply = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0]  # noqa: E731
-    run: Any = pausing(apply, ["layers"], params, X)
-    reply, seen = None, []
-    for i in range(4):
-        site = run.send(reply)
-        seen.append(weakref.ref(site.inputs))
-        reply = params["layers"][i], None
-        del site
-    # The first one's are the given inputs.
-    assert [ref() is None for ref in seen[1:]] == [True, True, False]
+    seen = []
+    for stop in layer_by_layer(apply, ["layers"], [params], [(X,)]):
+        # Rows in two axes are the value itself, not a copy.
+        seen.append(weakref.ref(stop.rows(0, 0).inputs))
+        if len(seen) == 4:
+            assert [ref() is None for ref in seen[1:]] == [True, True, False]
+    assert len(seen) == 4

@@ -1,6 +1,6 @@
-"""A kernel where a model stops: what goes into it, and what its output is added to.
+"""A kernel or a bias in its leaf.
 
-Shape letters: N rows (tokens), D inputs of a kernel, O its outputs.
+Shape letters: D inputs of a kernel, O its outputs.
 """
 
 import dataclasses
@@ -8,7 +8,7 @@ import math
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Num, Shaped
+from jaxtyping import Shaped
 
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.tree.paths import entry_name
@@ -56,23 +56,12 @@ class LeafPart:
         changed[self._index(changed.ndim)] = own.astype(changed.dtype)
         return changed
 
+    @on_auto_axes
+    def array(self, matrix: Shaped[Any, "*D O"], shape: tuple[int, ...]) -> Shaped[Any, "..."]:
+        """The kernel, or the bias (O,), in the shape of its entry of a leaf of some shape: the inverse of `matrix`."""
+        axes = (*self.input_axes, *self.output_axes)
+        return matrix.reshape([shape[axis] for axis in axes]).transpose(np.argsort(axes).tolist())
+
     def _index(self, ndim: int) -> tuple[Any, ...]:
         entry = dict(self.entry)
         return tuple(entry.get(axis, slice(None)) for axis in range(ndim))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
-    """One kernel at work: it writes `inputs @ W + bias + residual`.
-
-    Attributes:
-        kernel: where W is.
-        inputs: rows of its input.
-        residual: what the output is added to, in rows; None if it is added to nothing.
-        bias: where the bias is that is added to the output, and that nothing else reads; None without one.
-    """
-
-    kernel: LeafPart
-    inputs: Num[Array, "N D"]
-    residual: Float[Array, "N O"] | None
-    bias: LeafPart | None
