@@ -14,7 +14,7 @@ from jaxcompress._src.coding.bytes import Reader
 from jaxcompress._src.coding.densities import decode_densities, encode_densities
 from jaxcompress._src.coding.rans import decode_static, encode_static
 
-# ADAPTIVE is a loop in Python, 3 to 10 s for a million codes. It saves the tables of small arrays, and 0.6 to 2.5 % more
+# ADAPTIVE is a loop in Python, 3 to 10 s for a million codes. It saves the tables of small arrays, and .6 to 2.5 % more
 # than DENSITIES on sparse ones (`examples/benchmarks/coders.py`): worth its time up to the size of a LeNet's layers.
 _LARGEST_ADAPTIVE = 1 << 18
 _SMALL = 1024
