@@ -26,7 +26,7 @@ def effective_rows(apply, leaf, inputs, outputs):
         inputs: its input axes.
         outputs: its output axes.
     """
-    jacobian = np.asarray(jax.jacobian(apply)(leaf), np.float64)
+    jacobian = np.asarray(jax.jit(jax.jacobian(apply))(leaf), np.float64)
     made = jacobian.ndim - leaf.ndim
     order = (*range(made), *(made + axis for axis in outputs), *(made + axis for axis in inputs))
     sizes = [int(np.prod([leaf.shape[axis] for axis in axes], dtype=int)) for axes in (outputs, inputs)]

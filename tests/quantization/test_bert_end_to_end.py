@@ -66,7 +66,7 @@ def test_what_is_trained_is_what_is_served(name):
     run = jax.jit(jc.execute(apply))
     served, trained = (run(tree, {"ids": ids})["logits"] for tree in (final, effective))
     np.testing.assert_allclose(served, trained, rtol=1e-6, atol=1e-6)
-    dense = apply(params, {"ids": ids})["logits"]
+    dense = jax.jit(apply)(params, {"ids": ids})["logits"]
     assert float(jnp.abs(served - dense).max()) > 1e-5
     stored = [leaf for _, leaf in leaves_with_paths(final) if type(leaf).__name__ == "InputQuantizedArray"]
     assert len(stored) == 12

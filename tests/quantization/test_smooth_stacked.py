@@ -56,7 +56,8 @@ def _unrolled(order):
 
 
 def _entries(params, axis):
-    return {n: jax.tree.map(lambda leaf, n=n: jnp.take(leaf, n, axis=axis), params) for n in range(LAYERS)}
+    host = jax.device_get(params)
+    return {n: jax.tree.map(lambda leaf, n=n: jnp.asarray(leaf.take(n, axis=axis)), host) for n in range(LAYERS)}
 
 
 def _prepared(apply, params, *names):
