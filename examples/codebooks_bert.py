@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from minilm import load_task, note
 from quantize_bert import KERNELS, Model, calibration, figures, spec_of
+from workbench import Table, format_table
 
 import jaxcompress as jc
 from jaxcompress.clustering import AdditiveSpec, CodebookSpec, additive_quantize, cluster, input_importance
@@ -77,7 +78,7 @@ def main() -> None:
     header = ("method", "bits", "KL, nats", "vector error", "agreement, %")
     table = [(r["method"], r["bits_per_weight"], r["kl"], r["vector_error"], 100 * r["agreement"]) for r in found]
     cells = tuple((name, f"{b:.2f}", f"{kl:.4f}", f"{error:.3f}", f"{same:.1f}") for name, b, kl, error, same in table)
-    print(jc.report.format_table(jc.report.Table(header, cells)))
+    print(format_table(Table(header, cells)))
     held_out = "validation" if arguments.validation else "test"
     print(json.dumps({"rows": found, "held_out": held_out, "seconds": round(time.monotonic() - begun)}))
 

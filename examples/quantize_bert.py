@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from minilm import load_task, note
-from workbench import evaluation_batches, predictor
+from workbench import Table, evaluation_batches, format_table, predictor
 
 import jaxcompress as jc
 from jaxcompress import quantization
@@ -319,7 +319,7 @@ def _show(means: dict[str, dict[str, dict[str, float]]]) -> None:
         for method, entry in means.items()
         for bits, of in entry.items()
     ]
-    print(jc.report.format_table(jc.report.Table(header, tuple(rows))))
+    print(format_table(Table(header, tuple(rows))))
 
 
 def draw(means: dict[str, dict[str, dict[str, float]]], path: Path) -> None:

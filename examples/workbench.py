@@ -13,7 +13,12 @@ from jaxcompress._src.recipe.images import fashion_mnist as fashion_mnist
 from jaxcompress._src.recipe.images import mnist_5k as mnist_5k
 from jaxcompress._src.recipe.minilm import fine_tuned_minilm as fine_tuned_minilm
 from jaxcompress._src.recipe.predict import predictor as predictor
+from jaxcompress._src.recipe.progress import Progress as Progress
 from jaxcompress._src.recipe.text import Split as Split
 from jaxcompress._src.recipe.text import rotten_tomatoes as rotten_tomatoes
 from jaxcompress._src.recipe.tokens import evaluation_batches as evaluation_batches
 from jaxcompress._src.recipe.train import model_apply as model_apply
+from jaxcompress._src.report.disk import disk_bytes as disk_bytes
+from jaxcompress._src.report.table import Table as Table
+from jaxcompress._src.report.table import format_table as format_table
+from jaxcompress._src.tree.unselected import is_unselected as is_unselected

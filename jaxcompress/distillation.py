@@ -1,6 +1,6 @@
 """Training a small model on the outputs of a large one, compressing it on the way."""
 
-from jaxcompress._src.distillation.losses import agreement as agreement
+from jaxcompress._src.distillation.losses import argmax_agreement as argmax_agreement
 from jaxcompress._src.distillation.losses import binary_targets as binary_targets
 from jaxcompress._src.distillation.losses import hard_labels as hard_labels
 from jaxcompress._src.distillation.losses import soft_targets as soft_targets

@@ -12,7 +12,6 @@ from jaxcompress._src.pruning.leaf_info import LeafInfo as LeafInfo
 from jaxcompress._src.pruning.magnitude import magnitude as magnitude
 from jaxcompress._src.pruning.masks import apply_masks as apply_masks
 from jaxcompress._src.pruning.masks import clip_weights as clip_weights
-from jaxcompress._src.pruning.masks import magnitude_masks as magnitude_masks
 from jaxcompress._src.pruning.masks import masks_from_scores as masks_from_scores
 from jaxcompress._src.pruning.masks import threshold_masks as threshold_masks
 from jaxcompress._src.pruning.movement import movement as movement
@@ -29,7 +28,6 @@ from jaxcompress._src.pruning.sparse_evolution import sparse_evolution as sparse
 from jaxcompress._src.pruning.sparse_updates import sparse_updates as sparse_updates
 from jaxcompress._src.pruning.sparsegpt import sparsegpt as sparsegpt
 from jaxcompress._src.pruning.sr_ste import sr_ste as sr_ste
-from jaxcompress._src.pruning.store import store_masked as store_masked
 from jaxcompress._src.pruning.straight_through import straight_through_magnitude as straight_through_magnitude
 from jaxcompress._src.pruning.tune import alps as alps
 from jaxcompress._src.pruning.tune import tune_masked as tune_masked

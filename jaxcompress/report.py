@@ -1,12 +1,9 @@
 """What compression costs and brings: sizes, latency, paired comparisons."""
 
 from jaxcompress._src.arrays.protocol import describe_leaf as describe_leaf
-from jaxcompress._src.report.disk import disk_bytes as disk_bytes
 from jaxcompress._src.report.divergence import kl_divergence as kl_divergence
 from jaxcompress._src.report.latency import compare_latency as compare_latency
 from jaxcompress._src.report.latency import latency as latency
 from jaxcompress._src.report.paired import agreement as agreement
 from jaxcompress._src.report.paired import paired_difference as paired_difference
 from jaxcompress._src.report.size import size_report as size_report
-from jaxcompress._src.report.table import Table as Table
-from jaxcompress._src.report.table import format_table as format_table

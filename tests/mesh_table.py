@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 import jaxcompress as jc
+from jaxcompress._src.pruning.masks import magnitude_masks
 from jaxcompress._src.pruning.normalize import normalized_scores
 from jaxcompress._src.quantization.learned_rounding import RoundingSchedule
 from jaxcompress._src.units.swap import fisher_matrix
@@ -92,7 +93,7 @@ class Place:
 
     @functools.cached_property
     def masks(self) -> Any:
-        return jc.pruning.magnitude_masks(self.params, sparsity=0.5, pattern=TWO_OF_FOUR)
+        return magnitude_masks(self.params, sparsity=0.5, pattern=TWO_OF_FOUR)
 
     @functools.cached_property
     def quantized(self) -> Any:
@@ -134,10 +135,8 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     "gradients": lambda m: jc.calibration.gradients(m.loss, m.params, m.batches),
     "fisher": lambda m: jc.calibration.fisher(m.loss, m.params, m.batches, per_example=False),
     "masks, n of m": lambda m: m.masks,
-    "masks, global": lambda m: jc.pruning.magnitude_masks(m.params, sparsity=0.5, scope="global"),
-    "masks, blocks": lambda m: jc.pruning.magnitude_masks(
-        m.params, sparsity=0.5, pattern=jc.pruning.block(4, 4), select=ONE
-    ),
+    "masks, global": lambda m: magnitude_masks(m.params, sparsity=0.5, scope="global"),
+    "masks, blocks": lambda m: magnitude_masks(m.params, sparsity=0.5, pattern=jc.pruning.block(4, 4), select=ONE),
     "apply_masks": lambda m: jc.pruning.apply_masks(m.params, m.masks),
     "normalized_scores": lambda m: normalized_scores(jc.pruning.magnitude_scores(m.params, select=ONE), by="l2"),
     "wanda": lambda m: jc.pruning.wanda(m.params, m.statistics, pattern=TWO_OF_FOUR),

@@ -10,6 +10,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import calibration, clustering, lowrank, pruning, quantization, trace
+from jaxcompress._src.pruning.masks import magnitude_masks
 from jaxcompress.quantization import QuantSpec
 
 LAYERS, WIDTH = 3, 8
@@ -77,7 +78,7 @@ def _entries(params, statistics, layouts):
 
 
 def _tuned(params, statistics, layouts):
-    masks = pruning.magnitude_masks(params, sparsity=0.5, pattern=TWO_OF_FOUR, layouts=layouts)
+    masks = magnitude_masks(params, sparsity=0.5, pattern=TWO_OF_FOUR, layouts=layouts)
     return pruning.tune_masked(params, masks, statistics, layouts=layouts)[1]
 
 

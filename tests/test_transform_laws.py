@@ -15,12 +15,13 @@ from transform_table import TABLE, batch, model, params, run, trained
 
 import jaxcompress as jc
 from jaxcompress._src.tree.maps import leaf_paths
+from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import TransformState, is_compressed
 from jaxcompress.arrays import InputQuantizedArray, QuantizedArray
 from jaxcompress.checkpoint import restore, save
 from jaxcompress.quantization import QuantSpec, quantization_aware, quantize
 from jaxcompress.schedules import UnfinishedScheduleWarning
-from jaxcompress.tree import by_path, is_unselected, leaves_with_paths
+from jaxcompress.tree import by_path, leaves_with_paths
 
 pytestmark = pytest.mark.parametrize("name", TABLE)
 

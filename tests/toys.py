@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.tree.unselected import map_selected
+from jaxcompress._src.tree.unselected import is_unselected, map_selected
 from jaxcompress._src.types import Transform, TransformState
-from jaxcompress.tree import Unselected, is_unselected
+from jaxcompress.tree import Unselected
 
 
 def toy_mask(masks, *, regrow=None, noise=0.0) -> Transform:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress import pruning
+from jaxcompress._src.pruning.masks import magnitude_masks
 from jaxcompress.models import BertConfig, make_module
 
 SPARSITY = 0.9
@@ -72,9 +72,7 @@ def weights(*, quick: bool) -> Any:
 
 
 def compiled(params: Any, sparsity: float) -> Any:
-    return (
-        jax.jit(functools.partial(pruning.magnitude_masks, sparsity=sparsity, scope="global")).lower(params).compile()
-    )
+    return jax.jit(functools.partial(magnitude_masks, sparsity=sparsity, scope="global")).lower(params).compile()
 
 
 def timings(params: Any, sparsity: float, repeats: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy as np
 
 import jaxcompress as jc
 from jaxcompress import report, structured
+from jaxcompress._src.report.table import Table, format_table
 from jaxcompress.models import BertConfig, make_module, resized, unit_groups
 
 SHARES = {"50 %": 0.5, "25 %": 0.25}
@@ -62,7 +63,7 @@ def main() -> None:
         milliseconds, ratio = 1000 * compared.latencies[name].median, compared.ratios[name]
         shape = f"{heads} heads, {columns} columns"
         rows.append((name, f"{sizes[name]:.1%}", shape, f"{milliseconds:.1f}", f"{ratio:.3f}", f"<= {LIMITS[name]}"))
-    print(report.format_table(report.Table(("encoder", "left", "by layer", "ms", "ratio", "wanted"), tuple(rows))))
+    print(format_table(Table(("encoder", "left", "by layer", "ms", "ratio", "wanted"), tuple(rows))))
     figures = {
         "share": sizes,
         "ratio": {name: round(compared.ratios[name], 3) for name in SHARES},

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxcompress._src.arrays.packed import pack
+from jaxcompress._src.arrays.packed import PackedArray, pack
 from jaxcompress._src.arrays.validate import validate_array
-from jaxcompress.arrays import PackedArray
 
 BLOCK = {1: 8, 2: 4, 3: 8, 4: 2, 5: 8, 6: 8, 7: 8, 8: 1}
 

@@ -10,6 +10,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import calibration, tree
+from jaxcompress._src.tree.unselected import is_unselected
 
 RNG = np.random.default_rng(1)
 X = jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32)
@@ -80,7 +81,7 @@ def test_layers_of_a_scan_take_turns(dense_inputs):
     for (_, statistics, layouts), (_, wanted, _) in zip(seen, expected, strict=True):
         close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)  # noqa: E731
         jax.tree.map(close, statistics, wanted)
-        (layout,) = (layout for layout in layouts.values() if not tree.is_unselected(layout))
+        (layout,) = (layout for layout in layouts.values() if not is_unselected(layout))
         assert (layout.stack_axes, layout.input_axes, layout.output_axes) == ((), (0,), (1,))
     jax.tree.map(lambda w, v: np.testing.assert_array_equal(w, 2 * v), found, stack)
 

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress._src.report.disk import disk_bytes
 from jaxcompress.checkpoint import CheckpointError, restore, save
 from jaxcompress.clustering import CodebookSpec, cluster
-from jaxcompress.report import disk_bytes
 
 
 def sparse_weights(*shape, seed=0):

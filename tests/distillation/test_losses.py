@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from jaxcompress._src.distillation.losses import binary_labels
 from jaxcompress._src.distillation.outputs import mean
-from jaxcompress.distillation import agreement, binary_targets, hard_labels, soft_targets
+from jaxcompress.distillation import argmax_agreement, binary_targets, hard_labels, soft_targets
 
 
 def _logits(*shape, seed=0, scale=3.0):
@@ -189,7 +189,7 @@ def test_binary_labels_against_float64():
 def test_agreement_counts_equal_first_choices():
     s, t = _logits(2, 4, 6), _logits(2, 4, 6, seed=5)
     mask = np.array([[1, 1, 1, 0], [1, 1, 0, 0]])
-    total, count = agreement()(_outputs(s), _outputs(t), {"attention_mask": mask})
+    total, count = argmax_agreement()(_outputs(s), _outputs(t), {"attention_mask": mask})
     assert float(total) == ((s.argmax(-1) == t.argmax(-1)) & (mask == 1)).sum()
     assert float(count) == 5.0
 

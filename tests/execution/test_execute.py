@@ -16,7 +16,8 @@ from jaxcompress._src.arrays.validate import validate_array
 from jaxcompress._src.execution.execute import fallbacks
 from jaxcompress._src.execution.values import Fallback
 from jaxcompress._src.trace.layout import default_layout
-from jaxcompress._src.tree.unselected import map_selected
+from jaxcompress._src.tree.partition import partition
+from jaxcompress._src.tree.unselected import is_unselected, map_selected
 from jaxcompress._src.types import is_compressed
 from jaxcompress._src.weights.selection import selected_layouts
 from jaxcompress.arrays import component_shardings
@@ -40,10 +41,10 @@ def _compressed(name, kind):
 
     made = map_selected(compress, chosen, model.params)
     return tree.map_with_path(
-        lambda _, leaf, old: old if tree.is_unselected(leaf) else leaf,
+        lambda _, leaf, old: old if is_unselected(leaf) else leaf,
         made,
         model.params,
-        is_leaf=lambda x: tree.is_unselected(x) or is_compressed(x),
+        is_leaf=lambda x: is_unselected(x) or is_compressed(x),
     )
 
 
@@ -52,9 +53,9 @@ def _wanted(name):
     """What the plain model makes of the arrays that leaves of all kinds stand for: it is compiled once for them all."""
     model, _ = _model(name)
     # An Equinox module holds functions, which `jit` cannot take.
-    arrays, static = tree.partition(_is_array, {kind: _compressed(name, kind) for kind in kinds.KINDS})
-    plain = jax.jit(lambda arrays: tree.partition(_is_array, jc.materialize(tree.combine(arrays, static)))[0])(arrays)
-    functions = tree.partition(_is_array, model.params)[1]
+    arrays, static = partition(_is_array, {kind: _compressed(name, kind) for kind in kinds.KINDS})
+    plain = jax.jit(lambda arrays: partition(_is_array, jc.materialize(tree.combine(arrays, static)))[0])(arrays)
+    functions = partition(_is_array, model.params)[1]
     run = jax.jit(lambda arrays, *inputs: model.apply(tree.combine(arrays, functions), *inputs))
     return {kind: run(own, *model.inputs) for kind, own in plain.items()}
 
@@ -75,7 +76,7 @@ def test_equals_the_plain_model(name):
     params = {kind: _compressed(name, kind) for kind in kinds.KINDS}
     for tree_of_kind in params.values():
         assert any(is_compressed(leaf) for _, leaf in tree.leaves_with_paths(tree_of_kind))
-    arrays, static = tree.partition(_is_array, params)
+    arrays, static = partition(_is_array, params)
 
     @jax.jit
     def run(arrays, *inputs):
@@ -95,7 +96,7 @@ def test_gradients_equal_those_of_the_plain_model(name):
     chosen += ("low rank + int4 groups", "codebook", "additive codebooks scaled")
     params = {kind: _compressed(name, kind) for kind in chosen}
     trainable, rest = tree.partition_trainable(params)
-    floats, others = tree.partition(lambda x: jnp.issubdtype(x.dtype, jnp.floating), model.inputs)
+    floats, others = partition(lambda x: jnp.issubdtype(x.dtype, jnp.floating), model.inputs)
 
     def loss(run, trainable, floats):
         full = tree.combine(trainable, rest)

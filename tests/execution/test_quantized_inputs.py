@@ -14,7 +14,8 @@ from jaxcompress import trace, tree
 from jaxcompress._src.arrays.packed import pack
 from jaxcompress._src.arrays.validate import validate_array
 from jaxcompress._src.execution.execute import fallbacks
-from jaxcompress._src.tree.unselected import map_selected
+from jaxcompress._src.tree.partition import partition
+from jaxcompress._src.tree.unselected import is_unselected, map_selected
 from jaxcompress._src.types import is_compressed
 from jaxcompress._src.weights.selection import selected_layouts
 from jaxcompress.arrays import InputQuantizedArray, QuantizedArray, sparsify
@@ -39,7 +40,7 @@ def wrapped(model, layouts, make, static):
     """(tree whose inputs are scaled, tree whose weights are scaled instead)."""
 
     def visit(path, leaf, layout):
-        if tree.is_unselected(layout):
+        if is_unselected(layout):
             return leaf
         scale = None
         if static and layout.stack_axes == tuple(range(len(layout.stack_axes))):
@@ -67,7 +68,7 @@ def test_every_input_is_rounded_once(name):
     made = {}
     for kind, static in ((None, False), (None, True), ("int4 groups", True), ("2:4", False)):
         made[f"{kind} {static}"] = wrapped(model, layouts, kinds.KINDS[kind] if kind else None, static)
-    arrays, rest = tree.partition(lambda leaf: hasattr(leaf, "dtype"), made)
+    arrays, rest = partition(lambda leaf: hasattr(leaf, "dtype"), made)
 
     @jax.jit
     def both(arrays, *inputs):

@@ -9,12 +9,12 @@ import jaxcompress as jc
 from jaxcompress import pruning
 from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress.arrays import LowRankArray, QuantizedArray, sparsify
 from jaxcompress.calibration import InputStatistics, input_statistics
 from jaxcompress.lowrank import compress_factors, svd, with_residual
 from jaxcompress.quantization import QuantSpec, gptq, quantize
 from jaxcompress.trace import LeafLayout
-from jaxcompress.tree import is_unselected
 
 SPEC = QuantSpec(bits=3, group_size=8)
 

@@ -11,6 +11,7 @@ import pytest
 
 from jaxcompress import pruning, tree
 from jaxcompress._src.pruning.allocation import erdos_renyi_kernel, global_rank
+from jaxcompress._src.pruning.masks import magnitude_masks
 from jaxcompress._src.pruning.normalize import normalized_scores
 from jaxcompress._src.pruning.sparsity import leaf_sparsities, sparsity_of
 from jaxcompress.trace import LeafLayout
@@ -37,7 +38,7 @@ def test_kept_counts_are_those_of_masks():
     params = {"a": jnp.ones((7, 30)), "b": jnp.ones((30, 3)), "bias": jnp.ones(3)}
     shares = pruning.erdos_renyi(params, sparsity=0.7)
     assert shares["bias"] is tree.Unselected
-    masks = pruning.magnitude_masks(params, sparsity=shares)
+    masks = magnitude_masks(params, sparsity=shares)
     assert sparsity_of(masks) == 210 / 300
     assert leaf_sparsities(masks) == pytest.approx(shares)
 
@@ -118,7 +119,7 @@ def test_by_sensitivity_is_the_best_point_of_the_grid():
     table = pruning.loss_sensitivity(loss, params, [1.0, 3.0], pruning.magnitude_scores(params), grid=grid)
     assert table.sizes == {"0": 12, "1": 8, "2": 10}
     for name, leaf in params.items():
-        masks = pruning.magnitude_masks({name: leaf}, sparsity=0.5)
+        masks = magnitude_masks({name: leaf}, sparsity=0.5)
         pruned = np.asarray(leaf)[~np.asarray(masks[name])]
         ratio = float(loss({**params, name: jnp.zeros_like(leaf)}, 2.0)) / float(np.square(leaf).sum())
         np.testing.assert_allclose(table.losses[name][2], ratio * (pruned**2).sum(), rtol=1e-5)

@@ -10,6 +10,7 @@ import pytest
 
 from jaxcompress import pruning
 from jaxcompress._src.pruning.allocation import erdos_renyi_kernel
+from jaxcompress._src.pruning.masks import magnitude_masks
 from jaxcompress.schedules import cubic
 from jaxcompress.trace import LeafLayout
 
@@ -56,7 +57,7 @@ def test_l1_unstructured_of_torch(golden):
 
 def test_two_of_four_of_torch(golden):
     weights = {"w": jnp.asarray(golden["two_of_four/weights"])}
-    masks = pruning.magnitude_masks(weights, sparsity=0.5, pattern=pruning.n_of_m(2, 4), layouts={"w": OUT_IN})
+    masks = magnitude_masks(weights, sparsity=0.5, pattern=pruning.n_of_m(2, 4), layouts={"w": OUT_IN})
     np.testing.assert_array_equal(masks["w"], golden["two_of_four/mask"])
     state = pruning.sr_ste(2, 4, layouts={"w": OUT_IN}).init(weights, key=jax.random.key(0))
     np.testing.assert_array_equal(state.fixed.masks["w"], golden["two_of_four/mask"])

@@ -5,9 +5,9 @@ import math
 import jax.numpy as jnp
 import pytest
 
+from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.quantization.blocks import packing_axis, scale_shape
 from jaxcompress._src.quantization.round_to_nearest import quantize_array
-from jaxcompress.arrays import PackedArray
 from jaxcompress.quantization import QuantSpec
 from jaxcompress.trace import LeafLayout
 

@@ -9,6 +9,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress._src.calibration.segments import segments
+from jaxcompress._src.pruning.store import store_masked
 from jaxcompress._src.quantization.learned_rounding import RoundingSchedule
 from jaxcompress.quantization import QuantSpec, fixed_point, learned_rounding, quantize
 
@@ -119,7 +120,7 @@ def test_what_cannot_be_learned_is_named():
     sparse = jax.tree.map(lambda leaf: jnp.where(leaf > 0, leaf, 0), params)
     layouts = jc.trace.layouts(_model, params, *batch)
     masks = jax.tree.map(lambda leaf: leaf != 0, sparse)
-    stored = {"one": {"up": jc.pruning.store_masked(sparse["one"]["up"], masks["one"]["up"], layouts["one"]["up"], jc.pruning.unstructured())}}  # fmt: skip  # noqa: E501
+    stored = {"one": {"up": store_masked(sparse["one"]["up"], masks["one"]["up"], layouts["one"]["up"], jc.pruning.unstructured())}}  # fmt: skip  # noqa: E501
     small, _ = quantize(stored, QuantSpec(bits=4))
     with pytest.raises(ValueError, match="'one/up' has a table of levels, or sparse codes"):
         learned_rounding(_model, params, {**params, "one": {**params["one"], **small["one"]}}, [batch], together=str)

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.arrays.validate import validate_array
 from jaxcompress._src.quantization.fake_quant import fake_quantize_array
 from jaxcompress._src.quantization.round_to_nearest import quantize_array
-from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, PackedArray, sparsify
+from jaxcompress.arrays import BitmaskSparseArray, NMSparseArray, sparsify
 from jaxcompress.quantization import QuantSpec
 from jaxcompress.trace import LeafLayout
 

@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.arrays.validate import validate_array
 from jaxcompress._src.execution.execute import execute
 from jaxcompress._src.quantization.round_to_nearest import quantize_array
-from jaxcompress.arrays import PackedArray, component_shardings
+from jaxcompress.arrays import component_shardings
 from jaxcompress.calibration import input_statistics
 from jaxcompress.quantization import QuantSpec, gptq, hqq, quantize
 from jaxcompress.trace import LeafLayout

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from small_bert import small_classifier
 
-from jaxcompress import checkpoint, recipe, report, tree
+from jaxcompress import checkpoint, recipe, tree
 from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.recipe import compress as _compress
 from jaxcompress._src.recipe.compress import without_distillation
 from jaxcompress._src.recipe.recipe import Recipe, Saving
 from jaxcompress._src.recipe.steps import read_step
 from jaxcompress._src.recipe.text import read_texts
+from jaxcompress._src.report.disk import disk_bytes
 from jaxcompress.arrays import CodebookArray, QuantizedArray
 from jaxcompress.models import from_pretrained
 from jaxcompress.recipe import Training
@@ -134,7 +135,7 @@ def test_the_teacher_reads_rows_as_each_part_cuts_them(tokens, monkeypatch):
 def test_the_file_is_smaller_and_comes_back_bit_for_bit(compressed, tmp_path):
     for storage in ("orbax", WHOLE.save.storage):
         checkpoint.save(tmp_path / storage, compressed, storage=storage)
-    assert report.disk_bytes(tmp_path / "entropy") < 0.9 * report.disk_bytes(tmp_path / "orbax")
+    assert disk_bytes(tmp_path / "entropy") < 0.9 * disk_bytes(tmp_path / "orbax")
     restored, _ = checkpoint.restore(tmp_path / "entropy")
     assert jax.tree.structure(restored) == jax.tree.structure(compressed)
     for x, y in zip(jax.tree.leaves(restored), jax.tree.leaves(compressed), strict=True):

@@ -14,9 +14,10 @@ from hypothesis.extra import numpy as st_numpy
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxcompress._src.arrays.packed import pack
-from jaxcompress._src.report.table import leaf_table, total_table
+from jaxcompress._src.report.disk import disk_bytes
+from jaxcompress._src.report.table import format_table, leaf_table, total_table
 from jaxcompress.arrays import CodebookArray, QuantizedArray, sparsify
-from jaxcompress.report import describe_leaf, disk_bytes, format_table, size_report
+from jaxcompress.report import describe_leaf, size_report
 from jaxcompress.tree import by_path, exclude, partition_trainable
 
 CODES = jnp.asarray(np.arange(64 * 8).reshape(64, 8) % 7 - 3, jnp.int8)

@@ -37,7 +37,7 @@ class Screen:
 
     @contextlib.contextmanager
     def task(self, name: str, total: int) -> Iterator["_Bar | _Lines"]:
-        """A piece of work; see `jaxcompress.recipe.Progress`."""
+        """A piece of work; see `recipe.progress.Progress`."""
         self._let_go()
         if not self._errors.is_terminal:
             yield _Lines(self, name, total)

@@ -167,7 +167,7 @@ def binary_labels(*, output: str = "logits", labels: str = "labels", ignore: int
     return loss
 
 
-def agreement(*, output: str = "logits", mask: str | None = "attention_mask") -> LossFn:
+def argmax_agreement(*, output: str = "logits", mask: str | None = "attention_mask") -> LossFn:
     """How often student and teacher name the same class first; a figure to watch, without a gradient.
 
     Args:
@@ -180,7 +180,7 @@ def agreement(*, output: str = "logits", mask: str | None = "attention_mask") ->
     Example:
         >>> import jax.numpy as jnp
         >>> student, teacher = {"logits": jnp.array([[0.0, 1.0], [0.0, 1.0]])}, {"logits": jnp.eye(2)}
-        >>> agreement()(student, teacher, {})
+        >>> argmax_agreement()(student, teacher, {})
         (Array(1., dtype=float32), Array(2., dtype=float32))
     """
 

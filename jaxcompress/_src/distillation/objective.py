@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress._src.distillation.losses import agreement
+from jaxcompress._src.distillation.losses import argmax_agreement
 from jaxcompress._src.distillation.outputs import LossFn, Outputs, mean
 from jaxcompress._src.execution.execute import execute
 from jaxcompress._src.tree.partition import combine, partition_trainable
@@ -61,7 +61,7 @@ def reported(
     """The figures that are only reported; by default `agreement`, if both models have logits."""
     if metrics is None:
         mask = "attention_mask" if "attention_mask" in batch else None
-        metrics = {"agreement": agreement(mask=mask)} if "logits" in student and "logits" in teacher else {}
+        metrics = {"agreement": argmax_agreement(mask=mask)} if "logits" in student and "logits" in teacher else {}
     return {name: _figure(figure(student, teacher, batch)) for name, figure in metrics.items()}
 
 

@@ -24,7 +24,7 @@ def leaf_table(report: SizeReport) -> Table:
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxcompress._src.report.table import leaf_table
-        >>> from jaxcompress.report import format_table, size_report
+        >>> from jaxcompress.report import size_report
         >>> print(format_table(leaf_table(size_report({"kernel": jnp.eye(4)}))))
         leaf    kind     shape  weights  nonzero  stored  bits/weight
         kernel  float32  4x4         16    25.0%    64 B        32.00
@@ -39,7 +39,7 @@ def total_table(report: SizeReport) -> Table:
     Example:
         >>> import jax.numpy as jnp
         >>> from jaxcompress._src.report.table import total_table
-        >>> from jaxcompress.report import format_table, size_report
+        >>> from jaxcompress.report import size_report
         >>> print(format_table(total_table(size_report({"kernel": jnp.ones((50, 10), "bfloat16")}))))
         group    leaves  weights  nonzero  dense (float32)  stored  bits/weight  ratio
         kernel        1      500   100.0%           2.0 kB  1.0 kB        16.00  2.00x

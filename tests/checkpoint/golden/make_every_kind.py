@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxcompress as jc
-from jaxcompress._src.arrays.packed import pack
+from jaxcompress._src.arrays.packed import PackedArray, pack
 from jaxcompress._src.quantization.inputs import InputRounding
 from jaxcompress._src.types import TransformState
 from jaxcompress.arrays import (
@@ -22,7 +22,6 @@ from jaxcompress.arrays import (
     CodebookArray,
     InputQuantizedArray,
     LowRankArray,
-    PackedArray,
     QuantizedArray,
     sparsify,
 )
