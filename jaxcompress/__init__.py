@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from jaxcompress import arrays as arrays
 from jaxcompress._src.execution.execute import execute as execute
 from jaxcompress._src.execution.materialize import materialize as materialize
 from jaxcompress._src.lazy import imported_on_use
@@ -9,7 +10,6 @@ from jaxcompress._src.transforms import chain as chain
 from jaxcompress._src.transforms import identity as identity
 
 if TYPE_CHECKING:
-    from jaxcompress import arrays as arrays
     from jaxcompress import calibration as calibration
     from jaxcompress import checkpoint as checkpoint
     from jaxcompress import clustering as clustering

@@ -29,3 +29,16 @@ def imported_on_use(package: str) -> tuple[Callable[[str], ModuleType], Callable
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
     return get, lambda: sorted({*vars(sys.modules[package]), *names})
+
+
+def import_all(package: str = "jaxcompress") -> None:
+    """Imports all public modules: what registers itself when it is defined is then known.
+
+    Example:
+        >>> import_all()
+        >>> "jaxcompress.quantization" in sys.modules
+        True
+    """
+    for module in pkgutil.iter_modules(sys.modules[package].__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"{package}.{module.name}")

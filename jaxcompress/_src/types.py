@@ -87,7 +87,8 @@ def exportable(cls: _Node) -> _Node:
     """Class decorator: functions that take or return this node survive `jax.export(...).serialize()`.
 
     For named tuples, and for dataclasses registered with JAX whose fields are all children. The name in the artifact is
-    `jaxcompress.` and that of the class; reading it back needs `import jaxcompress`.
+    `jaxcompress.` and that of the class. Reading it back needs `import jaxcompress`, and for states of transforms and
+    statistics the module that they come from, such as `jaxcompress.pruning`.
 
     Example:
         >>> @exportable

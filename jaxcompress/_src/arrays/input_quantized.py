@@ -31,6 +31,7 @@ from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.arrays.static_fields import StaticField, exactly
 from jaxcompress._src.arrays.straight_through import straight_through
 from jaxcompress._src.arrays.validate import is_finite, require, validate_array
+from jaxcompress._src.lazy import import_all
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import is_compressed
 
@@ -82,6 +83,9 @@ def _encode_inputs(value: Any) -> Any:
 def _decode_inputs(content: Any) -> Any:
     fields = dict(exactly(dict).decode(content))
     name = fields.pop("class", _FIRST)
+    if name not in _QUANTIZERS:
+        # The module that defines it may not have been used yet.
+        import_all()
     if name not in _QUANTIZERS:
         raise ValueError(f"no class {name!r} rounds inputs; there are {', '.join(_QUANTIZERS)}")
     return _QUANTIZERS[name].from_json(fields)

@@ -72,7 +72,8 @@ def make_train_step(
             i + micro_batches, ... Sums and counts are added up before they are divided, so that the step is that of the
             whole batch, however many tokens each part counts. Each part has a key of its own, and mutable collections
             go from part to part. Counts of losses must not depend on the parameters.
-        metrics: name -> a function like a loss, reported only. By default `argmax_agreement` as "agreement" if both models have `logits`.
+        metrics: name -> a function like a loss, reported only. By default `argmax_agreement` as "agreement", if both
+            models have `logits`.
 
     Returns:
         `(init_state, step)`.
