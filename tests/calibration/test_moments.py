@@ -19,7 +19,8 @@ def _pair(dense, pruned, residuals) -> Any:
     with np.errstate(invalid="ignore"):
         written = dense @ KERNEL + BIAS + residuals[0]
     rows = (dense, residuals[0], written), (pruned, residuals[1], None)
-    return tuple(Rows(*(None if part is None else jnp.asarray(part) for part in own)) for own in rows)
+    parts: Any = [[None if part is None else jnp.asarray(part) for part in own] for own in rows]
+    return tuple(Rows(*own) for own in parts)
 
 
 def _rows(count):
