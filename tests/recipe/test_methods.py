@@ -57,6 +57,8 @@ def test_every_option_of_every_method_is_explained(recipe_of, stage, name):
     assert method.summary
     options = step_options(method).values()
     assert all(len(option.help) > 8 for option in options)
+    elsewhere = [option.name for option in options if option.help.startswith(("see ", "as for ", "as in "))]
+    assert not elsewhere
     needed = [option.name for option in options if option.default is NEEDED]
     if needed:
         with pytest.raises(ValueError, match=f"the option '{needed[0]}' is needed"):
@@ -234,6 +236,13 @@ def test_a_recipe_does_what_the_function_does(model, tokens, recipe_of):
     spec = quantization.QuantSpec(bits=3, group_size=8, symmetric=False, scale_dtype="bfloat16")
     wanted = quantization.hqq(params, spec, norm=0.5, select=tree.by_path(KERNELS[0]))[0]
     np.testing.assert_array_equal(found.materialize(), _leaves(wanted)[KERNELS[0]].materialize())
+
+
+def test_gates_may_follow_a_bound_of_the_loss(recipe_of):
+    (step,) = recipe_of(
+        "[[shrink]]\nmethod = 'hard_concrete'\npenalty = {rule = 'smallest_with', loss_bound = 0.1}\n" + DISTIL
+    ).shrink
+    assert "penalty" in step.keywords
 
 
 @pytest.mark.parametrize("method", ["fisher", "magnitude", "hard_concrete"])

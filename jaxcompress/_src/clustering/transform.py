@@ -61,7 +61,7 @@ def trained_codebooks(
         until: the first update from which codes stand still. 0: they are those of the start. If training ended before,
             weights may have moved since they got their codes: `finalize` keeps those, as `apply` does, and warns
             (`UnfinishedScheduleWarning`).
-        importance: as for `cluster`.
+        importance: a partial tree of positive weights of the squared errors, such as `input_importance` gives.
         store: what `finalize` does with codes of 0: keeps them ("dense", smaller in the file and at low sparsity in
             memory) or leaves them out under a bit mask ("sparse").
         select: which leaves; by default every weight. Those that are compressed when the training begins stay as they

@@ -107,7 +107,7 @@ def binary_targets(*, temperature: float = 1.0, output: str = "logits", mask: st
     Args:
         temperature: T > 0.
         output: name of the logits, (batch, labels) or (batch, positions, labels).
-        mask: as in `soft_targets`.
+        mask: entry of the batch that says which rows count; None: all.
 
     Returns:
         A `LossFn`; every (example, label) counts once.
@@ -172,7 +172,7 @@ def argmax_agreement(*, output: str = "logits", mask: str | None = "attention_ma
 
     Args:
         output: name of the logits, (batch, classes) or (batch, positions, classes).
-        mask: as in `soft_targets`.
+        mask: entry of the batch that says which rows count; None: all.
 
     Returns:
         A function like a `LossFn`; its quotient is in [0, 1].

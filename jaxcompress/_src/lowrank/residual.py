@@ -52,15 +52,15 @@ def with_residual(
             or plain ones) becomes `LowRankArray.residual`.
         rank: see `svd`; a rule sees the spectra of W - C (of W, if the low-rank part comes first) in the first turn. A
             leaf that it would leave dense gets no factors: only C.
-        statistics: see `activation_svd`.
+        statistics: from `calibration.input_statistics`, with "gram"; without them every input counts the same.
         fisher: weights of the outputs; see `activation_svd`.
         iterations: number of turns, at least 1.
         first: which part is made first, with the other one zero. "residual", as LoftQ: factors of what quantization
             lost. "low rank": a residual of what the factors cannot hold, for sparse ones.
-        damping: see `activation_svd`.
+        damping: share of the mean diagonal that is added to XᵀX.
         ridge: how much dense-model targets are held to the weights; see `activation_svd`.
         select: see `svd`, with statistics see `activation_svd`.
-        layouts: see `svd`.
+        layouts: from `trace.layouts`; needed where kernels are not (in..., out). Several axes count as one.
 
     Returns:
         `(params, info)`, with a `LowRankInfo` by path (`path[i]` for each entry of a stack); `loss` and `error` are

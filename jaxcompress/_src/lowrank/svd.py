@@ -74,7 +74,7 @@ def activation_svd(
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
         statistics: from `calibration.input_statistics`, with "gram".
-        rank: see `svd`.
+        rank: one for all leaves, by path, or a rule: `parameter_share`, `energy`, `budget`. A stack has one rank.
         fisher: from `calibration.fisher`, or any tree of weights of that shape, at least 0.
         damping: λ mean(diag) is added to the diagonal of XᵀX. Where that is singular, "cholesky" needs 1e-6 or so, and
             takes it.
@@ -83,7 +83,7 @@ def activation_svd(
         whitening: how A is found; see `root_of_gram`. The factors are the same but for the damping; "eigen" costs
             several times as much.
         select: which leaves; by default all that have such statistics.
-        layouts: see `svd`.
+        layouts: from `trace.layouts`; needed where kernels are not (in..., out). Several axes count as one.
 
     Returns:
         As `svd`.
@@ -134,11 +134,11 @@ def fisher_svd(
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
         fisher: from `calibration.fisher`, at least 0.
-        rank: see `svd`.
+        rank: one for all leaves, by path, or a rule: `parameter_share`, `energy`, `budget`. A stack has one rank.
         weighting: "inputs": Σ_j F_ij for input i, as in the paper. "outputs": Σ_i F_ij for output j. "both": their
             product over Σ F, the closest product of the two.
-        select: see `svd`.
-        layouts: see `svd`.
+        select: which leaves; by default every weight.
+        layouts: from `trace.layouts`; needed where kernels are not (in..., out). Several axes count as one.
 
     Returns:
         As `svd`.

@@ -46,8 +46,8 @@ def gradual(
         freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
         rerank: also rank where the sparsity has not changed since the last time, so that weights go on swapping places
             (a ranking costs 20 to 45 reads of the weights).
-        scope: see `masks_from_scores`.
-        pattern: see `masks_from_scores`; under `n_of_m` the schedule runs up to 1 - n/m.
+        scope: what is ranked together: "leaf", "global" (all leaves), or "row" (the inputs of one output unit).
+        pattern: `unstructured()`, `n_of_m(2, 4)` or `block(32, 32)`; under `n_of_m` the schedule runs up to 1 - n/m.
         score: magnitude by default.
         sparsities: a partial tree, such as `erdos_renyi` returns it: the sparsity of a leaf is the schedule times its
             entry, so let the schedule end at 1. Not in global scope.

@@ -25,7 +25,7 @@ def magnitude(
     Args:
         params: the tree; a compressed leaf counts as the array it stands for.
         sparsity: share of pruned weights in [0, 1]. A pattern n of m implies it.
-        pattern: see `masks_from_scores`.
+        pattern: `unstructured()`, `n_of_m(2, 4)` (two of every four consecutive inputs are kept) or `block(32, 32)`.
         scope: what is ranked together; see `masks_from_scores`.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`; needed for rows and patterns where kernels are not (in..., out).

@@ -94,9 +94,9 @@ def magnitude_masks(
 
     Args:
         params: the tree; a compressed leaf counts as the array it stands for.
-        sparsity: see `masks_from_scores`.
-        scope: see `masks_from_scores`.
-        pattern: see `masks_from_scores`.
+        sparsity: share of pruned weights in [0, 1]; may be traced. Or a partial tree of them, one for each leaf.
+        scope: what is ranked together: "leaf", "global" (all leaves), or "row" (the inputs of one output unit).
+        pattern: `unstructured()`, `n_of_m(2, 4)` (two of every four consecutive inputs are kept) or `block(32, 32)`.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 

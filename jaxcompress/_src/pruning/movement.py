@@ -41,10 +41,10 @@ def movement(
             steps: equal scores keep the lowest index.
         every: updates between rankings; see `gradual`.
         freeze_at: the first update from which the masks stay as they are; not before the end of the schedule.
-        scope: see `masks_from_scores`.
-        pattern: see `masks_from_scores`.
-        sparsities: see `gradual`.
-        store: see `gradual`.
+        scope: what is ranked together: "leaf", "global" (all leaves), or "row" (the inputs of one output unit).
+        pattern: `unstructured()`, `n_of_m(2, 4)` (two of every four consecutive inputs are kept) or `block(32, 32)`.
+        sparsities: a partial tree of factors on the schedule, one for each leaf, such as `erdos_renyi` returns it.
+        store: what `finalize` makes of the leaves: "sparse" arrays, or "dense" ones with zeros.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 

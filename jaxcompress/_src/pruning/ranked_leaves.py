@@ -34,8 +34,8 @@ class RankedLeaves:
     Attributes:
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
-        scope: see `masks_from_scores`.
-        pattern: see `masks_from_scores`.
+        scope: what is ranked together: "leaf", "global" (all leaves), or "row" (the inputs of one output unit).
+        pattern: `unstructured()`, `n_of_m(2, 4)` (two of every four consecutive inputs are kept) or `block(32, 32)`.
         sparsities: None, or a partial tree that every sparsity is multiplied by, leaf by leaf.
         store: "sparse" arrays in the end, or "dense" ones with zeros.
     """

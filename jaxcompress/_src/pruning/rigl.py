@@ -36,7 +36,7 @@ def rigl(
         fraction: share of the kept weights replaced at first, decaying by the cosine; or update -> share. The paper
             uses 0.3, its code 0.1 by default.
         allocation: how a single sparsity is spread over leaves.
-        store: see `gradual`.
+        store: what `finalize` makes of the leaves: "sparse" arrays, or "dense" ones with zeros.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 

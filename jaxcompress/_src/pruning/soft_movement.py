@@ -50,7 +50,7 @@ def soft_movement(
             last one, and warns if training ended before it was reached. With scores that begin at 0, all weights are
             kept below τ = 1/2.
         strength: λ, or step -> λ. In the paper it rises with the threshold: λ_final τ / τ_final.
-        store: see `gradual`.
+        store: what `finalize` makes of the leaves: "sparse" arrays, or "dense" ones with zeros.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 

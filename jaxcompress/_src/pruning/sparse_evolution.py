@@ -31,7 +31,7 @@ def sparse_evolution(
         every: updates between two changes; an epoch in the paper.
         fraction: share of the kept weights that is replaced, ζ; or update -> share.
         allocation: how a single sparsity is spread over leaves.
-        store: see `gradual`.
+        store: what `finalize` makes of the leaves: "sparse" arrays, or "dense" ones with zeros.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 

@@ -37,7 +37,7 @@ def sr_ste(
         n: number of weights that stay of every `m`.
         m: number of consecutive inputs that are counted together.
         strength: λ, 2e-4 in the paper; 0 is plain straight-through.
-        store: see `gradual`.
+        store: what `finalize` makes of the leaves: "sparse" arrays, or "dense" ones with zeros.
         select: which leaves; by default every weight.
         layouts: from `trace.layouts`.
 

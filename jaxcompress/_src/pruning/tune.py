@@ -119,7 +119,7 @@ def alps(
         params: the tree; compressed leaves count as the arrays they stand for.
         statistics: from `calibration.input_statistics`, with "gram".
         sparsity: share of pruned weights; one number, or a partial tree of them. A pattern n of m implies it.
-        pattern: see `masks_from_scores`.
+        pattern: `unstructured()`, `n_of_m(2, 4)` (two of every four consecutive inputs are kept) or `block(32, 32)`.
         damping: share of the mean diagonal that is added to XᵀX; grows tenfold until the matrix can be factored.
         ridge: how much the targets are held to the weights, where the statistics have `cross`; see `sparsegpt`.
         iterations: of the search for the mask; see `solvers.alternating_mask`.

@@ -54,17 +54,19 @@ def gptq_sequential(
             that was rounded before it.
         dense_inputs: aim at what the kernel writes in the dense model. False, as in the published tools: at what the
             dense weights write on the inputs at hand, which makes up for nothing, and often gains nothing over `gptq`.
-        order: as for `gptq`.
-        group_scales: as for `gptq`.
-        range_search: as for `gptq`.
-        refine: as for `gptq`.
+        order: "activation" begins with the inputs of most energy (act-order); "natural": in the order of the leaf.
+        group_scales: "static": all scales come from the weights as they were. "updated": those of a group from the
+            weights as they are when it begins, in natural order only.
+        range_search: how to search for scales; None: by the extreme values, as published.
+        refine: rounds of least-squares scales and coordinate descent of the codes; 0: none, as published.
         ridge: as for `gptq`; for `dense_inputs` only. Targets that are hardly held fit the noise of the calibration
             rows. MiniLM (2 bits, asymmetric, groups of 32, 128 film reviews, 3 seeds) has errors of the vector of .441
             on other film reviews and .616 on news with .01, .409 and .571 with .1, .405 and .565 with 1.
-        damping: as for `gptq`.
-        block_size: as for `gptq`.
-        unseen: as for `gptq`.
-        row_mask: as for `calibration.input_statistics`.
+        damping: λ, share of the mean diagonal that is added to XᵀX; grows tenfold until the matrix can be factored.
+        block_size: inputs between two updates of all the rest.
+        unseen: what becomes of inputs that are 0 in every row. "keep": their weights are rounded to nearest. "zero":
+            they become 0.
+        row_mask: `(*inputs) -> weights` of rows, 0 for padding; see `calibration.input_statistics`.
         select: which leaves; by default all that statistics can be gathered of.
 
     Returns:

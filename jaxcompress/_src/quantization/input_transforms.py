@@ -36,7 +36,7 @@ def quantized_inputs(
     Args:
         spec: of the inputs.
         ranges: from `input_ranges`; they stay as they are. None: found anew for each input.
-        select: as for `quantize_inputs`.
+        select: which leaves; by default every weight that is multiplied (not tables that are only looked up).
         layouts: from `trace.layouts`.
 
     Returns:
@@ -65,7 +65,7 @@ def lsq_inputs(spec: QuantSpec, *, select: Selector | None = None, layouts: Para
 
     Args:
         spec: of the inputs; `per_tensor`.
-        select: as for `quantize_inputs`.
+        select: which leaves; by default every weight that is multiplied (not tables that are only looked up).
         layouts: from `trace.layouts`.
 
     Returns:
@@ -126,7 +126,7 @@ def pact_inputs(
     Args:
         bits: b, bits of a code, in [2, 8].
         strength: λ, the weight of the penalty on the clipping levels.
-        select: as for `quantize_inputs`.
+        select: which leaves; by default every weight that is multiplied (not tables that are only looked up).
         layouts: from `trace.layouts`.
 
     Returns:

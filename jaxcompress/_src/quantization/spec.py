@@ -32,7 +32,7 @@ class QuantSpec:
         bits: bits per code, in [1, 8]; may be left out where the format says it. One bit has its own rule (XNOR-Net):
             codes {0, 1}, zero point 1/2, scale 2 mean|w| over the nonzero weights of the block; `symmetric` and
             `convention` play no role.
-        format: see the table.
+        format: what codes stand for: a row of the table above.
         group_size: inputs that share a scale. Groups run along the flattened input axes, the innermost last.
         group_outputs: output units that share the scale of a group.
         partial_groups: the last group along an axis may be shorter, where `group_size` divides nothing. Otherwise such
@@ -50,7 +50,7 @@ class QuantSpec:
         range_rule: how the range of a block is found. "min-max": its extreme values. "percentile": the `percentile` of
             |w| (symmetric), or that of both signs. "mse": the extreme values times the factor among 1, 0.99, ..., 0.21
             of least error Σ|w - q(w)|^`error_norm`. "entropy": of inputs only, see `input_ranges`.
-        percentile: in (0, 100].
+        percentile: share of |w| within the range, in (0, 100], for `range_rule="percentile"`.
         error_norm: 2 for squares; GPTQ's code uses 2.4.
 
     Raises:

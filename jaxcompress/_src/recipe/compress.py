@@ -17,7 +17,7 @@ from jaxcompress._src.models.families import config_of, head_of, resized, unit_g
 from jaxcompress._src.recipe.calibrate import Evidence
 from jaxcompress._src.recipe.heads import SentencePooling
 from jaxcompress._src.recipe.one_shot import Surroundings, run_steps
-from jaxcompress._src.recipe.options import at_steps, read_options
+from jaxcompress._src.recipe.options import PENALTIES, at_steps, read_options
 from jaxcompress._src.recipe.predict import predict
 from jaxcompress._src.recipe.progress import Progress, Silent
 from jaxcompress._src.recipe.recipe import Recipe
@@ -32,7 +32,7 @@ from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.selectors import any_of, by_path
 from jaxcompress._src.types import Params, Transform, is_compressed
 from jaxcompress._src.units.costs import parameter_costs
-from jaxcompress._src.units.lagrangian import lagrangian
+from jaxcompress._src.units.gates import gate_values
 from jaxcompress._src.units.refit import refit
 from jaxcompress._src.units.select import select_units
 from jaxcompress._src.units.shrink import shrink
@@ -176,17 +176,19 @@ class _Run:
         if self._distil is None:
             raise ValueError(f"{name}: gates are trained: the recipe needs a table [distil].")
         costs = parameter_costs(params, select=None if step.select is None else by_path(step.select))
-        options = {key: value for key, value in step.table["penalty"].items() if key != "rule"}
-        penalty = read_options(lagrangian, options)
-
+        rule = PENALTIES[step.table["penalty"]["rule"]]
+        aim = read_options(rule, {key: value for key, value in step.table["penalty"].items() if key != "rule"})
         steps = steps_of(self._distil, self._rows())
-        aimed = {"penalty": lagrangian(**at_steps(penalty, steps), costs=costs)}
-        gates = step.method.function(around.groups, **at_steps(step.keywords, steps) | aimed)
+        penalty = {"penalty": rule(**at_steps(aim, steps), costs=costs)}
+        gates = step.method.function(around.groups, **at_steps(step.keywords, steps) | penalty)
         rate = optax.adam(_GATES_RATE)
         gated, state = self._trained("Training gates", self._distil, module, params, gates, transform_optimizer=rate)
-        target = {key: value for key, value in penalty.items() if key in ("sparsity", "budget")}
+        target = {key: value for key, value in aim.items() if key in ("sparsity", "budget")}
         scores = state.trainable["log_alpha"]
-        keep = select_units(scores, around.groups, gated, **target, costs=costs, rule="rank").keep
+        if target:
+            keep = select_units(scores, around.groups, gated, **target, costs=costs, rule="rank").keep
+        else:
+            keep = {name: np.asarray(gate) > 0 for name, gate in gate_values(scores).items()}
         units = f"{sum(int(np.sum(mask)) for mask in keep.values())} of {sum(len(mask) for mask in keep.values())}"
         self._progress.note(f"{name}, {step.name}: {units} units are left")
         evidence = Evidence(self._recipe.calibrate, module, self._rows(), pooling=self._pooling)

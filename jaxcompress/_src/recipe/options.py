@@ -26,7 +26,7 @@ from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.recipe.values import check_number, read_value
 from jaxcompress._src.schedules import constant, cubic
 from jaxcompress._src.types import Schedule
-from jaxcompress._src.units.lagrangian import lagrangian
+from jaxcompress._src.units.lagrangian import lagrangian, smallest_with
 
 NEEDED: Any = object()
 """The default of an option that must be given."""
@@ -34,7 +34,7 @@ NEEDED: Any = object()
 _SPECS = (QuantSpec, CodebookSpec, AdditiveSpec)
 _ALLOCATIONS = {"erdos_renyi": erdos_renyi, "erdos_renyi_kernel": erdos_renyi_kernel, "uniform": uniform}
 _RANKS = {"budget": budget, "energy": energy, "parameter_share": parameter_share}
-_PENALTIES = {"lagrangian": lagrangian}
+PENALTIES = {"lagrangian": lagrangian, "smallest_with": smallest_with}
 _NUMBERS = ("sparsity", "threshold", "strength", "fraction", "drop_rate")
 """Keywords that take a number beside what a file cannot say: a tree, a schedule."""
 
@@ -184,7 +184,7 @@ def _keyword(parameter: inspect.Parameter, text: str) -> _Keyword | None:
     if name == "compress":
         return one(None)
     if name == "penalty":
-        return one(None, lambda value: _function(name, _PENALTIES, value))
+        return one(None, lambda value: _function(name, PENALTIES, value))
     if len(kinds) == 1 and _is_settings(kinds[0]):
         return one(None, lambda value: _settings(name, kinds[0], value))
     if name in _NUMBERS:

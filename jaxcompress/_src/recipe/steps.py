@@ -38,7 +38,8 @@ class Step:
         name: of the method in the table `METHODS`.
         select: regular expression over whole paths; None where the method selects no leaves.
         frozen: whether it is done in one shot before the training, although its method could train.
-        sequential: see `Method`.
+        sequential: whether leaves are compressed one after another, each with the inputs that the earlier ones leave
+            it.
         keywords: of the method's function.
         at_once: keywords of the method that does the same in one shot, if there is one.
         inner: what compresses factors or residuals, in a method that takes a `compress`.
