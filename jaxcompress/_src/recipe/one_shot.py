@@ -57,18 +57,25 @@ def run_steps(steps: Sequence[tuple[str, Step]], params: Params, around: Surroun
     Raises:
         ValueError: whatever a step finds wrong; a step gave values to pruned weights. Names the step.
     """
-    dense = params
+    original = unrounded = params
     masks: dict[str, Any] = {}
     patterns: dict[str, Any] = {}
+    folded = [name for name, step in steps if step.name == "awq"]
     for name, step in steps:
+        if step.name == "learned_rounding" and folded:
+            raise ValueError(
+                f"{name}: `learned_rounding` needs the weights as they were, which {folded[0]} has scaled."
+            )
         if step.stage == "prune" and step.name == "tune_masked" and not masks:
             raise ValueError(f"{name}: `tune_masked` tunes what earlier [[prune]] steps left, and there are none.")
         try:
-            before = params
-            params, info = _run(step, before, dense, masks, around)
+            references = {"learned_rounding": unrounded}
+            params, info = _run(step, params, references.get(step.name, original), masks, around)
         except ValueError as err:
             raise ValueError(f"{name} ({step.name}): {err}") from err
         around.progress.note(f"{name}, {step.name}: {summary(info)}")
+        if step.stage != "quantize" or step.name == "smooth":
+            unrounded = params
         if step.stage == "prune":
             for path, leaf in _marked(step, params) if step.select else ():
                 masks[path] = np.asarray(_plain(leaf)) != 0
@@ -93,7 +100,9 @@ def summary(info: Any) -> str:
     return ", ".join(parts)
 
 
-def _run(step: Step, params: Params, dense: Params, masks: dict[str, Any], around: Surroundings) -> tuple[Params, Any]:
+def _run(
+    step: Step, params: Params, reference: Params, masks: dict[str, Any], around: Surroundings
+) -> tuple[Params, Any]:
     function = step.method.function
     select = None if step.select is None else by_path(step.select)
     keywords = dict(step.keywords)
@@ -118,11 +127,11 @@ def _run(step: Step, params: Params, dense: Params, masks: dict[str, Any], aroun
         "folds": lambda: _needed(around.evidence).folds(params),
         "fisher": lambda: _needed(around.evidence).fisher(params),
         "loss": lambda: _needed(around.evidence).loss,
-        "examples": lambda: _needed(around.evidence).examples(dense),
+        "examples": lambda: _needed(around.evidence).examples(reference),
         "row_mask": lambda: _needed(around.evidence).row_mask,
     }
     if step.name in ("learned_rounding", "correct_biases"):
-        given |= {"params": lambda: dense, "compressed": lambda: params, "rounded": lambda: params}
+        given |= {"params": lambda: reference, "compressed": lambda: params, "rounded": lambda: params}
     names = [name for name in _parameters(step) if name in given]
     return function(**{name: given[name]() for name in names}, **keywords)
 
