@@ -152,7 +152,11 @@ def test_the_file_is_smaller_and_comes_back_bit_for_bit(compressed, tmp_path):
         ),
         ({"cluster": (SHARE, SHARE)}, r"output/dense/kernel' is in \[\[cluster\]\] 1 and in \[\[cluster\]\] 2"),
         (
-            {"prune": (PRUNE,), "cluster": (read_step("cluster", {"select": ENCODER, "values": 4, "frozen": True}),)},
+            {
+                "prune": (PRUNE,),
+                "cluster": (read_step("cluster", {"select": ENCODER, "values": 4, "frozen": True}),),
+                "distil": DISTIL,
+            },
             "frozen by",
         ),
         (

@@ -36,7 +36,7 @@ METHODS = {
     "gptq": lambda p: quantization.gptq(p, STATISTICS, SPEC),
     "gptq of a table": lambda p: quantization.gptq(p, COUNTS, QuantSpec(bits=3), layouts=LOOKUP),
     "awq": lambda p: quantization.awq(p, STATISTICS, SPEC),
-    "least squares of ranges": lambda p: quantization.quantize(p, QuantSpec(bits=3, range_rule="mse")),
+    "least squares of ranges": lambda p: (quantization.quantize(p, QuantSpec(bits=3, range_rule="mse"))[0], {}),
     "wanda": lambda p: pruning.wanda(p, STATISTICS, sparsity=0.5),
     "sparsegpt": lambda p: pruning.sparsegpt(p, STATISTICS, sparsity=0.5),
     "alps": lambda p: pruning.alps(p, STATISTICS, sparsity=0.5),

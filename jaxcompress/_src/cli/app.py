@@ -26,10 +26,6 @@ def _show_version(asked: bool | None) -> None:
         raise typer.Exit
 
 
-recipes = typer.Typer(help="List what recipes can do, and explain one.", rich_markup_mode="rich")
-app.add_typer(recipes, name="recipes")
-
-
 @app.callback()
 def _options(
     version: Annotated[
@@ -149,33 +145,30 @@ def evaluate(
     run_evaluate(screen, model, data, against=against, outputs=outputs, max_length=max_length)
 
 
-@recipes.callback(invoke_without_command=True)
-def _recipes(context: typer.Context, as_json: _Json = False) -> None:
+@app.command()
+def recipes(
+    action: Annotated[str | None, typer.Argument(metavar="[show", help="Explain one recipe or method.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME]", help="A recipe of the library, a TOML file, or a method.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
     """List the recipes of the library, and the methods that a recipe can name.
+
+    With `show NAME`, print a recipe with its options explained, or all options of a method.
 
     Examples:
       jaxcompress recipes
 
       jaxcompress recipes show int3-reconstruct
 
-      jaxcompress recipes show sparsegpt
-    """
-    if context.invoked_subcommand is None:
-        list_recipes(Screen(as_json=as_json))
-
-
-@recipes.command()
-def show(
-    name: Annotated[str, typer.Argument(help="A recipe of the library, a TOML file, or a method.")],
-    as_json: _Json = False,
-) -> None:
-    """Print a recipe with its options explained, or all options of a method.
-
-    Examples:
-      jaxcompress recipes show int3-reconstruct
-
       jaxcompress recipes show my-recipe.toml
 
-      jaxcompress recipes show alps
+      jaxcompress recipes show sparsegpt
     """
-    show_recipe(Screen(as_json=as_json), name)
+    if action is None:
+        list_recipes(Screen(as_json=as_json))
+    elif action == "show" and name is not None:
+        show_recipe(Screen(as_json=as_json), name)
+    else:
+        raise ValueError("write `jaxcompress recipes`, or `jaxcompress recipes show NAME`.")

@@ -72,7 +72,10 @@ def run_steps(steps: Sequence[tuple[str, Step]], params: Params, around: Surroun
             references = {"learned_rounding": unrounded}
             params, info = _run(step, params, references.get(step.name, original), masks, around)
         except ValueError as err:
-            raise ValueError(f"{name} ({step.name}): {err}") from err
+            named = ValueError(f"{name} ({step.name}): {err}")
+            for note in getattr(err, "__notes__", ()):  # which leaf
+                named.add_note(note)
+            raise named from err
         around.progress.note(f"{name}, {step.name}: {summary(info)}")
         if step.stage != "quantize" or step.name == "smooth":
             unrounded = params
