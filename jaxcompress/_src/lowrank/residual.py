@@ -50,8 +50,9 @@ def with_residual(
         compress: `(params, statistics, layouts) -> (params, info)`, called with partial trees of W - L, such as
             `lambda p, s, at: quantization.quantize(p, spec, layouts=at)`. What it returns (compressed leaves,
             or plain ones) becomes `LowRankArray.residual`.
-        rank: see `svd`; a rule sees the spectra of W - C (of W, if the low-rank part comes first) in the first turn. A
-            leaf that it would leave dense gets no factors: only C.
+        rank: one for all leaves, by path, or a rule: `parameter_share`, `energy`, `budget`. A rule sees the spectra of
+            W - C (of W, if the low-rank part comes first) in the first turn. A leaf that it would leave dense gets no
+            factors: only C.
         statistics: from `calibration.input_statistics`, with "gram"; without them every input counts the same.
         fisher: weights of the outputs; see `activation_svd`.
         iterations: number of turns, at least 1.
