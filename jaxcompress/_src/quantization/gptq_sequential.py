@@ -60,8 +60,9 @@ def gptq_sequential(
         range_search: how to search for scales; None: by the extreme values, as published.
         refine: rounds of least-squares scales and coordinate descent of the codes; 0: none, as published.
         ridge: how much the targets are held to the weights, at least 0; for `dense_inputs` only. Targets that are
-            hardly held fit the noise of the calibration rows. MiniLM (2 bits, asymmetric, groups of 32, 128 film reviews, 3 seeds) has errors of the vector of .441
-            on other film reviews and .616 on news with .01, .409 and .571 with .1, .405 and .565 with 1.
+            hardly held fit the noise of the calibration rows. MiniLM (2 bits, asymmetric, groups of 32, 128 film
+            reviews, 3 seeds) has errors of the vector of .441 on other film reviews and .616 on news with .01, .409
+            and .571 with .1, .405 and .565 with 1.
         damping: λ, share of the mean diagonal that is added to XᵀX; grows tenfold until the matrix can be factored.
         block_size: inputs between two updates of all the rest.
         unseen: what becomes of inputs that are 0 in every row. "keep": their weights are rounded to nearest. "zero":
