@@ -87,8 +87,10 @@ def entry_infos(
     names = entry_names(leaf.path, leaf.weight.shape, leaf.layout)
     if not names:
         return {}
-    marks = None if unseen is None else np.asarray(unseen).reshape(len(names), leaf.layout.groups, unseen.shape[1])
-    rows = {field: np.asarray(values).reshape(len(names), -1) for field, values in {**errors, **figures}.items()}
+    # `np.asarray` of an array that is still being computed would wait for it with the interpreter's lock held.
+    unseen, measured = jax.device_get((unseen, {**errors, **figures}))
+    marks = None if unseen is None else unseen.reshape(len(names), leaf.layout.groups, unseen.shape[1])
+    rows = {field: np.asarray(values).reshape(len(names), -1) for field, values in measured.items()}
     infos = {}
     for i, name in enumerate(names):
         found = {} if marks is None else unseen_counts(marks[i])
