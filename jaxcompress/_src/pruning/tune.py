@@ -29,9 +29,6 @@ from jaxcompress._src.weights.unseen import warn_unseen
 
 _UNSTRUCTURED = unstructured()
 
-# Floats of all the systems that are solved at once.
-_SYSTEM_FLOATS = 2**23
-
 
 @on_auto_axes
 def tune_masked(
@@ -224,13 +221,12 @@ def _tune(
     most: int,
     groups: int,
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-    batch = max(1, _SYSTEM_FLOATS // max(most, 1) ** 2)
-
     def one(parts: Any) -> Any:
         weights, gram, cross, count, mask = parts
         found = problem(weights, gram, cross, count, ridge)
         hessian, share, retries = damped(found.hessian, damping)
-        tuned = masked_least_squares(found.targets, hessian, mask, most=most, batch_size=batch)
+        # One output at a time: on the CPU, XLA has been seen to wait forever for batches of factorizations in a loop.
+        tuned = masked_least_squares(found.targets, hessian, mask, most=most, batch_size=1)
         plain = jnp.where(mask, found.targets, 0.0)
         return not_worse(tuned, plain, found.targets, hessian), found.targets, share, retries
 
