@@ -4,9 +4,9 @@ The codes are those of the kernels of one MiniLM layer (4 bits in groups of 32; 
 pruning to a tenth by magnitude), and of a matrix like the first of LeNet-300-100, pruned to 4 %: its nonzeros gather in
 the middle of the image, and in some units more than in others. Rates vary with what else the machine does; bytes don't.
 
-    python examples/benchmarks/coders.py ../shared/data/minilm-rt/encoder-and-classifier.safetensors [--layer 2]
+    python examples/benchmarks/coders.py FILE [--layer 2]
 
-The last line printed is JSON.
+FILE is a safetensors file of a BERT with Hugging Face names. The last line printed is JSON.
 """
 
 import argparse

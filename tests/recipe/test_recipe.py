@@ -138,7 +138,7 @@ QUANTIZE = "[[quantize]]\nselect = '.*'\nbits = 4\n"
         (f"{CLUSTER}until = 2", r"`until` is a share of the training and must be in \[0, 1\], got 2"),
         (f"{CLUSTER}frozen = true\nuntil = 0.5", "`until` must be left out if `frozen` is true"),
         (f"{CLUSTER}every = 0", "`every` must be at least 1"),
-        (f"{CLUSTER}zero = false\nstore = 'sparse'", "`store`"),
+        (f"{CLUSTER}zero = false\nstore = 'sparse'", "`store` must be 'dense', or 'sparse' if"),
         (f"{CLUSTER}frozen = true\nstore = 'sparse'", "`store` must be left out if `frozen` is true"),
         (
             f"{CLUSTER}frozen = true\n[distil_shared]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1",

@@ -132,6 +132,38 @@ def test_the_teacher_reads_rows_as_each_part_cuts_them(tokens, monkeypatch):
         assert asked == expected
 
 
+def test_without_distil_pruning_and_rounding_are_done_before_the_training_of_shared_values(model, tokens, monkeypatch):
+    def untrained(_module, student, *_, transform, **__):
+        return student, transform.init(student, key=jax.random.key(0))
+
+    monkeypatch.setattr(_compress, "train", untrained)
+    parts = Recipe(prune=(PRUNE,), quantize=(INT4,), cluster=(SHARE,), distil_shared=CLOSER)
+    assert [name for name, _ in parts.at_once] == ["[[prune]] 1", "[[quantize]] 1"]
+    found = recipe.compress(parts, *model, tokens)
+    shared, rounded = _leaves(found, FEED_FORWARD), _leaves(found, ATTENTION)
+    assert all(isinstance(leaf, CodebookArray) for leaf in shared)
+    assert all(isinstance(leaf, QuantizedArray) for leaf in rounded)
+    assert all(0.5 <= _zeros(leaf) < 0.6 for leaf in [*shared, *rounded])
+
+
+def test_leaves_that_are_pruned_a_little_before_a_training_are_not_filled_by_it(model, tokens, monkeypatch):
+    """A bit mask costs more than it saves here, and still: a plain leaf would train."""
+    seen = []
+
+    def spy(_module, student, *_, transform, trainable, **__):
+        marks = dict(tree.leaves_with_paths(trainable(student)))
+        seen.extend(
+            mark for path, mark in marks.items() if path.startswith("bert/encoder/") and path.endswith("kernel")
+        )
+        return student, transform.init(student, key=jax.random.key(0))
+
+    monkeypatch.setattr(_compress, "train", spy)
+    little = read_step("prune", {"method": "magnitude", "select": ENCODER, "sparsity": 0.01})
+    found = recipe.compress(Recipe(prune=(little,), distil=CLOSER), *model, tokens)
+    assert seen == [False] * 12
+    assert all(0 < _zeros(leaf) < 0.02 for leaf in _leaves(found, ENCODER))
+
+
 def test_the_file_is_smaller_and_comes_back_bit_for_bit(compressed, tmp_path):
     for storage in ("orbax", WHOLE.save.storage):
         checkpoint.save(tmp_path / storage, compressed, storage=storage)

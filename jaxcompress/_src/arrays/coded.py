@@ -54,11 +54,11 @@ class CodedArray(StoredArray):
 
     def block_parts(self) -> list[Any]:
         """What has one entry per block, as arrays (abstract ones, perhaps) with the logical axes."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what `block_parts` gives.")
 
     def with_parts(self, data: Any, move: Callable[[Any], Any]) -> Any:
         """The array with other codes, and `move` applied to each of the `block_parts`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must say what `with_parts` gives.")
 
     def plain_zeros(self) -> bool:
         """Whether code 0 stands for 0, so that codes that a sparse array leaves out may be written as 0."""

@@ -78,7 +78,7 @@ class StoredArray:
 
     def materialize(self) -> Any:
         """The plain array, of the logical shape and dtype."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must have `materialize`: the one method without a default.")
 
     def transpose(self, permutation: Sequence[int]) -> Any:
         """The axes in another order, or None."""

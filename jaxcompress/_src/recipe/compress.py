@@ -122,6 +122,7 @@ class _Run:
         self._dense_module, self._dense = module, jax.tree.map(jnp.asarray, params)
         self._progress = progress or Silent()
         self._outputs: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
+        self._said: set[str] = set()
         self._distil, self._distil_shared = self._prepared(recipe.distil), self._prepared(recipe.distil_shared)
 
     def result(self) -> Params:
@@ -145,8 +146,13 @@ class _Run:
         """A training that fits the rows and the model; what it leaves out is said once."""
         if training is None or self._tokens is None:
             return None
-        notes = self._progress.note if training == self._recipe.distil else lambda _: None
-        return prepared(training, self._dense_module, self._tokens, note=notes)
+
+        def note(text: str) -> None:
+            if text not in self._said:
+                self._said.add(text)
+                self._progress.note(text)
+
+        return prepared(training, self._dense_module, self._tokens, note=note)
 
     def _around(self, module: nn.Module, layouts: Params) -> Surroundings:
         evidence = None
@@ -199,7 +205,7 @@ class _Run:
         """The trainings, in order."""
         if self._distil is None and self._distil_shared is None:
             return []
-        training = [step for _, step in self._recipe.steps if step.trains and step.stage != "shrink"]
+        training = [step for _, step in self._recipe.steps if self._recipe.trains(step) and step.stage != "shrink"]
         shared = [step for step in training if step.stage == "cluster"]
         first = [step for step in training if step.stage != "cluster"]
         parts = []

@@ -181,7 +181,7 @@ def _partial(params: Params, masks: dict[str, Any]) -> Params:
 
 
 def _stored(params: Params, masks: dict[str, Any], patterns: dict[str, Any], layouts: Params) -> Params:
-    """Pruned leaves in fewer bytes, where that is fewer."""
+    """Pruned leaves without their zeros: as compressed ones, which no training after this fills again."""
 
     def store(path: str, leaf: Any, layout: Any) -> Any:
         if path not in masks:
@@ -189,15 +189,10 @@ def _stored(params: Params, masks: dict[str, Any], patterns: dict[str, Any], lay
         filled = int((np.asarray(_plain(leaf)) != 0)[~masks[path]].sum())
         if filled:
             raise ValueError(f"{filled} pruned weights of leaf {path!r} have values again after a later step.")
-        small = store_masked(leaf, jnp.asarray(masks[path]), layout, patterns[path])
-        return small if _bits(small) < _bits(leaf) else leaf
+        return store_masked(leaf, jnp.asarray(masks[path]), layout, patterns[path])
 
     return map_with_path(store, params, layouts)
 
 
 def _plain(leaf: Any) -> Any:
     return leaf.materialize() if is_compressed(leaf) else leaf
-
-
-def _bits(leaf: Any) -> int:
-    return leaf.nbits if is_compressed(leaf) else leaf.size * leaf.dtype.itemsize * 8

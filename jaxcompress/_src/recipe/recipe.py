@@ -67,8 +67,8 @@ class Recipe:
             raise ValueError(f"A recipe needs at least one {', '.join(others)} or {last} step.")
         if self.distil_shared is not None and not any(step.trains for step in self.cluster):
             raise ValueError("[distil_shared] trains shared values: it needs a [[cluster]] step that is not frozen.")
-        if not self.distils:
-            for name, step in self.steps:
+        for name, step in self.steps:
+            if not self.trains(step):
                 try:
                     _ = step.one_shot
                 except ValueError as err:
@@ -84,10 +84,15 @@ class Recipe:
         """Whether it trains."""
         return self.distil is not None or self.distil_shared is not None
 
+    def trains(self, step: Step) -> bool:
+        """Whether a step has a training: that of [distil], or of [distil_shared] for shared values."""
+        shared = step.stage == "cluster" and self.distil_shared is not None
+        return step.trains and (self.distil is not None or shared)
+
     @property
     def at_once(self) -> tuple[tuple[str, Step], ...]:
         """The steps that run without a training."""
-        return tuple((name, step.one_shot) for name, step in self.steps if not (self.distils and step.trains))
+        return tuple((name, step.one_shot) for name, step in self.steps if not self.trains(step))
 
     @property
     def needs_texts(self) -> bool:

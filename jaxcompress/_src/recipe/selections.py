@@ -22,7 +22,7 @@ def check_selections(recipe: Recipe, params: Params) -> None:
             f"{len(compressed)} leaves are compressed already, such as {compressed[0]!r}: compress the original model, "
             "or call `jaxcompress.materialize(params)` first."
         )
-    steps = [(name, step if recipe.distils and step.trains else step.one_shot) for name, step in recipe.steps]
+    steps = [(name, step if recipe.trains(step) else step.one_shot) for name, step in recipe.steps]
     pruned: dict[str, tuple[str, Step]] = {}
     owners: dict[str, str] = {}
     for name, step in steps:
@@ -42,7 +42,7 @@ def check_selections(recipe: Recipe, params: Params) -> None:
 def _check_zeros(path: str, pruning: str, prune: Step, name: str, step: Step) -> None:
     if prune.trains and not step.trains:
         raise ValueError(f"Leaf {path!r} is in {pruning} and frozen by {name}: it could not be pruned.")
-    if not prune.trains and step.trains:
+    if not prune.trains and step.trains and step.stage != "cluster":
         raise ValueError(
             f"Leaf {path!r} is pruned by {pruning} before the training, in which {name} would give its zeros values: "
             "prune it by a method that trains, or compress it by one that does not."
