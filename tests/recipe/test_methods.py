@@ -202,13 +202,13 @@ def test_one_shot_pruning_low_rank_and_clusters_run(model, tokens, recipe_of):
 
 
 ROUNDING = {
-    "reconstruct": "bits = 4\ngroup_size = 8\n",
     "quantize": "bits = 4\n",
     "fixed_point": "bits = 6\n",
     "hqq": "bits = 4\ngroup_size = 8\nsymmetric = false\n",
     "awq": "bits = 4\ngroup_size = 8\n",
     "gptq": "bits = 4\ngroup_size = 8\n",
     "gptq_sequential": "bits = 4\ngroup_size = 8\n",
+    "reconstruct": "bits = 4\ngroup_size = 8\n",
 }
 
 
@@ -222,7 +222,7 @@ def test_every_rounding_method_runs(model, tokens, recipe_of):
     leaves = _leaves(recipe.compress(read, *model, tokens))
     assert isinstance(leaves[KERNELS[0]], InputQuantizedArray)
     assert all(isinstance(leaves[path], QuantizedArray) for path in KERNELS[1:7])
-    assert [leaves[path].bits for path in KERNELS[1:7]] == [4, 6, 4, 4, 4, 4]
+    assert [leaves[path].bits for path in KERNELS[1:7]] == [6, 4, 4, 4, 4, 4]
     dense = _leaves(model[1])
     assert any((leaves[path] != dense[path]).any() for path in dense if path.endswith("bias"))
 

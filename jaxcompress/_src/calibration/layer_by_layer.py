@@ -16,7 +16,7 @@ from jaxcompress._src.calibration.sites import Operand, Program, Repeated, Site,
 from jaxcompress._src.meshes import as_typed, on_auto_axes
 from jaxcompress._src.trace.walk import Body, as_body, bind, walk
 from jaxcompress._src.tree.maps import leaves_by_path
-from jaxcompress._src.types import Params
+from jaxcompress._src.types import Params, plain
 
 
 def layer_by_layer(
@@ -35,8 +35,8 @@ def layer_by_layer(
     Args:
         apply: `(params, *inputs) -> outputs`.
         paths: of kernels, as for `program_of`.
-        trees: the parameters of each model, of the same shapes and dtypes. The last one waits at every kernel; those
-            before it stay as they are, and have written its output by then.
+        trees: the parameters of each model, of the same shapes and dtypes, plain or compressed. The last one waits at
+            every kernel; those before it stay as they are, and have written its output by then.
         batches: tuples of inputs; the model is traced once for all of the same shapes.
         repeated: what becomes of a kernel that several matmuls share, as for `program_of`.
 
@@ -113,10 +113,10 @@ class Stop:
     def weights(self, model: int) -> tuple[jax.Array, jax.Array]:
         """The kernel (D, O) of a model, and its bias (O,): zeros, in the dtype of the kernel, without one."""
         leaves = self._models[model].leaves
-        kernel = self.kernel.matrix(jnp.asarray(leaves[self.kernel.path]))
+        kernel = self.kernel.matrix(jnp.asarray(plain(leaves[self.kernel.path])))
         if self.bias is None:
             return kernel, jnp.zeros(kernel.shape[1], kernel.dtype)
-        return kernel, self.bias.matrix(jnp.asarray(leaves[self.bias.path]))[0]
+        return kernel, self.bias.matrix(jnp.asarray(plain(leaves[self.bias.path])))[0]
 
     def replace(self, kernel: Any = None, bias: Any = None) -> None:
         """Sets the kernel (D, O) and the bias (O,) that the last model goes on with; None: it stays."""
@@ -140,7 +140,7 @@ class _Model:
 
     def put(self, part: LeafPart, matrix: Any) -> None:
         leaf = self.leaves[part.path]
-        self._parts[part.path, part.entry] = part.array(jnp.asarray(matrix, jnp.result_type(leaf)), jnp.shape(leaf))
+        self._parts[part.path, part.entry] = part.array(jnp.asarray(matrix, jnp.result_type(leaf.dtype)), leaf.shape)
 
     def run(self, number: int) -> None:
         """One segment, on all batches; what only earlier ones read is let go first."""
@@ -335,8 +335,8 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
 
 @on_auto_axes
 def _entry(leaf: Any, entry: tuple[tuple[int, int], ...]) -> Any:
-    index = dict(entry)
-    return jnp.asarray(leaf)[tuple(index.get(axis, slice(None)) for axis in range(jnp.ndim(leaf)))] if entry else leaf
+    index, whole = dict(entry), plain(leaf)
+    return jnp.asarray(whole)[tuple(index.get(axis, slice(None)) for axis in range(whole.ndim))] if entry else whole
 
 
 def _rows(operand: Operand | None, values: Mapping[Any, Any]) -> Any:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxcompress._src.calibration.leaf_part import LeafPart
 from jaxcompress._src.meshes import as_typed, on_auto_axes
-from jaxcompress._src.trace.graph import leaf_uses
+from jaxcompress._src.trace.graph import leaf_uses, logical
 from jaxcompress._src.trace.walk import Body, as_body, bind, called_body, walk
 from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths
 from jaxcompress._src.types import Params
@@ -120,7 +120,7 @@ def program_of(
 
     Args:
         apply: `(params, *inputs) -> outputs`.
-        params: plain arrays, or `jax.ShapeDtypeStruct`.
+        params: arrays, compressed arrays or `jax.ShapeDtypeStruct`.
         inputs: of the model, arrays or `jax.ShapeDtypeStruct`.
         paths: of kernels, each (or each stack entry) used in a matmul, on either side (`x @ w`, `w @ x`), which may sum
             over several axes. The entries of a stack are what a scan runs over, or what `w[i]` cuts out.
@@ -204,7 +204,7 @@ def _parts(
     program = _traced(apply, params, inputs, every, repeated, refused, complete=paths is not None)
     parts = [site.kernel for site in program.sites]
     leaves = leaves_by_path(params)
-    refused |= _unread_entries(parts, {part.path: jnp.shape(leaves[part.path]) for part in parts}, refused)
+    refused |= _unread_entries(parts, {part.path: tuple(leaves[part.path].shape) for part in parts}, refused)
     return parts, refused
 
 
@@ -235,6 +235,7 @@ def _traced(
     complete: bool,
 ) -> Program:
     """With `refused`, kernels that cannot have a site are noted there; without it they raise."""
+    params = logical(params)
     closed = jax.make_jaxpr(apply)(params, *inputs)
     read_once = frozenset(path for path, count in leaf_uses(closed, params).items() if count == 1)
     names, leaves = zip(*leaves_with_paths(params), strict=True)

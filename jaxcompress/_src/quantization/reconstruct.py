@@ -36,7 +36,7 @@ from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.trace.layouts import layouts as traced_layouts
 from jaxcompress._src.trace.left_out import warn_left_out
 from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path, with_leaves
-from jaxcompress._src.types import Params, Selector
+from jaxcompress._src.types import Params, Selector, is_compressed
 from jaxcompress._src.weights.matrices import MatrixLeaf, weight_leaves
 from jaxcompress._src.weights.selection import misfits
 from jaxcompress._src.weights.unseen import Unseen, check_unseen, unseen_counts, warn_unseen
@@ -79,7 +79,7 @@ def reconstruct(
             layers of a scan, and the entries `w[i]` of a stack, are rounded one after another. A kernel that several
             matmuls share (ALBERT) is fitted to all of them at once: to the rows of all, as they are when the model has
             been rounded so far; its biases stay.
-        params: the dense tree, plain arrays.
+        params: the dense tree. Leaves that are compressed already stay as they are.
         batches: tuples of inputs; no labels are needed. All wait at the same kernel: memory for what one layer holds
             for all of them, twice.
         spec: bits, granularity, variant; or a function of the path.
@@ -100,8 +100,8 @@ def reconstruct(
         row_mask: `(*inputs) -> weights`, one for each row of the kernels' inputs (each token), 0 where it does not
             count; by default all count alike.
         select: which leaves; by default every kernel of a plain matmul. Other weights (tables that are looked up, tied
-            ones, experts, convolutions, kernels inside branches and `while` loops) stay, and a `trace.LeftOutWarning`
-            names them.
+            ones, experts, convolutions, kernels inside branches and `while` loops, and what is compressed already)
+            stay, and a `trace.LeftOutWarning` names them.
 
     Returns:
         `(params, info)`: a `QuantizedArray` for every kernel, new biases, and a `RoundingInfo` by path (`path[i]`
@@ -110,9 +110,9 @@ def reconstruct(
         rounded to nearest. With the inputs and the bias of the dense model that is ||X W' - X W|| / ||X W||.
 
     Raises:
-        ValueError: options out of range; no batches, or no row that counts; a kernel that is in no plain
-            matmul, or with axes that the group size does not divide; inputs with NaN or Inf. Names the leaf; of
-            selected kernels at which the model cannot stop, all.
+        ValueError: options out of range; no batches, or no row that counts; a kernel that is compressed already, in
+            no plain matmul, or with axes that the group size does not divide; inputs with NaN or Inf. Names the leaf;
+            of selected kernels at which the model cannot stop, all.
 
     Example:
         >>> params = {"w": jnp.array([[0.6], [0.6], [7.0]]), "b": jnp.zeros(1)}
@@ -156,9 +156,7 @@ def reconstruct(
         visited.append(_Visited(stop.kernel, stop.bias if free else None, solved))
         stop.replace(weights, solved.values if free else None)
     leaves, info = _assembled(kernels, rules, visited)
-    plain = leaves_by_path(params)
-    bits = {path: 8.0 * jnp.dtype(plain[path].dtype).itemsize for path in left}
-    info |= {path: RoundingInfo(bits_per_weight=bits[path], note=reason) for path, reason in left.items()}
+    info |= {path: RoundingInfo.of(leaf, note=left[path]) for path, leaf in leaves_with_paths(params) if path in left}
     warn_unseen({each.kernel.name: np.asarray(each.rounded.unseen)[None] for each in visited}, FALLBACKS[unseen])
     return with_leaves(params, _fitted_biases(params, visited) | leaves), info
 
@@ -178,11 +176,15 @@ def _kernels(
     Raises, naming all of them, where the model does not stop at what is selected.
     """
     found = traced_layouts(apply, params, *inputs)
+    compressed = {path for path, leaf in leaves_with_paths(params) if is_compressed(leaf)}
     if select is not None:
         kernels = {entry.path: entry for entry in weight_leaves(params, select=select, layouts=found)}
+        if compressed & set(kernels):
+            raise ValueError(f"Leaf {min(compressed & set(kernels))!r} is compressed already; exclude it.")
         return kernels, Counter(kernels_at_work(apply, params, *inputs, paths=list(kernels), repeated="each")), {}
     parts, refused = plain_kernels(apply, params, inputs)
-    chosen = {part.path for part in parts}
+    refused |= {part.path: f"Leaf {part.path!r} is compressed already." for part in parts if part.path in compressed}
+    chosen = {part.path for part in parts} - compressed
     rest = {path: layout.kind for path, layout in leaves_with_paths(found) if layout.is_weight and path not in chosen}
     phrases = {path: f"it {reason.removeprefix(f'Leaf {path!r} ')}" for path, reason in refused.items()}
     kinds = {"lookup": "its rows are looked up", "tied": "it is looked up and contracted"}

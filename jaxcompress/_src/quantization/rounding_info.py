@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.solvers.outputs import output_errors
 from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path
-from jaxcompress._src.types import CompressedArray, Params, is_compressed
+from jaxcompress._src.types import Params, is_compressed
 from jaxcompress._src.weights.infos import Info, entry_infos, entry_names
 from jaxcompress._src.weights.matrices import (
     EvidentLeaf,
@@ -36,9 +36,10 @@ class RoundingInfo(Info):
     bits_per_weight: float
 
     @classmethod
-    def of(cls, leaf: CompressedArray, **figures: Any) -> "RoundingInfo":
-        """With the bits of a compressed leaf."""
-        return cls(bits_per_weight=leaf.nbits / max(math.prod(leaf.shape), 1), **figures)
+    def of(cls, leaf: Any, **figures: Any) -> "RoundingInfo":
+        """With the bits of a leaf, compressed or not."""
+        bits = leaf.nbits if is_compressed(leaf) else 8 * leaf.size * jnp.dtype(leaf.dtype).itemsize
+        return cls(bits_per_weight=bits / max(math.prod(leaf.shape), 1), **figures)
 
 
 @on_auto_axes

@@ -111,7 +111,7 @@ def awq(
     stacked layers (`nn.scan`) has an r of its own.
 
     Args:
-        params: the tree; plain leaves.
+        params: the tree; compressed leaves are rounded as the arrays they stand for.
         statistics: from `calibration.input_statistics`, with "gram" and "absolute_sum".
         spec: bits, granularity, variant.
         folds: from `trace.folds`.
@@ -146,6 +146,7 @@ def awq(
     for entry in by_path.values():
         check_blocks(entry, spec)
     leaves, factors = leaves_by_path(params), {}
+    leaves |= {path: entry.weight for path, entry in by_path.items()}
     for fold in folds:
         own = [(by_path[place.path], place) for place in fold.consumers if place.path in by_path]
         stacks = [entry.stack == sizes(entry.weight, place)[0] for entry, place in own]

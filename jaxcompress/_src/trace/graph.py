@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from jaxcompress._src.meshes import abstract
 from jaxcompress._src.trace.origin import Origin, rearrange
 from jaxcompress._src.trace.walk import inlined
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
@@ -104,10 +105,12 @@ class Graph:
 
 def graph_of(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> Graph:
     """The graph of a model; compressed leaves count as the arrays they stand for."""
-    logical = map_with_path(
-        lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_compressed(leaf) else leaf, params
-    )
-    return _graph(jax.make_jaxpr(apply)(logical, *inputs), params)
+    return _graph(jax.make_jaxpr(apply)(logical(params), *inputs), params)
+
+
+def logical(params: Params) -> Params:
+    """What a model is traced with: compressed leaves as the shapes of the arrays they stand for."""
+    return map_with_path(lambda _, leaf: abstract(leaf) if is_compressed(leaf) else leaf, params)
 
 
 def leaf_uses(closed: Any, params: Params) -> Counter[str]:
