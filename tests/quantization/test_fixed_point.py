@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxcompress._src.arrays.validate import validate_array
-from jaxcompress._src.quantization.fixed_point import fixed_point_decode, fixed_point_encode
+from jaxcompress._src.quantization.formats.fixed_point import fixed_point_decode, fixed_point_encode
 from jaxcompress.arrays import sparsify
 from jaxcompress.quantization import fixed_point
 from jaxcompress.trace import LeafLayout

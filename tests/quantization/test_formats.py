@@ -12,10 +12,11 @@ from jaxcompress._src.arrays.quantized import dequantize
 from jaxcompress._src.arrays.validate import validate_array
 from jaxcompress._src.quantization.blocks import scale_shape
 from jaxcompress._src.quantization.fake_quant import fake_quantize_array
-from jaxcompress._src.quantization.fixed_point import fixed_point_decode, fixed_point_encode
+from jaxcompress._src.quantization.formats.fixed_point import fixed_point_decode, fixed_point_encode
 from jaxcompress._src.quantization.round_to_nearest import quantize_array
 from jaxcompress._src.quantization.rounding import round_to_codes
 from jaxcompress._src.quantization.scales import block_scales
+from jaxcompress._src.quantization.spec import FORMATS
 from jaxcompress.quantization import QuantSpec
 from jaxcompress.trace import LeafLayout
 from jaxcompress.tree import partition_trainable
@@ -49,6 +50,12 @@ SPECS = {
     "mse, zero points": QuantSpec(bits=2, group_size=8, symmetric=False, range_rule="mse"),
     "percentile": QuantSpec(bits=4, range_rule="percentile", percentile=90.0),
     "percentile, zero points": QuantSpec(bits=4, symmetric=False, range_rule="percentile", percentile=90.0),
+}
+
+SPECS |= {
+    name: QuantSpec(format=name, bits=format.bits or 4)
+    for name, format in FORMATS.items()
+    if name not in {spec.format for spec in SPECS.values()}
 }
 
 

@@ -4,7 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 
 def divide(x: Float[Array, "..."], y: Shaped[Array, "..."] | float | int) -> Float[Array, "..."]:
@@ -42,3 +42,26 @@ def mean_magnitude(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array
     mean = divide(total(high) / unit + total(low) / unit / unit, jnp.maximum(total(jnp.abs(jnp.sign(x))), 1))
     # The quotient may round to a little more than 1, and the largest float times that is Inf.
     return largest * jnp.minimum(mean, 1)
+
+
+def floor_log2(x: Float[Array, "..."]) -> Int[Array, "..."]:
+    """The exponent of positive float32 numbers, exact; -127 for 0 and subnormal ones."""
+    return (jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) - 127
+
+
+def power_of_two(exponent: Int[Array, "..."]) -> Float[Array, "..."]:
+    """2^exponent in float32, exact, for exponents in [-126, 127]."""
+    return jax.lax.bitcast_convert_type((exponent + 127) << 23, jnp.float32)
+
+
+def limited(x: Float[Array, "..."], bound: float) -> Float[Array, "..."]:
+    """Clipped to ±bound, but for infinities: the loss must show them, as it does without quantization."""
+    return jnp.where(jnp.isinf(x), x, jnp.clip(x, -bound, bound))
+
+
+def normal(scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Scales with 1 in place of 0 and of subnormal numbers; NaN stays.
+
+    Backends flush subnormal numbers to zero, and the division by such a scale would give Inf.
+    """
+    return jnp.where(scale < float(jnp.finfo(jnp.float32).tiny), jnp.ones_like(scale), scale)

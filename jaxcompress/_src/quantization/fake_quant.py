@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxcompress._src.arrays.quantized import dequantize
@@ -12,7 +11,7 @@ from jaxcompress._src.arrays.straight_through import straight_through as straigh
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.blocks import axes_of
 from jaxcompress._src.quantization.round_to_nearest import cropped, padded
-from jaxcompress._src.quantization.rounding import round_to_codes
+from jaxcompress._src.quantization.rounding import round_to_codes, zeros_kept
 from jaxcompress._src.quantization.scales import block_scales
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
@@ -45,7 +44,7 @@ def fake_quantize_array(
         Array([[ 7. ,  0.5],
                [-3. , -3.5]], dtype=float32)
     """
-    if bits is not None and (spec.format != "int" or spec.bits < 2):
+    if bits is not None and not spec.number_format.is_integer:
         raise ValueError(f"`bits` is for integers of 2 bits or more, got {spec}.")
     if isinstance(bits, int) and not 2 <= bits <= 8:
         raise ValueError(f"`bits` must be in [2, 8], got {bits}.")
@@ -59,4 +58,4 @@ def _rounded(w: Float[Array, "..."], bits: Any, spec: QuantSpec, layout: LeafLay
     scale, zero_point = block_scales(whole, spec, layout, bits=bits)
     codes = round_to_codes(whole, scale, zero_point, spec, bits=bits)
     rounded = cropped(dequantize(codes, scale, zero_point, levels=spec.levels, dtype=w.dtype), w.shape)
-    return jnp.where(w == 0, jnp.zeros_like(rounded), rounded) if spec.bits == 1 else rounded
+    return zeros_kept(rounded, w, spec)

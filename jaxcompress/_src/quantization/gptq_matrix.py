@@ -132,7 +132,7 @@ def refined(
     """
     depth, width = weights.shape
     unit = unit_of(targets)
-    fits = scale.shape[1] == width and spec.format != "fixed_point"
+    fits = scale.shape[1] == width and spec.number_format.has_free_scale
 
     def loss(weights: Any, slope: Any) -> Any:
         return jnp.sum((weights - targets) / unit * (slope / unit), axis=0)

@@ -105,7 +105,7 @@ def hqq(
 def _check_options(spec: QuantSpec, iterations: int, norm: float, beta: float, kappa: float, iterate: str) -> None:
     if iterate not in get_args(Iterate):
         raise ValueError(f"`iterate` must be one of {get_args(Iterate)}, got {iterate!r}.")
-    if spec.symmetric or spec.bits == 1 or spec.per_tensor or spec.group_outputs > 1:
+    if not spec.number_format.is_integer or spec.symmetric or spec.per_tensor or spec.group_outputs > 1:
         raise ValueError(
             "HQQ chooses zero points of integers for each output or group: give a spec with `symmetric=False`, 2 to 8 "
             f"bits, neither `per_tensor` nor tiles, got {spec}."

@@ -16,7 +16,6 @@ from jaxcompress._src.calibration.input_statistics import batch_statistics, inpu
 from jaxcompress._src.calibration.statistics import InputStatistics, LookupCounts
 from jaxcompress._src.quantization.entropy import entropy_clip
 from jaxcompress._src.quantization.inputs import InputRange, check_input_spec
-from jaxcompress._src.quantization.learned import highest_step
 from jaxcompress._src.quantization.lsq import InitialScales
 from jaxcompress._src.quantization.ranges import GRID
 from jaxcompress._src.quantization.rounding import round_to_codes
@@ -140,7 +139,8 @@ def _entry_ends(
     sizes, upper = counts[half:] + counts[:half][::-1], edges[half + 1 :]
     if initial_scales == "mean":
         mean = float(sizes @ (upper - upper[0] / 2)) / max(sizes.sum(), 1)
-        clip = 2 * mean / math.sqrt(highest_step(spec)) * highest_step(spec)
+        steps = spec.number_format.steps_above_zero
+        clip = 2 * mean / math.sqrt(steps) * steps
     elif spec.range_rule == "entropy":
         levels = 2 ** (spec.bits - 1) if low < 0 else 2**spec.bits
         clip = upper[entropy_clip(sizes, levels=levels) - 1]

@@ -51,7 +51,13 @@ class InputRounding:
     gradient: Gradient = "lsq"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields, as files hold them."""
+        """The fields, as files hold them.
+
+        Raises:
+            TypeError: a number format without a name in the table of formats.
+        """
+        if not isinstance(self.spec.format, str):
+            raise TypeError(f"files hold number formats by names in `FORMATS`, got {self.spec.format!r}")
         return dataclasses.asdict(self)
 
     @staticmethod

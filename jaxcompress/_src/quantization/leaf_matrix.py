@@ -119,9 +119,10 @@ def with_whole_groups(
 
 def check_blocks(entry: MatrixLeaf, spec: QuantSpec) -> None:
     """Raises, naming the leaf, when the blocks do not divide it, or when it has zeros that its format does not."""
-    if spec.bits == 1 and not is_traced(entry.weight) and bool((entry.weight == 0).any()):
+    if not spec.number_format.has_zero and not is_traced(entry.weight) and bool((entry.weight == 0).any()):
+        numbers = "one bit" if spec.bits == 1 else f"format {spec.number_format.name!r}"
         raise ValueError(
-            f"Leaf {entry.path!r} holds zeros, which one bit does not have; `quantize` stores them as a mask."
+            f"Leaf {entry.path!r} holds zeros, which {numbers} does not have; `quantize` stores them as a mask."
         )
     if entry.layout.groups > 1 and (spec.per_tensor or spec.group_outputs > 1):
         raise ValueError(

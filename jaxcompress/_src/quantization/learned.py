@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 from jaxcompress._src.arrays.quantized import dequantize, per_block, split_blocks
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.arithmetic import divide
-from jaxcompress._src.quantization.rounding import round_to_codes
+from jaxcompress._src.quantization.rounding import round_to_codes, zeros_kept
 from jaxcompress._src.quantization.scales import stored_scale
 from jaxcompress._src.quantization.spec import QuantSpec
 
@@ -71,19 +71,12 @@ def learned_quantize_array(
 
 def gradient_factor(spec: QuantSpec, count: int) -> float:
     """G = 1 / sqrt(N p), with p the number of steps above 0."""
-    return 1 / math.sqrt(max(count, 1) * highest_step(spec))
-
-
-def highest_step(spec: QuantSpec) -> int:
-    """Q_P: the number of steps above 0; of asymmetric codes, of all."""
-    if spec.levels is not None:
-        return max(2 ** (spec.bits - 1) - 1, 1)
-    return max(spec.code_range[1], 1)
+    return 1 / math.sqrt(max(count, 1) * spec.number_format.steps_above_zero)
 
 
 def whole_zero_point(zero_point: Float[Array, "..."] | None, spec: QuantSpec) -> Any:
-    """A learned zero point as it is stored; the 1/2 of one bit stays."""
-    if zero_point is None or spec.bits == 1:
+    """A learned zero point as it is stored; one that the format fixes stays."""
+    if zero_point is None or spec.number_format.fixed_zero_point is not None:
         return zero_point
     return jnp.clip(jnp.round(zero_point), *spec.code_range).astype(jnp.uint8)
 
@@ -106,7 +99,7 @@ def _learned_jvp(spec: QuantSpec, factor: float, gradient: Gradient, primals: An
     slope = jnp.where(inside, values - scaled if gradient == "lsq" else 0.0, values)
     tangent = jnp.where(inside, split_blocks(v_dot.astype(jnp.float32), shape), 0.0)
     tangent = tangent + factor * slope * blocks(scale_dot)
-    if zero_point is not None and spec.bits > 1:
+    if zero_point is not None and spec.number_format.fixed_zero_point is None:
         step = blocks(stored_scale(scale, spec))
         tangent = tangent - factor * jnp.where(inside, 0.0, step) * blocks(zero_dot)
     return _learned(v, scale, zero_point, spec, factor, gradient), tangent.reshape(v.shape).astype(v.dtype)
@@ -119,12 +112,8 @@ def _parts(v: Array, scale: Array, zero_point: Any, spec: QuantSpec) -> tuple[Ar
     scaled = divide(split_blocks(v, scale.shape), per_block(scale, v.shape, scale.shape))
     codes = round_to_codes(v, scale, whole, spec)
     values = split_blocks(dequantize(codes, jnp.ones_like(scale), whole, levels=spec.levels), scale.shape)
-    if spec.levels is not None:
-        low, high = min(spec.levels), max(spec.levels)
-        return (low < scaled) & (scaled < high), scaled, values
-    place = scaled if whole is None else scaled + per_block(whole, v.shape, scale.shape)
-    low, high = spec.code_range
-    return (low < place) & (place < high), scaled, values
+    zeros = None if whole is None else per_block(whole, v.shape, scale.shape)
+    return spec.number_format.is_inside(scaled, zeros), scaled, values
 
 
 # Compiled as one also outside `jit`, so that the same bits come out.
@@ -133,4 +122,4 @@ def _rounded(v: Any, scale: Any, zero_point: Any, spec: QuantSpec) -> Any:
     scale, whole = stored_scale(scale, spec), whole_zero_point(zero_point, spec)
     codes = round_to_codes(v, scale, whole, spec)
     rounded = dequantize(codes, scale, whole, levels=spec.levels, dtype=v.dtype)
-    return jnp.where(v == 0, jnp.zeros_like(rounded), rounded) if spec.bits == 1 else rounded
+    return zeros_kept(rounded, v, spec)

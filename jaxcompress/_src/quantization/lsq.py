@@ -12,10 +12,10 @@ from jaxcompress._src.arrays.quantized import split_blocks
 from jaxcompress._src.meshes import transform_on_auto_axes
 from jaxcompress._src.quantization.arithmetic import mean_magnitude
 from jaxcompress._src.quantization.blocks import axes_of, reduced_axes, scale_shape
-from jaxcompress._src.quantization.learned import highest_step, learned_quantize_array, whole_zero_point
+from jaxcompress._src.quantization.learned import learned_quantize_array, whole_zero_point
 from jaxcompress._src.quantization.quantize import on_weight, weight_layouts
 from jaxcompress._src.quantization.round_to_nearest import quantize_array_at
-from jaxcompress._src.quantization.scales import block_scales, cast_scale, dtype_of_scale
+from jaxcompress._src.quantization.scales import block_scales, cast_scale, fixed_zero_points
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.transforms import identity
@@ -82,11 +82,12 @@ def lsq(
     """
     if initial_scales not in get_args(InitialScales):
         raise ValueError(f"`initial_scales` must be one of {get_args(InitialScales)}, got {initial_scales!r}.")
-    if spec.format == "fixed_point":
-        raise ValueError("Fixed point has no scale to learn; take `quantization_aware`.")
+    numbers = spec.number_format
+    if not numbers.has_free_scale:
+        raise ValueError(f"Format {numbers.name!r} has no scale to learn; take `quantization_aware`.")
     if spec.partial_groups:
         raise ValueError("Steps are learned for whole groups only: leave `partial_groups` at False.")
-    if initial_scales == "mean" and (spec.format != "int" or not spec.signed):
+    if initial_scales == "mean" and not (numbers.is_integer and spec.symmetric):
         raise ValueError(f"`initial_scales` 'mean' is for symmetric integers; with {spec} take 'range'.")
 
     def chosen(params: Params) -> Params:
@@ -138,7 +139,7 @@ class _Pair:
 
     @property
     def learned_zero_point(self) -> Any:
-        """Float; that of one bit is no choice."""
+        """Float; one that the format fixes is not learned."""
         if self.zero_point is None or self.zero_point.dtype != jnp.uint8:
             return Unselected
         return self.zero_point.astype(jnp.float32)
@@ -152,7 +153,7 @@ def _start(path: str, layout: LeafLayout, leaf: Any, spec: QuantSpec, initial_sc
         return _Pair(jnp.where(scale.astype(jnp.float32) > 0, scale, jnp.ones_like(scale)), zero_point)
     shape = scale_shape(dense.shape, spec, layout)
     mean = mean_magnitude(split_blocks(dense.astype(jnp.float32), shape), reduced_axes(dense.shape, shape))
-    scale = (2 * mean / math.sqrt(highest_step(spec))).reshape(shape)
+    scale = (2 * mean / math.sqrt(spec.number_format.steps_above_zero)).reshape(shape)
     return _Pair(jnp.where(scale > 0, scale, 1.0), None)
 
 
@@ -166,10 +167,9 @@ def _rounded(leaf: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> Any:
 def _stored(path: str, leaf: Any, layout: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> Any:
     if is_unselected(scale) or is_unselected(layout):
         return leaf
-    whole = whole_zero_point(_learned_zero(scale, zero_point, spec), spec)
-    if spec.bits == 1:
-        kept = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(scale.shape)]
-        whole = jnp.full(kept, 0.5, dtype_of_scale(spec))
+    whole = fixed_zero_points(scale.shape, spec, layout)
+    if whole is None:
+        whole = whole_zero_point(_learned_zero(scale, zero_point, spec), spec)
 
     def store(weight: Any) -> Any:
         check_finite(path, jnp.asarray(plain(weight)))
@@ -181,4 +181,5 @@ def _stored(path: str, leaf: Any, layout: Any, scale: Any, zero_point: Any, *, s
 def _learned_zero(scale: Any, zero_point: Any, spec: QuantSpec) -> Any:
     if not is_unselected(zero_point):
         return zero_point
-    return jnp.full((1,) * scale.ndim, 0.5, jnp.float32) if spec.bits == 1 else None
+    fixed = spec.number_format.fixed_zero_point
+    return None if fixed is None else jnp.full((1,) * scale.ndim, fixed, jnp.float32)

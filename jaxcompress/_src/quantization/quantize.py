@@ -12,7 +12,12 @@ from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.blocks import PARTIAL, cut, packing_axis
 from jaxcompress._src.quantization.fake_quant import fake_quantize_array
-from jaxcompress._src.quantization.fixed_point import Overflow, check_bits, fixed_point_codes, fixed_point_encode
+from jaxcompress._src.quantization.formats.fixed_point import (
+    Overflow,
+    check_bits,
+    fixed_point_codes,
+    fixed_point_encode,
+)
 from jaxcompress._src.quantization.round_to_nearest import quantize_array, store_codes
 from jaxcompress._src.quantization.rounding_info import RoundingInfo, storage_infos
 from jaxcompress._src.quantization.spec import QuantSpec

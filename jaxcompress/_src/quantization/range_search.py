@@ -73,13 +73,13 @@ def searched_scales(
         w: the weights.
         spec: of the codes.
         layout: gives the axes.
-        search: the grid; None, and one bit (whose scale is no range): `block_scales`.
+        search: the grid; None, and a format whose scale is no range: `block_scales`.
         importance: m, in a shape that broadcasts against `w`.
 
     Returns:
         As `block_scales`.
     """
-    if search is None or spec.bits == 1:
+    if search is None or not spec.number_format.has_range_search:
         return block_scales(w, spec, layout)
     both = search.two_sided and not spec.symmetric
     steps = search.grid_size * (2 if search.two_sided and not both else 1)

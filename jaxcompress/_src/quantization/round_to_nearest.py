@@ -26,8 +26,8 @@ from jaxcompress._src.types import CompressedArray, plain
 def quantize_array(w: Float[Array, "..."] | CompressedArray, spec: QuantSpec, layout: LeafLayout) -> QuantizedArray:
     """Quantizes one leaf: scales from the ranges of its blocks, codes by rounding to nearest.
 
-    Zeros stay exactly zero. One bit has no code for zero: there, when `w` is concrete and holds zeros, the codes are
-    stored sparsely, without them.
+    Zeros stay exactly zero. One bit and some tables have no code for zero: there, when `w` is concrete and holds zeros,
+    the codes are stored sparsely, without them.
 
     Args:
         w: the weights. A sparse array keeps its index, and its codes are stored under it; any other compressed array
@@ -143,7 +143,7 @@ def _stored(
     w: Any, dense: Array, codes: Array, scale: Array, zero_point: Array | None, spec: QuantSpec, layout: LeafLayout
 ) -> QuantizedArray:
     keep = w if isinstance(w, SparseArray) else None
-    if spec.bits == 1 and not isinstance(dense, Tracer):
+    if not spec.number_format.has_zero and not isinstance(dense, Tracer):
         keep = _without_zeros(jnp.not_equal(dense, 0), keep, layout)
     data = store_codes(codes, bits=spec.bits, axis=packing_axis(codes.shape, spec.bits, layout), keep=keep)
     return QuantizedArray(

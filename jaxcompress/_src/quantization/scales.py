@@ -1,6 +1,6 @@
 """From the weights of each block to its scale and zero point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +9,8 @@ from jaxtyping import Array, Float, Num, Shaped
 
 from jaxcompress._src.arrays.quantized import split_blocks
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.quantization.arithmetic import divide, mean_magnitude
+from jaxcompress._src.quantization.arithmetic import floor_log2, limited, normal, power_of_two
 from jaxcompress._src.quantization.blocks import reduced_axes, scale_shape
-from jaxcompress._src.quantization.formats import floor_log2, minifloat, power_of_two
 from jaxcompress._src.quantization.ranges import block_range, least_error_range
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
@@ -21,15 +20,7 @@ from jaxcompress._src.trace.layout import LeafLayout
 def block_scales(
     w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout, *, bits: Any = None
 ) -> tuple[Shaped[Array, "..."], Num[Array, "..."] | None]:
-    """The scale and the zero point of every block of `w` (b bits), from its range [low, high].
-
-    symmetric, narrow:  scale = max(high, -low) / (2^(b-1) - 1)
-    symmetric, full:    scale = max(high, -low) / (2^(b-1) - 1/2)
-    asymmetric:         scale = (high - low) / (2^b - 1),  zero point = round(-low / scale)
-    tables:             scale = max(high, -low) / largest level
-    one bit:            scale = 2 mean|w| over the nonzero weights,  zero point = 1/2
-    ternary:            scale = mean|w| over the weights above 0.7 of that mean
-    fixed point:        scale = 2^-b
+    """The scale and the zero point of every block of `w`, by the rule of its format, mostly from its range [low, high].
 
     The range is that of `spec.range_rule`, widened to contain 0. Scales of dtype e8m0 are the power of two at or above
     these; under small floats 2^(⌊log2 max|w|⌋ - ⌊log2 largest level⌋), as MX has it; under powers of two the nearest.
@@ -59,19 +50,14 @@ def block_scales(
     """
     shape = scale_shape(w.shape, spec, layout)
     axes = reduced_axes(w.shape, shape)
-    if spec.format == "fixed_point":
-        return jnp.full(shape, 2.0**-spec.bits, jnp.float32), None
     blocks = split_blocks(w.astype(jnp.float32), shape)
     bound = _largest_magnitude(w.dtype, spec)
-    if spec.bits == 1 or spec.format == "ternary":
-        mean = mean_magnitude(blocks, axes)
-        if spec.format == "ternary":
-            return _stored_normal(_cut(_mean_above(blocks, mean, axes), bound), spec).reshape(shape), None
-        kept = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(shape)]
-        return cast_scale(2 * _cut(mean, bound), spec).reshape(shape), jnp.full(kept, 0.5, dtype_of_scale(spec))
+    if not spec.number_format.uses_range:
+        scale = cast_scale(spec.number_format.scale_of_weights(blocks, axes, bound), spec)
+        return scale.reshape(shape), fixed_zero_points(shape, spec, layout)
 
     def scales(low: Array, high: Array) -> tuple[Array, Array | None]:
-        scale, zero_point = range_scales(_cut(low, bound), _cut(high, bound), spec, bits=bits)
+        scale, zero_point = range_scales(limited(low, bound), limited(high, bound), spec, bits=bits)
         return scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
 
     low, high = block_range(blocks, axes, spec)
@@ -85,13 +71,13 @@ def scales_of_shares(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout
 
     Where the range of a block is that of its extreme values, they are looked for once.
     """
-    if spec.range_rule != "min-max" or spec.bits == 1 or spec.format in ("ternary", "fixed_point"):
+    if spec.range_rule != "min-max" or not spec.number_format.uses_range:
         return lambda p, q: block_scales(jnp.where(w < 0, p * w, q * w), spec, layout)
     shape, bound = scale_shape(w.shape, spec, layout), _largest_magnitude(w.dtype, spec)
     low, high = block_range(split_blocks(w.astype(jnp.float32), shape), reduced_axes(w.shape, shape), spec)
 
     def scales(p: Any, q: Any) -> tuple[Array, Array | None]:
-        scale, zero_point = range_scales(_cut(p * low, bound), _cut(q * high, bound), spec)
+        scale, zero_point = range_scales(limited(p * low, bound), limited(q * high, bound), spec)
         return scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
 
     return scales
@@ -108,18 +94,19 @@ def range_scales(
         spec: gives format and rounding.
         bits: of the codes.
     """
-    bits = spec.bits if bits is None else bits
-    largest = jnp.maximum(high, -low)
-    if spec.levels is not None:
-        return _stored_normal(_table_scale(largest, spec), spec), None
-    if spec.symmetric:
-        top = 2.0 ** (bits - 1) - (1.0 if spec.convention == "narrow" else 0.5)
-        return _stored_normal(divide(largest, top), spec), None
-    # Halves, because the range of float32 weights may exceed float32.
-    steps = 2.0**bits - 1
-    scale = _stored_normal(divide(high / 2 - low / 2, steps / 2), spec)
-    zero_point = jnp.clip(jnp.round(divide(-low, scale)), 0, steps).astype(jnp.uint8)
-    return scale, zero_point
+    numbers = spec.number_format.with_traced_bits(bits)
+    scale = (numbers.power_of_two_scale if spec.scale_dtype == "e8m0" else numbers.scale)(low, high)
+    scale = cast_scale(normal(scale), spec)
+    return scale, numbers.zero_point(low, scale)
+
+
+def fixed_zero_points(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> Float[Array, "..."] | None:
+    """Zero points that the format fixes, for scales of this shape, of size 1 on all axes but the stacked ones."""
+    fixed = spec.number_format.fixed_zero_point
+    if fixed is None:
+        return None
+    sizes = [size if axis in layout.stack_axes else 1 for axis, size in enumerate(shape)]
+    return jnp.full(sizes, fixed, dtype_of_scale(spec))
 
 
 def stored_scale(scale: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:
@@ -144,40 +131,9 @@ def dtype_of_scale(spec: QuantSpec) -> Any:
     return jnp.float8_e8m0fnu if spec.scale_dtype == "e8m0" else jnp.dtype(spec.scale_dtype)
 
 
-def _mean_above(blocks: Float[Array, "..."], mean: Float[Array, "..."], axes: tuple[int, ...]) -> Array:
-    above = jnp.abs(blocks) > jnp.float32(0.7) * jnp.broadcast_to(mean, blocks.shape)
-    # NaN compares as false: it must not vanish.
-    return jnp.where(jnp.isfinite(mean), mean_magnitude(jnp.where(above, blocks, 0.0), axes), mean)
-
-
-def _table_scale(largest: Float[Array, "..."], spec: QuantSpec) -> Float[Array, "..."]:
-    assert spec.levels is not None  # callers look
-    top = max(spec.levels)
-    if spec.scale_dtype != "e8m0" or spec.format == "nf4":
-        return divide(largest, top)
-    if minifloat(spec.format) is not None:
-        # What lies above the largest level saturates, as the MX specification has it.
-        exponent = floor_log2(largest) - (int(top).bit_length() - 1)
-    else:
-        exponent = floor_log2(divide(largest, 0.75))
-    return jnp.where(jnp.isfinite(largest) & (exponent >= -126), power_of_two(jnp.maximum(exponent, -126)), largest)
-
-
 def _largest_magnitude(dtype: jnp.dtype, spec: QuantSpec) -> float:
-    # The outermost code stands for up to 1 / (1 - 2^-b) of the range, and bfloat16 scales are rounded up by 2^-9. At
-    # one bit this halves the bound, and the scale is twice the mean. Codes times a power of two reach up to 3/2.
-    narrow = spec.bits > 1 and (not spec.signed or spec.convention == "narrow") and spec.symmetric
+    # The outermost code may stand for more than the end of the range, and bfloat16 scales are rounded up by 2^-9. Codes
+    # times a power of two reach up to 3/2.
     largest = min(float(jnp.finfo(dtype).max), float(jnp.finfo(jnp.float32).max))
     slack = 0.5 if spec.scale_dtype == "e8m0" else 1.0
-    return largest * (1 - 2.0**-8) * (1.0 if narrow else 1 - 2.0**-spec.bits) * slack
-
-
-def _cut(extreme: Float[Array, "..."], bound: float) -> Float[Array, "..."]:
-    # An infinity stays: the loss must show it, as it does without quantization.
-    return jnp.where(jnp.isinf(extreme), extreme, jnp.clip(extreme, -bound, bound))
-
-
-def _stored_normal(scale: Float[Array, "..."], spec: QuantSpec) -> Shaped[Array, "..."]:
-    # Backends flush subnormal numbers to zero, and the division by such a scale would give Inf. NaN must stay NaN.
-    smallest = float(jnp.finfo(jnp.float32).tiny)
-    return cast_scale(jnp.where(scale < smallest, jnp.ones_like(scale), scale), spec)
+    return largest * (1 - 2.0**-8) * spec.number_format.range_share * slack

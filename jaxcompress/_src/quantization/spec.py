@@ -1,13 +1,34 @@
 """What a quantized weight looks like: format, bits, who shares a scale, how ranges are found."""
 
 import dataclasses
+import functools
 from typing import Any, Literal, get_args
 
-from jaxcompress._src.quantization.formats import BITS, BLOCK_SCALED, Format, table
+from jaxcompress._src.quantization.formats.fixed_point import FixedPoint
+from jaxcompress._src.quantization.formats.integers import Integers
+from jaxcompress._src.quantization.formats.means import Ternary
+from jaxcompress._src.quantization.formats.number_format import Convention, NumberFormat, ScaleDtype
+from jaxcompress._src.quantization.formats.powers_of_two import PowersOfTwo
+from jaxcompress._src.quantization.formats.small_floats import FP4_E2M1, FP8_E4M3, FP8_E5M2
+from jaxcompress._src.quantization.formats.tables import NF4
 
-ScaleDtype = Literal["float32", "bfloat16", "e8m0"]
-Convention = Literal["narrow", "full"]
 RangeRule = Literal["min-max", "percentile", "mse", "entropy"]
+
+_FORMATS: tuple[NumberFormat, ...] = (
+    Integers(name="int"),
+    Ternary(name="ternary"),
+    FixedPoint(name="fixed_point"),
+    PowersOfTwo(name="power_of_two"),
+    NF4,
+    FP4_E2M1,
+    FP8_E4M3,
+    FP8_E5M2,
+    FP4_E2M1.microscaled("mxfp4"),
+    FP8_E4M3.microscaled("mxfp8_e4m3"),
+    FP8_E5M2.microscaled("mxfp8_e5m2"),
+)
+FORMATS: dict[str, NumberFormat] = {each.name: each for each in _FORMATS}
+"""The formats that have a name; files name those of inputs."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +53,8 @@ class QuantSpec:
         bits: bits per code, in [1, 8]; may be left out where the format says it. One bit has its own rule (XNOR-Net):
             codes {0, 1}, zero point 1/2, scale 2 mean|w| over the nonzero weights of the block; `symmetric` and
             `convention` play no role.
-        format: what codes stand for: a row of the table above.
+        format: what codes stand for: a row of the table above, or a number format itself, such as
+            `formats.tables.Table(name="mine", levels=...)`.
         group_size: inputs that share a scale. Groups run along the flattened input axes, the innermost last.
         group_outputs: output units that share the scale of a group.
         partial_groups: the last group along an axis may be shorter, where `group_size` divides nothing. Otherwise such
@@ -81,7 +103,7 @@ class QuantSpec:
     per_tensor: bool = False
     scale_dtype: ScaleDtype = "float32"
     convention: Convention | None = None
-    format: Format = "int"
+    format: str | NumberFormat = "int"
     group_outputs: int = 1
     partial_groups: bool = False
     range_rule: RangeRule = "min-max"
@@ -89,101 +111,82 @@ class QuantSpec:
     error_norm: float = 2.0
 
     def __post_init__(self) -> None:
-        for name, literal in _NAMES.items():
+        if isinstance(self.format, str) and self.format not in FORMATS:
+            raise ValueError(f"`format` must be one of {tuple(FORMATS)}, got {self.format!r}.")
+        for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal) and (name, self.convention) != ("convention", None):
                 raise ValueError(f"`{name}` must be one of {get_args(literal)}, got {getattr(self, name)!r}.")
-        self._complete()
-        _check_bits(self)
-        _check_blocks(self)
-        _check_range(self)
-        if self.format != "int" and (not self.symmetric or self.convention != "narrow"):
-            raise ValueError(f"`symmetric` and `convention` are choices of integers; format {self.format!r} has none.")
+        self._complete(self._named_format)
+        if not isinstance(self.bits, int) or not 1 <= self.bits <= 8:
+            raise ValueError(f"`bits` must be an integer in [1, 8], got {self.bits!r}.")
+        self._check_blocks()
+        self.number_format.check_scale_dtype(self.scale_dtype)
+        self._check_range()
 
-    def _complete(self) -> None:
-        """Sets what the format says and the caller has left out."""
-        if not self.bits:
-            object.__setattr__(self, "bits", BITS.get(self.format, 0))
-        if self.format == "fixed_point":
-            object.__setattr__(self, "per_tensor", True)
-        if self.format in BLOCK_SCALED:
-            if self.scale_dtype == "float32":
-                object.__setattr__(self, "scale_dtype", "e8m0")
-            if self.group_size is None and not self.per_tensor:
-                object.__setattr__(self, "group_size", 32)
-        if self.convention is None:
-            few = isinstance(self.bits, int) and 1 < self.bits < 8
-            full = few and self.symmetric and self.format == "int"
-            object.__setattr__(self, "convention", "full" if full else "narrow")
+    @functools.cached_property
+    def number_format(self) -> NumberFormat:
+        """What `format` says, with the settings of this spec."""
+        assert self.convention is not None  # completed
+        return self._named_format.configured(bits=self.bits, symmetric=self.symmetric, convention=self.convention)
 
     @property
     def signed(self) -> bool:
         """Whether codes are signed (and there is neither a zero point nor a table)."""
-        return self.symmetric and self.bits > 1 and self.levels is None
+        return self.number_format.signed
 
     @property
     def levels(self) -> tuple[float, ...] | None:
         """What each code stands for before scaling, for formats that are tables; None for integers."""
-        return table(self.format, self.bits)
+        return self.number_format.levels
 
     @property
     def code_range(self) -> tuple[int, int]:
         """The lowest and the highest code."""
-        if self.format == "ternary":
-            return -1, 1
-        if not self.signed:
-            return 0, 2**self.bits - 1
-        highest = 2 ** (self.bits - 1) - 1
-        narrow = self.convention == "narrow" and self.format == "int"
-        return (-highest if narrow else -highest - 1), highest
+        return self.number_format.code_range
+
+    @property
+    def _named_format(self) -> NumberFormat:
+        return FORMATS[self.format] if isinstance(self.format, str) else self.format
+
+    def _complete(self, numbers: NumberFormat) -> None:
+        """Sets what the format says and the caller has left out."""
+        if not self.bits:
+            object.__setattr__(self, "bits", numbers.bits)
+        if numbers.is_per_tensor:
+            object.__setattr__(self, "per_tensor", True)
+        if self.scale_dtype == "float32":
+            object.__setattr__(self, "scale_dtype", numbers.scale_dtypes[0])
+        if self.group_size is None and not self.per_tensor:
+            object.__setattr__(self, "group_size", numbers.default_group_size)
+        if self.convention is None:
+            few = isinstance(self.bits, int) and 1 < self.bits < 8
+            full = few and self.symmetric and numbers.is_integer
+            object.__setattr__(self, "convention", "full" if full else "narrow")
+
+    def _check_blocks(self) -> None:
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise ValueError(f"`group_size` must be a positive integer or None, got {self.group_size!r}.")
+        if self.group_size is not None and self.per_tensor:
+            raise ValueError(f"`per_tensor=True` has no groups, got group_size={self.group_size}.")
+        if not isinstance(self.group_outputs, int) or self.group_outputs < 1:
+            raise ValueError(f"`group_outputs` must be a positive integer, got {self.group_outputs!r}.")
+        if self.group_outputs > 1 and self.group_size is None:
+            raise ValueError(f"Tiles need a `group_size`, got None with group_outputs={self.group_outputs}.")
+        if self.partial_groups and self.group_size is None:
+            raise ValueError("`partial_groups` needs a `group_size`, got None.")
+        if self.partial_groups and self.range_rule == "percentile":
+            raise ValueError("A partial group is filled up with zeros, which moves its percentiles: take another rule.")
+
+    def _check_range(self) -> None:
+        if not 0 < self.percentile <= 100:
+            raise ValueError(f"`percentile` must be in (0, 100], got {self.percentile}.")
+        if not self.error_norm > 0:
+            raise ValueError(f"`error_norm` must be positive, got {self.error_norm}.")
+        if not self.number_format.uses_range and self.range_rule != "min-max":
+            raise ValueError(
+                f"Format {self.number_format.name!r} of {self.bits} bits has a scale of its own; `range_rule` "
+                f"{self.range_rule!r} has nothing to choose."
+            )
 
 
-_NAMES: dict[str, Any] = {
-    "format": Format,
-    "scale_dtype": ScaleDtype,
-    "convention": Convention,
-    "range_rule": RangeRule,
-}
-
-
-def _check_bits(spec: QuantSpec) -> None:
-    if not isinstance(spec.bits, int) or not 1 <= spec.bits <= 8:
-        raise ValueError(f"`bits` must be an integer in [1, 8], got {spec.bits!r}.")
-    bits = BITS.get(spec.format, spec.bits)
-    if spec.bits != bits:
-        raise ValueError(f"Codes of format {spec.format!r} have {bits} bits, got `bits` {spec.bits}.")
-    if spec.format == "power_of_two" and not 2 <= spec.bits <= 6:
-        raise ValueError(f"Powers of two have 2 to 6 bits, got `bits` {spec.bits}.")
-
-
-def _check_blocks(spec: QuantSpec) -> None:
-    if spec.group_size is not None and (not isinstance(spec.group_size, int) or spec.group_size < 1):
-        raise ValueError(f"`group_size` must be a positive integer or None, got {spec.group_size!r}.")
-    if spec.group_size is not None and spec.per_tensor:
-        raise ValueError(f"`per_tensor=True` has no groups, got group_size={spec.group_size}.")
-    if not isinstance(spec.group_outputs, int) or spec.group_outputs < 1:
-        raise ValueError(f"`group_outputs` must be a positive integer, got {spec.group_outputs!r}.")
-    if spec.group_outputs > 1 and spec.group_size is None:
-        raise ValueError(f"Tiles need a `group_size`, got None with group_outputs={spec.group_outputs}.")
-    if spec.partial_groups and spec.group_size is None:
-        raise ValueError("`partial_groups` needs a `group_size`, got None.")
-    if spec.partial_groups and spec.range_rule == "percentile":
-        raise ValueError("A partial group is filled up with zeros, which moves its percentiles: take another rule.")
-    if spec.format in BLOCK_SCALED and spec.scale_dtype != "e8m0":
-        raise ValueError(f"Scales of {spec.format!r} are of dtype 'e8m0', got `scale_dtype` {spec.scale_dtype!r}.")
-    if spec.format == "fixed_point" and (spec.group_size is not None or spec.scale_dtype != "float32"):
-        raise ValueError("Fixed point has one scale, 2^-bits, in float32: give no `group_size` and no `scale_dtype`.")
-    if spec.scale_dtype == "e8m0" and (spec.bits == 1 or spec.format == "ternary"):
-        raise ValueError("Scales that are means of |w| (one bit, ternary) are no powers of two; got 'e8m0'.")
-
-
-def _check_range(spec: QuantSpec) -> None:
-    if not 0 < spec.percentile <= 100:
-        raise ValueError(f"`percentile` must be in (0, 100], got {spec.percentile}.")
-    if not spec.error_norm > 0:
-        raise ValueError(f"`error_norm` must be positive, got {spec.error_norm}.")
-    fixed = spec.bits == 1 or spec.format in ("ternary", "fixed_point")
-    if fixed and spec.range_rule != "min-max":
-        raise ValueError(
-            f"Format {spec.format!r} of {spec.bits} bits has a scale of its own; `range_rule` {spec.range_rule!r} has "
-            "nothing to choose."
-        )
+_CHOICES: dict[str, Any] = {"scale_dtype": ScaleDtype, "convention": Convention, "range_rule": RangeRule}

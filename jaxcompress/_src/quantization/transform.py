@@ -61,7 +61,7 @@ def quantization_aware(
     if begin < 0:
         raise ValueError(f"`begin` must not be negative, got {begin}.")
 
-    if bits is not None and (spec.format != "int" or spec.bits < 2):
+    if bits is not None and not spec.number_format.is_integer:
         raise ValueError(f"A schedule of `bits` is for integers of 2 bits or more, got {spec}.")
     if bits is not None and round(final_value(bits, name="bits")) != spec.bits:
         end = final_value(bits, name="bits")

@@ -22,7 +22,7 @@ from jaxcompress._src.clustering.spec import CodebookSpec
 from jaxcompress._src.lowrank.ranks import budget, energy, parameter_share
 from jaxcompress._src.pruning.allocation import erdos_renyi, erdos_renyi_kernel, uniform
 from jaxcompress._src.pruning.patterns import Pattern, n_of_m, unstructured
-from jaxcompress._src.quantization.spec import QuantSpec
+from jaxcompress._src.quantization.spec import FORMATS, QuantSpec
 from jaxcompress._src.recipe.values import check_number, read_value
 from jaxcompress._src.schedules import constant, cubic
 from jaxcompress._src.types import Schedule
@@ -177,6 +177,8 @@ def _keyword(parameter: inspect.Parameter, text: str) -> _Keyword | None:
         return one(int, _period)
     if name == "together":
         return one(str, _grouping)
+    if name == "format":
+        return one(Literal[tuple(FORMATS)], default=default)
     if name == "allocation":
         return one(Literal[tuple(_ALLOCATIONS)], _ALLOCATIONS.__getitem__, default=default.__name__)
     if name == "rank":

@@ -1,5 +1,6 @@
 """Fixed point with b fractional bits, read as two's complement."""
 
+import dataclasses
 from typing import Literal, get_args
 
 import jax
@@ -7,8 +8,32 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.quantization.formats.number_format import NumberFormat, ScaleDtype
 
 Overflow = Literal["wrap", "saturate"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FixedPoint(NumberFormat):
+    """Whole numbers times 2^-bits, in [-1/2, 1/2); saturates."""
+
+    is_per_tensor = True
+    uses_range = False
+    has_free_scale = False
+    has_range_search = False
+
+    def check_scale_dtype(self, scale_dtype: ScaleDtype) -> None:
+        """Raises for any but float32."""
+        if scale_dtype != "float32":
+            raise ValueError(
+                "Fixed point has one scale, 2^-bits, in float32: give no `group_size` and no `scale_dtype`."
+            )
+
+    def scale_of_weights(self, blocks: Float[Array, "..."], axes: tuple[int, ...], bound: float) -> Float[Array, "..."]:
+        """2^-bits, whatever the weights are."""
+        del bound
+        shape = [1 if axis in axes else size for axis, size in enumerate(blocks.shape)]
+        return jnp.full(shape, 2.0**-self.bits, jnp.float32)
 
 
 @on_auto_axes
