@@ -1,6 +1,7 @@
 """Sparse arrays without a pattern: a bit mask, and the values under it."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,13 +61,7 @@ class BitmaskSparseArray(StoredArray):
     @on_auto_axes
     def materialize(self) -> Shaped[Array, "..."]:
         """The plain array."""
-        values = unpacked(self.values)
-        mask = self.index.materialize().astype(bool)
-        lead, (rows, columns), shards = mask.shape[:-2], mask.shape[-2:], values.shape[-2]
-        positions = self.starts[..., None] + jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
-        positions = positions.reshape(*lead, shards, rows // shards * columns)
-        found = jnp.take_along_axis(values, positions, axis=-1, mode="clip").reshape(mask.shape)
-        return jnp.where(mask, found, jnp.zeros((), found.dtype)).reshape(self.shape)
+        return _materialize(self)
 
     @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> Shaped[Array, "..."]:
@@ -155,3 +150,13 @@ class BitmaskSparseArray(StoredArray):
         if isinstance(self.values, PackedArray) and self.values.shape[0] == 1:
             return self.values.take(positions.reshape(1, -1)).reshape(positions.shape)
         return unpacked(self.values)[run, positions]
+
+
+@functools.partial(jax.jit, inline=True)
+def _materialize(array: BitmaskSparseArray) -> Shaped[Array, "..."]:
+    values, mask = unpacked(array.values), array.index.materialize().astype(bool)
+    lead, (rows, columns), shards = mask.shape[:-2], mask.shape[-2:], values.shape[-2]
+    positions = array.starts[..., None] + jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
+    positions = positions.reshape(*lead, shards, rows // shards * columns)
+    found = jnp.take_along_axis(values, positions, axis=-1, mode="clip").reshape(mask.shape)
+    return jnp.where(mask, found, jnp.zeros((), found.dtype)).reshape(array.shape)

@@ -1,6 +1,7 @@
 """Two thin factors in place of an array, and perhaps what they leave over."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -68,22 +69,7 @@ class LowRankArray(StoredArray):
     @on_auto_axes
     def materialize(self) -> Float[Array, "..."]:
         """The plain array, of the logical shape and dtype."""
-        left, right = plain(self.left), plain(self.right)
-        axes = range(self.ndim)
-        of_left = [axis for axis in axes if left.shape[axis] == self.shape[axis]]
-        of_right = [axis for axis in axes if right.shape[axis] == self.shape[axis]]
-        total = jnp.einsum(
-            left.reshape(*(left.shape[axis] for axis in of_left), self.rank),
-            [*of_left, self.ndim],
-            right.reshape(*(right.shape[axis] for axis in of_right), self.rank),
-            [*of_right, self.ndim],
-            list(axes),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.promote_types(self.dtype, jnp.float32),
-        )
-        if self.residual is not None:
-            total = total + plain(self.residual).astype(total.dtype)
-        return total.astype(self.dtype)
+        return _materialize(self)
 
     @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> Float[Array, "..."]:
@@ -287,3 +273,23 @@ def _ordered(result: _Named, names: Sequence[Hashable]) -> jax.Array:
     spare = [axis for axis, name in enumerate(result.names) if name not in names]
     rest = [name for name in result.names if name in names]
     return jnp.squeeze(result.array, spare).transpose([rest.index(name) for name in names])
+
+
+@functools.partial(jax.jit, inline=True)
+def _materialize(array: LowRankArray) -> Float[Array, "..."]:
+    left, right = plain(array.left), plain(array.right)
+    axes = range(array.ndim)
+    of_left = [axis for axis in axes if left.shape[axis] == array.shape[axis]]
+    of_right = [axis for axis in axes if right.shape[axis] == array.shape[axis]]
+    total = jnp.einsum(
+        left.reshape(*(left.shape[axis] for axis in of_left), array.rank),
+        [*of_left, array.ndim],
+        right.reshape(*(right.shape[axis] for axis in of_right), array.rank),
+        [*of_right, array.ndim],
+        list(axes),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(array.dtype, jnp.float32),
+    )
+    if array.residual is not None:
+        total = total + plain(array.residual).astype(total.dtype)
+    return total.astype(array.dtype)

@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcompress._src.meshes import replicated_beside
+from jaxcompress._src.tree.checks import all_finite
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.tree.partition import combine, partition_trainable
 from jaxcompress._src.types import Params
@@ -89,7 +89,7 @@ def _mean(loss: Loss, params: Params, batches: Iterable[Any], evidence: _Evidenc
     mean = jax.tree.map(lambda leaf: leaf / count, total)
     # Also the parts of compressed leaves that have gradients: the factors of low rank.
     for path, leaf in leaves_with_paths(mean, is_leaf=lambda _: False):
-        if not np.isfinite(jax.device_get(leaf.sum())):
+        if not all_finite(leaf):
             raise ValueError(f"The gradient of leaf {path!r} holds NaN or Inf.")
     return mean
 

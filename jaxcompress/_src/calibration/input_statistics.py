@@ -11,6 +11,7 @@ from jaxcompress._src.calibration.program import Program, RowMask, build
 from jaxcompress._src.calibration.statistics import STATISTICS, Statistic
 from jaxcompress._src.calibration.values import Totals
 from jaxcompress._src.trace.left_out import large_left_out, listed, warn_left_out
+from jaxcompress._src.tree.checks import all_finite
 from jaxcompress._src.tree.unselected import Unselected
 from jaxcompress._src.types import Params, Selector
 
@@ -232,7 +233,7 @@ def check_finite_totals(program: Program, totals: Totals, *, only: int | None = 
     """Raises when sums are not finite: names the first leaf in execution order, which tells where it begins."""
     for place, group in enumerate(program.groups):
         parts = jax.tree.leaves(totals[place]) if only in (None, place) else []
-        if not all(np.isfinite(jax.device_get(part.sum())) for part in parts):
+        if not all(map(all_finite, parts)):
             path = program.leaves[group.leaves[0]][0]
             raise ValueError(f"The inputs of leaf {path!r} hold NaN or Inf, or their sums overflow.")
 

@@ -4,9 +4,11 @@ Shape letters: S stack entries, N runs, D weights of a run, M tables, K entries 
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Float64, Shaped, UInt8
@@ -167,7 +169,7 @@ def _stored(
 ) -> tuple[AdditiveCodebookArray, Float64[np.ndarray, "S rounds1"]]:
     """The compressed leaf, and the error of each copy, relative to that of zeros, after each round."""
     w = dense.astype(jnp.float32)
-    scale = _scales(w, runs).astype(spec.dtype) if spec.scaled else None
+    scale = _scales(w, (*runs.stack, *runs.outputs)).astype(spec.dtype) if spec.scaled else None
     unit = jnp.ones_like(w) if scale is None else jnp.broadcast_to(scale.astype(jnp.float32), w.shape)
     x = runs.split(jnp.where(unit > 0, w / jnp.where(unit > 0, unit, 1.0), 0.0))
     # The error of w is that of x, times the square of the scale.
@@ -197,6 +199,7 @@ def _fit_stack(
     return jnp.stack([fit.tables for fit in fits]), jnp.stack([fit.codes for fit in fits]), errors
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "stack"))
 def _broadcast(h: Any, shape: tuple[int, ...], stack: tuple[int, ...]) -> Float32[Array, "..."]:
     """The importance of each weight; in copies where nothing counts, everything counts the same."""
     h = jnp.broadcast_to(jnp.ones(()) if h is None else jnp.asarray(h, jnp.float32), shape)
@@ -206,16 +209,17 @@ def _broadcast(h: Any, shape: tuple[int, ...], stack: tuple[int, ...]) -> Float3
     return jnp.where(counts, h, jnp.where(largest > 0, largest, 1.0))
 
 
+@jax.jit
 def _near_one(values: Float32[Array, "..."]) -> Float32[Array, "..."]:
     """Divided by a power of two, which rounds nothing, so that the largest is near 1: no square overflows or gets 0."""
     _, exponent = jnp.frexp(values.max(initial=0))
     return jnp.ldexp(values, -exponent)
 
 
-def _scales(w: Float32[Array, "..."], runs: _Runs) -> Float32[Array, "..."]:
-    """The root mean square of every output channel, of size 1 on the other axes."""
-    kept = (*runs.stack, *runs.outputs)
-    axes = tuple(axis for axis in range(w.ndim) if axis not in kept)
+@functools.partial(jax.jit, static_argnames="channels")
+def _scales(w: Float32[Array, "..."], channels: tuple[int, ...]) -> Float32[Array, "..."]:
+    """The root mean square over all other axes, which are kept with size 1."""
+    axes = tuple(axis for axis in range(w.ndim) if axis not in channels)
     largest = jnp.abs(w).max(axes, keepdims=True, initial=0)
     # Squares of what is below 1, so that they neither overflow nor all become 0.
     mean = jnp.square(w / jnp.where(largest > 0, largest, 1.0)).sum(axes, keepdims=True)

@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32
 
 from jaxcompress._src.lowrank.factorize import Whitening, root_of_gram
 from jaxcompress._src.lowrank.leaves import Target
@@ -92,16 +92,10 @@ def fisher_targets(
 def _activation_target(
     leaf: CalibratedLeaf, fisher: jax.Array | None, damping: float, ridge: float, whitening: Whitening
 ) -> Target:
-    gram, unseen, weights = leaf.gram, leaf.unseen, leaf.matrices
-    if leaf.cross is not None:
-        weights = _dense_targets(weights, gram, leaf.cross, ridge)
-    # What a root of 0 multiplies may become anything: inputs that were never seen count as the others do.
-    level = fill_unseen(jnp.diagonal(gram, axis1=1, axis2=2), unseen)
-    filled = gram + jnp.where(unseen, level, 0.0)[:, :, None] * jnp.eye(gram.shape[-1])[None]
-    weights = jnp.where(unseen[:, :, None], leaf.matrices, weights)
+    gram, unseen = leaf.gram, leaf.unseen
+    weights, filled = _seen(leaf.matrices, gram, leaf.cross, unseen, ridge)
     root = root_of_gram(filled, damping, whitening=whitening)
-    trace = jnp.trace(gram, axis1=1, axis2=2)[:, None]
-    outputs = None if fisher is None else leaf.matrix(fisher).sum(1) / jnp.where(trace > 0, trace, 1.0)
+    outputs = None if fisher is None else _output_weights(leaf.matrix(fisher), gram)
     return Target(
         leaf=leaf,
         weights=weights,
@@ -119,10 +113,29 @@ def _lookup_target(table: TableLeaf) -> Target:
 
 
 @jax.jit
-def _dense_targets(
-    weights: Float32[Array, "S D R"], gram: Float32[Array, "S D D"], cross: Float32[Array, "S D D"], ridge: ArrayLike
-) -> Float32[Array, "S D R"]:
-    return jax.lax.map(lambda parts: dense_targets(parts[0], parts[1], parts[2], ridge), (weights, gram, cross))
+def _seen(
+    weights: Float32[Array, "S D R"],
+    gram: Float32[Array, "S D D"],
+    cross: Float32[Array, "S D D"] | None,
+    unseen: Bool[Array, "S D"],
+    ridge: ArrayLike,
+) -> tuple[Float32[Array, "S D R"], Float32[Array, "S D D"]]:
+    """What to come close to, and a Gram without inputs that were never seen.
+
+    What a root of 0 multiplies may become anything: inputs that were never seen count as the others do.
+    """
+    targets = weights
+    if cross is not None:
+        targets = jax.lax.map(lambda parts: dense_targets(parts[0], parts[1], parts[2], ridge), (weights, gram, cross))
+    level = fill_unseen(jnp.diagonal(gram, axis1=1, axis2=2), unseen)
+    filled = gram + jnp.where(unseen, level, 0.0)[:, :, None] * jnp.eye(gram.shape[-1])[None]
+    return jnp.where(unseen[:, :, None], weights, targets), filled
+
+
+@jax.jit
+def _output_weights(information: Float32[Array, "S D R"], gram: Float32[Array, "S D D"]) -> Float32[Array, "S R"]:
+    trace = jnp.trace(gram, axis1=1, axis2=2)[:, None]
+    return information.sum(1) / jnp.where(trace > 0, trace, 1.0)
 
 
 _GROUPED = "is the kernel of a grouped convolution, whose groups have inputs of their own"

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Shaped
 
 from jaxcompress._src.calibration.statistics import InputStatistics
 from jaxcompress._src.trace.folds import Fold, FoldedLeaf
+from jaxcompress._src.tree.checks import all_finite
 from jaxcompress._src.tree.maps import leaves_by_path
 from jaxcompress._src.types import Params
 from jaxcompress._src.weights.unseen import fill_unseen
@@ -81,7 +82,7 @@ def _checked(statistic: Any, leaf: Any, place: FoldedLeaf) -> Any:
         raise ValueError(
             f"Leaf {place.path!r} has {width} inputs{entries}, its statistics have shape {statistic.shape}."
         )
-    if not bool(jnp.isfinite(statistic).all()):
+    if not all_finite(statistic):
         raise ValueError(f"The statistics of leaf {place.path!r} hold NaN or Inf.")
     return _relaid(statistic, leaf, _ascending(place), (place.stack_axes, place.axes)).reshape(stack, width)
 

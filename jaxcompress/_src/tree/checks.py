@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxcompress._src.types import is_compressed
@@ -36,15 +37,33 @@ def check_finite(path: str, leaf: Any) -> None:
     """
     if is_traced(leaf) or is_compressed(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return
-    # Inside `jit` a concrete array may still be at hand: it is checked there and then.
-    with jax.ensure_compile_time_eval():
-        nans, infs = map(int, _count_faults(leaf))
-    if nans or infs:
+    if not all_finite(leaf):
+        with jax.ensure_compile_time_eval():
+            nans, infs = int(jnp.isnan(leaf).sum()), int(jnp.isinf(leaf).sum())
         raise ValueError(
             f"Leaf {path!r} holds {nans} NaN and {infs} Inf among {leaf.size} values; repair or exclude it first."
         )
 
 
+def all_finite(array: Any) -> bool:
+    """Whether a concrete array holds neither NaN nor Inf; known at once, even while something else is traced.
+
+    Args:
+        array: of floats.
+
+    Example:
+        >>> all_finite(jnp.ones(2)), all_finite(jnp.array([1.0, jnp.inf]))
+        (True, False)
+    """
+    # NumPy reads what lies on the CPU as it is, and needs no program for each shape.
+    if isinstance(array, np.ndarray) or (
+        array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
+    ):
+        return bool(np.isfinite(np.asarray(array)).all())
+    with jax.ensure_compile_time_eval():
+        return bool(_all_finite(array))
+
+
 @jax.jit
-def _count_faults(leaf: Any) -> tuple[jax.Array, jax.Array]:
-    return jnp.isnan(leaf).sum(), jnp.isinf(leaf).sum()
+def _all_finite(array: jax.Array) -> jax.Array:
+    return jnp.isfinite(array).all()

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.tree.checks import all_finite
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.types import Params, is_compressed
 from jaxcompress._src.units.costs import unit_costs
@@ -111,7 +112,7 @@ def gate_gradients(
         raise ValueError("`batches` is empty: gradients need at least one batch.")
     joined = {group.name: jnp.concatenate([part[group.name] for part in parts]) for group in groups}
     for name, values in joined.items():
-        if not bool(jnp.isfinite(values).all()):
+        if not all_finite(values):
             raise ValueError(f"The gradient by the gates of {name!r} holds NaN or Inf.")
     return joined
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Float32, Shaped
 from jaxcompress._src.calibration.statistics import InputStatistics, LookupCounts
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
-from jaxcompress._src.tree.checks import check_finite, is_traced
+from jaxcompress._src.tree.checks import all_finite, check_finite, is_traced
 from jaxcompress._src.tree.maps import leaves_by_path, map_with_path
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Selector, is_compressed, plain
@@ -67,6 +67,8 @@ class MatrixLeaf:
         """An array of the leaf's shape, as one matrix for each stack entry."""
         stack, inputs, outputs = self.sizes
         groups = self.layout.groups
+        if groups == 1:
+            return leaf.transpose(self._permutation).reshape(stack, inputs, outputs)
         wide = leaf.transpose(self._permutation).reshape(stack, inputs, groups, outputs // groups)
         return jnp.moveaxis(wide, 2, 1).reshape(stack * groups, inputs, outputs // groups)
 
@@ -234,7 +236,7 @@ def checked_fisher(fisher: Params, shapes: Mapping[str, tuple[int, ...]]) -> dic
         information = given.get(path)
         if information is None or is_compressed(information) or tuple(information.shape) != tuple(shape):
             raise ValueError(f"Leaf {path!r} needs an entry in `fisher` of its shape, {tuple(shape)}.")
-        if not bool(jnp.isfinite(information).all()):
+        if not all_finite(information):
             raise ValueError(f"The `fisher` of leaf {path!r} holds NaN or Inf.")
         if bool((information < 0).any()):
             raise ValueError(f"`fisher` of leaf {path!r} is negative somewhere.")
@@ -285,7 +287,7 @@ def _check_statistics(entry: MatrixLeaf, statistics: InputStatistics, needs: str
     if not is_traced(statistics.count) and not bool((statistics.count > 0).any()):
         raise ValueError(f"The statistics of leaf {entry.path!r} are of no rows.")
     for part in jax.tree.leaves(statistics):
-        if not is_traced(part) and not bool(jnp.isfinite(part).all()):
+        if not is_traced(part) and not all_finite(part):
             raise ValueError(f"The statistics of leaf {entry.path!r} hold NaN or Inf.")
 
 

@@ -41,11 +41,16 @@ def unseen_inputs(statistics: InputStatistics) -> Bool[Array, "*stack D"]:
         [False, True]
     """
     if statistics.gram is not None:
-        return jnp.diagonal(statistics.gram, axis1=-2, axis2=-1) <= 0
+        return _unseen_in(statistics.gram)
     for name in ("squared_sum", "absolute_sum", "absolute_max"):
         if (found := getattr(statistics, name)) is not None:
             return found <= 0
     raise ValueError("The statistics know nothing of single inputs; gather 'gram' or 'squared_sum'.")
+
+
+@jax.jit
+def _unseen_in(gram: Float[Array, "*stack D D"]) -> Bool[Array, "*stack D"]:
+    return jnp.diagonal(gram, axis1=-2, axis2=-1) <= 0
 
 
 @jax.jit
