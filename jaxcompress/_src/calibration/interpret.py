@@ -35,6 +35,7 @@ from jaxcompress._src.calibration.statistics import (
 )
 from jaxcompress._src.calibration.values import ALL, NONE, Tap, Totals, Use, Value, as_value, bind_streams
 from jaxcompress._src.meshes import on_auto_axes_as
+from jaxcompress._src.trace.axis_rules import is_cast
 from jaxcompress._src.trace.contraction import entries, is_by_expert
 from jaxcompress._src.trace.facts import Facts, follow
 from jaxcompress._src.trace.origin import Origin
@@ -77,14 +78,14 @@ class Interpreter:
             found = _HANDLERS[name](self, eqn, values)
             if found is not None:
                 return found
-        if values and all(value.facts.data for value in values) and name not in _CASTS:
+        if values and all(value.facts.data for value in values) and not is_cast(eqn):
             return bind_streams(eqn, values)
         if name in VALUES and (body := called_body(eqn)) is not None:
             return walk(body, values, self.visit)
         facts = follow(eqn, [value.facts for value in values], [value.streams for value in values])
-        followed = {origin.leaf for each in facts for origin in each.origins}
+        followed = {origin.leaf for each in facts for origin in each.origins}.union(*(each.absent for each in facts))
         self.lose(values, f"it goes into `{name}`, beyond which its inputs are not followed", followed)
-        source = values[0].identity if name in _CASTS else None
+        source = values[0].identity if is_cast(eqn) else None
         return [
             dataclasses.replace(v, facts=f, source=source)
             for v, f in zip(bind_streams(eqn, values), facts, strict=True)
@@ -252,5 +253,3 @@ _HANDLERS: dict[str, Callable[[Interpreter, Any, list[Value]], list[Value] | Non
     "gather": _gather,
     **CONTROL,
 }
-
-_CASTS = frozenset({"convert_element_type", "copy", "sharding_constraint", "reshard"})

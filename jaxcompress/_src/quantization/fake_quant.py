@@ -38,6 +38,7 @@ def fake_quantize_array(
         ValueError: blocks do not divide the shape; `bits` out of range, or with a format that has no choice of them.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from jaxcompress.trace import LeafLayout
         >>> layout = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
         >>> fake_quantize_array(jnp.array([[7.0, 0.5], [-3.2, -3.5]]), QuantSpec(bits=4, convention="narrow"), layout)

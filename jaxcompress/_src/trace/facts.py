@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
-from jaxcompress._src.arrays.reshaping import reshape_runs
 from jaxcompress._src.trace.axis import Axis
+from jaxcompress._src.trace.axis_rules import CASTS, MOVES, even_axes
 from jaxcompress._src.trace.origin import Factor, Origin, rearrange
 from jaxcompress._src.trace.walk import bind
 
@@ -28,12 +28,14 @@ class Facts:
         data: whether it depends on the inputs of the model, as far as is known.
         even: axes along which it does not change.
         constant: makes the array, where it is known before anything runs.
+        absent: parameters of which the equation that made the value could have taken entries, and took none.
     """
 
     origins: tuple[Origin, ...] = ()
     data: bool = True
     even: frozenset[int] = frozenset()
     constant: Callable[[], np.ndarray] | None = None
+    absent: frozenset[int] = frozenset()
 
     def origin_of(self, leaf: int) -> Origin | None:
         """Of one parameter; None if it is not there, or there twice."""
@@ -79,8 +81,13 @@ def follow(eqn: Any, facts: Sequence[Facts], arrays: Arrays = ()) -> list[Facts]
     else:
         found = [_each(eqn, facts[0], arrays)] if len(blank) == 1 else [() for _ in blank]
     padded = eqn.primitive.name in ("concatenate", "stack")
-    joined = [_joined(origins, padded) for origins in found]
-    return [dataclasses.replace(each, origins=origins) for each, origins in zip(blank, joined, strict=True)]
+    return [_with_origins(each, origins, padded) for each, origins in zip(blank, found, strict=True)]
+
+
+def _with_origins(facts: Facts, origins: tuple[Origin, ...], padded: bool) -> Facts:
+    present = tuple(origin for origin in origins if not origin.is_absent)
+    absent = frozenset(origin.leaf for origin in origins if origin.is_absent)
+    return dataclasses.replace(facts, origins=_joined(present, padded), absent=absent)
 
 
 def _each(eqn: Any, facts: Facts, arrays: Arrays) -> tuple[Origin, ...]:
@@ -327,21 +334,9 @@ def _even_in(facts: Facts, own: Sequence[int], shape: Sequence[int]) -> frozense
 
 def _even(eqn: Any, facts: Sequence[Facts]) -> frozenset[int]:
     """Where the output of an equation does not change."""
-    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
-    if name == "broadcast_in_dim":
-        places, before = eqn.params["broadcast_dimensions"], eqn.invars[0].aval.shape
-        uneven = {place for k, place in enumerate(places) if before[k] > 1 and k not in facts[0].even}
-        return frozenset(range(len(shape))) - uneven
-    if name == "transpose":
-        return frozenset(k for k, axis in enumerate(eqn.params["permutation"]) if axis in facts[0].even)
-    if name == "reshape":
-        before, found = eqn.invars[0].aval.shape, set()
-        for old, new in reshape_runs(before, eqn.params["new_sizes"]):
-            if all(axis in facts[0].even or before[axis] == 1 for axis in old):
-                found |= set(new)
-        return frozenset(found)
-    if name not in _ELEMENTWISE:
-        return frozenset()
+    shape = eqn.outvars[0].aval.shape
+    if eqn.primitive.name not in _ELEMENTWISE:
+        return even_axes(eqn, facts[0].even) if facts else frozenset()
     found = [_even_in(each, var.aval.shape, shape) for each, var in zip(facts, eqn.invars, strict=True)]
     return frozenset.intersection(*found) if found else frozenset()
 
@@ -349,7 +344,7 @@ def _even(eqn: Any, facts: Sequence[Facts]) -> frozenset[int]:
 def _constant(eqn: Any, facts: Sequence[Facts]) -> Callable[[], np.ndarray] | None:
     """What an equation makes of constants, once somebody wants to know."""
     known = [each.constant for each in facts]
-    if eqn.primitive.multiple_results or None in known or eqn.primitive.name not in _ELEMENTWISE | _MOVES:
+    if eqn.primitive.multiple_results or None in known or eqn.primitive.name not in _COMPUTED:
         return None
 
     @functools.cache
@@ -362,14 +357,13 @@ def _constant(eqn: Any, facts: Sequence[Facts]) -> Callable[[], np.ndarray] | No
 
 
 # fmt: off
-_ELEMENTWISE = frozenset({
+_ELEMENTWISE = CASTS | {
     "add", "sub", "mul", "div", "neg", "max", "min", "rem", "abs", "sign", "floor", "ceil", "round", "clamp",
     "pow", "integer_pow", "square", "sqrt", "rsqrt", "exp", "log", "tanh", "logistic", "sin", "cos",
     "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "select_n",
-    "convert_element_type", "reduce_precision", "stop_gradient", "copy", "copy_p", "sharding_constraint", "reshard",
-})
-_MOVES = frozenset({"iota", "broadcast_in_dim", "reshape", "transpose", "squeeze", "slice", "rev", "concatenate"})
+}
 # fmt: on
+_COMPUTED = _ELEMENTWISE | MOVES | {"iota", "slice", "rev", "concatenate"}
 
 _RULES: dict[str, Callable[[Any, Sequence[Facts], Arrays], list[tuple[Origin, ...]]]] = {
     "add": _add,

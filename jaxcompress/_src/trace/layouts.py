@@ -11,6 +11,7 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxcompress._src.meshes import abstract
+from jaxcompress._src.trace.axis_rules import free_axes, is_cast
 from jaxcompress._src.trace.contraction import Roles, entries, is_by_expert, roles, share
 from jaxcompress._src.trace.facts import Facts, facts_of, follow
 from jaxcompress._src.trace.layout import LeafKind, LeafLayout
@@ -122,7 +123,7 @@ class _Recorder:
         if body is not None:
             return [self.value(value) for value in walk(body, values, self.visit)]
         found = follow(eqn, [value.facts for value in values])
-        carried = {origin.leaf for facts in found for origin in facts.origins}
+        carried = {origin.leaf for facts in found for origin in facts.origins}.union(*(each.absent for each in found))
         reason = f"it goes into `{eqn.primitive.name}`" + (", which is not looked into" if opaque else "")
         for value, var in zip(values, eqn.invars, strict=True):
             # What is added to activations is a bias, or learned positions.
@@ -133,8 +134,7 @@ class _Recorder:
         if not any(facts.data for facts in found):
             lost = {number: reason for value in values for number in self.leaves(value) - carried}
             lost |= {number: why for value in values for number, why in value.lost.items()}
-        same = values and eqn.primitive.name in ("convert_element_type", "copy", "sharding_constraint", "reshard")
-        return [_Value(facts, values[0].source if same else next(self.ids), lost) for facts in found]
+        return [_Value(facts, values[0].source if is_cast(eqn) else next(self.ids), lost) for facts in found]
 
     def value(self, value: Any) -> _Value:
         """What is carried of a value, or of a constant of the program."""
@@ -226,12 +226,11 @@ def _order_of_inputs(origin: Origin, summed: Sequence[int], found: Roles) -> tup
 
 
 def _dot_general(recorder: _Recorder, eqn: Any, values: list[_Value]) -> Sequence[_Value]:
-    (contracted, batch), shapes = eqn.params["dimension_numbers"], [var.aval.shape for var in eqn.invars]
-    flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shapes[0][axis] for axis in contracted[0])
+    (contracted, batch), shape = eqn.params["dimension_numbers"], eqn.invars[0].aval.shape
+    flops = 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted[0])
     for side in (0, 1):
-        free = [a for a in range(len(shapes[side])) if a not in contracted[side] and a not in batch[side]]
         both = values[side], values[1 - side]
-        recorder.contract("matmul", both, (contracted[side], batch[side], free), flops)
+        recorder.contract("matmul", both, (contracted[side], batch[side], free_axes(eqn, side)), flops)
     return [recorder.new(Facts(data=any(value.facts.data for value in values)))]
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress._src.arrays.reshaping import reshape_runs
 from jaxcompress._src.trace.axis import LONGEST, Axis, merged, split
+from jaxcompress._src.trace.axis_rules import axis_runs, even_axes, is_cast
 from jaxcompress._src.trace.walk import bind
 
 # An index that no parameter has, whatever is added to it.
@@ -67,6 +67,11 @@ class Origin:
         """The parameter itself."""
         return Origin(leaf, tuple(shape), tuple(Axis(n, {k: np.arange(n)}) for k, n in enumerate(shape)))
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether no entry is the parameter's, as in a piece of several parameters that another one has filled."""
+        return any(axis.present is not None and not axis.present.any() for axis in self.axes)
+
     def with_axes(self, axes: Sequence[Axis], fixed: Mapping[int, int] | None = None) -> "Origin":
         """The same parameter in other places; `fixed` is added to the index."""
         total = dict(self.fixed)
@@ -118,15 +123,16 @@ def rearrange(eqn: Any, origin: Origin, operands: Sequence[tuple[Any, ...]] = ()
         >>> rearrange(eqn, Origin.of(0, (2, 3))).whole((0, 1))
         (1, 0)
     """
-    rule = _RULES.get(eqn.primitive.name)
-    moved = None if rule is None else rule(eqn, origin, operands)
+    if is_cast(eqn):
+        return origin
+    rule = _RULES.get(eqn.primitive.name, _move_axes)
+    moved = rule(eqn, origin, operands)
     if moved is None or not origin.factors:
         return moved
-    even = _EVEN.get(eqn.primitive.name, lambda eqn, even: even)
     factors = tuple(
         dataclasses.replace(
             factor,
-            even=even(eqn, factor.even),
+            even=even_axes(eqn, factor.even),
             arrays=tuple(_bound(eqn, array, operands, stream) for stream, array in enumerate(factor.arrays)),
         )
         for factor in origin.factors
@@ -136,36 +142,34 @@ def rearrange(eqn: Any, origin: Origin, operands: Sequence[tuple[Any, ...]] = ()
 
 def _bound(eqn: Any, array: Any, operands: Sequence[tuple[Any, ...]], stream: int) -> Any:
     """The equation on a factor in the place of its first input."""
-    if eqn.primitive.name in _KEEPS_SHAPE:
-        return array
     rest = [arrays[stream % len(arrays)] for arrays in operands[1:]]
     return bind(eqn, [array, *rest])[0]
 
 
-def _same(eqn: Any, origin: Origin, operands: Any) -> Origin:
-    return origin
-
-
-def _cast(eqn: Any, origin: Origin, operands: Any) -> Origin | None:
-    # A cast to integers rounds.
-    return origin if jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact) else None
-
-
-def _transpose(eqn: Any, origin: Origin, operands: Any) -> Origin:
-    return origin.with_axes([origin.axes[axis] for axis in eqn.params["permutation"]])
-
-
-def _squeeze(eqn: Any, origin: Origin, operands: Any) -> Origin:
-    dropped = {axis % len(origin.axes) for axis in eqn.params["dimensions"]}
-    fixed = _fixed([axis for place, axis in enumerate(origin.axes) if place in dropped])
-    return origin.with_axes([axis for place, axis in enumerate(origin.axes) if place not in dropped], fixed)
-
-
-def _broadcast(eqn: Any, origin: Origin, operands: Any) -> Origin:
-    axes = [Axis(size) for size in eqn.params["shape"]]
-    for place, axis in zip(eqn.params["broadcast_dimensions"], origin.axes, strict=True):
-        axes[place] = axis.spread(axes[place].size)
-    return origin.with_axes(axes)
+def _move_axes(eqn: Any, origin: Origin, operands: Any) -> Origin | None:
+    runs = axis_runs(eqn)
+    if runs is None:
+        return None
+    sizes = eqn.outvars[0].aval.shape
+    axes = [Axis(size) for size in sizes]
+    fixed: dict[int, int] = {}
+    for old, new in runs:
+        own = [origin.axes[axis] for axis in old]
+        if len(old) == len(new) == 1:
+            axes[new[0]] = own[0].spread(sizes[new[0]])
+        elif not new:
+            for number, place in _fixed(own).items():
+                fixed[number] = fixed.get(number, 0) + place
+        elif old:
+            if math.prod(axis.size for axis in own) > LONGEST:
+                return None
+            parts = split(merged(own), [sizes[axis] for axis in new])
+            if parts is None:
+                return None
+            for axis, part in zip(new, parts[0], strict=True):
+                axes[axis] = part
+            fixed |= {number: fixed.get(number, 0) + place for number, place in parts[1].items()}
+    return origin.with_axes(axes, fixed)
 
 
 def _reverse(eqn: Any, origin: Origin, operands: Any) -> Origin:
@@ -197,30 +201,6 @@ def _dynamic_slice(eqn: Any, origin: Origin, operands: Sequence[tuple[Any, ...]]
         # table[start + i] = table[i] + (table - table[0])[start] for one entry, and for even steps.
         axes.append(Axis(size, {number: table[:size] for number, table in axis.tables.items()}))
     return dataclasses.replace(origin.with_axes(axes), moving=moving, when=tuple(when))
-
-
-def _reshape(eqn: Any, origin: Origin, operands: Any) -> Origin | None:
-    sizes, before = eqn.params["new_sizes"], [axis.size for axis in origin.axes]
-    if eqn.params["dimensions"] is not None or 0 in before:
-        return None
-    axes: list[Axis] = []
-    fixed: dict[int, int] = {}
-    for old, new in reshape_runs(before, sizes):
-        own = [origin.axes[axis] for axis in old]
-        if not new:
-            for number, place in _fixed(own).items():
-                fixed[number] = fixed.get(number, 0) + place
-        elif not old:
-            axes.append(Axis(1))
-        elif math.prod(axis.size for axis in own) > LONGEST and len(old) + len(new) > 2:
-            return None
-        else:
-            found = split(merged(own), [sizes[axis] for axis in new])
-            if found is None:
-                return None
-            axes += found[0]
-            fixed |= {number: fixed.get(number, 0) + place for number, place in found[1].items()}
-    return origin.with_axes(axes, fixed)
 
 
 def _fixed(axes: Sequence[Axis]) -> dict[int, int]:
@@ -266,53 +246,8 @@ def _less(even: frozenset[int], dropped: Sequence[int]) -> frozenset[int]:
     return frozenset(axis - sum(d < axis for d in dropped) for axis in even if axis not in dropped)
 
 
-def _even_transpose(eqn: Any, even: frozenset[int]) -> frozenset[int]:
-    return frozenset(place for place, axis in enumerate(eqn.params["permutation"]) if axis in even)
-
-
-def _even_squeeze(eqn: Any, even: frozenset[int]) -> frozenset[int]:
-    rank = eqn.invars[0].aval.ndim
-    return _less(even, sorted(axis % rank for axis in eqn.params["dimensions"]))
-
-
-def _even_broadcast(eqn: Any, even: frozenset[int]) -> frozenset[int]:
-    before, places = eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"]
-    uneven = {place for axis, place in enumerate(places) if axis not in even and before[axis] > 1}
-    return frozenset(range(len(eqn.params["shape"]))) - uneven
-
-
-def _even_reshape(eqn: Any, even: frozenset[int]) -> frozenset[int]:
-    before, found = eqn.invars[0].aval.shape, set()
-    for old, new in reshape_runs(before, eqn.params["new_sizes"]):
-        if all(axis in even or before[axis] == 1 for axis in old):
-            found |= set(new)
-    return frozenset(found)
-
-
 _RULES: dict[str, Callable[[Any, Origin, Sequence[tuple[Any, ...]]], Origin | None]] = {
-    "transpose": _transpose,
-    "squeeze": _squeeze,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
     "rev": _reverse,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
-    "convert_element_type": _cast,
-    "reduce_precision": _same,
-    "copy": _same,
-    "copy_p": _same,
-    "stop_gradient": _same,
-    "sharding_constraint": _same,
-    "reshard": _same,
-}
-
-_KEEPS_SHAPE = frozenset(
-    {"convert_element_type", "reduce_precision", "copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard"}
-)
-
-_EVEN: dict[str, Callable[[Any, frozenset[int]], frozenset[int]]] = {
-    "transpose": _even_transpose,
-    "squeeze": _even_squeeze,
-    "broadcast_in_dim": _even_broadcast,
-    "reshape": _even_reshape,
 }

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxcompress._src.arrays.reshaping import reshape_runs
+from jaxcompress._src.trace.axis_rules import CASTS, MOVES, axes_before, operand_axes
 from jaxcompress._src.trace.graph import Graph
 from jaxcompress._src.trace.origin import Origin
 
@@ -93,39 +93,18 @@ def _cases(trace: Scaling, eqn: Any, axes: tuple[int, ...]) -> bool:
     return all(trace.back(var, axes) for var in eqn.invars[1:])
 
 
-def _transpose(trace: Scaling, eqn: Any, axes: tuple[int, ...]) -> bool:
-    return trace.back(eqn.invars[0], tuple(eqn.params["permutation"][axis] for axis in axes))
-
-
-def _broadcast(trace: Scaling, eqn: Any, axes: tuple[int, ...]) -> bool:
-    places = {new: old for old, new in enumerate(eqn.params["broadcast_dimensions"])}
-    var, shape = eqn.invars[0], eqn.outvars[0].aval.shape
-    if any(axis not in places or var.aval.shape[places[axis]] != shape[axis] for axis in axes):
-        return isinstance(var, core.Literal) and trace.back(var, axes)
-    return trace.back(var, tuple(places[axis] for axis in axes))
-
-
-def _reshape(trace: Scaling, eqn: Any, axes: tuple[int, ...]) -> bool:
-    left, before = list(axes), []
-    for old, new in reshape_runs(eqn.invars[0].aval.shape, eqn.params["new_sizes"]):
-        own = [axis for axis in new if axis in left]
-        # Features fill whole runs, or pieces would be scaled.
-        if own and (own != new or left[: len(own)] != own):
-            return False
-        before += old if own else []
-        left = left[len(own) :]
-    return not left and trace.back(eqn.invars[0], tuple(before))
+def _move(trace: Scaling, eqn: Any, axes: tuple[int, ...]) -> bool:
+    if isinstance(eqn.invars[0], core.Literal):
+        return trace.back(eqn.invars[0], axes)
+    before = axes_before(eqn, axes)
+    return before is not None and trace.back(eqn.invars[0], before)
 
 
 def _matmul(trace: Scaling, eqn: Any, axes: tuple[int, ...]) -> bool:
-    contracted, batch = eqn.params["dimension_numbers"]
+    stacks = len(eqn.params["dimension_numbers"][1][0])
     for side in (1, 0):
-        free = [a for a in range(eqn.invars[side].aval.ndim) if a not in contracted[side] and a not in batch[side]]
-        start = len(batch[0])
-        if side == 1:
-            start += eqn.invars[0].aval.ndim - len(contracted[0]) - len(batch[0])
-        places = dict(enumerate(batch[side])) | {start + i: axis for i, axis in enumerate(free)}
-        if all(axis in places for axis in axes) and any(axis >= len(batch[0]) for axis in axes):
+        places = operand_axes(eqn, side)
+        if all(axis in places for axis in axes) and any(axis >= stacks for axis in axes):
             return trace.back(eqn.invars[side], tuple(places[axis] for axis in axes))
     return False
 
@@ -146,14 +125,7 @@ _HANDLERS: dict[str, Callable[[Scaling, Any, tuple[int, ...]], bool]] = {
     "neg": _first,
     "mul": _either,
     "div": _first,
-    "convert_element_type": _first,
-    "copy": _first,
-    "stop_gradient": _first,
-    "sharding_constraint": _first,
-    "reshard": _first,
     "select_n": _cases,
-    "transpose": _transpose,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
+    **dict.fromkeys(CASTS | MOVES, _move),
     "dot_general": _matmul,
 }
