@@ -27,7 +27,7 @@ from jaxcompress._src.arrays.sharding import component_shardings, ones_replicate
 from jaxcompress._src.arrays.static_fields import DTYPE, INT
 from jaxcompress._src.arrays.validate import is_finite, require
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.types import is_compressed
+from jaxcompress._src.types import plain
 
 
 @array_kind(dtype=DTYPE, axis=INT, width=INT)
@@ -83,7 +83,7 @@ class AdditiveCodebookArray(StoredArray):
     @on_auto_axes
     def codes(self) -> UInt8[Array, "..."]:
         """The codes as uint8: the logical axes, with runs in place of weights on one of them, then the tables."""
-        return self.data.materialize() if is_compressed(self.data) else self.data
+        return plain(self.data)
 
     @on_auto_axes
     def materialize(self) -> Float[Array, "..."]:
@@ -98,8 +98,8 @@ class AdditiveCodebookArray(StoredArray):
         flat = rows.reshape(-1)
         codes = take_code_rows(self.data, flat)
         table, scale = (take_parameter_rows(part, flat, self.shape[0]) for part in (self.table, self.scale))
-        plain = _add_entries(codes, table, scale, self.axis, self.width, self.dtype)
-        return plain.reshape(*rows.shape, *self.shape[1:])
+        taken = _add_entries(codes, table, scale, self.axis, self.width, self.dtype)
+        return taken.reshape(*rows.shape, *self.shape[1:])
 
     def transpose(self, permutation: Sequence[int]) -> Any:
         """The axes in another order; those of tables, entries and runs stay the last."""

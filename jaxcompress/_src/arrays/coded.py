@@ -21,7 +21,7 @@ from jaxcompress._src.arrays.protocol import (
 from jaxcompress._src.arrays.reshaping import reshape_runs, reshaped_blocks
 from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.types import is_compressed
+from jaxcompress._src.types import is_compressed, plain
 
 # XLA on the CPU writes a widened weight to a temporary at every call. With few tokens that write dominates (12x at one
 # token, 4096 x 4096), and blocks that stay in the cache avoid it; with many tokens the matmul dominates, and runs best
@@ -50,7 +50,7 @@ class CodedArray(StoredArray):
     @on_auto_axes
     def codes(self) -> Integer[Array, "..."]:
         """The codes as int8 or uint8, of the logical shape; 0 where nothing is stored."""
-        return self.data.materialize() if is_compressed(self.data) else self.data
+        return plain(self.data)
 
     def block_parts(self) -> list[Any]:
         """What has one entry per block, as arrays (abstract ones, perhaps) with the logical axes."""

@@ -18,7 +18,6 @@ from jaxcompress._src.arrays.protocol import (
     can_unstack,
     cast,
     describe_leaf,
-    plain,
     product,
     reshape,
     slice_axis,
@@ -33,7 +32,7 @@ from jaxcompress._src.arrays.straight_through import straight_through
 from jaxcompress._src.arrays.validate import is_finite, require, validate_array
 from jaxcompress._src.lazy import import_all
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.types import is_compressed
+from jaxcompress._src.types import is_compressed, plain
 
 _LARGEST_SUM = 2**31 - 1
 """What int32 holds. Sums on the way there may wrap around, because later ones take that back."""

@@ -17,7 +17,6 @@ from jaxcompress._src.arrays.protocol import (
     can_unstack,
     cast,
     describe_leaf,
-    plain,
     product,
     reshape,
     slice_axis,
@@ -29,6 +28,7 @@ from jaxcompress._src.arrays.sharding import component_shardings, spec_entries
 from jaxcompress._src.arrays.static_fields import DTYPE
 from jaxcompress._src.arrays.validate import require, validate_array
 from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.types import plain
 
 _RANK = "rank"
 

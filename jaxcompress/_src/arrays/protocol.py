@@ -22,7 +22,7 @@ from jaxtyping import Array, Integer
 
 from jaxcompress._src.arrays.static_fields import StaticField
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.types import is_compressed
+from jaxcompress._src.types import is_compressed, plain
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -252,11 +252,6 @@ def cast(part: Any, dtype: Any) -> Any:
 def can_unstack(part: Any) -> bool:
     """Whether slicing every stored part along its first axis slices the array along its first axis."""
     return call(part, "can_unstack") if is_compressed(part) else True
-
-
-def plain(part: Any) -> Any:
-    """The plain array."""
-    return part.materialize() if is_compressed(part) else part
 
 
 def take_rows(part: Any, rows: Integer[Array, "..."]) -> Any:

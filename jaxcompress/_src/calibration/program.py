@@ -21,7 +21,7 @@ from jaxcompress._src.trace.layouts import layouts
 from jaxcompress._src.trace.origin import Origin
 from jaxcompress._src.trace.walk import Body
 from jaxcompress._src.tree.maps import leaves_with_paths
-from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.types import Params, Selector, is_compressed, plain
 
 RowMask = Callable[..., Any]
 """`(*inputs) -> weights of rows`, such as `lambda ids, mask: mask`."""
@@ -185,9 +185,9 @@ def _uses(
         refused.setdefault(number, reason)
 
     run = _runner(model, taps, row_mask, 1, note, refuse)
-    plain, static = _split(inputs)
+    dynamic, static = _split(inputs)
     arrays = [model.leaves[number] for number in model.numbers]
-    jax.eval_shape(lambda arrays, plain: run({}, (arrays,), plain, static, None), arrays, plain)
+    jax.eval_shape(lambda arrays, dynamic: run({}, (arrays,), dynamic, static, None), arrays, dynamic)
     reached = {use.leaf for use in uses.values()}
     for number in taps:
         if number not in reached:
@@ -245,9 +245,9 @@ def _step(model: _Model, taps: Mapping[int, Tap], row_mask: RowMask | None, stre
     run = jax.jit(_runner(model, taps, row_mask, streams, lambda use: None, None), static_argnums=3, donate_argnums=0)
 
     def step(totals: Totals, trees: tuple[Params, ...], inputs: tuple[Any, ...], active: Any = None) -> Totals:
-        plain, static = _split(inputs)
+        dynamic, static = _split(inputs)
         leaves = [jax.tree.leaves(tree, is_leaf=is_compressed) for tree in trees]
-        return run(totals, tuple([own[n] for n in model.numbers] for own in leaves), plain, static, active)
+        return run(totals, tuple([own[n] for n in model.numbers] for own in leaves), dynamic, static, active)
 
     return step
 
@@ -260,11 +260,11 @@ def _runner(
     note: Callable[[Use], None],
     refuse: Callable[[int, str], None] | None,
 ) -> Callable[..., Totals]:
-    def run(totals: Totals, trees: tuple[list[Any], ...], plain: list[Any], static: Any, active: Any) -> Totals:
-        inputs = _joined(plain, static)
+    def run(totals: Totals, trees: tuple[list[Any], ...], dynamic: list[Any], static: Any, active: Any) -> Totals:
+        inputs = _joined(dynamic, static)
         mask = None if row_mask is None else row_mask(*inputs)
-        logical = [[leaf.materialize() if is_compressed(leaf) else leaf for leaf in leaves] for leaves in trees]
-        closed = jax.make_jaxpr(lambda arrays, plain: model(arrays, _joined(plain, static)))(logical[-1], plain)
+        logical = [[plain(leaf) for leaf in leaves] for leaves in trees]
+        closed = jax.make_jaxpr(lambda arrays, dynamic: model(arrays, _joined(dynamic, static)))(logical[-1], dynamic)
         # What reaches no output is no use: `trace.layouts` does not see it either.
         live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
         values = [
@@ -274,9 +274,9 @@ def _runner(
             else Value(leaves[-1:], Facts(data=False))
             for number, leaves in zip(model.numbers, zip(*logical, strict=True), strict=True)
         ]
-        totals = replicated_beside(totals, (trees, plain))
+        totals = replicated_beside(totals, (trees, dynamic))
         interpreter = Interpreter(taps, dict(totals), mask=mask, active=active, count=streams, note=note, refuse=refuse)
-        interpreter.run(Body(live, closed.consts), [*values, *(Value((x,)) for x in plain)])
+        interpreter.run(Body(live, closed.consts), [*values, *(Value((x,)) for x in dynamic)])
         return interpreter.totals
 
     return run
@@ -290,9 +290,9 @@ def _split(inputs: tuple[Any, ...]) -> tuple[list[Any], Any]:
     return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], (treedef, tuple(is_array), static)
 
 
-def _joined(plain: list[Any], static: Any) -> tuple[Any, ...]:
+def _joined(dynamic: list[Any], static: Any) -> tuple[Any, ...]:
     treedef, is_array, others = static
-    arrays = iter(plain)
+    arrays = iter(dynamic)
     return treedef.unflatten([next(arrays) if a else other for a, other in zip(is_array, others, strict=True)])
 
 

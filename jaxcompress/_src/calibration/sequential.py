@@ -23,7 +23,7 @@ from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.tree.paths import entry_name
 from jaxcompress._src.tree.unselected import Unselected, is_unselected
-from jaxcompress._src.types import Params, Selector, is_compressed
+from jaxcompress._src.types import Params, Selector, is_compressed, plain
 
 GroupFn = Callable[[Params, Params, Params], tuple[Params, Mapping[str, Any]]]
 """`(params, statistics, layouts) -> (params, info)`, on partial trees that hold one group of leaves."""
@@ -229,7 +229,7 @@ class _Progress:
     def _put(self, number: int, entry: int | None, leaf: Any) -> None:
         if entry is None:
             self._kept[number] = leaf
-            self._plain[number] = leaf.materialize() if is_compressed(leaf) else leaf
+            self._plain[number] = plain(leaf)
             return
         axis = self.program.layouts[number].stack_axes[0]
         if is_compressed(leaf):

@@ -132,8 +132,7 @@ def _of_task(
         return one(batch, key, {})
     parts, whole = split_batch(batch, setup.micro_batches)
     keys = jax.random.split(key, setup.micro_batches)
-    start = dict(leaves_with_paths(effective))
-    start = {path: leaf for path, leaf in start.items() if path.split("/")[0] in setup.mutable}
+    start = {path: leaf for path, leaf in leaves_with_paths(effective) if path.split("/")[0] in setup.mutable}
 
     def figures_of(part: Any, key: jax.Array, collections: Collections) -> tuple[tuple[Metrics, Metrics], Collections]:
         _, (_, figures, others, _) = objective(effective, whole(part), key, None)
@@ -162,6 +161,5 @@ def trained_gradients(setup: Setup, params: Params, backward: Backward) -> tuple
 
 def _selected(marks: Params, grads: Params) -> dict[str, Any]:
     """Gradients of the leaves that are trained; those of a leaf that a stage has compressed are left out."""
-    found = dict(leaves_with_paths(grads))
-    trained = [path for path, mark in leaves_with_paths(marks) if not is_unselected(mark)]
-    return {path: found[path] for path in trained if path in found and not is_unselected(found[path])}
+    trained = {path for path, mark in leaves_with_paths(marks) if not is_unselected(mark)}
+    return {path: grad for path, grad in leaves_with_paths(grads) if path in trained and not is_unselected(grad)}

@@ -79,7 +79,7 @@ def placed(state: TrainState) -> TrainState:
     return jax.tree_util.tree_map_with_path(place, state)
 
 
-def like_before(new: Any, old: Any) -> Any:
+def matched_to(new: Any, old: Any) -> Any:
     """`new` with strongly typed leaves that lie where those before did, checked against the state before the step.
 
     Raises:
@@ -108,13 +108,13 @@ def are_finite(*trees: Any) -> jax.Array:
     return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves], jnp.ones((), bool))
 
 
-def forget_fresh(optimizer: optax.GradientTransformation, state: Any, fresh: Any, trainable: Params) -> Any:
-    """The optimizer state with zeros in the moments of the weights that start anew.
+def reset_moments(optimizer: optax.GradientTransformation, state: Any, fresh: Any, trainable: Params) -> Any:
+    """The optimizer state with zeros in the moments of weights that a transform has replaced.
 
     Args:
         optimizer: its `init` tells which parts of the state are moments.
         state: of the optimizer.
-        fresh: None, or bool arrays where the parameters have leaves (`Unselected`: none are fresh).
+        fresh: which weights those are: None, or bool arrays where the parameters have leaves (`Unselected`: none).
         trainable: the tree that the optimizer was initialised with.
 
     Returns:
@@ -130,7 +130,7 @@ def forget_fresh(optimizer: optax.GradientTransformation, state: Any, fresh: Any
             return jax.tree.map(lambda _: jnp.zeros((), bool), leaf)
         return fresh
 
-    def forget(moment: Any, fresh: Any) -> Any:
+    def reset(moment: Any, fresh: Any) -> Any:
         # A leaf that `optax.masked` leaves out has a node of its own in place of a moment.
         if not hasattr(moment, "shape") or (fresh.shape and moment.shape != fresh.shape):
             return moment
@@ -138,7 +138,7 @@ def forget_fresh(optimizer: optax.GradientTransformation, state: Any, fresh: Any
 
     marks = map_with_path(mark, trainable, fresh, is_leaf=lambda x: is_unselected(x) or is_compressed(x))
     return optax.tree_utils.tree_map_params(
-        optimizer, forget, state, marks, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+        optimizer, reset, state, marks, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
     )
 
 

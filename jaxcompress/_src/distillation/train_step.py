@@ -14,10 +14,10 @@ from jaxcompress._src.distillation.outputs import LossFn
 from jaxcompress._src.distillation.train_state import (
     TrainState,
     are_finite,
-    forget_fresh,
-    like_before,
+    matched_to,
     own,
     placed,
+    reset_moments,
     unless,
 )
 from jaxcompress._src.transforms import identity
@@ -170,11 +170,11 @@ def _step(
         backward.stage_grads, transform_state, params, key=update_key, loss=backward.loss
     )
     params, transform_state = transform.project(params, transform_state)
-    optimizer_state = forget_fresh(
+    optimizer_state = reset_moments(
         setup.optimizer, optimizer_state, fresh, partition_trainable(params, select=setup.trainable)[0]
     )
     new = TrainState(params, transform_state, optimizer_state, transform_optimizer_state, state.step + 1, next_key)
-    new = like_before(new, state)
+    new = matched_to(new, state)
     skipped = ~are_finite(total, *trained_gradients(setup, state.params, backward))
     kept = unless(skipped, new._replace(step=(), key=()), state._replace(step=(), key=()))
     figures |= {"skipped": (skipped.astype(jnp.float32), jnp.ones((), jnp.float32))}

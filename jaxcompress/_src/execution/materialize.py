@@ -2,9 +2,8 @@
 
 import jax
 
-from jaxcompress._src.arrays.protocol import plain
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.types import Params, is_compressed, plain
 
 
 @on_auto_axes

@@ -35,17 +35,19 @@ def drops(counting: CountingRule) -> Drops:
     return _DROPS[counting]
 
 
-def settle_ties(scores: Params, masks: Params, layouts: Params, *, counting: CountingRule, scope: Scope) -> Params:
+def break_ties(scores: Params, masks: Params, layouts: Params, *, counting: CountingRule, scope: Scope) -> Params:
     """Masks in which all ties with the last dropped ("sparsegpt") or the last kept ("tfmot") share its fate."""
     if counting not in ("sparsegpt", "tfmot"):
         return masks
-    found = [score.astype(jnp.float32) for _, score in leaves_with_paths(scores)]
-    kept = [mask for _, mask in leaves_with_paths(masks)]
-    chosen = [layout for _, layout in leaves_with_paths(map_selected(lambda _, s, layout: layout, scores, layouts))]
-    limits = _limits(found, kept, chosen, counting, scope)
-    pairs = zip(found, limits, strict=True)
-    settled = iter([score > limit if counting == "sparsegpt" else score >= limit for score, limit in pairs])
-    return map_selected(lambda *_: next(settled), masks)
+    flat_scores = [score.astype(jnp.float32) for _, score in leaves_with_paths(scores)]
+    flat_masks = [mask for _, mask in leaves_with_paths(masks)]
+    flat_layouts = [
+        layout for _, layout in leaves_with_paths(map_selected(lambda _, s, layout: layout, scores, layouts))
+    ]
+    limits = _limits(flat_scores, flat_masks, flat_layouts, counting, scope)
+    pairs = zip(flat_scores, limits, strict=True)
+    new_masks = iter([score > limit if counting == "sparsegpt" else score >= limit for score, limit in pairs])
+    return map_selected(lambda *_: next(new_masks), masks)
 
 
 def _limits(

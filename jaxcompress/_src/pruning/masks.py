@@ -8,7 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.pruning.counting_rules import CountingRule, check_rule, drops, settle_ties
+from jaxcompress._src.pruning.counting_rules import CountingRule, break_ties, check_rule, drops
 from jaxcompress._src.pruning.patterns import Pattern, unstructured
 from jaxcompress._src.pruning.ranking import Scope, as_it_is, check_sparsity, implied_sparsity, is_tree, ranked_masks
 from jaxcompress._src.trace.layout import LeafLayout, default_layout
@@ -77,7 +77,7 @@ def masks_from_scores(
     known = _layouts(scores, layouts)
     check_rule(counting, sparsity, pattern)
     masks = ranked_masks(scores, known, sparsity, scope=scope, pattern=pattern, score=as_it_is, dropped=drops(counting))
-    return settle_ties(scores, masks, known, counting=counting, scope=scope)
+    return break_ties(scores, masks, known, counting=counting, scope=scope)
 
 
 @on_auto_axes

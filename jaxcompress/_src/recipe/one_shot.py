@@ -14,10 +14,10 @@ from jaxcompress._src.pruning.store import store_masked
 from jaxcompress._src.recipe.calibrate import Evidence
 from jaxcompress._src.recipe.progress import Progress
 from jaxcompress._src.recipe.steps import Step
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path
 from jaxcompress._src.tree.selectors import by_path
 from jaxcompress._src.tree.unselected import Unselected
-from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.types import Params, plain
 from jaxcompress._src.units.group import UnitGroup
 
 _CALIBRATED = ("apply", "batches", "statistics", "folds", "fisher", "loss", "examples", "row_mask")
@@ -81,7 +81,7 @@ def run_steps(steps: Sequence[tuple[str, Step]], params: Params, around: Surroun
             unrounded = params
         if step.stage == "prune":
             for path, leaf in _marked(step, params) if step.select else ():
-                masks[path] = np.asarray(_plain(leaf)) != 0
+                masks[path] = np.asarray(plain(leaf)) != 0
                 patterns[path] = step.keywords.get("pattern", unstructured())
     return _stored(params, masks, patterns, around.layouts)
 
@@ -172,7 +172,7 @@ def _needed(evidence: Evidence | None) -> Evidence:
 
 
 def _marked(step: Step, params: Params) -> list[tuple[str, Any]]:
-    marks = dict(leaves_with_paths(by_path(step.select or "")(params)))
+    marks = leaves_by_path(by_path(step.select or "")(params))
     return [(path, leaf) for path, leaf in leaves_with_paths(params) if marks[path]]
 
 
@@ -186,13 +186,9 @@ def _stored(params: Params, masks: dict[str, Any], patterns: dict[str, Any], lay
     def store(path: str, leaf: Any, layout: Any) -> Any:
         if path not in masks:
             return leaf
-        filled = int((np.asarray(_plain(leaf)) != 0)[~masks[path]].sum())
+        filled = int((np.asarray(plain(leaf)) != 0)[~masks[path]].sum())
         if filled:
             raise ValueError(f"{filled} pruned weights of leaf {path!r} have values again after a later step.")
         return store_masked(leaf, jnp.asarray(masks[path]), layout, patterns[path])
 
     return map_with_path(store, params, layouts)
-
-
-def _plain(leaf: Any) -> Any:
-    return leaf.materialize() if is_compressed(leaf) else leaf

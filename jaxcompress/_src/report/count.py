@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxcompress._src.types import is_compressed
+from jaxcompress._src.types import is_compressed, plain
 
 
 def holds_numbers(leaf: Any) -> bool:
@@ -61,8 +61,8 @@ def tied_to(leaves: Sequence[Any]) -> list[int | None]:
 
 @jax.jit
 def _row_counts(leaf: Any) -> jax.Array:
-    plain = leaf.materialize() if is_compressed(leaf) else leaf
-    return (plain != 0).sum(axis=-1, dtype=jnp.int32) if plain.ndim else (plain != 0).astype(jnp.int32)
+    nonzero = plain(leaf) != 0
+    return nonzero.sum(axis=-1, dtype=jnp.int32) if nonzero.ndim else nonzero.astype(jnp.int32)
 
 
 def _is_abstract(leaf: Any) -> bool:

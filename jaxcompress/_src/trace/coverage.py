@@ -8,7 +8,7 @@ from typing import Any
 from jaxcompress._src.trace.layout import LeafKind, LeafLayout
 from jaxcompress._src.trace.layouts import layouts
 from jaxcompress._src.trace.left_out import SHARE, is_doubtful
-from jaxcompress._src.tree.maps import leaves_with_paths
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths
 from jaxcompress._src.types import Params
 
 
@@ -90,7 +90,7 @@ def coverage(apply: Callable[..., Any], params: Params, *inputs: Any) -> Coverag
         A default selection takes 37.5% of the parameters.
         ! left out, but above 1 % of the parameters and neither bias nor norm: it may be a weight.
     """
-    leaves, found = leaves_with_paths(params), dict(leaves_with_paths(layouts(apply, params, *inputs)))
+    leaves, found = leaves_with_paths(params), leaves_by_path(layouts(apply, params, *inputs))
     sizes = [math.prod(leaf.shape) if hasattr(leaf, "shape") else 0 for _, leaf in leaves]
     return Coverage(
         tuple(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcompress._src.trace.layout import LeafLayout
-from jaxcompress._src.tree.maps import leaves_with_paths
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths
 from jaxcompress._src.types import Params
 
 SHARE = 0.01
@@ -37,7 +37,7 @@ def large_left_out(params: Params, layouts: Params) -> dict[str, str]:
     Returns:
         path -> what the model does with the leaf.
     """
-    leaves, found = leaves_with_paths(params), dict(leaves_with_paths(layouts))
+    leaves, found = leaves_with_paths(params), leaves_by_path(layouts)
     total = sum(_size(leaf) for _, leaf in leaves)
     return {
         path: found[path].reason or "it is used otherwise"

@@ -22,9 +22,9 @@ from jaxcompress._src.solvers.hard_concrete import (
 )
 from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.checks import is_traced
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import is_unselected
-from jaxcompress._src.types import Params, Selector, Transform, TransformState, is_compressed
+from jaxcompress._src.types import Params, Selector, Transform, TransformState, plain
 from jaxcompress._src.units.group import UnitGroup, by_name, check_groups, check_known
 from jaxcompress._src.units.penalty import Gated, Penalty
 from jaxcompress._src.units.slices import multiply_units
@@ -134,8 +134,8 @@ def multiply_gates(params: Params, groups: Sequence[UnitGroup], values: Mapping[
     touched = {part.path for group in groups if group.name in values for part in group.gated} | set(single)
 
     def multiply(path: str, leaf: Any) -> Any:
-        if path in touched and is_compressed(leaf):
-            leaf = leaf.materialize()
+        if path in touched:
+            leaf = plain(leaf)
         return leaf * single[path].astype(leaf.dtype) if path in single else leaf
 
     return multiply_units(map_with_path(multiply, params), groups, values)
@@ -242,7 +242,7 @@ def _check_options(groups: tuple[UnitGroup, ...], select: Any, estimator: str, c
 def _gate_shapes(params: Params, groups: tuple[UnitGroup, ...], select: Selector | None) -> dict[str, tuple[int, ...]]:
     """The shape of log alpha by name of a group, or path of a leaf, with all checks."""
     check_groups(groups, params)
-    leaves = dict(leaves_with_paths(params))
+    leaves = leaves_by_path(params)
     for group in groups:
         if not group.gated:
             raise ValueError(f"Unit group {group.name!r} has no gated slices: its gates would multiply nothing.")

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
-from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.tree.maps import leaves_by_path, map_with_path
+from jaxcompress._src.types import Params, plain
 from jaxcompress._src.units.costs import unit_costs
 from jaxcompress._src.units.group import UnitGroup, by_name, check_known
 from jaxcompress._src.units.slices import sum_units
@@ -92,7 +92,7 @@ def lambda_penalty(strength: float | Mapping[str, float], *, examples: int, weig
         groups = {group.name: group for group in gated.groups}
         touched = {part.path for group in gated.groups for part in group.gated} | set(gated.probabilities)
         squares = map_with_path(lambda path, leaf: _squares(leaf) if path in touched else leaf, gated.params)
-        of_leaves = dict(leaves_with_paths(squares))
+        of_leaves = leaves_by_path(squares)
         total = jnp.zeros((), jnp.float32)
         for name, probability in gated.probabilities.items():
             group = groups.get(name)
@@ -106,4 +106,4 @@ def lambda_penalty(strength: float | Mapping[str, float], *, examples: int, weig
 
 
 def _squares(leaf: Any) -> jax.Array:
-    return jnp.square((leaf.materialize() if is_compressed(leaf) else leaf).astype(jnp.float32))
+    return jnp.square(plain(leaf).astype(jnp.float32))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.tree.checks import all_finite
 from jaxcompress._src.tree.maps import map_with_path
-from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.types import Params, plain
 from jaxcompress._src.units.costs import unit_costs
 from jaxcompress._src.units.group import UnitGroup, check_groups
 from jaxcompress._src.units.slices import multiply_units, sum_units
@@ -48,7 +48,7 @@ def magnitude_unit_scores(
     def square(path: str, leaf: Any) -> Any:
         if path not in owned:
             return leaf
-        return jnp.square(jnp.asarray(leaf.materialize() if is_compressed(leaf) else leaf, jnp.float32))
+        return jnp.square(jnp.asarray(plain(leaf), jnp.float32))
 
     squares, scores = map_with_path(square, params), {}
     for group in groups:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._src.meshes import on_auto_axes
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
-from jaxcompress._src.types import Params, is_compressed
+from jaxcompress._src.tree.maps import leaves_by_path, map_with_path
+from jaxcompress._src.types import Params, plain
 from jaxcompress._src.units.group import UnitGroup, UnitSlices, index_owners, leaf_shapes
 
 Values = Mapping[str, Any]
@@ -86,11 +86,11 @@ def sum_units(group: UnitGroup, tree: Params, *, gated_only: bool = False) -> ja
         >>> sum_units(group, {"down": jnp.ones((2, 3))})
         Array([3., 3.], dtype=float32)
     """
-    leaves = dict(leaves_with_paths(tree))
+    leaves = leaves_by_path(tree)
     total = jnp.zeros((group.count,), jnp.float32)
     for part in group.gated if gated_only else group.slices:
         leaf = leaves[part.path]
-        entries = jnp.asarray(leaf.materialize() if is_compressed(leaf) else leaf, jnp.float32)
+        entries = jnp.asarray(plain(leaf), jnp.float32)
         if part.unit is not None:
             total = total.at[part.unit].add(entries.sum())
             continue
