@@ -1,4 +1,4 @@
-"""Learned rounding, and the parts that a model is cut into."""
+"""Learned rounding, and the blocks that a model is cut into."""
 
 import dataclasses
 
@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import jaxcompress as jc
-from jaxcompress._src.calibration.segments import segments
+from jaxcompress._src.calibration.blocks import blocks_of
+from jaxcompress._src.calibration.flat_program import flat_program
+from jaxcompress._src.calibration.segments import Model
 from jaxcompress._src.pruning.store import store_masked
 from jaxcompress._src.quantization.learned_rounding import RoundingSchedule
 from jaxcompress.quantization import QuantSpec, fixed_point, learned_rounding, quantize
@@ -38,22 +40,32 @@ def _batch():
 PATHS = ["one/up", "one/down", "two/up", "two/down"]
 
 
-def test_the_parts_one_after_another_are_the_model():
+def _blocks(params, batch, paths, together):
+    return blocks_of(flat_program(_model, params, batch, stacks=[]), dict.fromkeys(paths, ()), together=together)
+
+
+def test_the_blocks_one_after_another_are_the_model():
     params, batch = _params(), _batch()
     for together, count in ((lambda path: path, 4), (lambda path: path.split("/")[0], 2), (lambda path: 0, 1)):
-        values = list(batch)
-        found = segments(_model, params, batch, paths=PATHS, together=together)
-        assert len(found) == count
-        assert [path for part in found for path in part.paths] == PATHS
-        for part in found:
-            values = part(params, values)
-            assert len(values) == len(part.floats)
-        np.testing.assert_allclose(values[0], _model(params, *batch), atol=1e-6)
-    # A mask that later parts read, too, is passed on, but is nothing to fit.
-    first, *_ = segments(_model, params, batch, paths=PATHS, together=lambda path: path.split("/")[0])
-    assert sorted(first.floats) == [False, True]
+        blocks = _blocks(params, batch, PATHS, together)
+        model = Model(params, [blocks.segments], [batch])
+        assert len(blocks.parts) == len(blocks.outputs) == count
+        assert [part.name for parts in blocks.parts for part in parts] == PATHS
+        for number, outputs in enumerate(blocks.outputs):
+            model.run(number)
+            assert outputs
+            assert all(var in model.values[0] for var in outputs)
+        (output,) = blocks.segments.program.outputs
+        np.testing.assert_allclose(model.values[0][output], _model(params, *batch), atol=1e-6)
+    # A mask that later blocks read, too, is passed on, but is nothing to fit.
+    blocks = _blocks(params, batch, PATHS, lambda path: path.split("/")[0])
+    model = Model(params, [blocks.segments], [batch])
+    model.run(0)
+    mask = blocks.segments.program.inputs[1]
+    assert mask in blocks.segments.segments[1].reads or mask not in blocks.outputs[0]
+    assert [var.aval.shape for var in blocks.outputs[0]] == [batch[0].shape]
     with pytest.raises(ValueError, match="Leaf 'spare' meets no input"):
-        segments(_model, {**params, "spare": jnp.ones(2)}, batch, paths=["spare"], together=lambda path: path)
+        _blocks({**params, "spare": jnp.ones(2)}, batch, ["spare"], lambda path: path)
 
 
 def test_blocks_come_closer_to_the_dense_ones():

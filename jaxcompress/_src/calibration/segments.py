@@ -1,172 +1,281 @@
-"""A model cut into consecutive parts, by its jaxpr."""
+"""A flat program in compiled segments, and models that run through it segment by segment, on many batches at once."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
-from jaxcompress._src.meshes import as_typed
-from jaxcompress._src.trace.walk import Body, bind, inlined, walk
-from jaxcompress._src.tree.maps import leaves_with_paths
-from jaxcompress._src.types import Params
+from jaxcompress._src.calibration.flat_program import Entry, FlatProgram, View
+from jaxcompress._src.meshes import as_typed, on_auto_axes
+from jaxcompress._src.trace.walk import Body, as_body, bind, walk
+from jaxcompress._src.tree.maps import leaves_by_path
+from jaxcompress._src.types import Params, plain
+
+T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Segment:
-    """A part of a model.
+class Segment(NamedTuple):
+    """A part of a program: the values that it writes, of leaves (or their entries), values and constants."""
+
+    views: list[View]
+    reads: list[Any]
+    consts: list[Any]
+    writes: list[Any]
+    piece: "Piece"
+
+
+class Segments(NamedTuple):
+    """A program, cut.
 
     Attributes:
-        paths: of the selected leaves that are first used here.
-        body: its equations; the inputs are all leaves of the params, then the live values.
-        floats: which of the values that it passes on depend on the params of the model so far, and are floats.
+        program: the whole.
+        segments: its parts, in order.
+        last: the last segment that reads a value, or until which it is looked at.
     """
 
-    paths: tuple[str, ...]
-    body: Any
-    floats: tuple[bool, ...]
-
-    def __call__(self, params: Params, values: Sequence[Any]) -> list[Any]:
-        """The values that live behind this part, from those that live before it. Pure; may be compiled."""
-        operands = zip([*jax.tree.leaves(params), *values], self.body.jaxpr.invars, strict=True)
-        return walk(self.body, [as_typed(value, var.aval) for value, var in operands], bind)
+    program: FlatProgram
+    segments: list[Segment]
+    last: Mapping[Any, int]
 
 
-class UnmetError(ValueError):
-    """A leaf that no input of the model ever meets; `path` is its."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(f"Leaf {path!r} meets no input of the model: it belongs to no part of it.")
-        self.path = path
-
-
-def segments(
-    apply: Callable[..., Any],
-    params: Params,
-    inputs: Sequence[Any],
-    *,
-    paths: Sequence[str],
-    together: Callable[[str], Any],
-) -> list[Segment]:
-    """Cuts a model where the first leaf of the next group is first used; one part after another is the whole model.
-
-    What lives at a cut (the residual stream, masks) is found from the jaxpr. Loops are never cut: the layers of a scan
-    are one part, but for stacks that `unstacked` gives entry by entry.
+def segments_of(program: FlatProgram, goals: Sequence[tuple[Sequence[Any], int]]) -> Segments:
+    """Cuts a program; each segment has what it takes to compute its goals, and is not in those before it.
 
     Args:
-        apply: `(params, *inputs) -> outputs`.
-        params: arrays, or `jax.ShapeDtypeStruct`.
-        inputs: trees of arrays, or of `jax.ShapeDtypeStruct`; the first part takes their leaves as its values.
-        paths: of the leaves that define the parts.
-        together: path -> key; neighbours (in the order of first use) of equal keys share a part,
-            and so do leaves that are first used by one operation.
+        program: the program.
+        goals: for each segment the variables that it must write, and the number of the segment until which they are
+            looked at.
+    """
+    jaxpr = program.body.jaxpr
+    places = {var: place for place, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
+    known = {*program.inputs, *program.views, *jaxpr.constvars}
+    cuts: list[tuple[list[Any], list[Any]]] = []
+    last: dict[Any, int] = {}
+    for number, (wanted, _) in enumerate(goals):
+        eqns = [jaxpr.eqns[place] for place in _needed(jaxpr, wanted, known, places)]
+        known |= {var for eqn in eqns for var in eqn.outvars}
+        cuts.append((eqns, variables(wanted)))
+        last |= dict.fromkeys(variables([var for eqn in eqns for var in eqn.invars]), number)
+    for wanted, until in goals:
+        last |= {var: max(until, last.get(var, -1)) for var in variables(wanted)}
+    segments = [_segment(program, eqns, wanted, number, last) for number, (eqns, wanted) in enumerate(cuts)]
+    return Segments(program, segments, last)
 
-    Returns:
-        The parts, in order. The last one returns the leaves of the model's outputs.
 
-    Raises:
-        UnmetError: a leaf that no input ever meets; names it.
+def by_shape(batches: Sequence[Any], trace: Callable[[Any], T]) -> list[T]:
+    """`trace(batch)` of each batch, called once for all of the same shapes."""
+    traced: dict[str, T] = {}
+    shapes = [str(jax.tree.map(jax.typeof, batch)) for batch in batches]
+    for shape, batch in zip(shapes, batches, strict=True):
+        if shape not in traced:
+            traced[shape] = trace(batch)
+    return [traced[shape] for shape in shapes]
+
+
+class Model:
+    """A tree of parameters, and the values of all batches where it has come to.
+
+    Args:
+        params: the tree, plain or compressed.
+        programs: the program of each batch; of the same parts.
+        batches: trees of inputs.
+    """
+
+    def __init__(self, params: Params, programs: Sequence[Segments], batches: Sequence[Any]) -> None:
+        self.leaves = leaves_by_path(params)
+        self.programs = programs
+        self.values: list[dict[Any, Any]] = [
+            dict(zip(each.program.inputs, jax.tree.leaves(batch), strict=True))
+            for each, batch in zip(programs, batches, strict=True)
+        ]
+        self._changed: dict[str, dict[Entry, Any]] = {}
+
+    def put(self, path: str, entry: Entry, array: Any) -> None:
+        """Sets a leaf, or one entry of it: segments that run from now on see it."""
+        self._changed.setdefault(path, {})[entry] = array
+
+    def part(self, path: str, entry: Entry) -> Any:
+        """A leaf, or one entry of it, as it is by now."""
+        changed = self._changed.get(path, {})
+        if entry in changed:
+            return changed[entry]
+        leaf = self.leaves[path]
+        part = entry_of(leaf, entry)
+        for other, array in changed.items():
+            if (overlap := overlap_of(entry, other, leaf.ndim)) is not None:
+                part = laid_over(part, array, overlap)
+        return part
+
+    def operands(self, number: int, batch: int, parts: dict[tuple[str, Entry], Any]) -> tuple[list[Any], ...]:
+        """What a segment is given of a batch: leaves, values and constants; leaves that are at hand are in `parts`."""
+        segment = self.programs[batch].segments[number]
+        keys = [(view.path, view.entry) for view in segment.views]
+        parts |= {key: self.part(*key) for key in keys if key not in parts}
+        values = self.values[batch]
+        return [parts[key] for key in keys], [values[var] for var in segment.reads], segment.consts
+
+    def run(self, number: int) -> None:
+        """One segment, on all batches; what only earlier ones read is let go first."""
+        parts: dict[tuple[str, Entry], Any] = {}
+        for batch, (program, values) in enumerate(zip(self.programs, self.values, strict=True)):
+            for var in [var for var in values if program.last.get(var, -1) < number]:
+                del values[var]
+            segment = program.segments[number]
+            results = _run(segment.piece, *self.operands(number, batch, parts))
+            values.update(zip(segment.writes, results, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What a segment computes; equal pieces, of equal layers or of another call, share a compilation."""
+
+    views: tuple[View, ...]
+    form: Any
+    body: Body = dataclasses.field(compare=False)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.views, self.form))
+
+    def __hash__(self) -> int:
+        # Asked for in every call: forms are long.
+        return self._hash
+
+
+def evaluate(piece: Piece, parts: Sequence[Any], values: Sequence[Any], consts: Sequence[Any]) -> list[Any]:
+    """What a segment writes; pure, and differentiable in the leaves."""
+    leaves = [on_auto_axes(view.of)(part) for view, part in zip(piece.views, parts, strict=True)]
+    operands = zip([*leaves, *values, *consts], piece.body.jaxpr.invars, strict=True)
+    return walk(piece.body, [as_typed(value, var.aval) for value, var in operands], bind)
+
+
+COMPILED = {"xla_allow_excess_precision": False}
+"""What the model rounds to a narrow type on its way stays rounded, as without compilation."""
+
+_run = jax.jit(evaluate, static_argnames="piece", compiler_options=COMPILED)
+
+
+@on_auto_axes
+def entry_of(leaf: Any, entry: Entry) -> Any:
+    """One entry of a leaf, as a plain array; of an empty one, all of the leaf."""
+    index, whole = dict(entry), plain(leaf)
+    return jnp.asarray(whole)[tuple(index.get(axis, slice(None)) for axis in range(whole.ndim))] if entry else whole
+
+
+Overlap = tuple[tuple[int | None, ...], tuple[int | None, ...]]
+"""Where two entries of a leaf meet: an index into the array at the one, and into that at the other; None: all."""
+
+
+def meet(entry: Entry, other: Entry) -> bool:
+    """Whether two entries of a leaf have numbers in common.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> def apply(params, x):
-        ...     return jnp.tanh(x @ params["first"]) @ params["second"]
-        >>> params, x = {"first": jnp.ones((2, 3)), "second": jnp.ones((3, 1))}, jnp.ones((4, 2))
-        >>> first, second = segments(apply, params, (x,), paths=["first", "second"], together=lambda path: path)
-        >>> [value.shape for value in first(params, [x])], second(params, first(params, [x]))[0].shape
-        ([(4, 3)], (4, 1))
+        >>> meet((), ((0, 2),)), meet(((0, 1),), ((0, 2),))
+        (True, False)
     """
-    closed = inlined(jax.make_jaxpr(apply)(params, *inputs))
-    jaxpr, leaves = closed.jaxpr, leaves_with_paths(params)
-    flow = _Flow(jaxpr, len(leaves))
-    used = flow.first_uses([path for path, _ in leaves], paths)
-    cuts, owners = _cuts(used, together)
-    found = []
-    for k, begin in enumerate(cuts):
-        end = cuts[k + 1] if k + 1 < len(cuts) else len(jaxpr.eqns)
-        entering = flow.live(begin) if k else list(jaxpr.invars[len(leaves) :])
-        leaving = flow.live(end) if k + 1 < len(cuts) else list(jaxpr.outvars)
-        part = SimpleNamespace(
-            constvars=jaxpr.constvars,
-            invars=[*jaxpr.invars[: len(leaves)], *entering],
-            outvars=leaving,
-            eqns=flow.equations(begin, end, leaving),
-        )
-        floats = tuple(var in flow.weighted and jnp.issubdtype(var.aval.dtype, jnp.floating) for var in leaving)
-        found.append(Segment(tuple(owners[k]), Body(part, closed.consts), floats))
-    return found
+    places = dict(other)
+    return all(places.get(axis, place) == place for axis, place in entry)
 
 
-class _Flow:
-    """Which values depend on inputs, which on params, and where they are used."""
+def overlap_of(entry: Entry, other: Entry, ndim: int) -> Overlap | None:
+    """Where two entries of a leaf of some axes meet, if they do.
 
-    def __init__(self, jaxpr: Any, leaf_count: int) -> None:
-        self.jaxpr, self.leaf_count = jaxpr, leaf_count
-        self.data = set(jaxpr.invars[leaf_count:])
-        self.weighted = set(jaxpr.invars[:leaf_count])
-        self.place: dict[Any, int] = dict.fromkeys(jaxpr.invars, -1)
-        self.last: dict[Any, int] = {}
-        for i, eqn in enumerate(jaxpr.eqns):
-            variables = _variables(eqn.invars)
-            for var in variables:
-                self.last[var] = i
-            self.data |= set(eqn.outvars) if any(var in self.data for var in variables) else set()
-            self.weighted |= set(eqn.outvars) if any(var in self.weighted for var in variables) else set()
-            self.place |= dict.fromkeys(eqn.outvars, i)
-        self.last |= dict.fromkeys(_variables(jaxpr.outvars), len(jaxpr.eqns))
-
-    def first_uses(self, names: Sequence[str], paths: Sequence[str]) -> dict[str, int]:
-        """Path -> the first equation in which a value that depends on inputs meets the leaf; in that order."""
-        # What is made of leaves alone, such as stacks that are put together, is used where inputs meet it.
-        made: dict[Any, frozenset[int]] = {
-            var: frozenset([n]) for n, var in enumerate(self.jaxpr.invars[: self.leaf_count])
-        }
-        used: dict[str, int] = {}
-        for i, eqn in enumerate(self.jaxpr.eqns):
-            own = frozenset().union(*(made[var] for var in _variables(eqn.invars) if var in made))
-            if any(var in self.data for var in eqn.outvars):
-                for number in sorted(own):
-                    used.setdefault(names[number], i)
-            elif own:
-                made |= dict.fromkeys(eqn.outvars, own)
-        missing = [path for path in paths if path not in used]
-        if missing:
-            raise UnmetError(missing[0])
-        return dict(sorted(((path, used[path]) for path in paths), key=lambda item: item[1]))
-
-    def live(self, cut: int) -> list[Any]:
-        """The values that depend on inputs, are there before an equation, and are used from it on."""
-        return [v for v, at in self.place.items() if v in self.data and at < cut <= self.last.get(v, -1)]
-
-    def equations(self, begin: int, end: int, leaving: Sequence[Any]) -> list[Any]:
-        """What it takes to compute some values from those that live at `begin`, and the params."""
-        wanted, kept = set(_variables(leaving)), []
-        for i in range(end - 1, -1, -1):
-            eqn = self.jaxpr.eqns[i]
-            own = not any(var in self.data for var in eqn.outvars) or i >= begin
-            if own and wanted & set(eqn.outvars):
-                kept.append(eqn)
-                wanted |= set(_variables(eqn.invars))
-        return kept[::-1]
+    Example:
+        >>> overlap_of((), ((0, 2),), 3), overlap_of(((0, 2),), ((0, 2),), 3), overlap_of(((0, 1),), ((0, 2),), 3)
+        (((2, None, None), (None, None)), ((None, None), (None, None)), None)
+    """
+    if not meet(entry, other):
+        return None
+    first, second = dict(entry), dict(other)
+    at = tuple(second.get(axis) for axis in range(ndim) if axis not in first)
+    return at, tuple(first.get(axis) for axis in range(ndim) if axis not in second)
 
 
-def _cuts(used: dict[str, int], together: Callable[[str], Any]) -> tuple[list[int], list[list[str]]]:
-    cuts: list[int] = []
-    owners: list[list[str]] = []
-    last: tuple[Any, int] | None = None
-    for path, at in used.items():
-        key = together(path)
-        # What inputs meet all at once (experts that are stacked) is in one part.
-        if last is None or (key != last[0] and at != last[1]):
-            cuts.append(at if cuts else 0)
-            owners.append([])
-        owners[-1].append(path)
-        last = key, at
-    return cuts, owners
+@on_auto_axes
+def laid_over(part: Any, other: Any, overlap: Overlap) -> Any:
+    """The array at one entry, with that at another one in place where they meet; `part` is not read if that is all."""
+    at, of = (tuple(slice(None) if place is None else place for place in index) for index in overlap)
+    return jnp.asarray(part).at[at].set(other[of]) if is_partial(overlap) else other[of]
 
 
-def _variables(atoms: Sequence[Any]) -> list[Any]:
+def is_partial(overlap: Overlap) -> bool:
+    """Whether the array at the one entry has more than what is at the other."""
+    return any(place is not None for place in overlap[0])
+
+
+def _needed(jaxpr: Any, goals: Sequence[Any], known: set[Any], places: Mapping[Any, int]) -> list[int]:
+    """The places of the equations between what is known and the goals."""
+    wanted: set[int] = set()
+    left = [var for var in variables(goals) if var not in known]
+    while left:
+        place = places[left.pop()]
+        if place not in wanted:
+            wanted.add(place)
+            left += [var for var in variables(jaxpr.eqns[place].invars) if var not in known]
+    return sorted(wanted)
+
+
+def _segment(
+    program: FlatProgram,
+    eqns: Sequence[Any],
+    goals: Sequence[Any],
+    number: int,
+    last: Mapping[Any, int],
+) -> Segment:
+    made = dict.fromkeys(var for eqn in eqns for var in eqn.outvars)
+    entering = dict.fromkeys(var for eqn in eqns for var in variables(eqn.invars) if var not in made)
+    constants = dict(zip(program.body.jaxpr.constvars, program.body.consts, strict=True))
+    viewed = [var for var in entering if var in program.views]
+    consts = [var for var in entering if var in constants]
+    reads = [var for var in entering if var not in program.views and var not in constants]
+    writes = [var for var in made if var in goals or last.get(var, -1) > number]
+    views, order = [program.views[var] for var in viewed], [*viewed, *reads, *consts]
+    # Whatever their leaves are called.
+    nameless = tuple(dataclasses.replace(view, path="", entry=()) for view in views)
+    body = Body(SimpleNamespace(constvars=(), invars=order, outvars=writes, eqns=eqns), ())
+    piece = Piece(nameless, (len(reads), _form(order, eqns, writes)), body)
+    return Segment(views, reads, [constants[var] for var in consts], writes, piece)
+
+
+def _form(order: Sequence[Any], eqns: Sequence[Any], outvars: Sequence[Any]) -> Any:
+    """Equal of programs that compute the same of their inputs."""
+    numbers = {var: number for number, var in enumerate(order)}
+
+    def of(atom: Any) -> Any:
+        if isinstance(atom, core.Literal):
+            return "literal", str(atom.aval), np.asarray(atom.val).tobytes()
+        return numbers[atom]
+
+    parts: list[Any] = [tuple(var.aval for var in order)]
+    for eqn in eqns:
+        numbers |= {var: len(numbers) + k for k, var in enumerate(eqn.outvars)}
+        avals = tuple(var.aval for var in eqn.outvars)
+        parts.append((eqn.primitive, tuple(map(of, eqn.invars)), _frozen(eqn.params), _frozen(eqn.ctx), avals))
+    return (*parts, tuple(map(of, outvars)))
+
+
+def _frozen(value: Any) -> Any:
+    """The parameter of an equation, hashable; what cannot be compared is equal to itself only."""
+    if isinstance(value, dict):
+        return tuple((name, _frozen(value[name])) for name in sorted(value))
+    if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
+        return type(value), tuple(map(_frozen, value))
+    if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+        jaxpr, consts = as_body(value)
+        return _form([*jaxpr.constvars, *jaxpr.invars], jaxpr.eqns, jaxpr.outvars), tuple(map(id, consts))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value
+
+
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    """Those that are no literals."""
     return [atom for atom in atoms if not isinstance(atom, core.Literal)]

@@ -1,9 +1,8 @@
-"""Where a model uses its kernels: a flat program, its kernels' inputs, and what is added to their outputs."""
+"""Where a model uses its kernels: their inputs, and what is added to their outputs."""
 
 import dataclasses
 import itertools
 import math
-import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -11,43 +10,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from jaxcompress._src.calibration.flat_program import FlatProgram, Flattening, Weight
 from jaxcompress._src.calibration.leaf_part import LeafPart
-from jaxcompress._src.meshes import as_typed, on_auto_axes
 from jaxcompress._src.trace.graph import leaf_uses, logical
-from jaxcompress._src.trace.walk import Body, as_body, bind, called_body, walk
+from jaxcompress._src.trace.walk import bind
 from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths
 from jaxcompress._src.types import Params
 
 Repeated = Literal["refuse", "first", "each"]
 """A kernel in several matmuls is refused, or is a site once, or in each of them."""
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """A leaf, or one entry of a stack, as an equation of the program reads it.
-
-    Attributes:
-        path: of the leaf.
-        entry: `(axis, index)` of the stack axes that were cut.
-        axes: which of the leaf's axes are left, in order; -1 for new ones.
-        dtypes: to which it is cast, one after another.
-        shape: as the equation reads it.
-    """
-
-    path: str
-    entry: tuple[tuple[int, int], ...]
-    axes: tuple[int, ...]
-    dtypes: tuple[Any, ...]
-    shape: tuple[int, ...]
-
-    def of(self, part: Any) -> Any:
-        """The view of another array of the leaf's (or the entry's) shape."""
-        axes = [axis for axis in self.axes if axis >= 0]
-        value = jnp.asarray(part).transpose([sorted(axes).index(axis) for axis in axes])
-        value = jnp.expand_dims(value, [place for place, axis in enumerate(self.axes) if axis < 0])
-        for dtype in self.dtypes:
-            value = value.astype(dtype)
-        return jnp.broadcast_to(value, self.shape)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,32 +59,15 @@ class Site:
     written: Operand
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Program:
-    """A model as a flat list of equations: calls inlined, the scans that run over kernels unrolled.
-
-    Attributes:
-        body: the equations; constants are `body.consts`.
-        inputs: the variables of the model's inputs.
-        views: variable -> the leaf that it is. How the program makes it of the leaf is of no interest.
-        sites: in the order of the model.
-    """
-
-    body: Body
-    inputs: Sequence[Any]
-    views: Mapping[Any, View]
-    sites: Sequence[Site]
-
-
-def program_of(
+def sites_of(
     apply: Callable[..., Any],
     params: Params,
     inputs: Sequence[Any],
     *,
     paths: Sequence[str],
     repeated: Repeated = "refuse",
-) -> Program:
-    """The program of a model with a site at every use of some kernels.
+) -> tuple[FlatProgram, list[Site]]:
+    """The program of a model, and a site for every use of some kernels, in the order of the model.
 
     The layers of a scan over stacked kernels come one after another, each entry of a stack is a kernel of its own. A
     kernel's site ends where something reads its output that is no addition of a bias or of a residual.
@@ -126,6 +80,9 @@ def program_of(
             over several axes. The entries of a stack are what a scan runs over, or what `w[i]` cuts out.
         repeated: what becomes of a kernel that several matmuls share: "refuse" raises; "first": its first use is a
             site; "each": each use is.
+
+    Returns:
+        `(program, sites)`.
 
     Raises:
         ValueError: a kernel is in no matmul, or (see `repeated`) in several, or inside a `while`, `cond` or
@@ -143,7 +100,7 @@ def sites_and_refusals(
         apply: `(params, *inputs) -> outputs`.
         params: arrays, or `jax.ShapeDtypeStruct`.
         *inputs: of the model, arrays or `jax.ShapeDtypeStruct`.
-        repeated: what becomes of a kernel that several matmuls share, as for `program_of`.
+        repeated: what becomes of a kernel that several matmuls share, as for `sites_of`.
 
     Returns:
         `(parts, refused)`: in the order of the model; and path -> a sentence that names the leaf.
@@ -165,18 +122,18 @@ def kernels_at_work(
     paths: Sequence[str] | None = None,
     repeated: Repeated = "refuse",
 ) -> list[LeafPart]:
-    """The kernels of the sites of `program_of`, in the order of the model.
+    """The kernels of the sites of `sites_of`, in the order of the model.
 
     Args:
         apply: `(params, *inputs) -> outputs`.
         params: arrays, or `jax.ShapeDtypeStruct`.
         *inputs: of the model, arrays or `jax.ShapeDtypeStruct`.
-        paths: as for `program_of`; None: every leaf that is a kernel in the way that it asks for, others are passed
+        paths: as for `sites_of`; None: every leaf that is a kernel in the way that it asks for, others are passed
             over (`sites_and_refusals` says which, and why).
-        repeated: what becomes of a kernel that several matmuls share, as for `program_of`.
+        repeated: what becomes of a kernel that several matmuls share, as for `sites_of`.
 
     Raises:
-        ValueError: as `program_of`, for the `paths` given; one error names all of them.
+        ValueError: as `sites_of`, for the `paths` given; one error names all of them.
 
     Example:
         >>> params = {"layers": jnp.ones((2, 3, 3)), "head": jnp.ones((3, 4, 5))}
@@ -201,8 +158,8 @@ def _parts(
     """The kernels of all sites, and the paths without one, with the reason."""
     refused: dict[str, str] = {}
     every = [path for path, _ in leaves_with_paths(params)] if paths is None else paths
-    program = _traced(apply, params, inputs, every, repeated, refused, complete=paths is not None)
-    parts = [site.kernel for site in program.sites]
+    _, sites = _traced(apply, params, inputs, every, repeated, refused, complete=paths is not None)
+    parts = [site.kernel for site in sites]
     leaves = leaves_by_path(params)
     refused |= _unread_entries(parts, {part.path: tuple(leaves[part.path].shape) for part in parts}, refused)
     return parts, refused
@@ -233,61 +190,28 @@ def _traced(
     refused: dict[str, str] | None,
     *,
     complete: bool,
-) -> Program:
+) -> tuple[FlatProgram, list[Site]]:
     """With `refused`, kernels that cannot have a site are noted there; without it they raise."""
-    params = logical(params)
-    closed = jax.make_jaxpr(apply)(params, *inputs)
+    closed = jax.make_jaxpr(apply)(logical(params), *inputs)
     read_once = frozenset(path for path, count in leaf_uses(closed, params).items() if count == 1)
-    names, leaves = zip(*leaves_with_paths(params), strict=True)
-    values = jax.tree.leaves(tuple(inputs))
     tracer = _Tracer(frozenset(paths), read_once, repeated, refused)
 
-    def flat(leaves: Sequence[Any], values: Sequence[Any]) -> Any:
-        weights = [
-            _Weight(View(path, (), tuple(range(leaf.ndim)), (), leaf.shape), leaf)
-            for path, leaf in zip(names, leaves, strict=True)
-        ]
-        for value in tracer.body(as_body(closed), [*weights, *values]):
-            tracer.plain(value)
+    def operands() -> list[list[Any]]:
         if complete:
             tracer.check_all()
-        # The values of interest are outputs, for their variables.
-        sites = [[tracer.value(operand) for operand in _operands(site)] for site in tracer.sites]
-        return list(tracer.views.values()), sites
+        return [[None if operand is None else operand.var for operand in _operands(site)] for site in tracer.sites]
 
-    program, shapes = jax.make_jaxpr(flat, return_shape=True)(leaves, values)
-    views, operands = jax.tree.structure(shapes).unflatten(program.jaxpr.outvars)
+    program, variables = tracer.trace(closed, params, inputs, operands)
     sites = []
-    for site, variables in zip(tracer.sites, operands, strict=True):
-        pairs = zip(_operands(site), variables, strict=True)
+    for site, own in zip(tracer.sites, variables, strict=True):
+        pairs = zip(_operands(site), own, strict=True)
         inputs_, residual, written = (None if o is None else dataclasses.replace(o, var=v) for o, v in pairs)
         sites.append(dataclasses.replace(site, inputs=inputs_, residual=residual, written=written))
-    return Program(
-        body=Body(program.jaxpr, program.consts),
-        inputs=program.jaxpr.invars[len(leaves) :],
-        views=dict(zip(views, tracer.views, strict=True)),
-        sites=sites,
-    )
+    return program, sites
 
 
 def _operands(site: Site) -> tuple[Operand, Operand | None, Operand]:
     return site.inputs, site.residual, site.written
-
-
-@dataclasses.dataclass(frozen=True)
-class _Weight:
-    """A leaf while the program is traced, with its value there."""
-
-    view: View
-    value: Any
-
-    def moved(self, value: Any, axes: tuple[int, ...], dtype: Any = None) -> "_Weight":
-        dtypes = self.view.dtypes if dtype is None else (*self.view.dtypes, dtype)
-        return _Weight(dataclasses.replace(self.view, axes=axes, dtypes=dtypes, shape=value.shape), value)
-
-    def cut(self, value: Any, axes: tuple[int, ...], entry: Mapping[int, int]) -> "_Weight":
-        entries = tuple(sorted((dict(self.view.entry) | dict(entry)).items()))
-        return _Weight(dataclasses.replace(self.view, axes=axes, entry=entries, shape=value.shape), value)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -327,13 +251,13 @@ class _Output:
         return self.kernel.path, self.kernel.entry, self.use
 
 
-class _Tracer:
-    """Follows leaves and outputs of kernels through a model while its flat program is traced."""
+class _Tracer(Flattening):
+    """Also follows what kernels write, until something reads it."""
 
     def __init__(
         self, paths: frozenset[str], read_once: frozenset[str], repeated: Repeated, refused: dict[str, str] | None
     ) -> None:
-        self.paths = paths
+        super().__init__(paths, derivatives=False)
         # A leaf that something else reads, too, is no bias: another value would change that as well.
         self.read_once = read_once
         self.repeated = repeated
@@ -342,10 +266,6 @@ class _Tracer:
         self.uses: Counter[Any] = Counter()
         self.closed: set[Any] = set()
         self.sites: list[Site] = []
-        self.views: dict[View, Any] = {}
-
-    def body(self, body: Body, values: Sequence[Any]) -> list[Any]:
-        return walk(body, values, self.equation)
 
     def equation(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         name, first = eqn.primitive.name, values[0] if values else None
@@ -360,37 +280,7 @@ class _Tracer:
                 return [dataclasses.replace(first, axes=axes, value=value)]
             if is_float(eqn.params["new_dtype"]):
                 return [dataclasses.replace(first, value=value)]
-        if name == "scan" and eqn.params["length"] and any(self.is_kernel(value) for value in values):
-            return self.scan(eqn, values)
-        if name in _WHOLE:
-            self.check_outside(name, values)
-        elif (body := called_body(eqn)) is not None:
-            return self.body(body, values)
-        if isinstance(first, _Weight) and name == "slice" and (entry := _cut(eqn, first.view)) is not None:
-            return [first.cut(bind(eqn, [first.value])[0], *entry)]
-        if isinstance(first, _Weight) and (axes := _moved(eqn, first.view.axes)) is not None:
-            dtype = eqn.params["new_dtype"] if name == "convert_element_type" else None
-            return [first.moved(bind(eqn, [first.value])[0], axes, dtype)]
-        return bind(eqn, [self.plain(value) for value in values])
-
-    def scan(self, eqn: Any, values: list[Any]) -> list[Any]:
-        """Iteration after iteration: the entries of its stacks are kernels of their own."""
-        length, consts, carried = (eqn.params[name] for name in ("length", "num_consts", "num_carry"))
-        self.check_outside("scan", values[: consts + carried])
-        given, carry = values[:consts], values[consts : consts + carried]
-        # A leaf that all iterations read is none of theirs.
-        given, carry = ([self.plain(v) if isinstance(v, _Weight) else v for v in part] for part in (given, carry))
-        stacks = [v if isinstance(v, _Weight) else self.plain(v) for v in values[consts + carried :]]
-        body = as_body(eqn.params["jaxpr"])
-        avals = [var.aval for var in body.jaxpr.invars[consts + carried :]]
-        written: dict[int, list[Any]] = {}
-        for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
-            entries = [_entry(stack, i, aval) for stack, aval in zip(stacks, avals, strict=True)]
-            results = self.body(body, [*given, *carry, *entries])
-            carry, written[i] = results[:carried], [self.plain(value) for value in results[carried:]]
-        columns = zip(*(written[i] for i in range(length)), strict=True)
-        avals = [var.aval for var in eqn.outvars[carried:]]
-        return [*carry, *(as_typed(_stack(list(c)), aval) for c, aval in zip(columns, avals, strict=True))]
+        return super().equation(eqn, values)
 
     def output(self, eqn: Any, values: list[Any]) -> _Output | None:
         places = [i for i, value in enumerate(values) if self.is_kernel(value)]
@@ -433,7 +323,7 @@ class _Tracer:
         output, other = (left, right) if self.is_open(left) else (right, left)
         if not self.is_open(output):
             return bind(eqn, [self.plain(left), self.plain(right)])[0]
-        bias = self.bias(other, output) if output.bias is None and isinstance(other, _Weight) else None
+        bias = self.bias(other, output) if output.bias is None and isinstance(other, Weight) else None
         added = self.plain(other)
         residual = output.residual is None and bias is None and jnp.shape(added) == output.value.shape
         if bias is None and not residual:
@@ -446,7 +336,7 @@ class _Tracer:
             return dataclasses.replace(output, value=value, residual=Operand(added, output.order, output.width))
         return value
 
-    def bias(self, other: _Weight, output: _Output) -> LeafPart | None:
+    def bias(self, other: Weight, output: _Output) -> LeafPart | None:
         """The part of a leaf, read by nothing else, that adds one number to each output of a kernel."""
         view = other.view
         if len(view.axes) != len(output.axes) or view.path not in self.read_once:
@@ -462,31 +352,26 @@ class _Tracer:
 
     def plain(self, value: Any) -> Any:
         """The value itself: something reads it, and if a kernel writes it, its site ends here."""
-        if isinstance(value, _Weight):
-            return self.views.setdefault(value.view, value.value)
         if not isinstance(value, _Output):
-            return value
+            return super().plain(value)
         if self.is_open(value):
             self.closed.add(value.key)
             ends = {"residual": value.residual, "written": Operand(value.value, value.order, value.width)}
             self.sites.append(Site(kernel=value.kernel, bias=value.bias, inputs=value.inputs, **ends))
         return value.value
 
-    def value(self, operand: Operand | None) -> Any:
-        return None if operand is None else operand.var
-
     def is_open(self, value: Any) -> bool:
         return isinstance(value, _Output) and value.key not in self.closed
 
     def is_kernel(self, value: Any) -> bool:
-        return isinstance(value, _Weight) and value.view.path in self.paths
+        return isinstance(value, Weight) and self.is_stack(value)
 
     def refuse(self, path: str, message: str) -> None:
         if self.refused is None:
             raise ValueError(message)
         self.refused.setdefault(path, message)
 
-    def check_outside(self, name: str, values: list[Any]) -> None:
+    def pass_whole(self, name: str, values: Sequence[Any]) -> None:
         for value in values:
             if self.is_kernel(value):
                 path = value.view.path
@@ -495,72 +380,11 @@ class _Tracer:
     def check_all(self) -> None:
         """Refuses what has no site."""
         known = {path for path, _ in self.uses} | set(self.refused or ())
-        for path in sorted(self.paths - known):
+        for path in sorted(self.stacks - known):
             self.refuse(path, f"Leaf {path!r} is in no matmul of the model: there is nothing to fit it to.")
         for path, _ in sorted(set(self.uses) - {key[:2] for key in self.closed}):
             self.refuse(path, f"What leaf {path!r} writes is never read by the model: there is nothing to fit it to.")
 
 
-def _entry(stack: Any, index: int, aval: Any) -> Any:
-    """What a scan reads in one iteration."""
-    if not isinstance(stack, _Weight):
-        return as_typed(on_auto_axes(operator.getitem)(stack, index), aval)
-    value = as_typed(on_auto_axes(operator.getitem)(stack.value, index), aval)
-    axis, *axes = stack.view.axes
-    # Of a new axis every entry is the same.
-    return stack.cut(value, tuple(axes), {axis: index} if axis >= 0 else {})
-
-
-@on_auto_axes
-def _stack(parts: list[Any]) -> Any:
-    return jnp.stack(parts)
-
-
 def is_float(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jnp.floating))
-
-
-def _cut(eqn: Any, view: View) -> tuple[tuple[int, ...], dict[int, int]] | None:
-    """Entries along some axes, such as `w[i]` in a loop of Python; None where more than one is left of an axis."""
-    whole, left = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
-    strides = eqn.params["strides"] or (1,) * len(whole)
-    axes, entry = list(view.axes), {}
-    for axis, (start, step) in enumerate(zip(eqn.params["start_indices"], strides, strict=True)):
-        if left[axis] == whole[axis]:
-            continue
-        if left[axis] != 1 or step != 1 or view.axes[axis] < 0:
-            return None
-        entry[view.axes[axis]], axes[axis] = start, -1
-    return tuple(axes), entry
-
-
-def _moved(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The axes after an equation that only moves them; None after any other."""
-    name = eqn.primitive.name
-    if name in ("convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard"):
-        return axes
-    if name == "transpose":
-        return tuple(axes[axis] for axis in eqn.params["permutation"])
-    if name == "squeeze":
-        dropped = eqn.params["dimensions"]
-        return None if any(axes[i] >= 0 for i in dropped) else tuple(a for i, a in enumerate(axes) if i not in dropped)
-    if name == "broadcast_in_dim":
-        before, places_of = eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"]
-        if any(eqn.params["shape"][place] != size for place, size in zip(places_of, before, strict=True)):
-            # One number for several outputs.
-            return None
-        places: Mapping[int, int] = dict(zip(places_of, axes, strict=True))
-        return tuple(places.get(axis, -1) for axis in range(len(eqn.params["shape"])))
-    if name == "reshape":
-        # New axes of size 1 come and go: those of biases, those of entries that were cut out.
-        sizes, before = tuple(eqn.params["new_sizes"]), eqn.invars[0].aval.shape
-        own = [(axis, size) for axis, size in zip(axes, before, strict=True) if axis >= 0]
-        added = len(sizes) - len(own)
-        for first in range(added + 1):
-            if sizes[first : first + len(own)] == tuple(size for _, size in own):
-                return (*[-1] * first, *(axis for axis, _ in own), *[-1] * (added - first))
-        return None
-    return None
-
-
-_WHOLE = frozenset({"scan", "while", "cond", "shard_map"})

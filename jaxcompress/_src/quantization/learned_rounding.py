@@ -1,7 +1,7 @@
 """Learned rounding: up or down, block after block, so that each block's outputs stay what they were."""
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +11,26 @@ import optax
 
 from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.arrays.quantized import QuantizedArray
-from jaxcompress._src.calibration.segments import Segment, UnmetError, segments
-from jaxcompress._src.calibration.unstack import entries_of, entry_paths, unstacked, whole_stacks
-from jaxcompress._src.meshes import on_auto_axes_as
+from jaxcompress._src.calibration.blocks import Blocks, blocks_of
+from jaxcompress._src.calibration.flat_program import Entry, View, flat_program
+from jaxcompress._src.calibration.leaf_part import LeafPart
+from jaxcompress._src.calibration.segments import (
+    COMPILED,
+    Model,
+    Overlap,
+    Piece,
+    by_shape,
+    entry_of,
+    evaluate,
+    is_partial,
+    laid_over,
+    overlap_of,
+)
+from jaxcompress._src.meshes import on_auto_axes, on_auto_axes_as
 from jaxcompress._src.quantization.rounding_info import RoundingInfo
 from jaxcompress._src.quantization.soft_rounding import choice_of, decision, first_state, hard_leaf, soft_leaf
 from jaxcompress._src.trace.layouts import layouts as traced_layouts
-from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, map_with_path, with_leaves
+from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths, with_leaves
 from jaxcompress._src.types import Params, plain
 from jaxcompress._src.weights.matrices import checked_weight
 
@@ -71,16 +84,16 @@ def learned_rounding(
             they changed.
         batches: tuples of arrays; all are kept, with what each block passes on.
         together: path of a rounded leaf -> its block, such as the number of the layer; `path[i]` for each entry of a
-            stack (the layers of a scan). Blocks are cut where the next one's first leaf is used (see
-            `calibration.segments`). A stack whose entries share a scale stays one leaf, in one block.
+            stack (the layers of a scan). Blocks are cut where the next one's first leaf is used. A stack whose entries
+            share a scale stays one leaf, in one block.
         schedule: steps, rates, penalty.
         row_mask: `(*inputs) -> weights` of shape (B, L), say: what each row counts, 0 for padding, in values with these
             leading axes; by default all count alike.
 
     Returns:
         `(params, info)`: as `rounded`, with other codes and scales, and a `RoundingInfo` by path (`path[i]` for each
-            entry of a stack) with the relative
-        output error of the leaf's block: ||Y' - Y|| / ||Y||, Y being what it passes on.
+        entry of a stack) with the relative output error of the leaf's block: ||Y' - Y|| / ||Y||, Y being what it passes
+        on.
 
     Raises:
         ValueError: no batches, or with NaN; no rounded leaf, one with a table of levels or sparse codes, or that is not
@@ -103,79 +116,130 @@ def learned_rounding(
         pushing the limit of post-training quantization by block reconstruction".
     """
     kept = [tuple(jax.tree.map(jnp.asarray, batch)) for batch in batches]
-    paths = [path for path, leaf in leaves_with_paths(rounded) if isinstance(leaf, QuantizedArray)]
-    _check(kept, paths, leaves_by_path(rounded), schedule)
-    _check_dense(paths, leaves_by_path(rounded), leaves_by_path(params))
+    leaves, dense = leaves_by_path(rounded), leaves_by_path(params)
+    paths = [path for path, leaf in leaves.items() if isinstance(leaf, QuantizedArray)]
+    _check(kept, paths, leaves, schedule)
+    _check_dense(paths, leaves, dense)
     rows = [None if row_mask is None else jnp.maximum(jnp.asarray(row_mask(*b), jnp.float32), 0.0) for b in kept]
-    dense = map_with_path(lambda _, leaf: jnp.asarray(plain(leaf)), params)
-    stacks = _stacks(traced_layouts(apply, dense, *kept[0]), rounded)
-    names, dense, split, programs = _by_entry(unstacked(apply, dense), dense, rounded, stacks, together, kept)
-    leaves, info = leaves_by_path(split), {}
-    current = map_with_path(lambda _, leaf: jnp.asarray(plain(leaf)), split)
-    values = [(jax.tree.leaves(batch), jax.tree.leaves(batch)) for batch in kept]
-    for k in range(len(programs[0])):
-        parts = [program[k] for program in programs]
-        own = {path: leaves[path] for path in parts[0].paths}
-        targets = [_run(part)(dense, old) for part, (old, _) in zip(parts, values, strict=True)]
-        block = _Block(parts, current, [new for _, new in values], targets, rows)
-        learned, before, after = _learn(block, own, leaves_by_path(dense), schedule)
+    stacks = _stacks(traced_layouts(apply, params, *kept[0]), {path: leaves[path] for path in paths})
+
+    def trace(batch: Any) -> Blocks:
+        program = flat_program(apply, params, batch, stacks=[path for path, sizes in stacks.items() if sizes])
+        return blocks_of(program, stacks, together=together)
+
+    programs = by_shape(kept, trace)
+    target, current = (Model(tree, [blocks.segments for blocks in programs], kept) for tree in (params, rounded))
+    entries: dict[str, dict[Entry, QuantizedArray]] = {path: {} for path in paths}
+    info = {}
+    for number, parts in enumerate(programs[0].parts):
+        target.run(number)
+        start = [_entry(leaves[part.path], part) for part in parts]
+        block = _block(number, programs, current, target, rows)
+        learned, before, after = _learn(block, start, [entry_of(dense[p.path], p.entry) for p in parts], schedule)
         if not np.isfinite(before):
-            raise ValueError(f"What the block of leaf {names[next(iter(own))]!r} passes on holds NaN or Inf.")
-        leaves |= learned
-        current = with_leaves(current, {path: jnp.asarray(plain(leaf)) for path, leaf in learned.items()})
-        info |= {names[path]: RoundingInfo.of(leaf, error_before=before, error=after) for path, leaf in learned.items()}
-        moved = [_run(part)(current, new) for part, (_, new) in zip(parts, values, strict=True)]
-        values = list(zip(targets, moved, strict=True))
-    return whole_stacks(rounded, with_leaves(split, leaves)), info
+            raise ValueError(f"What the block of leaf {parts[0].name!r} passes on holds NaN or Inf.")
+        for part, leaf in zip(parts, learned, strict=True):
+            entries[part.path][part.entry] = leaf
+            info[part.name] = RoundingInfo.of(leaf, error_before=before, error=after)
+            current.put(part.path, part.entry, jnp.asarray(plain(leaf)))
+        current.run(number)
+    return with_leaves(rounded, {path: _joined(stacks[path], entries[path]) for path in paths}), info
 
 
-def _by_entry(
-    apply: Callable[..., Any],
-    dense: Params,
-    rounded: Params,
-    stacks: dict[str, int],
-    together: Callable[[str], Any],
-    kept: list[Any],
-) -> tuple[dict[str, str], Params, Params, list[list[Segment]]]:
-    """Names of the leaves where the layers of a stack are leaves of their own, both trees so, and the blocks.
-
-    Batches of different shapes have programs of their own, cut at the same leaves.
-    """
-    names, whole, split = entry_paths(rounded, stacks), entries_of(dense, stacks), entries_of(rounded, stacks)
-    paths = [path for path, leaf in leaves_with_paths(split) if isinstance(leaf, QuantizedArray)]
-    cut = functools.partial(segments, apply, whole, paths=paths, together=lambda path: together(names[path]))
-    try:
-        return names, whole, split, _by_shape(kept, cut)
-    except UnmetError as err:
-        # A stack of which the model leaves an entry out is learned as one leaf.
-        left = {path: depth for path, depth in stacks.items() if not err.path.startswith(f"{path}/")}
-        if left == stacks:
-            raise
-        return _by_entry(apply, dense, rounded, left, together, kept)
-
-
-def _stacks(layouts: Params, rounded: Params) -> dict[str, int]:
-    """How many leading axes of a rounded leaf are stacked; leaves alone that can be cut there, part by part."""
+def _stacks(layouts: Params, leaves: Mapping[str, QuantizedArray]) -> dict[str, tuple[int, ...]]:
+    """The sizes of the leading axes of each leaf that are stacked; none where it cannot be cut there, part by part."""
     axes = {path: layout.stack_axes for path, layout in leaves_with_paths(layouts)}
-    found = {}
-    for path, leaf in leaves_with_paths(rounded):
+    stacks = {}
+    for path, leaf in leaves.items():
         depth = len(axes[path])
-        if axes[path] != tuple(range(depth)):
-            continue
-        leading = isinstance(leaf, QuantizedArray) and [part.shape[:depth] for part in jax.tree.leaves(leaf)]
-        if depth and leading and set(leading) == {leaf.shape[:depth]}:
-            found[path] = depth
-    return found
+        leading = {part.shape[:depth] for part in jax.tree.leaves(leaf)}
+        can_be_cut = axes[path] == tuple(range(depth)) and leading == {leaf.shape[:depth]}
+        stacks[path] = tuple(leaf.shape[:depth]) if can_be_cut else ()
+    return stacks
 
 
-class _Block(NamedTuple):
-    """A block with what goes into it and what should come out, batch by batch."""
+@on_auto_axes
+def _entry(leaf: QuantizedArray, part: LeafPart) -> QuantizedArray:
+    """One entry of a compressed stack, cut part by part."""
+    index = tuple(place for _, place in part.entry)
+    return jax.tree.map(lambda own: own[index], leaf) if index else leaf
 
-    parts: list[Segment]
-    params: Params
-    inputs: list[Any]
+
+@on_auto_axes
+def _joined(sizes: tuple[int, ...], entries: Mapping[Entry, QuantizedArray]) -> QuantizedArray:
+    """A leaf of its entries, or of all of it."""
+    if () in entries:
+        return entries[()]
+    parts = [entries[entry] for entry in sorted(entries)]
+    return jax.tree.map(lambda *own: jnp.stack(own).reshape(*sizes, *own[0].shape), *parts)
+
+
+class _Task(NamedTuple):
+    """How a block computes on batches of one shape. Hashable: equal blocks share a compilation.
+
+    Attributes:
+        piece: its equations.
+        overlaps: for each leaf that these read, which parts of the block are in it, by number, and where.
+        places: of what it passes on, among what it writes.
+        count: of what it passes on, what it leaves as it is included.
+    """
+
+    piece: Piece
+    overlaps: tuple[tuple[tuple[int, Overlap], ...], ...]
+    places: tuple[int, ...]
+    count: int
+
+
+class _Batch(NamedTuple):
+    """A block on one batch.
+
+    Attributes:
+        task: how it computes.
+        operands: what goes into it in the rounded model.
+        targets: what it should write.
+        rows: what each row counts; None: the same.
+        passed: error of what it leaves as it is.
+    """
+
+    task: _Task
+    operands: Any
     targets: list[Any]
-    rows: list[Any]
+    rows: Any
+    passed: float
+
+
+def _block(number: int, programs: Sequence[Blocks], current: Model, target: Model, rows: Sequence[Any]) -> list[_Batch]:
+    """A block on every batch, between the models that stand before and behind it."""
+    batches: list[_Batch] = []
+    at_hand: dict[Any, Any] = {}
+    for batch, blocks in enumerate(programs):
+        segment, outputs = blocks.segments.segments[number], blocks.outputs[number]
+        overlaps = [_overlaps(view, blocks.parts[number], current.leaves[view.path].ndim) for view in segment.views]
+        for view, own in zip(segment.views, overlaps, strict=True):
+            if any(not is_partial(overlap) for _, overlap in own):
+                # All of it is learned: nobody reads what it is so far.
+                at_hand[view.path, view.entry] = None
+        written = [var for var in outputs if var in segment.writes]
+        places = tuple(segment.writes.index(var) for var in written)
+        passed = [var for var in outputs if var not in written]
+        values, wanted = ([model.values[batch][var] for var in passed] for model in (current, target))
+        batches.append(
+            _Batch(
+                task=_Task(segment.piece, tuple(overlaps), places, max(len(outputs), 1)),
+                operands=current.operands(number, batch, at_hand),
+                targets=[target.values[batch][var] for var in written],
+                rows=rows[batch],
+                passed=float(_energies(values, wanted, rows[batch], centred=False)),
+            )
+        )
+    return batches
+
+
+def _overlaps(view: View, parts: Sequence[LeafPart], ndim: int) -> tuple[tuple[int, Overlap], ...]:
+    """Which parts a leaf of some axes is made of as the program reads it, by number, and where."""
+    own = [(number, part.entry) for number, part in enumerate(parts) if part.path == view.path]
+    pairs = [(number, overlap_of(view.entry, entry, ndim)) for number, entry in own]
+    return tuple((number, overlap) for number, overlap in pairs if overlap is not None)
 
 
 def _check(kept: list[Any], paths: list[str], leaves: Mapping[str, Any], schedule: RoundingSchedule) -> None:
@@ -200,72 +264,71 @@ def _check_dense(paths: list[str], leaves: Mapping[str, Any], dense: Mapping[str
         checked_weight(path, dense[path])
 
 
-def _by_shape(kept: list[Any], cut: Callable[[Any], list[Segment]]) -> list[list[Segment]]:
-    known: dict[Any, list[Segment]] = {}
-    found = []
-    for batch in kept:
-        shapes = str(jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch))
-        if shapes not in known:
-            known[shapes] = cut(batch)
-        found.append(known[shapes])
-    return found
-
-
 def _learn(
-    block: _Block, own: dict[str, QuantizedArray], dense: Mapping[str, Any], schedule: RoundingSchedule
-) -> tuple[dict[str, QuantizedArray], float, float]:
+    block: list[_Batch], leaves: list[QuantizedArray], dense: list[Any], schedule: RoundingSchedule
+) -> tuple[list[QuantizedArray], float, float]:
     """The block's leaves, and its relative error before and after."""
-    choices = {path: choice_of(leaf, dense[path]) for path, leaf in own.items()}
-    state: Any = {path: first_state(choice, dense[path]) for path, choice in choices.items()}
-    optimizer = optax.adam(schedule.rate)
-    moments = optimizer.init(state)
-    losses = {id(part): _loss(part, schedule) for part in block.parts}
-    for i in range(schedule.steps if own else 0):
-        at = i % len(block.parts)
+    choices = [choice_of(leaf, weights) for leaf, weights in zip(leaves, dense, strict=True)]
+    state: Any = [first_state(choice, weights) for choice, weights in zip(choices, dense, strict=True)]
+    moments = optax.adam(schedule.rate).init(state)
+    for i in range(schedule.steps):
+        batch = block[i % len(block)]
         share = np.float32(i / schedule.steps)
-        data = block.inputs[at], block.targets[at], block.rows[at]
-        gradient = losses[id(block.parts[at])](state, choices, block.params, data, share)
-        updates, moments = _update(optimizer, gradient, moments)
-        state = optax.apply_updates(state, updates)
-    before = _error(block, own)
-    learned = {path: hard_leaf(choice, state[path], schedule.scale_rate) for path, choice in choices.items()}
-    after = _error(block, learned)
-    return (learned, before, after) if after < before else (own, before, before)
+        data = batch.operands, batch.targets, batch.rows
+        state, moments = _step(state, moments, choices, data, share, task=batch.task, schedule=schedule)
+    learned = [hard_leaf(choice, each, schedule.scale_rate) for choice, each in zip(choices, state, strict=True)]
+    before, after = _error(block, leaves), _error(block, learned)
+    return (learned, before, after) if after < before else (leaves, before, before)
 
 
-def _loss(part: Segment, schedule: RoundingSchedule) -> Callable[..., Any]:
-    def loss(state: Any, choices: Any, params: Params, data: Any, share: Any) -> Any:
-        inputs, targets, rows = data
-        soft = {path: soft_leaf(choices[path], state[path], schedule.scale_rate) for path in state}
-        lost, total = _energies(part, with_leaves(params, soft), (inputs, targets, rows), centred=True)
+# The leaf inside a choice is a pytree with static fields: it may be an argument.
+@functools.partial(jax.jit, static_argnames=("task", "schedule"), compiler_options=COMPILED)
+def _step(
+    state: Any, moments: Any, choices: Any, data: Any, share: Any, *, task: _Task, schedule: RoundingSchedule
+) -> tuple[Any, Any]:
+    """One step of Adam."""
+
+    def loss(state: Any) -> Any:
+        soft = [soft_leaf(choice, own, schedule.scale_rate) for choice, own in zip(choices, state, strict=True)]
+        lost = _lost(task, soft, *data, centred=True)
         ready = (share - schedule.warm_up) / max(1 - schedule.warm_up, 1e-6)
         first, last = schedule.sharpness
         power = last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(ready, 0.0, 1.0)))
-        open_ = [1 - jnp.abs(2 * decision(own["v"]) - 1) ** power for own in state.values()]
+        open_ = [1 - jnp.abs(2 * decision(own["v"]) - 1) ** power for own in state]
         penalty = sum(part.sum() for part in open_) / max(sum(part.size for part in open_), 1)
-        return lost / total + jnp.where(ready > 0, schedule.strength, 0.0) * penalty
+        return lost / task.count + jnp.where(ready > 0, schedule.strength, 0.0) * penalty
 
-    return _gradient(loss)
-
-
-def _gradient(loss: Callable[..., Any]) -> Callable[..., Any]:
-    # The leaf inside a choice is a pytree with static fields: it may be an argument.
-    return jax.jit(jax.grad(loss))
+    updates, moments = optax.adam(schedule.rate).update(jax.grad(loss)(state), moments)
+    return optax.apply_updates(state, updates), moments
 
 
-@functools.partial(jax.jit, static_argnames="optimizer")
-def _update(optimizer: Any, gradient: Any, moments: Any) -> Any:
-    return optimizer.update(gradient, moments)
+def _error(block: list[_Batch], leaves: Sequence[QuantizedArray]) -> float:
+    arrays, errors = [jnp.asarray(plain(leaf)) for leaf in leaves], []
+    for batch in block:
+        lost = float(_measured(batch.task, arrays, batch.operands, batch.targets, batch.rows))
+        errors.append((lost + batch.passed) / batch.task.count)
+    return float(np.sqrt(np.mean(errors)))
 
 
-def _energies(part: Segment, params: Params, data: tuple[Any, Any, Any], *, centred: bool) -> tuple[Any, Any]:
-    """Squared errors of what the block passes on, each over the target's energy (about its mean), and their number."""
-    inputs, targets, rows = data
-    lost, count = jnp.float32(0), 0
-    for found, wanted, counts in zip(part(params, inputs), targets, part.floats, strict=True):
-        if counts:
-            lost, count = lost + on_auto_axes_as([], _energy, found, wanted, rows, centred), count + 1
-    return lost, max(count, 1)
+def _lost(task: _Task, arrays: Sequence[Any], operands: Any, targets: Any, rows: Any, *, centred: bool) -> Any:
+    """The errors of what a block writes, summed up."""
+    weights, values, consts = operands
+    parts = []
+    for part, overlaps in zip(weights, task.overlaps, strict=True):
+        for number, overlap in overlaps:
+            part = laid_over(part, arrays[number], overlap)
+        parts.append(part)
+    written = evaluate(task.piece, parts, values, consts)
+    return _energies([written[place] for place in task.places], targets, rows, centred=centred)
+
+
+_measured = jax.jit(functools.partial(_lost, centred=False), static_argnums=0, compiler_options=COMPILED)
+
+
+def _energies(values: Sequence[Any], targets: Sequence[Any], rows: Any, *, centred: bool) -> Any:
+    """Squared errors, each over the target's energy (about its mean), summed up."""
+    pairs = zip(values, targets, strict=True)
+    return sum((on_auto_axes_as([], _energy, found, wanted, rows, centred) for found, wanted in pairs), jnp.float32(0))
 
 
 def _energy(found: Any, wanted: Any, rows: Any, centred: bool) -> Any:
@@ -278,22 +341,3 @@ def _energy(found: Any, wanted: Any, rows: Any, centred: bool) -> Any:
     mean = jnp.sum(weight * wanted) / total if centred else 0.0
     variance = jnp.maximum(jnp.sum(weight * jnp.square(wanted - mean)), jnp.finfo(jnp.float32).tiny)
     return jnp.sum(weight * jnp.square(found.astype(jnp.float32) - wanted)) / variance
-
-
-def _error(block: _Block, leaves: Mapping[str, QuantizedArray]) -> float:
-    params = with_leaves(block.params, {path: jnp.asarray(plain(leaf)) for path, leaf in leaves.items()})
-    found = [
-        _measure(part)(params, *data)
-        for part, *data in zip(block.parts, block.inputs, block.targets, block.rows, strict=True)
-    ]
-    return float(np.sqrt(np.mean([float(lost) / total for lost, total in found])))
-
-
-@functools.lru_cache(maxsize=64)
-def _measure(part: Segment) -> Callable[..., Any]:
-    return jax.jit(lambda params, *data: _energies(part, params, data, centred=False))
-
-
-@functools.lru_cache(maxsize=64)
-def _run(part: Segment) -> Callable[..., Any]:
-    return jax.jit(lambda params, values: part(params, values))
