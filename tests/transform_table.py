@@ -33,7 +33,8 @@ class Row:
 
     Attributes:
         make: a new one.
-        zeros: the share of zeros among the weights that `apply` returns after `STEPS` steps; None: not known before.
+        zeros: the share of zeros among the weights that `apply` returns after `STEPS` steps; a pair: bounds, where
+            training decides.
         trains: has trainable state.
         variant: of the row above; not run on eight devices, too.
         exact: what is stored has the very bits of what was trained; otherwise sums are made in another order.
@@ -42,7 +43,7 @@ class Row:
     """
 
     make: Callable[[], Transform]
-    zeros: float | None = 0.0
+    zeros: float | tuple[float, float] = 0.0
     trains: bool = False
     variant: bool = False
     exact: bool = True
@@ -76,32 +77,34 @@ TABLE: dict[str, Row] = {
     ),
     "straight-through": Row(make=lambda: pruning.straight_through_magnitude(schedule=_soon(), scope="row"), zeros=0.5),
     "movement": Row(make=lambda: pruning.movement(schedule=_soon()), zeros=0.5, trains=True),
-    "soft movement": Row(make=lambda: pruning.soft_movement(threshold=0.5, strength=1.0), zeros=None, trains=True),
+    "soft movement": Row(
+        make=lambda: pruning.soft_movement(threshold=0.5, strength=1.0), zeros=(0.6, 0.85), trains=True
+    ),
     "RigL": Row(make=lambda: pruning.rigl(sparsity=0.75, until=STEPS, every=2), zeros=0.75),
     "SET": Row(make=lambda: pruning.sparse_evolution(sparsity=0.5, until=STEPS, every=1), zeros=0.5),
     "SR-STE": Row(make=lambda: pruning.sr_ste(2, 4, strength=0.1), zeros=0.5),
-    "group lasso": Row(make=lambda: pruning.group_lasso(strength=0.05, freeze_at=3), zeros=None),
+    "group lasso": Row(make=lambda: pruning.group_lasso(strength=0.05, freeze_at=3), zeros=(0.03, 0.1)),
     "group lasso, blocks": Row(
-        make=lambda: pruning.group_lasso(strength=0.05, grouping=pruning.block(4, 4)), zeros=None, variant=True
+        make=lambda: pruning.group_lasso(strength=0.05, grouping=pruning.block(4, 4)), zeros=(0.5, 0.75), variant=True
     ),
     "rank gates": Row(
-        make=lambda: lowrank.rank_gates(strength=0.01, drop_rate=0.4), zeros=None, trains=True, exact=False
+        make=lambda: lowrank.rank_gates(strength=0.01, drop_rate=0.4), zeros=0.0, trains=True, exact=False
     ),
     "hard concrete gates": Row(
         make=lambda: gates.hard_concrete([UNITS], penalty=lambda_penalty(10.0, examples=100)),
-        zeros=None,
+        zeros=0.5,
         trains=True,
         exact=False,
         rate=2.0,
     ),
-    "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=None),
-    "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=None, variant=True),
+    "4 bits": Row(make=lambda: quantization_aware(QuantSpec(bits=4, group_size=8)), zeros=(0.05, 0.1)),
+    "4 bits, later": Row(make=lambda: quantization_aware(QuantSpec(bits=4), begin=2), zeros=(0.05, 0.12), variant=True),
     "codebooks of 3 bits": Row(
-        make=lambda: trained_codebooks(CodebookSpec(values=8, zero=False)), zeros=None, trains=True, rate=0.05
+        make=lambda: trained_codebooks(CodebookSpec(values=8, zero=False)), zeros=0.0, trains=True, rate=0.05
     ),
     "codebooks of 3 bits, assigned anew": Row(
         make=lambda: trained_codebooks(CodebookSpec(values=8, rate=0.01), every=2, until=4, store="sparse"),
-        zeros=None,
+        zeros=0.0,
         trains=True,
         rate=0.05,
         variant=True,
@@ -111,40 +114,44 @@ TABLE: dict[str, Row] = {
             pruning.gradual(schedule=constant(0.5), every=1),
             trained_codebooks(CodebookSpec(values=8, dtype="bfloat16"), until=3),
         ),
-        zeros=None,
+        zeros=0.5,
         trains=True,
         rate=0.05,
     ),
     "8 bits, then fewer": Row(
         make=lambda: quantization_aware(QuantSpec(bits=4, symmetric=False), bits=lambda step: jnp.maximum(8 - step, 4)),
-        zeros=None,
+        zeros=(0.05, 0.1),
         variant=True,
     ),
     "learned steps, 3 bits": Row(
-        make=lambda: lsq(QuantSpec(bits=3, group_size=8, scale_dtype="bfloat16")), zeros=None, trains=True, rate=1e-3
+        make=lambda: lsq(QuantSpec(bits=3, group_size=8, scale_dtype="bfloat16")),
+        zeros=(0.15, 0.25),
+        trains=True,
+        rate=1e-3,
     ),
     "learned steps and zero points, 2 bits": Row(
         make=lambda: lsq(QuantSpec(bits=2, symmetric=False, range_rule="mse")),
-        zeros=None,
+        zeros=(0.3, 0.45),
         trains=True,
         rate=1e-3,
         variant=True,
     ),
     "8 bits, inputs too": Row(
-        make=lambda: jc.chain(quantization_aware(QuantSpec(bits=8)), quantized_inputs(QuantSpec(bits=8))), zeros=None
+        make=lambda: jc.chain(quantization_aware(QuantSpec(bits=8)), quantized_inputs(QuantSpec(bits=8))),
+        zeros=(0.0, 0.01),
     ),
     "learned steps of inputs, 4 bits": Row(
         make=lambda: jc.chain(
             lsq(QuantSpec(bits=4)), lsq_inputs(QuantSpec(bits=4, symmetric=False, per_tensor=True), select=KERNELS)
         ),
-        zeros=None,
+        zeros=(0.05, 0.15),
         trains=True,
         rate=1e-3,
         statistics=lambda: ranges(0.5, 7),
     ),
     "clipped inputs, 4 bits": Row(
         make=lambda: jc.chain(quantization_aware(QuantSpec(bits=8)), pact_inputs(4, select=KERNELS)),
-        zeros=None,
+        zeros=(0.0, 0.01),
         trains=True,
         rate=1e-3,
         statistics=lambda: ranges(0.1, 0),
@@ -154,7 +161,7 @@ TABLE: dict[str, Row] = {
         make=lambda: jc.chain(
             pruning.gradual(schedule=constant(0.5), every=1), quantization_aware(QuantSpec(bits=4, symmetric=False))
         ),
-        zeros=None,
+        zeros=0.5,
     ),
 }
 

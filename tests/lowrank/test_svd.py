@@ -224,16 +224,18 @@ def test_bfloat16_leaves_have_bfloat16_factors():
     kernel = normal(24, 17, dtype="bfloat16")
     small, _ = svd({"w": kernel}, rank=17)
     assert small["w"].dtype == small["w"].left.dtype == small["w"].right.dtype == jnp.bfloat16
-    np.testing.assert_allclose(
-        np.asarray(small["w"].materialize(), np.float32), np.asarray(kernel, np.float32), atol=0.1
-    )
+    left, right = (np.asarray(factor, np.float64).reshape(-1, 17) for factor in (small["w"].left, small["w"].right))
+    exact = np.asarray(kernel, np.float64)
+    found = np.asarray(small["w"].materialize(), np.float64)
+    # Each factor is rounded to 8 bits once, and their product to 8 bits again.
+    np.testing.assert_allclose(found, left @ right.T, rtol=2**-8, atol=1e-6)
+    assert np.linalg.norm(found - exact) < 2**-7 * np.linalg.norm(exact)
 
 
 def test_a_rule_may_leave_leaves_dense_and_others_are_not_touched():
     params = {"small": normal(2, 2), "large": normal(24, 30), "bias": normal(5)}
     small, info = svd(params, rank=parameter_share(0.5))
-    assert small["small"] is not params["small"] or small["small"].shape == (2, 2)
-    np.testing.assert_array_equal(small["small"], params["small"])
+    assert small["small"] is params["small"]
     assert info["small"].rank is None
     assert info["small"].share == 1.0
     assert isinstance(small["large"], LowRankArray)
