@@ -55,18 +55,18 @@ def correct_biases(
     References:
         Nagel et al. 2019, "Data-free quantization through weight equalization and bias correction", section 4.2.
     """
-    kept = list(batches)
-    if not kept:
+    all_batches = list(batches)
+    if not all_batches:
         raise ValueError("`batches` is empty: biases need inputs.")
     small = {path for path, leaf in leaves_with_paths(compressed) if is_compressed(leaf)}
-    parts = [part for part in plain_kernels(apply, params, kept[0])[0] if part.path in small]
+    parts = [part for part in plain_kernels(apply, params, all_batches[0])[0] if part.path in small]
     if not parts:
         raise ValueError("No kernel of a plain matmul is compressed: there is nothing to correct.")
     paths = sorted({part.path for part in parts})
     rounded = map_with_path(lambda _, leaf: plain(leaf), compressed)
-    rows = flat_weights(row_mask, kept)
+    rows = flat_weights(row_mask, all_batches)
     current, changed, shifts = leaves_by_path(rounded), {}, {}
-    for stop in layer_by_layer(apply, paths, (params, rounded), kept, repeated="each"):
+    for stop in layer_by_layer(apply, paths, (params, rounded), all_batches, repeated="each"):
         if stop.bias is None:
             continue
         (kernel, bias), (weights, before) = stop.weights(0), stop.weights(-1)

@@ -70,8 +70,8 @@ def fisher_sensitivity(
     Example:
         >>> params = {"a": jnp.array([[1.0], [0.3]]), "b": jnp.array([[1.0], [0.3]])}
         >>> fisher = {"a": jnp.ones((2, 1)), "b": 9 * jnp.ones((2, 1))}
-        >>> found = fisher_sensitivity(params, fisher, [QuantSpec(bits=2), QuantSpec(bits=8)])
-        >>> found.losses["a"].round(3).tolist(), found.losses["b"].round(3).tolist()
+        >>> table = fisher_sensitivity(params, fisher, [QuantSpec(bits=2), QuantSpec(bits=8)])
+        >>> table.losses["a"].round(3).tolist(), table.losses["b"].round(3).tolist()
         ([0.101, 0.0], [0.905, 0.0])
     """
 
@@ -113,8 +113,8 @@ def loss_sensitivity(
         >>> params = {"a": jnp.array([[1.0], [0.3]]), "b": jnp.array([[1.0], [0.3]])}
         >>> def loss(p, x):
         ...     return jnp.sum((p["a"] - params["a"]) ** 2) + 9 * jnp.sum((p["b"] - params["b"]) ** 2)
-        >>> found = loss_sensitivity(loss, params, [0.0], [QuantSpec(bits=2), QuantSpec(bits=8)])
-        >>> found.losses["a"].round(2).tolist(), found.losses["b"].round(2).tolist()
+        >>> table = loss_sensitivity(loss, params, [0.0], [QuantSpec(bits=2), QuantSpec(bits=8)])
+        >>> table.losses["a"].round(2).tolist(), table.losses["b"].round(2).tolist()
         ([0.2, 0.0], [1.81, 0.0])
     """
     if not batches:
@@ -156,8 +156,8 @@ def allocate_bits(
         >>> params = {"a": jnp.array([[1.0], [0.3]]), "b": jnp.array([[1.0], [0.3]])}
         >>> fisher = {"a": jnp.ones((2, 1)), "b": 9 * jnp.ones((2, 1))}
         >>> table = fisher_sensitivity(params, fisher, [QuantSpec(bits=2), QuantSpec(bits=8)])
-        >>> chosen = allocate_bits(table, mean_bits=5.0, counted="codes")
-        >>> chosen["a"].bits, chosen["b"].bits
+        >>> specs = allocate_bits(table, mean_bits=5.0, counted="codes")
+        >>> specs["a"].bits, specs["b"].bits
         (2, 8)
 
     References:
@@ -178,9 +178,9 @@ def allocate_bits(
     budget = 8 * total_bytes if total_bytes is not None else math.floor((mean_bits or 0.0) * sum(sizes))
     least = int(sum(min(cost) for cost in costs))
     if least > budget:
-        found = f"`total_bytes` is {total_bytes}" if total_bytes is not None else f"`mean_bits` is {mean_bits}"
+        given = f"`total_bytes` is {total_bytes}" if total_bytes is not None else f"`mean_bits` is {mean_bits}"
         need = f"{-(-least // 8)} bytes" if total_bytes is not None else f"{least / sum(sizes):.4g} bits per weight"
-        raise ValueError(f"{found}, but the smallest formats of the table need {need} ({counted!r}).")
+        raise ValueError(f"{given}, but the smallest formats of the table need {need} ({counted!r}).")
     options = dict(zip(paths, cheapest_choice(costs, losses, budget).options, strict=True))
     return map_selected(lambda path, _: sensitivity.specs[options[path]], sensitivity.sizes)
 
@@ -206,12 +206,12 @@ def quantize_each(params: Params, specs: Params, *, layouts: Params | None = Non
     by_path = {path: spec for path, spec in leaves_with_paths(specs) if isinstance(spec, QuantSpec)}
     if unknown := sorted(set(by_path) - {path for path, _ in leaves_with_paths(params)}):
         raise ValueError(f"`specs` names leaf {unknown[0]!r}, which `params` does not have.")
-    chosen = selected_layouts(params, select=_among(by_path), layouts=layouts)
+    selected = selected_layouts(params, select=_among(by_path), layouts=layouts)
 
     def visit(path: str, layout: LeafLayout, leaf: Any) -> QuantizedArray:
         return quantize_array(checked_weight(path, leaf), by_path[path], layout)
 
-    return with_leaves(params, leaves_by_path(map_selected(visit, chosen, params)))
+    return with_leaves(params, leaves_by_path(map_selected(visit, selected, params)))
 
 
 def _among(paths: Any) -> Selector:
@@ -228,24 +228,24 @@ def _table(
 ) -> FormatSensitivity:
     if not specs:
         raise ValueError("`specs` is empty: there is nothing to choose from.")
-    chosen = selected_layouts(params, select=select, layouts=layouts)
+    selected = selected_layouts(params, select=select, layouts=layouts)
     bits: dict[str, np.ndarray] = {}
 
     def visit(path: str, layout: LeafLayout, leaf: Any) -> np.ndarray:
         weight = checked_weight(path, leaf)
-        found = [quantize_array(weight, spec, layout) for spec in specs]
-        losses = np.array([loss(path, weight, small) for small in found])
+        candidates = [quantize_array(weight, spec, layout) for spec in specs]
+        losses = np.array([loss(path, weight, small) for small in candidates])
         if not np.isfinite(losses).all():
             raise ValueError(f"The losses of leaf {path!r} are {losses.tolist()}.")
-        bits[path] = np.array([small.nbits for small in found], np.int64)
+        bits[path] = np.array([small.nbits for small in candidates], np.int64)
         return losses
 
-    losses = map_selected(visit, chosen, params)
+    losses = map_selected(visit, selected, params)
     return FormatSensitivity(
         specs=tuple(specs),
         losses=losses,
-        stored_bits=map_selected(lambda path, _: bits[path], chosen),
-        sizes=map_selected(lambda _, __, leaf: math.prod(leaf.shape), chosen, params),
+        stored_bits=map_selected(lambda path, _: bits[path], selected),
+        sizes=map_selected(lambda _, __, leaf: math.prod(leaf.shape), selected, params),
     )
 
 

@@ -32,21 +32,21 @@ def entropy_clip(counts: np.ndarray, *, levels: int) -> int:
     if len(heights) <= _FIRST or not heights.sum():
         return len(heights)
     heights[0] = heights[1]
-    kept = range(_FIRST, len(heights) + 1)
-    divergences = np.array([_divergence(heights, count, levels) for count in kept])
-    return kept[len(divergences) - 1 - int(np.argmin(divergences[::-1]))]
+    lengths = range(_FIRST, len(heights) + 1)
+    divergences = np.array([_divergence(heights, count, levels) for count in lengths])
+    return lengths[len(divergences) - 1 - int(np.argmin(divergences[::-1]))]
 
 
-def _divergence(heights: np.ndarray, kept: int, levels: int) -> float:
-    inside = heights[:kept]
+def _divergence(heights: np.ndarray, length: int, levels: int) -> float:
+    inside = heights[:length]
     # As `numpy.digitize` has it on `linspace(0, kept, levels + 1)`.
-    runs = np.searchsorted(np.linspace(0, kept, levels + 1), np.arange(kept), side="right") - 1
+    runs = np.searchsorted(np.linspace(0, length, levels + 1), np.arange(length), side="right") - 1
     filled = inside != 0
     mass = np.bincount(runs[filled], inside[filled], levels)
     bins = np.bincount(runs[filled], minlength=levels)
     spread = np.where(filled, (mass / np.maximum(bins, 1))[runs], 0.0)
     clipped = inside.copy()
-    clipped[-1] += heights[kept:].sum()
+    clipped[-1] += heights[length:].sum()
     if not spread.sum() or (clipped[~filled] > 0).any():
         return np.inf
     p, q = clipped[filled] / clipped.sum(), spread[filled] / spread.sum()

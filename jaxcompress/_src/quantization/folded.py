@@ -60,8 +60,8 @@ def fold_statistic(fold: Fold, statistics: Params, name: str, leaves: Mapping[st
     for place in fold.consumers:
         entry = given.get(place.path)
         if isinstance(entry, InputStatistics) and getattr(entry, name) is not None:
-            found = _checked(getattr(entry, name), leaves[place.path], place)
-            return fill_unseen(found, found <= 0)
+            statistic = _checked(getattr(entry, name), leaves[place.path], place)
+            return fill_unseen(statistic, statistic <= 0)
     raise ValueError(f"Leaf {fold.consumers[0].path!r} has no statistic {name!r}; gather it with `input_statistics`.")
 
 
@@ -89,9 +89,9 @@ def _checked(statistic: Any, leaf: Any, place: FoldedLeaf) -> Any:
 
 def _scaled(leaf: Any, place: FoldedLeaf, factor: Float[Array, "S D"]) -> jax.Array:
     """A leaf times one factor for each entry and feature."""
-    own = tuple(sorted((*place.stack_axes, *place.axes)))
-    spread = _relaid(factor, leaf, (place.stack_axes, place.axes), (own,))
-    shape = [leaf.shape[axis] if axis in own else 1 for axis in range(leaf.ndim)]
+    axes = tuple(sorted((*place.stack_axes, *place.axes)))
+    spread = _relaid(factor, leaf, (place.stack_axes, place.axes), (axes,))
+    shape = [leaf.shape[axis] if axis in axes else 1 for axis in range(leaf.ndim)]
     return (leaf.astype(jnp.float32) * spread.reshape(shape)).astype(leaf.dtype)
 
 

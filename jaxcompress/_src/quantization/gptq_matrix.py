@@ -90,13 +90,13 @@ def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], 
     else:
         scale, zero_point = searched_scales(targets, spec, MATRIX, rule.range_search, importance[:, None])
         column = _round_input(scale, zero_point, targets.shape[0], spec)
-        found = solve_columns(
+        solution = solve_columns(
             targets[order],
             factor.factor,
             block_size=rule.block_size,
             quantize_column=lambda w, _, i: column(w, order[jnp.minimum(i, len(order) - 1)]),
         )
-        weights = jnp.zeros_like(found).at[order].set(found)
+        weights = jnp.zeros_like(solution).at[order].set(solution)
     nearest = rounded(targets, scale, zero_point, spec)
     # Published GPTQ stays what it is, but for inputs that are linearly dependent and hardly damped.
     risky = (factor.retries > 0) | (jnp.asarray(damping) < _LITTLE) | (rule.refine > 0)
@@ -142,9 +142,9 @@ def refined(
         fitted, start = scale, weights
         if fits:
             values = values_of(weights, scale, zero_point, spec)
-            found = least_squares_scales(values, targets, hessian, scale.astype(jnp.float32))
-            usable = jnp.isfinite(found) & (found > jnp.finfo(jnp.float32).tiny)
-            fitted = jnp.where(usable, cast_scale(jnp.where(usable, found, 1.0), spec), scale)
+            best_scales = least_squares_scales(values, targets, hessian, scale.astype(jnp.float32))
+            usable = jnp.isfinite(best_scales) & (best_scales > jnp.finfo(jnp.float32).tiny)
+            fitted = jnp.where(usable, cast_scale(jnp.where(usable, best_scales, 1.0), spec), scale)
             start = values * jnp.repeat(fitted.astype(jnp.float32), depth // len(fitted), axis=0)
         start, slope = coordinate_descent(start, targets, hessian, _round_input(fitted, zero_point, depth, spec))
         after = loss(start, slope)
@@ -177,8 +177,8 @@ def _with_updated_groups(
     spec = dataclasses.replace(rule.spec, group_size=None, partial_groups=False)
 
     def start(w: Any, first: Any) -> Any:
-        own = jax.lax.dynamic_slice_in_dim(importance, first, size)[:, None]
-        scale, zero_point = searched_scales(w, spec, MATRIX, rule.range_search, own)
+        energies = jax.lax.dynamic_slice_in_dim(importance, first, size)[:, None]
+        scale, zero_point = searched_scales(w, spec, MATRIX, rule.range_search, energies)
         return scale[0], None if zero_point is None else jnp.broadcast_to(zero_point, scale.shape)[0]
 
     def column(w: Any, parameters: Any, _: Any) -> Any:

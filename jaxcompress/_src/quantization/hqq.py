@@ -97,8 +97,8 @@ def hqq(
     info: dict[str, RoundingInfo] = {}
     for entry in fitting(weight_leaves(params, select=select, layouts=layouts), spec, select):
         check_blocks(entry, spec)
-        leaves[entry.path], own = _quantize(entry, spec, (iterations, norm, beta, kappa, iterate), exact_zero)
-        info |= own
+        leaves[entry.path], leaf_info = _quantize(entry, spec, (iterations, norm, beta, kappa, iterate), exact_zero)
+        info |= leaf_info
     return with_leaves(params, leaves), info
 
 
@@ -238,7 +238,7 @@ def _shrink(gap: Float32[Array, "..."], norm: float, beta: Any) -> Float32[Array
     return jnp.sign(gap) * jnp.maximum(size - size ** (norm - 1) / beta, 0.0)
 
 
-def _relative(dense: Float32[Array, "S ..."], found: Float32[Array, "S ..."]) -> Float32[Array, " S"]:
+def _relative(dense: Float32[Array, "S ..."], approximation: Float32[Array, "S ..."]) -> Float32[Array, " S"]:
     axes = tuple(range(1, dense.ndim))
-    lost, total = jnp.square(dense - found).sum(axes), jnp.square(dense).sum(axes)
+    lost, total = jnp.square(dense - approximation).sum(axes), jnp.square(dense).sum(axes)
     return jnp.where(total > 0, jnp.sqrt(lost / jnp.where(total > 0, total, 1.0)), 0.0)

@@ -65,8 +65,8 @@ def input_ranges(
     Example:
         >>> batches = [(jnp.array([[1.0, -2.54]]),), (jnp.array([[0.5, 0.0]]),)]
         >>> spec = QuantSpec(bits=8, per_tensor=True)
-        >>> found = input_ranges(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((2, 3))}, batches, spec)
-        >>> round(float(found["kernel"].scale), 4)
+        >>> ranges = input_ranges(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((2, 3))}, batches, spec)
+        >>> round(float(ranges["kernel"].scale), 4)
         0.02
 
     References:
@@ -82,7 +82,7 @@ def input_ranges(
     if momentum is None:
         ends = _of_leaves(find, input_statistics(apply, params, batches, **gather))
     else:
-        by_batch = (_of_leaves(find, found) for found in batch_statistics(apply, params, batches, **gather))
+        by_batch = (_of_leaves(find, each) for each in batch_statistics(apply, params, batches, **gather))
         ends = functools.reduce(functools.partial(jax.tree.map, functools.partial(_mixed, momentum)), by_batch)
     if not jax.tree.leaves(ends):
         raise ValueError("No selected leaf is multiplied by an input: tables that are only looked up have no range.")
@@ -93,8 +93,8 @@ def input_ranges(
 
 
 def _of_leaves(find: Callable[[Histogram], Array], statistics: Params) -> Params:
-    def visit(found: InputStatistics | LookupCounts) -> Any:
-        return find(found.histogram) if isinstance(found, InputStatistics) else Unselected
+    def visit(entry: InputStatistics | LookupCounts) -> Any:
+        return find(entry.histogram) if isinstance(entry, InputStatistics) else Unselected
 
     return jax.tree.map(visit, statistics, is_leaf=lambda x: isinstance(x, InputStatistics | LookupCounts))
 
@@ -115,8 +115,8 @@ def _ends(histogram: Histogram, *, spec: QuantSpec, initial_scales: InitialScale
     """(2, stack...): the lowest and the highest value of the range, for each stack entry; NaN without any value."""
     stack = histogram.lowest.shape
     parts = [np.asarray(part, np.float64).reshape(math.prod(stack), -1) for part in _parts(histogram)]
-    found = [_entry_ends(*entry, spec=spec, initial_scales=initial_scales) for entry in zip(*parts, strict=True)]
-    return jnp.asarray(np.array(found).T.reshape(2, *stack), jnp.float32)
+    ends = [_entry_ends(*entry, spec=spec, initial_scales=initial_scales) for entry in zip(*parts, strict=True)]
+    return jnp.asarray(np.array(ends).T.reshape(2, *stack), jnp.float32)
 
 
 def _parts(histogram: Histogram) -> list[Any]:

@@ -90,9 +90,9 @@ def lsq_inputs(spec: QuantSpec, *, select: Selector | None = None, layouts: Para
 
     def init(params: Params, *, key: Any, statistics: Any = None) -> TransformState:
         del key
-        found = _ranges(multiplied_layouts(params, select=select, layouts=layouts), params, statistics)
-        scales = map_selected(lambda _, entry: jnp.asarray(entry.scale, jnp.float32), found)
-        return TransformState(LearnedSteps(scales, map_selected(_float_zero_point, found)), ())
+        ranges = _ranges(multiplied_layouts(params, select=select, layouts=layouts), params, statistics)
+        scales = map_selected(lambda _, entry: jnp.asarray(entry.scale, jnp.float32), ranges)
+        return TransformState(LearnedSteps(scales, map_selected(_float_zero_point, ranges)), ())
 
     def apply(params: Params, state: TransformState, *, key: Any = None) -> Params:
         del key
@@ -155,8 +155,8 @@ def pact_inputs(
 
     def init(params: Params, *, key: Any, statistics: Any = None) -> TransformState:
         del key
-        found = _ranges(multiplied_layouts(params, select=select, layouts=layouts), params, statistics)
-        return TransformState(map_selected(lambda _, entry: _upper_end(entry, steps), found), ())
+        ranges = _ranges(multiplied_layouts(params, select=select, layouts=layouts), params, statistics)
+        return TransformState(map_selected(lambda _, entry: _upper_end(entry, steps), ranges), ())
 
     def clip(params: Params, state: TransformState, *, key: Any = None) -> Params:
         del key

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress._src.arrays.input_quantized import InputQuantizedArray, stored_quantizer
-from jaxcompress._src.arrays.quantized import QuantizedArray, dequantize
+from jaxcompress._src.arrays.quantized import QuantizedArray
 from jaxcompress._src.arrays.straight_through import straight_through
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.learned import Gradient, learned_quantize_array, whole_zero_point
@@ -86,10 +86,7 @@ class InputRounding:
     def rounded(self, x: Any, axes: Sequence[int], scale: Any, zero_point: Any) -> jax.Array:
         """The values of the codes: straight through if the range is dynamic, learned steps if it is static."""
         if scale is None:
-            fixed = jax.lax.stop_gradient(x)
-            found = self.codes(fixed, axes, None, None)
-            values = dequantize(found.data, found.scale, found.zero_point, levels=found.levels, dtype=x.dtype)
-            return straight_through(values, x)
+            return straight_through(self.codes(jax.lax.stop_gradient(x), axes, None, None).materialize(), x)
         features = 1
         for axis in axes:
             features *= x.shape[axis]
@@ -140,10 +137,10 @@ def quantize_inputs(
     """
     check_input_spec(spec, static=ranges is not None)
     rounding = InputRounding(spec=spec)
-    chosen = multiplied_layouts(params, select=select, layouts=layouts)
+    selected = multiplied_layouts(params, select=select, layouts=layouts)
     if ranges is None and spec.group_size is not None:
-        chosen = without_misfits(chosen, params, functools.partial(_check_groups, spec=spec), select)
-    entries = map_selected(lambda *_: None, chosen) if ranges is None else ranges
+        selected = without_misfits(selected, params, functools.partial(_check_groups, spec=spec), select)
+    entries = map_selected(lambda *_: None, selected) if ranges is None else ranges
 
     def visit(path: str, leaf: Any, layout: Any, entry: Any) -> Any:
         if is_unselected(layout):
@@ -155,8 +152,8 @@ def quantize_inputs(
         check_stack(path, leaf, layout, entry)
         return with_input_rounding(leaf, rounding, scale=entry.scale, zero_point=entry.zero_point)
 
-    marked = map_with_path(visit, params, chosen, entries)
-    return marked, storage_infos(marked, chosen)
+    marked = map_with_path(visit, params, selected, entries)
+    return marked, storage_infos(marked, selected)
 
 
 def with_input_rounding(leaf: Any, rounding: InputRounding, **static: Any) -> InputQuantizedArray:
@@ -167,10 +164,10 @@ def with_input_rounding(leaf: Any, rounding: InputRounding, **static: Any) -> In
 
 def multiplied_layouts(params: Params, *, select: Selector | None, layouts: Params | None) -> Params:
     """The layouts of the selected leaves, without the tables that are only looked up unless they were asked for."""
-    found = selected_layouts(params, select=select, layouts=layouts)
+    selected = selected_layouts(params, select=select, layouts=layouts)
     if select is not None:
-        return found
-    return map_selected(lambda _, layout: Unselected if layout.kind == "lookup" else layout, found)
+        return selected
+    return map_selected(lambda _, layout: Unselected if layout.kind == "lookup" else layout, selected)
 
 
 def check_input_spec(spec: QuantSpec, *, static: bool) -> None:

@@ -66,8 +66,8 @@ def stored(
     shape = entry.weight.shape
     blocks = cut(shape, spec, entry.layout)
     whole = dataclasses.replace(entry, weight=padded(entry.weight, spec, entry.layout))
-    own = cropped(whole.leaf(codes), shape)
-    data = store_codes(own, bits=spec.bits, axis=packing_axis(shape, spec.bits, entry.layout))
+    leaf_codes = cropped(whole.leaf(codes), shape)
+    data = store_codes(leaf_codes, bits=spec.bits, axis=packing_axis(shape, spec.bits, entry.layout))
     zeros = None if zero_point is None else _blocks_of_leaf(entry.layout, entry.ungrouped(zero_point), blocks)
     return QuantizedArray(
         data=data,

@@ -1,6 +1,7 @@
 """Learned step sizes (LSQ, LSQ+) as a transform of weights."""
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -90,13 +91,13 @@ def lsq(
     if initial_scales == "mean" and not (numbers.is_integer and spec.symmetric):
         raise ValueError(f"`initial_scales` 'mean' is for symmetric integers; with {spec} take 'range'.")
 
-    def chosen(params: Params) -> Params:
+    def layouts_of(params: Params) -> Params:
         return weight_layouts(params, select=select, layouts=layouts, spec=spec)
 
     def init(params: Params, *, key: Any, statistics: Any = None) -> TransformState:
         del key, statistics
         pairs = map_selected(
-            lambda path, layout, leaf: _start(path, layout, leaf, spec, initial_scales), chosen(params), params
+            lambda path, layout, leaf: _start(path, layout, leaf, spec, initial_scales), layouts_of(params), params
         )
         scales = map_selected(lambda _, pair: pair.scale.astype(jnp.float32), pairs)
         zero_points = map_selected(lambda _, pair: pair.learned_zero_point, pairs)
@@ -111,9 +112,8 @@ def lsq(
         return params, TransformState(LearnedSteps(positive(scales), clip_zero_points(zero_points, spec)), state.fixed)
 
     def finalize(params: Params, state: TransformState) -> Params:
-        return map_with_path(
-            lambda path, leaf, *steps: _stored(path, leaf, *steps, spec=spec), params, chosen(params), *state.trainable
-        )
+        store = functools.partial(_stored, spec=spec)
+        return map_with_path(store, params, layouts_of(params), *state.trainable)
 
     return identity()._replace(init=init, apply=apply, project=project, finalize=finalize)
 

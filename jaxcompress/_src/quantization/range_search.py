@@ -100,9 +100,9 @@ def searched_scales(
         return _sums(split_blocks(lost, shape), axes).reshape(shape), scale, zero_point
 
     def better(best: Any, pair: Any) -> Any:
-        found = attempt(pair)
-        wins = found[0] < best[0]
-        return jax.tree.map(lambda old, new: jnp.where(wins, new, old), best, found), None
+        attempted = attempt(pair)
+        wins = attempted[0] < best[0]
+        return jax.tree.map(lambda old, new: jnp.where(wins, new, old), best, attempted), None
 
     (_, scale, zero_point), _ = jax.lax.scan(better, attempt(pairs[0]), pairs[1:])
     return scale, zero_point
@@ -110,6 +110,6 @@ def searched_scales(
 
 def _sums(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "..."]:
     """Sums over some axes, as a product with ones: what XLA fuses into a sum on the CPU is not vectorized."""
-    kept = [axis for axis in range(x.ndim) if axis not in axes]
+    outer = [axis for axis in range(x.ndim) if axis not in axes]
     ones = jnp.ones([x.shape[axis] for axis in axes], x.dtype)
-    return jnp.einsum(x, list(range(x.ndim)), ones, list(axes), kept, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(x, list(range(x.ndim)), ones, list(axes), outer, precision=jax.lax.Precision.HIGHEST)

@@ -72,10 +72,10 @@ def least_error_range(
         return blocks.sum(axis=reduced_axes(w.shape, scale.shape), keepdims=True).reshape(low.shape)
 
     def better(best: Any, factor: Any) -> Any:
-        found = error(factor)
+        loss = error(factor)
         # Not for errors that differ by rounding alone: the same range wins eagerly and inside `jit`.
-        wins = found < best[0] * (1 - 1e-5)
-        return (jnp.where(wins, found, best[0]), jnp.where(wins, factor, best[1])), None
+        wins = loss < best[0] * (1 - 1e-5)
+        return (jnp.where(wins, loss, best[0]), jnp.where(wins, factor, best[1])), None
 
     start = error(jnp.float32(1)), jnp.ones_like(low)
     (_, factor), _ = jax.lax.scan(better, start, jnp.asarray(GRID[1:], jnp.float32))

@@ -99,12 +99,12 @@ def _infos(entry: EvidentLeaf, leaf: Any) -> dict[str, RoundingInfo]:
         raise ValueError(
             f"Leaf {entry.path!r} has shape {tuple(entry.weight.shape)} in `params`, {tuple(leaf.shape)} compressed."
         )
-    dense, found = (entry.matrix(array) for array in (entry.weight, checked_weight(entry.path, leaf)))
+    dense, rounded = (entry.matrix(array) for array in (entry.weight, checked_weight(entry.path, leaf)))
     unseen = None
     if isinstance(entry, TableLeaf):
         often = jnp.sqrt(entry.counts.rows)[None, None]
-        gram, dense, found = jnp.eye(dense.shape[1])[None], dense * often, found * often
+        gram, dense, rounded = jnp.eye(dense.shape[1])[None], dense * often, rounded * often
     else:
         gram, unseen = entry.gram, entry.unseen
-    error = output_errors(gram, dense, found, groups=entry.layout.groups)
+    error = output_errors(gram, dense, rounded, groups=entry.layout.groups)
     return entry_infos(entry, functools.partial(RoundingInfo.of, leaf), errors={"error": error}, unseen=unseen)

@@ -148,17 +148,17 @@ def awq(
     leaves, factors = leaves_by_path(params), {}
     leaves |= {path: entry.weight for path, entry in by_path.items()}
     for fold in folds:
-        own = [(by_path[place.path], place) for place in fold.consumers if place.path in by_path]
-        stacks = [entry.stack == sizes(entry.weight, place)[0] for entry, place in own]
-        if len(own) != len(fold.consumers) or not all(stacks):
+        consumers = [(by_path[place.path], place) for place in fold.consumers if place.path in by_path]
+        stacks = [entry.stack == sizes(entry.weight, place)[0] for entry, place in consumers]
+        if len(consumers) != len(fold.consumers) or not all(stacks):
             continue
-        factor = _best_factor(own, fold_statistic(fold, statistics, "absolute_mean", leaves), spec, grid_size)
+        factor = _best_factor(consumers, fold_statistic(fold, statistics, "absolute_mean", leaves), spec, grid_size)
         leaves |= moved(fold, leaves, factor)
-        factors |= {entry.path: as_matrix_inputs(factor, entry.weight, place) for entry, place in own}
+        factors |= {entry.path: as_matrix_inputs(factor, entry.weight, place) for entry, place in consumers}
     info = {}
     for path, entry in by_path.items():
-        leaves[path], own = _rounded_leaf(entry, leaves[path], factors.get(path), spec, range_search)
-        info |= own
+        leaves[path], leaf_info = _rounded_leaf(entry, leaves[path], factors.get(path), spec, range_search)
+        info |= leaf_info
     warn_unseen({path: entry.unseen for path, entry in by_path.items()}, FALLBACKS["keep"])
     return with_leaves(params, leaves), info
 
@@ -170,11 +170,11 @@ def _floored(largest: Float[Array, "S D"]) -> Float[Array, "S D"]:
 
 
 def _best_factor(
-    own: Sequence[tuple[CalibratedLeaf, FoldedLeaf]], mean: Float[Array, "S D"], spec: QuantSpec, grid_size: int
+    consumers: Sequence[tuple[CalibratedLeaf, FoldedLeaf]], mean: Float[Array, "S D"], spec: QuantSpec, grid_size: int
 ) -> Float32[Array, "S D"]:
     candidates, losses = [], []
     # One for all consumers, whose losses are added.
-    unit = functools.reduce(jnp.maximum, [unit_of(entry.weight) for entry, _ in own])
+    unit = functools.reduce(jnp.maximum, [unit_of(entry.weight) for entry, _ in consumers])
     for r in np.arange(grid_size, dtype=np.float32) / grid_size:
         factor = jnp.maximum(mean, 1e-4) ** r
         factor = factor / jnp.sqrt(factor.max(axis=1, keepdims=True) * factor.min(axis=1, keepdims=True))
@@ -186,7 +186,7 @@ def _best_factor(
                 unit,
                 spec,
             )
-            for entry, place in own
+            for entry, place in consumers
         ]
         candidates.append(factor)
         losses.append(sum(np.asarray(loss, np.float64) for loss in lost))
@@ -203,11 +203,11 @@ def _lost(
     spec: QuantSpec,
 ) -> Float32[Array, " S"]:
     def one(parts: Any) -> Any:
-        w, own, s = parts
+        w, products, s = parts
         scaled = w * s[:, None]
         scale, zero_point = searched_scales(scaled, spec, MATRIX, None)
         gap = (rounded(scaled, scale, zero_point, spec) / s[:, None] - w) / unit
-        return jnp.sum(gap * jnp.matmul(own, gap, precision=jax.lax.Precision.HIGHEST))
+        return jnp.sum(gap * jnp.matmul(products, gap, precision=jax.lax.Precision.HIGHEST))
 
     return jax.lax.map(one, (weights, gram, factor))
 
@@ -218,14 +218,14 @@ def _rounded_leaf(
     gram = entry.gram
     # What reaches the leaf now has been divided.
     inverse = jnp.ones(gram.shape[:2]) if factor is None else 1.0 / factor
-    own = gram * inverse[:, :, None] * inverse[:, None]
+    divided = gram * inverse[:, :, None] * inverse[:, None]
     weights = entry.matrix(leaf).astype(jnp.float32)
-    importance = fill_unseen(jnp.diagonal(own, axis1=1, axis2=2), entry.unseen)
+    importance = fill_unseen(jnp.diagonal(divided, axis1=1, axis2=2), entry.unseen)
     dense = entry.matrices
     weights, dense, importance = (with_whole_groups(entry, x, spec, 1) for x in (weights, dense, importance))
-    gram, own = (with_whole_groups(entry, x, spec, 1, 2) for x in (gram, own))
+    gram, divided = (with_whole_groups(entry, x, spec, 1, 2) for x in (gram, divided))
     groups = entry.layout.groups
-    codes, scale, zero_point, error = _nearest(weights, own, importance, spec, range_search, groups)
+    codes, scale, zero_point, error = _nearest(weights, divided, importance, spec, range_search, groups)
     before = _nearest(dense, gram, importance, spec, None, groups)[-1]
     small = stored(entry, codes, scale, zero_point, spec)
     errors = {"error_before": before, "error": error}
@@ -246,5 +246,5 @@ def _nearest(
         scale, zero_point = searched_scales(w, spec, MATRIX, range_search, counts[:, None])
         return round_to_codes(w, scale, zero_point, spec), scale, zero_point, rounded(w, scale, zero_point, spec)
 
-    codes, scale, zero_point, found = jax.lax.map(one, (weights, importance))
-    return codes, scale, zero_point, output_errors(gram, weights, found, groups=groups)
+    codes, scale, zero_point, nearest = jax.lax.map(one, (weights, importance))
+    return codes, scale, zero_point, output_errors(gram, weights, nearest, groups=groups)

@@ -41,23 +41,23 @@ def roles(origin: Origin, summed: Sequence[int], batched: Sequence[int], free: S
         >>> roles(Origin.of(0, (5, 3, 4)), [1], [0], [2]).stack
         frozenset({0})
     """
-    found: dict[int, set[str]] = {}
+    uses: dict[int, set[str]] = {}
     for name, places in (("inputs", summed), ("outputs", free), ("stack", batched)):
         for place in places:
             for number in origin.axes[place].tables:
-                found.setdefault(number, set()).add(name)
-    for number, names in sorted(found.items()):
+                uses.setdefault(number, set()).add(name)
+    for number, names in sorted(uses.items()):
         if len(names) > 1:
             raise ValueError(f"a matmul uses one part of its axis {number} as {' and another as '.join(sorted(names))}")
         if number in origin.moving and "stack" not in names:
             raise ValueError(f"a loop goes over parts of its axis {number}, which a matmul has as {''.join(names)}")
-    if not any("inputs" in names for names in found.values()):
+    if not any("inputs" in names for names in uses.values()):
         raise ValueError("none of its axes is summed over")
     for factor in origin.factors:
         uneven = {place for place, axis in enumerate(origin.axes) if axis.size > 1} - factor.even
         if uneven & set(summed) and uneven & set(free) and not factor.is_mask:
             raise ValueError("it is multiplied entry by entry by another array before its matmul")
-    inputs, outputs = (frozenset(k for k, names in found.items() if name in names) for name in ("inputs", "outputs"))
+    inputs, outputs = (frozenset(k for k, names in uses.items() if name in names) for name in ("inputs", "outputs"))
     return Roles(inputs, outputs, frozenset(range(len(origin.shape))) - inputs - outputs)
 
 

@@ -90,7 +90,7 @@ def coverage(apply: Callable[..., Any], params: Params, *inputs: Any) -> Coverag
         A default selection takes 37.5% of the parameters.
         ! left out, but above 1 % of the parameters and neither bias nor norm: it may be a weight.
     """
-    leaves, found = leaves_with_paths(params), leaves_by_path(layouts(apply, params, *inputs))
+    leaves, leaf_layouts = leaves_with_paths(params), leaves_by_path(layouts(apply, params, *inputs))
     sizes = [math.prod(leaf.shape) if hasattr(leaf, "shape") else 0 for _, leaf in leaves]
     return Coverage(
         tuple(
@@ -98,10 +98,10 @@ def coverage(apply: Callable[..., Any], params: Params, *inputs: Any) -> Coverag
                 path=path,
                 shape=tuple(getattr(leaf, "shape", ())),
                 share=size / max(sum(sizes), 1),
-                kind=found[path].kind,
-                selected=found[path].is_weight,
-                doubtful=is_doubtful(leaf, found[path]),
-                reason=_reason(found[path]),
+                kind=leaf_layouts[path].kind,
+                selected=leaf_layouts[path].is_weight,
+                doubtful=is_doubtful(leaf, leaf_layouts[path]),
+                reason=_reason(leaf_layouts[path]),
             )
             for (path, leaf), size in zip(leaves, sizes, strict=True)
         )

@@ -39,8 +39,8 @@ class Facts:
 
     def origin_of(self, leaf: int) -> Origin | None:
         """Of one parameter; None if it is not there, or there twice."""
-        found = [origin for origin in self.origins if origin.leaf == leaf]
-        return found[0] if len(found) == 1 else None
+        matching = [origin for origin in self.origins if origin.leaf == leaf]
+        return matching[0] if len(matching) == 1 else None
 
 
 UNKNOWN = Facts()
@@ -77,11 +77,11 @@ def follow(eqn: Any, facts: Sequence[Facts], arrays: Arrays = ()) -> list[Facts]
         return blank
     rule = _RULES.get(eqn.primitive.name)
     if rule is not None:
-        found = rule(eqn, facts, arrays)
+        moved = rule(eqn, facts, arrays)
     else:
-        found = [_each(eqn, facts[0], arrays)] if len(blank) == 1 else [() for _ in blank]
+        moved = [_each(eqn, facts[0], arrays)] if len(blank) == 1 else [() for _ in blank]
     padded = eqn.primitive.name in ("concatenate", "stack")
-    return [_with_origins(each, origins, padded) for each, origins in zip(blank, found, strict=True)]
+    return [_with_origins(each, origins, padded) for each, origins in zip(blank, moved, strict=True)]
 
 
 def _with_origins(facts: Facts, origins: tuple[Origin, ...], padded: bool) -> Facts:
@@ -97,18 +97,19 @@ def _each(eqn: Any, facts: Facts, arrays: Arrays) -> tuple[Origin, ...]:
 
 def _joined(origins: tuple[Origin, ...], padded: bool) -> tuple[Origin, ...]:
     """Pieces of one parameter, side by side, as one; `padded`: their factors are 1 outside of the piece."""
-    found: list[Origin] = []
+    joined: list[Origin] = []
     for origin in origins:
-        for place, other in enumerate(found):
-            if (both := _side_by_side(other, origin, padded)) is not None:
-                found[place] = both
+        for place, other in enumerate(joined):
+            if (both := _union(other, origin, padded)) is not None:
+                joined[place] = both
                 break
         else:
-            found.append(origin)
-    return tuple(found)
+            joined.append(origin)
+    return tuple(joined)
 
 
-def _side_by_side(one: Origin, two: Origin, padded: bool) -> Origin | None:
+def _union(one: Origin, two: Origin, padded: bool) -> Origin | None:
+    """Two pieces as one; None where they are not parts of one parameter, apart along one axis."""
     if one.leaf != two.leaf or one.when or two.when or len(one.axes) != len(two.axes):
         return None
     apart = [k for k, (a, b) in enumerate(zip(one.axes, two.axes, strict=True)) if not (a.mask & b.mask).any()]
@@ -130,7 +131,7 @@ def _side_by_side(one: Origin, two: Origin, padded: bool) -> Origin | None:
         fixed.pop(number, None)
     present = a.mask | b.mask
     axis = Axis(a.size, tables, None if present.all() else present)
-    axes = tuple(axis if k == place else own for k, own in enumerate(one.axes))
+    axes = (*one.axes[:place], axis, *one.axes[place + 1 :])
     factors = _joined_factors(one.factors, two.factors, place)
     gathered = one.gathered or two.gathered
     return dataclasses.replace(one, axes=axes, fixed=fixed, factors=factors, gathered=gathered)
@@ -138,26 +139,26 @@ def _side_by_side(one: Origin, two: Origin, padded: bool) -> Origin | None:
 
 def _joined_factors(one: Sequence[Factor], two: Sequence[Factor], place: int) -> tuple[Factor, ...]:
     """Those of two pieces, each 1 where the other piece is: one number for both stays one."""
-    found, left = [], list(two)
+    joined, left = [], list(two)
     for factor in one:
         same = next((k for k, f in enumerate(left) if f.number is not None and f.number == factor.number), None)
         if same is None:
-            found.append(dataclasses.replace(factor, even=factor.even - {place}, number=None))
+            joined.append(dataclasses.replace(factor, even=factor.even - {place}, number=None))
             continue
         other = left.pop(same)
         arrays = tuple(a * b for a, b in zip(factor.arrays, other.arrays, strict=True))
-        found.append(dataclasses.replace(factor, arrays=arrays))
-    return (*found, *(dataclasses.replace(factor, even=factor.even - {place}, number=None) for factor in left))
+        joined.append(dataclasses.replace(factor, arrays=arrays))
+    return (*joined, *(dataclasses.replace(factor, even=factor.even - {place}, number=None) for factor in left))
 
 
 def _add(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin, ...]]:
-    shape, found = eqn.outvars[0].aval.shape, []
+    shape, terms = eqn.outvars[0].aval.shape, []
     for place, each in enumerate(facts):
         origins = [_fitted(origin, shape) for origin in each.origins]
         if eqn.primitive.name == "sub" and place == 1:
             origins = [_times(origin, _minus(arrays), shape) for origin in origins]
-        found += origins
-    return [tuple(found)]
+        terms += origins
+    return [tuple(terms)]
 
 
 def _negate(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin, ...]]:
@@ -165,40 +166,40 @@ def _negate(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Orig
 
 
 def _multiply(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin, ...]]:
-    shape, found = eqn.outvars[0].aval.shape, []
+    shape, products = eqn.outvars[0].aval.shape, []
     both = {origin.leaf for origin in facts[0].origins} & {origin.leaf for origin in facts[1].origins}
     for place in (0, 1):
-        other, own = facts[1 - place], arrays[1 - place] if arrays else ()
+        other, values = facts[1 - place], arrays[1 - place] if arrays else ()
         if eqn.primitive.name == "div":
             if place == 1:
                 break
-            own = tuple(1 / jnp.asarray(array) for array in own)
+            values = tuple(1 / jnp.asarray(array) for array in values)
         even = _even_in(other, eqn.invars[1 - place].aval.shape, shape)
         number = object() if all(n == 1 or axis in even for axis, n in enumerate(shape)) else None
-        factor = Factor(even, arrays=own, number=number)
+        factor = Factor(even, arrays=values, number=number)
         # Of its own square a parameter is no linear function.
-        found += [_times(_fitted(o, shape), factor, shape) for o in facts[place].origins if o.leaf not in both]
-    return [tuple(found)]
+        products += [_times(_fitted(o, shape), factor, shape) for o in facts[place].origins if o.leaf not in both]
+    return [tuple(products)]
 
 
 def _select(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin, ...]]:
-    shape, found = eqn.outvars[0].aval.shape, []
+    shape, cases = eqn.outvars[0].aval.shape, []
     even = _even_in(facts[0], eqn.invars[0].aval.shape, shape)
     for case, each in enumerate(facts[1:]):
-        own = tuple((jnp.asarray(array) == case).astype(jnp.float32) for array in (arrays[0] if arrays else ()))
-        found += [_times(origin, Factor(even, is_mask=True, arrays=own), shape) for origin in each.origins]
-    return [tuple(found)]
+        masks = tuple((jnp.asarray(array) == case).astype(jnp.float32) for array in (arrays[0] if arrays else ()))
+        cases += [_times(origin, Factor(even, is_mask=True, arrays=masks), shape) for origin in each.origins]
+    return [tuple(cases)]
 
 
 def _concatenate(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin, ...]]:
     stacked = eqn.primitive.name == "stack"
     place, shape = int(eqn.params["axis" if stacked else "dimension"]), eqn.outvars[0].aval.shape
-    found, at = [], 0
+    pieces, at = [], 0
     for var, each in zip(eqn.invars, facts, strict=True):
         size = 1 if stacked else var.aval.shape[place]
-        found += [_placed(origin, place, shape, at, stacked) for origin in each.origins]
+        pieces += [_placed(origin, place, shape, at, stacked) for origin in each.origins]
         at += size
-    return [tuple(found)]
+    return [tuple(pieces)]
 
 
 def _placed(origin: Origin, place: int, shape: Sequence[int], at: int, new: bool) -> Origin:
@@ -223,7 +224,7 @@ def _placed(origin: Origin, place: int, shape: Sequence[int], at: int, new: bool
 
 
 def _pad(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin, ...]]:
-    found = []
+    pieces = []
     for origin in facts[0].origins:
         axes = []
         for axis, (low, high, inner) in zip(origin.axes, eqn.params["padding_config"], strict=True):
@@ -240,14 +241,14 @@ def _pad(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin,
             config = eqn.params["padding_config"]
             padded = tuple(jax.lax.pad(array, jnp.ones((), array.dtype), config) for array in factor.arrays)
             factors.append(dataclasses.replace(factor, arrays=padded))
-        found.append(dataclasses.replace(origin.with_axes(axes), factors=tuple(factors)))
-    return [tuple(found)]
+        pieces.append(dataclasses.replace(origin.with_axes(axes), factors=tuple(factors)))
+    return [tuple(pieces)]
 
 
 def _split(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin, ...]]:
-    place, found, at = eqn.params["axis"], [], 0
+    place, outputs, at = eqn.params["axis"], [], 0
     for size in eqn.params["sizes"]:
-        part, own = slice(at, at + size), []
+        part, pieces = slice(at, at + size), []
         for origin in facts[0].origins:
             axes = [axis.take(part) if k == place else axis for k, axis in enumerate(origin.axes)]
             factors = tuple(
@@ -256,10 +257,10 @@ def _split(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origi
                 )
                 for f in origin.factors
             )
-            own.append(dataclasses.replace(origin.with_axes(axes), factors=factors))
-        found.append(tuple(own))
+            pieces.append(dataclasses.replace(origin.with_axes(axes), factors=factors))
+        outputs.append(tuple(pieces))
         at += size
-    return found
+    return outputs
 
 
 def _gather(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Origin, ...]]:
@@ -280,7 +281,7 @@ def _gather(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Orig
     if order.ndim != 1 or (order.size and not (order.min() >= 0 and order.max() < shape[rows[0]])):
         return [()]
     out = next(axis for axis in range(rank) if axis not in numbers.offset_dims)
-    found = []
+    pieces = []
     for origin in facts[0].origins:
         axes = [axis for k, axis in enumerate(origin.axes) if k != rows[0]]
         axes.insert(out, origin.axes[rows[0]].take(order))
@@ -291,8 +292,8 @@ def _gather(eqn: Any, facts: Sequence[Facts], arrays: Arrays) -> list[tuple[Orig
             places.insert(out, rows[0])
             even = frozenset(k for k, axis in enumerate(places) if axis in factor.even)
             factors.append(dataclasses.replace(factor, even=even, arrays=moved))
-        found.append(dataclasses.replace(origin.with_axes(axes), factors=tuple(factors), gathered=True))
-    return [tuple(found)]
+        pieces.append(dataclasses.replace(origin.with_axes(axes), factors=tuple(factors), gathered=True))
+    return [tuple(pieces)]
 
 
 def _fitted(origin: Origin, shape: Sequence[int]) -> Origin:
@@ -325,11 +326,11 @@ def _minus(arrays: Arrays) -> Factor:
     return Factor(frozenset(range(64)), arrays=(jnp.float32(-1),) if arrays else (), number=-1)
 
 
-def _even_in(facts: Facts, own: Sequence[int], shape: Sequence[int]) -> frozenset[int]:
+def _even_in(facts: Facts, sizes: Sequence[int], shape: Sequence[int]) -> frozenset[int]:
     """Where an operand, spread to a shape, does not change."""
-    if len(own) != len(shape):
+    if len(sizes) != len(shape):
         return frozenset(range(len(shape)))
-    return facts.even | {axis for axis, size in enumerate(own) if size == 1}
+    return facts.even | {axis for axis, size in enumerate(sizes) if size == 1}
 
 
 def _even(eqn: Any, facts: Sequence[Facts]) -> frozenset[int]:
@@ -337,8 +338,8 @@ def _even(eqn: Any, facts: Sequence[Facts]) -> frozenset[int]:
     shape = eqn.outvars[0].aval.shape
     if eqn.primitive.name not in _ELEMENTWISE:
         return even_axes(eqn, facts[0].even) if facts else frozenset()
-    found = [_even_in(each, var.aval.shape, shape) for each, var in zip(facts, eqn.invars, strict=True)]
-    return frozenset.intersection(*found) if found else frozenset()
+    operands = [_even_in(each, var.aval.shape, shape) for each, var in zip(facts, eqn.invars, strict=True)]
+    return frozenset.intersection(*operands) if operands else frozenset()
 
 
 def _constant(eqn: Any, facts: Sequence[Facts]) -> Callable[[], np.ndarray] | None:

@@ -85,8 +85,11 @@ def folds(apply: Callable[..., Any], params: Params, *inputs: Any) -> list[Fold]
     """
     graph = graph_of(apply, params, inputs)
     compressed = {path for path, leaf in leaves_with_paths(params) if is_compressed(leaf)}
-    found = _folds(graph, graph.uses())
-    return [fold for fold in found if compressed.isdisjoint(leaf.path for leaf in fold.producers + fold.consumers)]
+
+    def is_plain(fold: Fold) -> bool:
+        return compressed.isdisjoint(leaf.path for leaf in fold.producers + fold.consumers)
+
+    return list(filter(is_plain, _folds(graph, graph.uses())))
 
 
 def _folds(graph: Graph, uses: Mapping[str, int]) -> Iterator[Fold]:
@@ -110,7 +113,7 @@ def _fold(graph: Graph, uses: Mapping[str, int], value: Any, axes: tuple[int, ..
     if not trace.back(value, axes) or not trace.producers:
         return None
     consumers: dict[int, tuple[int, ...]] = {}
-    for var, own in trace.scaled.items():
+    for var, features in trace.scaled.items():
         if var in graph.outputs:
             return None
         for eqn in graph.readers.get(var, []):
@@ -120,7 +123,7 @@ def _fold(graph: Graph, uses: Mapping[str, int], value: Any, axes: tuple[int, ..
                 continue
             side = 1 - eqn.invars.index(var) if eqn.primitive.name == "dot_general" else None
             use = None if side is None else _consumer(graph, eqn, side)
-            if use is None or use[2] is not var or use[3] != own or use[0] in consumers:
+            if use is None or use[2] is not var or use[3] != features or use[0] in consumers:
                 return None
             consumers[use[0]] = use[1]
     views = [graph.views[n] for n in (*trace.producers, *consumers)]
@@ -130,8 +133,8 @@ def _fold(graph: Graph, uses: Mapping[str, int], value: Any, axes: tuple[int, ..
     return Fold(producers=_leaves(graph, trace.producers), consumers=_leaves(graph, consumers))
 
 
-def _leaves(graph: Graph, found: Mapping[int, tuple[int, ...]]) -> tuple[FoldedLeaf, ...]:
-    views = [(graph.views[n], axes) for n, axes in found.items()]
+def _leaves(graph: Graph, axes_by_leaf: Mapping[int, tuple[int, ...]]) -> tuple[FoldedLeaf, ...]:
+    views = [(graph.views[n], axes) for n, axes in axes_by_leaf.items()]
     return tuple(FoldedLeaf(view.path, axes, view.stack_axes) for view, axes in views)
 
 
@@ -143,5 +146,5 @@ def _consumer(graph: Graph, eqn: Any, side: int) -> tuple[int, tuple[int, ...], 
     if origin is None or isinstance(value, core.Literal) or value in graph.origins or batch[side]:
         return None
     pairs = sorted(zip(contracted[1 - side], contracted[side], strict=True))
-    own = origin.whole([axis for _, axis in pairs])
-    return None if own is None else (origin.leaf, own, value, tuple(axis for axis, _ in pairs))
+    summed = origin.whole([axis for _, axis in pairs])
+    return None if summed is None else (origin.leaf, summed, value, tuple(axis for axis, _ in pairs))

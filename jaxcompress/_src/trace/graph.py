@@ -83,24 +83,24 @@ class Graph:
             moved = (0,) if any(out in self.origins for out in eqn.outvars) else ()
             followed = self._entering(eqn) if place in self.bodies else moved
             read += [var for k, var in enumerate(eqn.invars) if k not in followed]
-        own = Counter(self.views[origin.leaf].path for var in read if (origin := self.origin(var)))
-        return sum((body.uses() for body in self.bodies.values()), own)
+        counts = Counter(self.views[origin.leaf].path for var in read if (origin := self.origin(var)))
+        return sum((body.uses() for body in self.bodies.values()), counts)
 
     def _entering(self, eqn: Any) -> dict[int, tuple[Origin, LeafView]]:
         """The operands of a scan that are leaves inside, too: constants, and stacks that it runs over in full."""
-        consts, found = eqn.params["num_consts"], {}
+        consts, entering = eqn.params["num_consts"], {}
         for k, var in enumerate(eqn.invars):
             origin = self.origin(var)
             if origin is None or consts <= k < consts + eqn.params["num_carry"]:
                 continue
             view = self.views[origin.leaf]
             if k < consts:
-                found[k] = origin, view.inside(None)
+                entering[k] = origin, view.inside(None)
             elif not origin.axes[0].tables:
-                found[k] = origin.scanned(None), view.inside(None)
+                entering[k] = origin.scanned(None), view.inside(None)
             elif (stack := origin.whole((0,))) is not None:
-                found[k] = origin.scanned(None), view.inside(stack[0])
-        return found
+                entering[k] = origin.scanned(None), view.inside(stack[0])
+        return entering
 
 
 def graph_of(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> Graph:

@@ -40,8 +40,9 @@ def layouts(apply: Callable[..., Any], params: Params, *inputs: Any) -> Params:
         >>> def apply(params, x):
         ...     return jnp.einsum("bi,hio->bho", x, params["kernel"]) + params["bias"]
         >>> params = {"kernel": jnp.ones((2, 3, 4)), "bias": jnp.ones((1, 2, 4))}
-        >>> found = layouts(apply, params, jnp.ones((5, 3)))
-        >>> found["kernel"].input_axes, found["kernel"].output_axes, found["kernel"].flops, found["bias"].kind
+        >>> by_leaf = layouts(apply, params, jnp.ones((5, 3)))
+        >>> kernel = by_leaf["kernel"]
+        >>> kernel.input_axes, kernel.output_axes, kernel.flops, by_leaf["bias"].kind
         ((1,), (0, 2), 240, 'other')
     """
     leaves, treedef = jax.tree.flatten(params, is_leaf=is_compressed)
@@ -65,11 +66,11 @@ def layouts(apply: Callable[..., Any], params: Params, *inputs: Any) -> Params:
     values = [*weights, *(recorder.new() for _ in dynamic)]
     recorder.consume(walk(Body(live, closed.consts), values, recorder.visit))
     known = set(arrays)
-    found = [
+    flat = [
         _layout(recorder.uses.get(i), leaf) if i in known else LeafLayout(kind="other", reason="it is no array")
         for i, leaf in enumerate(leaves)
     ]
-    return treedef.unflatten(_renumbered(found, recorder))
+    return treedef.unflatten(_renumbered(flat, recorder))
 
 
 @dataclasses.dataclass
@@ -115,15 +116,15 @@ class _Recorder:
     def visit(self, eqn: Any, values: list[Any]) -> Sequence[_Value]:
         values = [self.value(value) for value in values]
         handler = _HANDLERS.get(eqn.primitive.name)
-        if handler is not None and (found := handler(self, eqn, values)) is not None:
-            return found
+        if handler is not None and (outputs := handler(self, eqn, values)) is not None:
+            return outputs
         # What is inside sees parts of the leaves, in shapes of their own.
         opaque = eqn.primitive.name in ("shard_map", "pallas_call")
         body = None if opaque else called_body(eqn)
         if body is not None:
             return [self.value(value) for value in walk(body, values, self.visit)]
-        found = follow(eqn, [value.facts for value in values])
-        carried = {origin.leaf for facts in found for origin in facts.origins}.union(*(each.absent for each in found))
+        about = follow(eqn, [value.facts for value in values])
+        carried = {origin.leaf for facts in about for origin in facts.origins}.union(*(each.absent for each in about))
         reason = f"it goes into `{eqn.primitive.name}`" + (", which is not looked into" if opaque else "")
         for value, var in zip(values, eqn.invars, strict=True):
             # What is added to activations is a bias, or learned positions.
@@ -131,10 +132,10 @@ class _Recorder:
             spread = added or _is_spread(value.facts.origins, var.aval.shape, eqn.outvars[0].aval.shape)
             self.consume([value], reason, carried, spread=spread and not opaque)
         lost = {}
-        if not any(facts.data for facts in found):
+        if not any(facts.data for facts in about):
             lost = {number: reason for value in values for number in self.leaves(value) - carried}
             lost |= {number: why for value in values for number, why in value.lost.items()}
-        return [_Value(facts, values[0].source if is_cast(eqn) else next(self.ids), lost) for facts in found]
+        return [_Value(facts, values[0].source if is_cast(eqn) else next(self.ids), lost) for facts in about]
 
     def value(self, value: Any) -> _Value:
         """What is carried of a value, or of a constant of the program."""
@@ -192,15 +193,15 @@ class _Recorder:
                 use.refusal = "it is added to a re-arrangement of itself before a matmul"
                 continue
             try:
-                found = roles(origin, *axes)
+                axis_roles = roles(origin, *axes)
             except ValueError as err:
                 use.refusal = str(err)
                 continue
             use.kinds.add(kind)
-            use.axes.setdefault("contracted", (found.inputs, found.outputs))
+            use.axes.setdefault("contracted", (axis_roles.inputs, axis_roles.outputs))
             use.flops += round(flops * share(origin)) * self.repeats
             if use.input_id is None and not other.facts.origins:
-                key = other.source, *_order_of_inputs(origin, axes[0], found)
+                key = other.source, *_order_of_inputs(origin, axes[0], axis_roles)
                 use.input_id = self.inputs.setdefault(key, len(self.inputs))
 
     def look_up(self, value: _Value, rows: Sequence[int]) -> None:
@@ -218,9 +219,9 @@ class _Recorder:
         return self.uses.setdefault(leaf, _Uses(order=len(self.uses)))
 
 
-def _order_of_inputs(origin: Origin, summed: Sequence[int], found: Roles) -> tuple[Any, ...]:
+def _order_of_inputs(origin: Origin, summed: Sequence[int], axis_roles: Roles) -> tuple[Any, ...]:
     """Two leaves that meet the same input in different orders, or scaled, do not have the same input."""
-    order = entries(origin, sorted(summed), sorted(found.inputs))
+    order = entries(origin, sorted(summed), sorted(axis_roles.inputs))
     scaled = object() if origin.factors or origin.when else None
     return None if np.array_equal(order, np.arange(len(order))) else order.tobytes(), scaled
 
@@ -330,7 +331,7 @@ _HANDLERS: dict[str, Callable[[_Recorder, Any, list[_Value]], Sequence[_Value] |
 
 def _is_spread(origins: Sequence[Origin], shape: Sequence[int], result: Sequence[int]) -> bool:
     """Whether a leaf has new axes, or is repeated along its axes of size 1: as biases are to meet activations."""
-    repeated = len(shape) == len(result) and any(own < new for own, new in zip(shape, result, strict=True))
+    repeated = len(shape) == len(result) and any(before < after for before, after in zip(shape, result, strict=True))
     return bool(origins) and (repeated or any(not axis.tables for axis in origins[0].axes))
 
 
@@ -362,9 +363,9 @@ def _layout(use: _Uses | None, leaf: Any) -> LeafLayout:
     )
 
 
-def _renumbered(found: list[LeafLayout], recorder: _Recorder) -> list[LeafLayout]:
+def _renumbered(flat: list[LeafLayout], recorder: _Recorder) -> list[LeafLayout]:
     """Input ids counted from 0, in execution order."""
     by_order = sorted(recorder.uses.values(), key=lambda use: use.order)
     ids = dict.fromkeys(use.input_id for use in by_order if use.input_id is not None)
     numbers: dict[int | None, int] = {number: i for i, number in enumerate(ids)}
-    return [dataclasses.replace(layout, input_id=numbers.get(layout.input_id)) for layout in found]
+    return [dataclasses.replace(layout, input_id=numbers.get(layout.input_id)) for layout in flat]

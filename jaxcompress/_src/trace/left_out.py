@@ -37,12 +37,12 @@ def large_left_out(params: Params, layouts: Params) -> dict[str, str]:
     Returns:
         path -> what the model does with the leaf.
     """
-    leaves, found = leaves_with_paths(params), leaves_by_path(layouts)
+    leaves, by_path = leaves_with_paths(params), leaves_by_path(layouts)
     total = sum(_size(leaf) for _, leaf in leaves)
     return {
-        path: found[path].reason or "it is used otherwise"
+        path: by_path[path].reason or "it is used otherwise"
         for path, leaf in leaves
-        if is_doubtful(leaf, found[path]) and _size(leaf) > SHARE * total
+        if is_doubtful(leaf, by_path[path]) and _size(leaf) > SHARE * total
     }
 
 

@@ -81,15 +81,15 @@ class Origin:
 
     def whole(self, axes: Sequence[int]) -> tuple[int, ...] | None:
         """The parameter's axes behind some axes of the value, one behind each, in full and in order; None otherwise."""
-        found = []
+        numbers = []
         for axis in (self.axes[place] for place in axes):
             if len(axis.tables) != 1 or axis.present is not None:
                 return None
             ((number, table),) = axis.tables.items()
             if not np.array_equal(table, np.arange(self.shape[number])):
                 return None
-            found.append(number)
-        return None if self.factors or set(found) & {*self.fixed, *self.moving} else tuple(found)
+            numbers.append(number)
+        return None if self.factors or set(numbers) & {*self.fixed, *self.moving} else tuple(numbers)
 
     def scanned(self, index: Any, *, reverse: bool = False) -> "Origin":
         """What an iteration of a loop over the first axis gets; `index` is None where nothing is computed."""
@@ -154,16 +154,16 @@ def _move_axes(eqn: Any, origin: Origin, operands: Any) -> Origin | None:
     axes = [Axis(size) for size in sizes]
     fixed: dict[int, int] = {}
     for old, new in runs:
-        own = [origin.axes[axis] for axis in old]
+        before = [origin.axes[axis] for axis in old]
         if len(old) == len(new) == 1:
-            axes[new[0]] = own[0].spread(sizes[new[0]])
+            axes[new[0]] = before[0].spread(sizes[new[0]])
         elif not new:
-            for number, place in _fixed(own).items():
+            for number, place in _fixed(before).items():
                 fixed[number] = fixed.get(number, 0) + place
         elif old:
-            if math.prod(axis.size for axis in own) > LONGEST:
+            if math.prod(axis.size for axis in before) > LONGEST:
                 return None
-            parts = split(merged(own), [sizes[axis] for axis in new])
+            parts = split(merged(before), [sizes[axis] for axis in new])
             if parts is None:
                 return None
             for axis, part in zip(new, parts[0], strict=True):

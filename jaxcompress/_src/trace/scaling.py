@@ -57,11 +57,11 @@ class Scaling:
         return origin.leaf in self.producers if origin else not isinstance(var, core.Literal) and var in self.scaled
 
     def _leaf(self, origin: Origin, axes: tuple[int, ...]) -> bool:
-        own = origin.whole(axes)
+        leaf_axes = origin.whole(axes)
         exact = jnp.issubdtype(self.graph.views[origin.leaf].aval.dtype, jnp.floating)
-        if own is None or not exact or origin.leaf in self.producers:
+        if leaf_axes is None or not exact or origin.leaf in self.producers:
             return False
-        self.producers[origin.leaf] = own
+        self.producers[origin.leaf] = leaf_axes
         return True
 
 
@@ -113,8 +113,8 @@ def _carries(var: Any, shape: tuple[int, ...], axes: tuple[int, ...]) -> bool:
     """Whether an operand has all the features; along other axes it may be broadcast."""
     if isinstance(var, core.Literal):
         return True
-    own = var.aval.shape
-    return len(own) == len(shape) and all(own[axis] == shape[axis] for axis in axes)
+    sizes = var.aval.shape
+    return len(sizes) == len(shape) and all(sizes[axis] == shape[axis] for axis in axes)
 
 
 _HANDLERS: dict[str, Callable[[Scaling, Any, tuple[int, ...]], bool]] = {
