@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from jaxcompress._src.calibration.flat_program import FlatProgram
-from jaxcompress._src.calibration.leaf_part import LeafPart
-from jaxcompress._src.calibration.segments import Segments, meet, segments_of, variables
+from jaxcompress._src.calibration.leaf_part import LeafPart, meet
+from jaxcompress._src.calibration.segments import Segments, segments_of, variables
 
 
 class Blocks(NamedTuple):

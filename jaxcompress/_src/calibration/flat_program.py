@@ -9,14 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxcompress._src.calibration.leaf_part import Entry
 from jaxcompress._src.meshes import as_typed, on_auto_axes
+from jaxcompress._src.trace.axis_rules import axis_runs
 from jaxcompress._src.trace.graph import logical
 from jaxcompress._src.trace.walk import WRAPPERS, Body, as_body, bind, called_body, walk
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params
-
-Entry = tuple[tuple[int, int], ...]
-"""`(axis, index)` of the axes of a leaf along which one entry was cut out, by axis; empty for all of the leaf."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,31 +301,20 @@ def _cut(eqn: Any, view: View) -> tuple[tuple[int, ...], dict[int, int]] | None:
 
 def _moved(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     """The axes after an equation that only moves them; None after any other."""
-    name = eqn.primitive.name
-    if name in ("convert_element_type", "copy", "copy_p", "stop_gradient", "sharding_constraint", "reshard"):
-        return axes
-    if name == "transpose":
-        return tuple(axes[axis] for axis in eqn.params["permutation"])
-    if name == "squeeze":
-        dropped = eqn.params["dimensions"]
-        return None if any(axes[i] >= 0 for i in dropped) else tuple(a for i, a in enumerate(axes) if i not in dropped)
-    if name == "broadcast_in_dim":
-        before, places_of = eqn.invars[0].aval.shape, eqn.params["broadcast_dimensions"]
-        if any(eqn.params["shape"][place] != size for place, size in zip(places_of, before, strict=True)):
-            # One number for several outputs.
-            return None
-        places: Mapping[int, int] = dict(zip(places_of, axes, strict=True))
-        return tuple(places.get(axis, -1) for axis in range(len(eqn.params["shape"])))
-    if name == "reshape":
-        # New axes of size 1 come and go: those of biases, those of entries that were cut out.
-        sizes, before = tuple(eqn.params["new_sizes"]), eqn.invars[0].aval.shape
-        own = [(axis, size) for axis, size in zip(axes, before, strict=True) if axis >= 0]
-        added = len(sizes) - len(own)
-        for first in range(added + 1):
-            if sizes[first : first + len(own)] == tuple(size for _, size in own):
-                return (*[-1] * first, *(axis for axis, _ in own), *[-1] * (added - first))
+    # A view knows to which types it is cast, not to which precision it is rounded.
+    runs = None if eqn.primitive.name == "reduce_precision" else axis_runs(eqn)
+    if runs is None:
         return None
-    return None
+    before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    moved = [-1] * len(after)
+    for old, new in runs:
+        own = [axes[axis] for axis in old if axes[axis] >= 0]
+        # Axes of the leaf that are merged, split, repeated or dropped are none of its axes.
+        if own and (len(old) != 1 or [before[old[0]]] != [after[axis] for axis in new]):
+            return None
+        for axis in new:
+            moved[axis] = own[0] if own else -1
+    return tuple(moved)
 
 
 _WHOLE = frozenset({"scan", "while", "cond", "shard_map"})

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxcompress._src.calibration.flat_program import Entry, FlatProgram, View
+from jaxcompress._src.calibration.flat_program import FlatProgram, View
+from jaxcompress._src.calibration.leaf_part import Entry, entry_of, laid_over, overlap_of
 from jaxcompress._src.meshes import as_typed, on_auto_axes
 from jaxcompress._src.trace.walk import Body, as_body, bind, walk
 from jaxcompress._src.tree.maps import leaves_by_path
-from jaxcompress._src.types import Params, plain
+from jaxcompress._src.types import Params
 
 T = TypeVar("T")
 
@@ -159,54 +159,6 @@ COMPILED = {"xla_allow_excess_precision": False}
 """What the model rounds to a narrow type on its way stays rounded, as without compilation."""
 
 _run = jax.jit(evaluate, static_argnames="piece", compiler_options=COMPILED)
-
-
-@on_auto_axes
-def entry_of(leaf: Any, entry: Entry) -> Any:
-    """One entry of a leaf, as a plain array; of an empty one, all of the leaf."""
-    index, whole = dict(entry), plain(leaf)
-    return jnp.asarray(whole)[tuple(index.get(axis, slice(None)) for axis in range(whole.ndim))] if entry else whole
-
-
-Overlap = tuple[tuple[int | None, ...], tuple[int | None, ...]]
-"""Where two entries of a leaf meet: an index into the array at the one, and into that at the other; None: all."""
-
-
-def meet(entry: Entry, other: Entry) -> bool:
-    """Whether two entries of a leaf have numbers in common.
-
-    Example:
-        >>> meet((), ((0, 2),)), meet(((0, 1),), ((0, 2),))
-        (True, False)
-    """
-    places = dict(other)
-    return all(places.get(axis, place) == place for axis, place in entry)
-
-
-def overlap_of(entry: Entry, other: Entry, ndim: int) -> Overlap | None:
-    """Where two entries of a leaf of some axes meet, if they do.
-
-    Example:
-        >>> overlap_of((), ((0, 2),), 3), overlap_of(((0, 2),), ((0, 2),), 3), overlap_of(((0, 1),), ((0, 2),), 3)
-        (((2, None, None), (None, None)), ((None, None), (None, None)), None)
-    """
-    if not meet(entry, other):
-        return None
-    first, second = dict(entry), dict(other)
-    at = tuple(second.get(axis) for axis in range(ndim) if axis not in first)
-    return at, tuple(first.get(axis) for axis in range(ndim) if axis not in second)
-
-
-@on_auto_axes
-def laid_over(part: Any, other: Any, overlap: Overlap) -> Any:
-    """The array at one entry, with that at another one in place where they meet; `part` is not read if that is all."""
-    at, of = (tuple(slice(None) if place is None else place for place in index) for index in overlap)
-    return jnp.asarray(part).at[at].set(other[of]) if is_partial(overlap) else other[of]
-
-
-def is_partial(overlap: Overlap) -> bool:
-    """Whether the array at the one entry has more than what is at the other."""
-    return any(place is not None for place in overlap[0])
 
 
 def _needed(jaxpr: Any, goals: Sequence[Any], known: set[Any], places: Mapping[Any, int]) -> list[int]:

@@ -16,6 +16,7 @@ from jaxcompress._src.calibration.input_statistics import (
     warn_refused,
     without_rows,
 )
+from jaxcompress._src.calibration.leaf_part import entry_of, with_entry
 from jaxcompress._src.calibration.program import Group, Program, RowMask, build
 from jaxcompress._src.calibration.statistics import STATISTICS, Statistic, uninformed
 from jaxcompress._src.calibration.values import ALL, NONE
@@ -214,7 +215,7 @@ class _Progress:
                 statistics = uninformed(statistics)
                 names = [entry_name(program.leaves[number][0], turn.entry) for number in leaves]
                 self.unreached |= dict.fromkeys(names, "no row reached it; its inputs are taken as equal")
-            params = {n: _taken(leaf, turn.entry, layouts[n].stack_axes[0]) for n, leaf in params.items()}
+            params = {n: entry_of(leaf, ((layouts[n].stack_axes[0], turn.entry),)) for n, leaf in params.items()}
             layouts = {number: layout.entry for number, layout in layouts.items()}
         group = program.tree(params, Unselected)
         sums = program.tree(dict.fromkeys(leaves, statistics), Unselected)
@@ -241,18 +242,7 @@ class _Progress:
                 )
             self._entries.setdefault(number, {})[entry] = leaf
             leaf = leaf.materialize()
-        self._plain[number] = self._kept[number] = _replaced(self._plain[number], entry, axis, leaf)
-
-
-@on_auto_axes
-def _taken(stack: Any, entry: int, axis: int) -> jax.Array:
-    return jnp.take(stack, entry, axis=axis)
-
-
-@on_auto_axes
-def _replaced(stack: Any, entry: int, axis: int, leaf: Any) -> jax.Array:
-    where = (slice(None),) * axis + (entry,)
-    return jnp.asarray(stack).at[where].set(leaf)
+        self._plain[number] = self._kept[number] = with_entry(self._plain[number], ((axis, entry),), leaf)
 
 
 @on_auto_axes

@@ -12,20 +12,17 @@ import optax
 from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.arrays.quantized import QuantizedArray
 from jaxcompress._src.calibration.blocks import Blocks, blocks_of
-from jaxcompress._src.calibration.flat_program import Entry, View, flat_program
-from jaxcompress._src.calibration.leaf_part import LeafPart
-from jaxcompress._src.calibration.segments import (
-    COMPILED,
-    Model,
+from jaxcompress._src.calibration.flat_program import View, flat_program
+from jaxcompress._src.calibration.leaf_part import (
+    Entry,
+    LeafPart,
     Overlap,
-    Piece,
-    by_shape,
     entry_of,
-    evaluate,
     is_partial,
     laid_over,
     overlap_of,
 )
+from jaxcompress._src.calibration.segments import COMPILED, Model, Piece, by_shape, evaluate
 from jaxcompress._src.meshes import on_auto_axes, on_auto_axes_as
 from jaxcompress._src.quantization.rounding_info import RoundingInfo
 from jaxcompress._src.quantization.soft_rounding import choice_of, decision, first_state, hard_leaf, soft_leaf

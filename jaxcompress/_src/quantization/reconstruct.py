@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32
 
 from jaxcompress._src.arrays.quantized import QuantizedArray
 from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
-from jaxcompress._src.calibration.leaf_part import LeafPart
+from jaxcompress._src.calibration.leaf_part import LeafPart, entry_of
 from jaxcompress._src.calibration.moments import Moments, flat_weights, moments, pooled, relative_error
 from jaxcompress._src.calibration.sites import kernels_at_work
 from jaxcompress._src.meshes import on_auto_axes
@@ -150,7 +150,7 @@ def reconstruct(
         else:
             sums = moments(stop.kernel.name, stop.pairs(), *stop.weights(0), rows)
         free = bias and stop.bias is not None and not shared
-        weight, layout = stop.kernel.entry_of(kernels[path].weight), _matrix_layout(kernels[path].layout)
+        weight, layout = entry_of(kernels[path].weight, stop.kernel.entry), _matrix_layout(kernels[path].layout)
         fit = _Fit(rules[path], layout, held, damping, free, unseen)
         solved, weights = _rounded(weight, stop.weights(0)[1], sums, fit)
         visited.append(_Visited(stop.kernel, stop.bias if free else None, solved))
@@ -211,7 +211,7 @@ def _kernels(
 def _entry(kernels: Mapping[str, MatrixLeaf], part: LeafPart) -> MatrixLeaf:
     """The kernel, or one entry of the stack, as a leaf of its own."""
     whole = kernels[part.path]
-    return MatrixLeaf(path=part.name, weight=part.entry_of(whole.weight), layout=whole.layout.entry)
+    return MatrixLeaf(path=part.name, weight=entry_of(whole.weight, part.entry), layout=whole.layout.entry)
 
 
 class _Fit(NamedTuple):
