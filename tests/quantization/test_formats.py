@@ -229,7 +229,7 @@ def test_ternary_scale_is_that_of_ternary_weight_networks():
     assert leaf.bits == 2
 
 
-@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("bits", [1, 3, 8])
 def test_fixed_point_is_fixed_point(bits):
     w = jnp.asarray(weights() * 2)
     leaf = quantize_array(w, QuantSpec(bits=bits, format="fixed_point"), LAYOUT)

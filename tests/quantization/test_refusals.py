@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxcompress.calibration import input_statistics
-from jaxcompress.quantization import QuantSpec, fake_quantize, gptq, hqq, lsq, quantize, quantize_inputs
+from jaxcompress.quantization import QuantSpec, fake_quantize, gptq, hqq, input_ranges, lsq, quantize, quantize_inputs
 
 RNG = np.random.default_rng(0)
 PARAMS = {"k": jnp.asarray(RNG.normal(size=(8, 4)), jnp.float32)}
@@ -32,6 +32,10 @@ def _statistics(params):
         ),
         (lambda: fake_quantize(PARAMS, QuantSpec(format="nf4"), bits=3), "`bits` is for integers"),
         (lambda: fake_quantize(PARAMS, QuantSpec(bits=4), bits=12), r"`bits` must be in \[2, 8\], got 12"),
+        (
+            lambda: input_ranges(lambda p, x: x @ p["k"], PARAMS, [(X,)], QuantSpec(bits=1, per_tensor=True)),
+            "One bit has the mean",
+        ),
         (lambda: gptq(ZERO, _statistics(ZERO), QuantSpec(bits=1)), "Leaf 'k' holds zeros, which one bit does not have"),
     ],
 )

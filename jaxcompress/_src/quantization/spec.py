@@ -53,8 +53,8 @@ class QuantSpec:
         bits: bits per code, in [1, 8]; may be left out where the format says it. One bit has its own rule (XNOR-Net):
             codes {0, 1}, zero point 1/2, scale 2 mean|w| over the nonzero weights of the block; `symmetric` and
             `convention` play no role.
-        format: what codes stand for: a row of the table above, or a number format itself, such as
-            `formats.tables.Table(name="mine", levels=...)`.
+        format: what codes stand for: a row of the table above, or a `NumberFormat` that is none of these, such as
+            `Table(name="mine", levels=...)`; both are in `jaxcompress._src.quantization.formats`.
         group_size: inputs that share a scale. Groups run along the flattened input axes, the innermost last.
         group_outputs: output units that share the scale of a group.
         partial_groups: the last group along an axis may be shorter, where `group_size` divides nothing. Otherwise such
