@@ -26,11 +26,11 @@ class Scale:
 
     def beside(self, array: Shaped[Array, "..."], rank: int) -> Shaped[Array, "..."]:
         """One of the arrays, to be multiplied by the other operand, of `rank` axes."""
-        own = array[tuple(number if what == "entry" else slice(None) for what, number in self.taken)]
+        scales = array[tuple(number if what == "entry" else slice(None) for what, number in self.taken)]
         places = [number for what, number in self.taken if what == "axis"]
         order = sorted(range(len(places)), key=lambda k: places[k])
-        own = own.transpose(order)
-        return jnp.expand_dims(own, tuple(axis for axis in range(rank) if axis not in places))
+        scales = scales.transpose(order)
+        return jnp.expand_dims(scales, tuple(axis for axis in range(rank) if axis not in places))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -59,7 +59,7 @@ class Multiples:
         """Sum of the squares over all copies of an output, on average; one for all, or for each stack entry."""
         if not arrays:
             return float(self.there.sum()) / max(self.outputs, 1)
-        product = math.prod(jnp.asarray(own[stream % len(own)], jnp.float32) for own in arrays)
+        product = math.prod(jnp.asarray(factor[stream % len(factor)], jnp.float32) for factor in arrays)
         squares = jnp.square(product).transpose(self.order)[self.taken]
         squares = jnp.where(self.there, squares, 0.0)
         sizes = *squares.shape[: self.stacked], self.groups, -1

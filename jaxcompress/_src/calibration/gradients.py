@@ -95,13 +95,13 @@ def _mean(loss: Loss, params: Params, batches: Iterable[Any], evidence: _Evidenc
 
 
 def _gradient(loss: Loss, floats: Params, batch: Any) -> tuple[Params, Any]:
-    found = jax.grad(loss)(floats, batch)
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), found), 1
+    gradient = jax.grad(loss)(floats, batch)
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), gradient), 1
 
 
 def _squares(loss: Loss, floats: Params, batch: Any) -> tuple[Params, Any]:
-    found, number = _gradient(loss, floats, batch)
-    return jax.tree.map(jnp.square, found), number
+    gradient, number = _gradient(loss, floats, batch)
+    return jax.tree.map(jnp.square, gradient), number
 
 
 def _squares_by_example(loss: Loss, floats: Params, batch: Any) -> tuple[Params, Any]:

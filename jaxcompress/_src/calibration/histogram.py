@@ -65,8 +65,8 @@ def histogram_of(x: Float[Array, "*stack N"], weights: Float32[Array, " N"] | No
         weights: at least 0; values of weight 0 do not count. None counts each once.
 
     Example:
-        >>> found = histogram_of(jnp.array([0.0, -0.6, 0.6]), None)
-        >>> found.limit.item(), jnp.flatnonzero(found.counts).tolist()
+        >>> histogram = histogram_of(jnp.array([0.0, -0.6, 0.6]), None)
+        >>> histogram.limit.item(), jnp.flatnonzero(histogram.counts).tolist()
         (1.0, [819, 2048, 3276])
     """
     x = x.astype(jnp.float32)

@@ -67,8 +67,8 @@ def input_statistics(
     Example:
         >>> import jax.numpy as jnp
         >>> params = {"kernel": jnp.ones((2, 3))}
-        >>> found = input_statistics(lambda p, x: x @ p["kernel"], params, [(jnp.array([[1.0, -2.0]]),)])
-        >>> found["kernel"].gram.tolist(), found["kernel"].absolute_max.tolist(), found["kernel"].count.item()
+        >>> kernel = input_statistics(lambda p, x: x @ p["kernel"], params, [(jnp.array([[1.0, -2.0]]),)])["kernel"]
+        >>> kernel.gram.tolist(), kernel.absolute_max.tolist(), kernel.count.item()
         ([[1.0, -2.0], [-2.0, 4.0]], [1.0, 2.0], 1.0)
     """
     remaining = iter(batches)
@@ -123,8 +123,8 @@ def batch_statistics(
     Example:
         >>> import jax.numpy as jnp
         >>> batches = [(jnp.array([[1.0, -2.0]]),), (jnp.array([[3.0, 0.0]]),)]
-        >>> found = batch_statistics(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((2, 3))}, batches)
-        >>> [entry["kernel"].absolute_max.tolist() for entry in found]
+        >>> statistics = batch_statistics(lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((2, 3))}, batches)
+        >>> [entry["kernel"].absolute_max.tolist() for entry in statistics]
         [[1.0, 2.0], [3.0, 0.0]]
     """
     program = None
@@ -221,12 +221,12 @@ def without_rows(program: Program, totals: Totals, *, only: int | None = None) -
         totals: its sums.
         only: a group to look at; None: all of them.
     """
-    found = {}
+    reasons = {}
     for place, group in enumerate(program.groups):
         if only in (None, place) and not (np.asarray(jax.device_get(totals[place].count)) > 0).any():
             reason = "it got no rows of inputs: the batches never reach it, or `row_mask` masks them all"
-            found |= {program.leaves[number][0]: reason for number in group.leaves}
-    return found
+            reasons |= {program.leaves[number][0]: reason for number in group.leaves}
+    return reasons
 
 
 def check_finite_totals(program: Program, totals: Totals, *, only: int | None = None) -> None:
@@ -239,13 +239,13 @@ def check_finite_totals(program: Program, totals: Totals, *, only: int | None = 
 
 
 def _tree(program: Program, totals: Totals, left_out: Mapping[str, str]) -> Params:
-    found = {
+    statistics = {
         number: totals[place]
         for place, group in enumerate(program.groups)
         for number in group.leaves
         if program.leaves[number][0] not in left_out
     }
-    return program.tree(found, Unselected)
+    return program.tree(statistics, Unselected)
 
 
 def _nbytes(program: Program) -> dict[str, int]:

@@ -75,9 +75,9 @@ class Interpreter:
         values = [as_value(value) for value in values]
         name = eqn.primitive.name
         if name in _HANDLERS and any(value.origins for value in values):
-            found = _HANDLERS[name](self, eqn, values)
-            if found is not None:
-                return found
+            outputs = _HANDLERS[name](self, eqn, values)
+            if outputs is not None:
+                return outputs
         if values and all(value.facts.data for value in values) and not is_cast(eqn):
             return bind_streams(eqn, values)
         if name in VALUES and (body := called_body(eqn)) is not None:
@@ -125,16 +125,16 @@ class Interpreter:
             total: Any, mask: Any, offset: Any, only: Any, factors: Any, streams: Any, sizes: Any, multiples: Any
         ) -> Any:
             weights = row_weights(mask, rows.row_shape)
-            found = [rows.matrix(jnp.asarray(x), factors, stream) for stream, x in enumerate(streams)]
+            streamed = [rows.matrix(jnp.asarray(x), factors, stream) for stream, x in enumerate(streams)]
             if sizes is None:
-                more, stacked = statistics_of(found[-1], weights, total, dense=found[0]), len(rows.stack_shape)
+                more, stacked = statistics_of(streamed[-1], weights, total, dense=streamed[0]), len(rows.stack_shape)
             else:
                 # One after another: a copy of the rows for each expert would take that many times their memory.
                 runs = members(sizes, math.prod(rows.row_shape))
-                more, stacked = jax.lax.map(lambda w: statistics_of(found[-1], w, total, dense=found[0]), runs), 1
+                more, stacked = jax.lax.map(lambda w: statistics_of(streamed[-1], w, total, dense=streamed[0]), runs), 1
             flat = jax.tree.map(lambda part: part.reshape(len(rows.entries), *part.shape[stacked:]), more)
             if rows.multiples is not None:
-                often = [share * rows.multiples.mean_square(multiples, stream) for stream in (0, len(found) - 1)]
+                often = [share * rows.multiples.mean_square(multiples, stream) for stream in (0, len(streamed) - 1)]
                 flat = weigh(flat, often)
             elif share != 1:
                 flat = weigh(flat, (share,))
@@ -204,8 +204,8 @@ def _conv(run: Interpreter, eqn: Any, values: list[Value]) -> list[Value]:
     for origin in values[1].origins:
         tap = run.taps[origin.leaf]
         with run.tapping(origin.leaf):
-            found = [rows_of_conv(eqn.params, x, kernel, origin, tap.layout) for x in values[0].streams]
-            run.gather(origin, found[0][1], values[0], lambda found=found: [patches for patches, _ in found])
+            windows = [rows_of_conv(eqn.params, x, kernel, origin, tap.layout) for x in values[0].streams]
+            run.gather(origin, windows[0][1], values[0], lambda windows=windows: [patches for patches, _ in windows])
     run.lose(values[:1], "a convolution slides over it")
     return _made(eqn, values)
 

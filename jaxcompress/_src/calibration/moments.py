@@ -178,26 +178,26 @@ def _groups(
     """Neighbouring batches, up to a number of rows, with the weights of their rows; some of which count."""
     group: _Group = []
     counted: list[Any] = []
-    for pair, own in zip(pairs, weights, strict=True):
+    for pair, weight in zip(pairs, weights, strict=True):
         rows = len(pair[1].inputs)
-        if own is not None and len(own) != rows:
-            raise ValueError(f"`row_mask` gives {len(own)} entries; the input of {path!r} has {rows} rows.")
-        if own is not None and not (own != 0).any():
+        if weight is not None and len(weight) != rows:
+            raise ValueError(f"`row_mask` gives {len(weight)} entries; the input of {path!r} has {rows} rows.")
+        if weight is not None and not (weight != 0).any():
             continue
         if group and sum(len(other.inputs) for _, other in group) + rows > _ROWS:
             yield group, counted
             group, counted = [], []
         group.append(pair)
-        counted.append((own, rows))
+        counted.append((weight, rows))
     if group:
         yield group, counted
 
 
 def _counting(counted: list[Any]) -> tuple[Int[np.ndarray, " n"] | None, Float[np.ndarray, " n"] | None]:
     """Which rows count, and what; None where all count alike."""
-    if all(own is None for own, _ in counted):
+    if all(weight is None for weight, _ in counted):
         return None, None
-    weights = np.concatenate([np.ones(rows, np.float32) if own is None else own for own, rows in counted])
+    weights = np.concatenate([np.ones(rows, np.float32) if weight is None else weight for weight, rows in counted])
     places = np.flatnonzero(weights != 0)
     # One of few numbers, so that groups of the same shapes share a compilation.
     step = -(-len(weights) // 16)
@@ -251,7 +251,7 @@ def _gram(weighted: Float32[Array, "N D"], x: Float32[Array, "N D"]) -> Float32[
         return _product(weighted.T, x)
     step = -(-depth // 8)
     rows = [(at, _product(weighted[:, at : at + step].T, x[:, at:])) for at in range(0, depth, step)]
-    upper = jnp.triu(jnp.concatenate([jnp.pad(own, ((0, 0), (at, 0))) for at, own in rows]))
+    upper = jnp.triu(jnp.concatenate([jnp.pad(block, ((0, 0), (at, 0))) for at, block in rows]))
     return upper + jnp.triu(upper, 1).T
 
 
@@ -260,8 +260,8 @@ def _added(total: Moments, lost: Moments | None, more: Moments) -> tuple[Moments
     """Kahan's sum: the new total, and what it lacks."""
     if lost is not None:
         more = jax.tree.map(jnp.add, more, lost)
-    found = jax.tree.map(jnp.add, total, more)
-    return found, jax.tree.map(lambda whole, old, new: new - (whole - old), found, total, more)
+    sums = jax.tree.map(jnp.add, total, more)
+    return sums, jax.tree.map(lambda whole, old, new: new - (whole - old), sums, total, more)
 
 
 @jax.jit

@@ -24,18 +24,18 @@ def repeated_uses(uses: Sequence[Use], refused: dict[int, str]) -> dict[int, Sha
         leaf -> place -> (how much the products of its rows count, whether the rows themselves do). Where outputs meet
         multiples of the rows, each use counts by its share of the outputs; otherwise the first one stands for all.
     """
-    found: dict[int, Shares] = {}
+    shares: dict[int, Shares] = {}
     for number in {use.leaf for use in uses}:
         try:
-            found[number] = _repeated([use for use in uses if use.leaf == number])
+            shares[number] = _repeated([use for use in uses if use.leaf == number])
         except ValueError as err:
             refused.setdefault(number, str(err))
-    return found
+    return shares
 
 
 def _repeated(uses: Sequence[Use]) -> Shares:
     """Those of one leaf."""
-    found: Shares = {}
+    shares: Shares = {}
     contractions = [(use, use.rows) for use in uses if use.rows is not None]
     for group in _by_entry(contractions):
         if len({rows.inputs.tobytes() for _, rows in group}) > 1:
@@ -50,18 +50,18 @@ def _repeated(uses: Sequence[Use]) -> Shares:
             # Rows that are scaled are equal to themselves only.
             key = use.place[:-1], Same(use.source), Same(use) if use.signature is None else use.signature
             classes.setdefault(key, []).append((use, rows))
-        covered = {_union(own).tobytes() for own in classes.values()}
+        covered = {_union(members).tobytes() for members in classes.values()}
         if len(covered) > 1:
             raise ValueError(
                 "it is split along its outputs, and its parts multiply different inputs: no one matrix of inputs is "
                 "its own; store the parts as leaves"
             )
-        for own in classes.values():
-            total = sum(_made(rows) for _, rows in own)
-            alike = all(rows.multiples is None for _, rows in own)
-            for k, (use, rows) in enumerate(own):
-                found[use.place] = (float(k == 0) if alike else _made(rows) / total, k == 0)
-    return found
+        for members in classes.values():
+            total = sum(_made(rows) for _, rows in members)
+            alike = all(rows.multiples is None for _, rows in members)
+            for k, (use, rows) in enumerate(members):
+                shares[use.place] = (float(k == 0) if alike else _made(rows) / total, k == 0)
+    return shares
 
 
 def _made(rows: Rows) -> int:
@@ -87,9 +87,9 @@ def _by_entry(uses: Sequence[tuple[Use, Rows]]) -> list[list[tuple[Use, Rows]]]:
     """Uses of the same stack entries; all of them together where loops choose the entry."""
     groups: list[tuple[set[int], list[tuple[Use, Rows]]]] = []
     for use, rows in uses:
-        own = set(rows.entries.tolist())
-        touched = [group for group in groups if group[0] & own or rows.moving or group[1][0][1].moving]
+        numbers = set(rows.entries.tolist())
+        touched = [group for group in groups if group[0] & numbers or rows.moving or group[1][0][1].moving]
         joined = [pair for group in touched for pair in group[1]]
         groups = [group for group in groups if group not in touched]
-        groups.append((own.union(*(group[0] for group in touched)), [*joined, (use, rows)]))
+        groups.append((numbers.union(*(group[0] for group in touched)), [*joined, (use, rows)]))
     return [group for _, group in groups]

@@ -57,7 +57,7 @@ class Program:
         leaves: paths and leaves of the tree.
         treedef: of the tree.
         layouts: of every leaf.
-        refused: path of a chosen leaf whose inputs cannot be gathered -> why.
+        refused: path of a selected leaf whose inputs cannot be gathered -> why.
         taps: leaf number -> tap, of all others.
         groups: in execution order; `Tap.group` counts them.
         step: `(totals, params of each stream, inputs, active) -> totals`.
@@ -98,23 +98,23 @@ def build(
     """Traces the model, finds where each selected leaf meets its inputs, and which leaves share them."""
     _check_names(statistics)
     leaves, treedef = leaves_with_paths(params), jax.tree.structure(params, is_leaf=is_compressed)
-    found = jax.tree.leaves(layouts(apply, params, *inputs))
-    numbers = _chosen(params, found, select)
-    chosen = {
+    all_layouts = jax.tree.leaves(layouts(apply, params, *inputs))
+    numbers = _selected(params, all_layouts, select)
+    selected = {
         number: Tap(path=path, layout=layout, width=_width(leaf, layout), group=None)
-        for number, ((path, leaf), layout) in enumerate(zip(leaves, found, strict=True))
+        for number, ((path, leaf), layout) in enumerate(zip(leaves, all_layouts, strict=True))
         if number in numbers
     }
-    refused = {number: _idle(tap.layout) for number, tap in chosen.items() if not tap.layout.is_weight}
+    refused = {number: _idle(tap.layout) for number, tap in selected.items() if not tap.layout.is_weight}
     if "histogram" in statistics:
-        grouped = {number for number, tap in chosen.items() if tap.layout.groups > 1}
+        grouped = {number for number, tap in selected.items() if tap.layout.groups > 1}
         refused |= dict.fromkeys(grouped, "the groups of its convolution have no histogram in common")
     model = _Model(apply, treedef, tuple(leaf for _, leaf in leaves))
-    uses = _uses(model, inputs, {n: tap for n, tap in chosen.items() if n not in refused}, row_mask, refused)
+    uses = _uses(model, inputs, {n: tap for n, tap in selected.items() if n not in refused}, row_mask, refused)
     shares = repeated_uses(uses, refused)
     loose = {
         number: dataclasses.replace(tap, shares=shares.get(number, {}))
-        for number, tap in chosen.items()
+        for number, tap in selected.items()
         if number not in refused
     }
     groups = _groups([use for use in uses if use.leaf in loose], loose, model.leaves, statistics, cross)
@@ -124,7 +124,9 @@ def build(
     reasons = {leaves[number][0]: refused[number] for number in sorted(refused)}
     streams = 2 if cross else 1
     step = _step(model, taps, row_mask, streams)
-    return Program(leaves=leaves, treedef=treedef, layouts=found, refused=reasons, taps=taps, groups=groups, step=step)
+    return Program(
+        leaves=leaves, treedef=treedef, layouts=all_layouts, refused=reasons, taps=taps, groups=groups, step=step
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,12 +156,12 @@ def _check_names(statistics: Sequence[Statistic]) -> None:
         raise ValueError(f"`statistics` must be a sequence of names among {get_args(Statistic)}, got {statistics!r}.")
 
 
-def _chosen(params: Params, found: list[LeafLayout], select: Selector | None) -> set[int]:
-    marks = [layout.is_weight for layout in found] if select is None else jax.tree.leaves(select(params))
-    chosen = {number for number, mark in enumerate(marks) if mark}
-    if not chosen:
+def _selected(params: Params, all_layouts: list[LeafLayout], select: Selector | None) -> set[int]:
+    marks = [layout.is_weight for layout in all_layouts] if select is None else jax.tree.leaves(select(params))
+    selected = {number for number, mark in enumerate(marks) if mark}
+    if not selected:
         raise ValueError("The model contracts or looks up no leaf of the tree: there are no inputs to gather.")
-    return chosen
+    return selected
 
 
 def _idle(layout: LeafLayout) -> str:
@@ -206,11 +208,11 @@ def _groups(
     for use in uses:
         of_leaf.setdefault(use.leaf, []).append(use)
     together: dict[Any, list[int]] = {}
-    for number, own in of_leaf.items():
-        shared, use = taps[number].layout.input_id, own[0]
+    for number, uses_of_it in of_leaf.items():
+        shared, use = taps[number].layout.input_id, uses_of_it[0]
         # A leaf that is used twice has sums of its own, and so has one whose rows count otherwise than once.
         weighed = use.rows is not None and use.rows.multiples is not None
-        alone = len(own) > 1 or shared is None or use.signature is None or weighed
+        alone = len(uses_of_it) > 1 or shared is None or use.signature is None or weighed
         # The same value may enter several branches, or a loop: only within one body it is read equally often.
         shape = _stack_shape(leaves[number], taps[number])
         key = ("leaf", number) if alone else (shared, use.body, use.signature, shape)
@@ -247,7 +249,7 @@ def _step(model: _Model, taps: Mapping[int, Tap], row_mask: RowMask | None, stre
     def step(totals: Totals, trees: tuple[Params, ...], inputs: tuple[Any, ...], active: Any = None) -> Totals:
         dynamic, static = _split(inputs)
         leaves = [jax.tree.leaves(tree, is_leaf=is_compressed) for tree in trees]
-        return run(totals, tuple([own[n] for n in model.numbers] for own in leaves), dynamic, static, active)
+        return run(totals, tuple([tree[n] for n in model.numbers] for tree in leaves), dynamic, static, active)
 
     return step
 

@@ -71,14 +71,14 @@ class Rows:
         """Equal where the same input gives the same matrix, and None where that is not known."""
         if self.scales or self.when:
             return None
-        own = None if self.features is None else self.features.tobytes()
+        features = None if self.features is None else self.features.tobytes()
         moving = tuple((stride, Same(steps)) for stride, steps in self.moving)
         return (
             self.permutation,
             self.stack_shape,
             self.row_shape,
             self.width,
-            own,
+            features,
             self.entries.tobytes(),
             moving,
             Same(self.sizes),
@@ -178,12 +178,12 @@ def rows_of_conv(
 
 def _of_groups(rows: Rows, groups: int) -> Rows:
     """The rows of one group as those of all; the operand has one more axis, the second one, for them."""
-    own = np.where(rows.entries[:, None] < 0, -1, rows.entries[:, None] * groups + np.arange(groups))
+    numbers = np.where(rows.entries[:, None] < 0, -1, rows.entries[:, None] * groups + np.arange(groups))
     return dataclasses.replace(
         rows,
         permutation=(1, *(axis + (axis > 0) for axis in rows.permutation)),
         stack_shape=(groups, *rows.stack_shape),
-        entries=own.reshape(-1),
+        entries=numbers.reshape(-1),
         moving=tuple((stride * groups, steps) for stride, steps in rows.moving),
     )
 
@@ -207,12 +207,12 @@ def rows_of_ragged(
     left, right = numbers.dot_dimension_numbers[0]
     (stack,) = numbers.rhs_group_dimensions
     # As if each entry had an operand of its own, along a new first axis.
-    summed = [(own, other + 1) for own, other in zip(right, left, strict=True)]
-    found = _rows(origin, layout, (origin.axes[stack].size, *shape), summed, [(stack, 0)])
-    if not found.stack_shape or found.scales:
+    summed = [(axis, other + 1) for axis, other in zip(right, left, strict=True)]
+    rows = _rows(origin, layout, (origin.axes[stack].size, *shape), summed, [(stack, 0)])
+    if not rows.stack_shape or rows.scales:
         raise ValueError("the parts of a ragged matmul do not multiply stack entries of it, or it is scaled before")
-    permutation = tuple(axis - 1 for axis in found.permutation[1:])
-    return dataclasses.replace(found, permutation=permutation, stack_shape=(), row_shape=found.row_shape, sizes=sizes)
+    permutation = tuple(axis - 1 for axis in rows.permutation[1:])
+    return dataclasses.replace(rows, permutation=permutation, stack_shape=(), row_shape=rows.row_shape, sizes=sizes)
 
 
 def members(sizes: Int[Array, " E"], rows: int) -> Float32[Array, "E N"]:
@@ -264,19 +264,19 @@ def _rows(
 ) -> Rows:
     """The rows of a contraction; `summed` and `batched` are pairs of axes of the leaf's operand and the other one."""
     free = [axis for axis in range(len(origin.axes)) if axis not in dict(summed) and axis not in dict(batched)]
-    found = roles(origin, [own for own, _ in summed], [own for own, _ in batched], free)
-    _check_roles(found, {number for own, _ in batched for number in origin.axes[own].tables}, layout)
+    axis_roles = roles(origin, [axis for axis, _ in summed], [axis for axis, _ in batched], free)
+    _check_roles(axis_roles, {number for axis, _ in batched for number in origin.axes[axis].tables}, layout)
     summed = sorted(summed, key=lambda pair: _major_first(origin, pair[0]))
     stacked = [pair for pair in batched if origin.axes[pair[0]].tables or origin.axes[pair[0]].present is not None]
     stacked = sorted(stacked, key=lambda pair: _major_first(origin, pair[0]))
     width = math.prod(origin.shape[axis] for axis in layout.input_axes)
-    features = entries(origin, [own for own, _ in summed], layout.input_axes)
+    features = entries(origin, [axis for axis, _ in summed], layout.input_axes)
     columns, stacks = [axis for _, axis in summed], [axis for _, axis in stacked]
     rows = [axis for axis in range(len(shape)) if axis not in columns and axis not in stacks]
     outputs = np.zeros(math.prod(origin.shape[axis] for axis in layout.output_axes), bool)
     made = entries(origin, free, layout.output_axes)
     outputs[made[made >= 0]] = True
-    parts = [own for own, _ in summed], [own for own, _ in stacked], free
+    parts = [axis for axis, _ in summed], [axis for axis, _ in stacked], free
     moving = []
     for k, axis in enumerate(layout.stack_axes):
         if axis in origin.moving:
@@ -287,7 +287,7 @@ def _rows(
         row_shape=tuple(shape[axis] for axis in rows),
         width=width,
         features=None if np.array_equal(features, np.arange(width)) else features,
-        entries=entries(origin, [own for own, _ in stacked], layout.stack_axes),
+        entries=entries(origin, [axis for axis, _ in stacked], layout.stack_axes),
         moving=tuple(moving),
         when=origin.when,
         outputs=None if outputs.all() else outputs,
@@ -301,20 +301,20 @@ def check_mask(mask: Any, row_shape: tuple[int, ...]) -> None:
     """Raises, as `row_weights` does, without computing anything."""
     if mask is not None:
         jax.eval_shape(
-            lambda own: row_weights(own, row_shape), jax.ShapeDtypeStruct(jnp.shape(mask), jnp.result_type(mask))
+            lambda array: row_weights(array, row_shape), jax.ShapeDtypeStruct(jnp.shape(mask), jnp.result_type(mask))
         )
 
 
-def _check_roles(found: Roles, batched: set[int], layout: LeafLayout) -> None:
-    if not found.inputs or not found.inputs <= set(layout.input_axes):
+def _check_roles(axis_roles: Roles, batched: set[int], layout: LeafLayout) -> None:
+    if not axis_roles.inputs or not axis_roles.inputs <= set(layout.input_axes):
         raise ValueError(
-            f"A contraction runs over axes {sorted(found.inputs)}, the input axes are {layout.input_axes}."
+            f"A contraction runs over axes {sorted(axis_roles.inputs)}, the input axes are {layout.input_axes}."
         )
     if not batched <= set(layout.stack_axes):
         raise ValueError(f"A matmul has a batch along axes {sorted(batched)}, the stack axes are {layout.stack_axes}.")
-    if not found.outputs <= set(layout.output_axes):
+    if not axis_roles.outputs <= set(layout.output_axes):
         raise ValueError(
-            f"A matmul has outputs along axes {sorted(found.outputs)}, the output axes are {layout.output_axes}."
+            f"A matmul has outputs along axes {sorted(axis_roles.outputs)}, the output axes are {layout.output_axes}."
         )
 
 

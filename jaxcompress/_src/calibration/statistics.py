@@ -197,8 +197,10 @@ def add_at(
     stack = total.count.shape
     # Each entry once at a time: a repeated one (keys that several heads share, say) meets as many sets of rows.
     rounds = _rounds(entries)
-    for own in rounds[1:]:
-        total = add_at(total, jax.tree.map(lambda part, own=own: part[own], more), entries[own], offset, only)
+    for places in rounds[1:]:
+        total = add_at(
+            total, jax.tree.map(lambda part, places=places: part[places], more), entries[places], offset, only
+        )
     if len(rounds) > 1:
         entries, more = entries[rounds[0]], jax.tree.map(lambda part: part[rounds[0]], more)
     if not stack:
@@ -231,14 +233,17 @@ def weigh(more: InputStatistics, weights: Sequence[ArrayLike]) -> InputStatistic
         more: of M entries.
         weights: for each stream of values, one for each entry, or one for all of them.
     """
-    own = jnp.asarray(weights[-1])
-    both = jnp.sqrt(jnp.asarray(weights[0]) * own)
+    current = jnp.asarray(weights[-1])
+    both = jnp.sqrt(jnp.asarray(weights[0]) * current)
 
     def times(part: Array | None, by: Array) -> Array | None:
         return None if part is None else part * _wide(jnp.broadcast_to(by, part.shape[:1]), part)
 
     return dataclasses.replace(
-        more, gram=times(more.gram, own), squared_sum=times(more.squared_sum, own), cross=times(more.cross, both)
+        more,
+        gram=times(more.gram, current),
+        squared_sum=times(more.squared_sum, current),
+        cross=times(more.cross, both),
     )
 
 
@@ -257,11 +262,11 @@ def _rounds(entries: Int[np.ndarray, " M"]) -> list[Int[np.ndarray, " K"]]:
         seen[entry] = number + 1
         rounds.extend([] for _ in range(number + 1 - len(rounds)))
         rounds[number].append(place)
-    return [np.asarray(own, np.int64) for own in rounds]
+    return [np.asarray(places, np.int64) for places in rounds]
 
 
-def _wide(own: Shaped[Array, " M"], part: Shaped[Array, "M ..."]) -> Shaped[Array, "M ..."]:
-    return own.reshape(-1, *(1,) * (part.ndim - 1))
+def _wide(numbers: Shaped[Array, " M"], part: Shaped[Array, "M ..."]) -> Shaped[Array, "M ..."]:
+    return numbers.reshape(-1, *(1,) * (part.ndim - 1))
 
 
 def _histogram(x: Float[Array, "*stack N D"], weights: Float32[Array, " N"] | None) -> Histogram:
