@@ -67,8 +67,8 @@ def erdos_renyi(
         ValueError: nothing is selected, or a sparsity outside [0, 1].
 
     Example:
-        >>> found = erdos_renyi({"a": np.ones((10, 100)), "b": np.ones((100, 100))}, sparsity=0.8)
-        >>> [round(share, 4) for share in found.values()]  # densities as 0.11 : 0.02
+        >>> shares = erdos_renyi({"a": np.ones((10, 100)), "b": np.ones((100, 100))}, sparsity=0.8)
+        >>> [round(share, 4) for share in shares.values()]  # densities as 0.11 : 0.02
         [0.219, 0.8581]
 
     References:
@@ -149,9 +149,9 @@ def _allocate(
     layouts: Params | None,
 ) -> Params:
     check_sparsity(sparsity)
-    chosen = selected_layouts(params, select=select, layouts=layouts)
+    selected = selected_layouts(params, select=select, layouts=layouts)
     pairs: list[tuple[tuple[int, ...], LeafLayout]] = []
-    map_selected(lambda _, layout, leaf: pairs.append((tuple(leaf.shape), layout)), chosen, params)
+    map_selected(lambda _, layout, leaf: pairs.append((tuple(leaf.shape), layout)), selected, params)
     sizes = [math.prod(shape) for shape, _ in pairs]
     weights = [
         weight(_dimensions(shape, layout, known=layouts is not None), layout) if size else 0.0
@@ -159,9 +159,9 @@ def _allocate(
     ]
     total = sum(sizes) - round(float(sparsity) * sum(sizes))
     densities = _fill(weights, sizes, total)
-    kept = exact_counts([d * n for d, n in zip(densities, sizes, strict=True)], sizes, total)
-    shares = iter([1 - count / size if size else 0.0 for count, size in zip(kept, sizes, strict=True)])
-    return map_selected(lambda *_: next(shares), chosen)
+    counts = exact_counts([d * n for d, n in zip(densities, sizes, strict=True)], sizes, total)
+    shares = iter([1 - count / size if size else 0.0 for count, size in zip(counts, sizes, strict=True)])
+    return map_selected(lambda *_: next(shares), selected)
 
 
 def _dimensions(shape: tuple[int, ...], layout: LeafLayout, *, known: bool) -> tuple[int, ...]:

@@ -30,7 +30,7 @@ def sparsity_by_path(sparsity: Any, leaves: Sequence[MatrixLeaf], pattern: Patte
     sparsity = implied_sparsity(sparsity, pattern)
     check_sparsity(sparsity)
     given = leaves_by_path(sparsity) if is_tree(sparsity) else {}
-    found = {}
+    shares = {}
     for leaf in leaves:
         share = given.get(leaf.path) if is_tree(sparsity) else sparsity
         if share is None:
@@ -39,5 +39,5 @@ def sparsity_by_path(sparsity: Any, leaves: Sequence[MatrixLeaf], pattern: Patte
             raise ValueError(
                 f"The pattern allows a `sparsity` of at most {pattern.allowed:g}, got {share} at {leaf.path!r}."
             )
-        found[leaf.path] = float(share)
-    return found
+        shares[leaf.path] = float(share)
+    return shares

@@ -180,9 +180,11 @@ def random_scores(
         >>> random_scores({"kernel": jnp.ones((2, 3))}, key=jax.random.key(0))["kernel"].shape
         (2, 3)
     """
-    chosen = selected_layouts(params, select=select, layouts=layouts)
+    selected = selected_layouts(params, select=select, layouts=layouts)
     keys = split_key(key, params)
-    return map_selected(lambda _, layout, leaf, own: jax.random.uniform(own, leaf.shape), chosen, params, keys)
+    return map_selected(
+        lambda _, layout, leaf, leaf_key: jax.random.uniform(leaf_key, leaf.shape), selected, params, keys
+    )
 
 
 def _scores(
@@ -193,20 +195,20 @@ def _scores(
     select: Selector | None,
     layouts: Params | None,
 ) -> Params:
-    chosen = selected_layouts(params, select=select, layouts=layouts)
+    selected = selected_layouts(params, select=select, layouts=layouts)
 
-    def visit(path: str, layout: Any, leaf: Any, own: Any) -> Any:
+    def visit(path: str, layout: Any, leaf: Any, statistic: Any) -> Any:
         if is_unselected(layout):
             return layout
-        if is_unselected(own) or not hasattr(own, "shape"):
-            raise ValueError(f"`{name}` has no entry for the leaf, found {own!r}.")
+        if is_unselected(statistic) or not hasattr(statistic, "shape"):
+            raise ValueError(f"`{name}` has no entry for the leaf, found {statistic!r}.")
         weight = checked_weight(path, leaf)
-        if own.shape != weight.shape:
-            raise ValueError(f"`{name}` has shape {own.shape} where the leaf has {weight.shape}.")
-        check_finite(path, own)
-        return score(weight.astype(jnp.float32), own.astype(jnp.float32))
+        if statistic.shape != weight.shape:
+            raise ValueError(f"`{name}` has shape {statistic.shape} where the leaf has {weight.shape}.")
+        check_finite(path, statistic)
+        return score(weight.astype(jnp.float32), statistic.astype(jnp.float32))
 
-    return map_with_path(visit, chosen, params, evidence, is_leaf=lambda x: is_unselected(x) or is_compressed(x))
+    return map_with_path(visit, selected, params, evidence, is_leaf=lambda x: is_unselected(x) or is_compressed(x))
 
 
 def _check_not_negative(path: str, leaf: Any) -> None:

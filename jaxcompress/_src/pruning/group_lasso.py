@@ -117,7 +117,7 @@ def shrink_groups(w: Float[Array, "*shape"], norms: Float[Array, "..."], least: 
 
 def _init(setup: _Setup, params: Params, *, key: jax.Array, statistics: Any = None) -> TransformState:
     del key, statistics
-    weights, layouts = setup.leaves.weights(params), setup.leaves.chosen(params)
+    weights, layouts = setup.leaves.weights(params), setup.leaves.layouts_of(params)
     alive = map_selected(lambda _, w, layout: jnp.ones_like(_norms(setup, w, layout), bool), weights, layouts)
     return TransformState((), GroupLassoState(alive, jnp.zeros((), jnp.int32)))
 
@@ -126,7 +126,7 @@ def _apply(setup: _Setup, params: Params, state: TransformState, *, key: jax.Arr
     del key
     if setup.freeze_at is None:
         return params
-    layouts = setup.leaves.chosen(params)
+    layouts = setup.leaves.layouts_of(params)
     masks = map_selected(
         lambda _, alive, leaf, layout: _spread(setup, alive, leaf.shape, layout), state.fixed.alive, params, layouts
     )
@@ -145,18 +145,18 @@ def _project(setup: _Setup, params: Params, state: TransformState) -> tuple[Para
     strength = jnp.asarray(setup.strength(step), jnp.float32)
     if setup.freeze_at is not None:
         strength = jnp.where(step <= setup.freeze_at, strength, 0.0)
-    layouts = setup.leaves.chosen(params)
+    layouts = setup.leaves.layouts_of(params)
 
-    def shrink(_: str, own: Any, leaf: Any, layout: Any) -> Any:
-        leaf = jnp.where(_spread(setup, own, leaf.shape, layout), leaf, jnp.zeros((), leaf.dtype))
+    def shrink(_: str, mask: Any, leaf: Any, layout: Any) -> Any:
+        leaf = jnp.where(_spread(setup, mask, leaf.shape, layout), leaf, jnp.zeros((), leaf.dtype))
         norms, sizes = _norms(setup, leaf, layout), _sizes(setup, leaf.shape, layout)
         least = _spread(setup, strength * jnp.sqrt(sizes), leaf.shape, layout)
         return shrink_groups(leaf, _spread(setup, norms, leaf.shape, layout), least)
 
     projected = with_leaves(params, leaves_by_path(map_selected(shrink, alive, params, layouts)))
     if setup.freeze_at is not None:
-        left = map_selected(lambda _, own, w, layout: _norms(setup, w, layout) > 0, alive, projected, layouts)
-        alive = map_selected(lambda _, own, now: jnp.where(step == setup.freeze_at, now, own), alive, left)
+        left = map_selected(lambda _, mask, w, layout: _norms(setup, w, layout) > 0, alive, projected, layouts)
+        alive = map_selected(lambda _, mask, now: jnp.where(step == setup.freeze_at, now, mask), alive, left)
     return projected, TransformState((), GroupLassoState(alive, step))
 
 
@@ -168,7 +168,7 @@ def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
             "of the penalty was not trained away."
         )
     params = _apply(setup, params, state)
-    layouts = setup.leaves.chosen(params)
+    layouts = setup.leaves.layouts_of(params)
     masks = map_selected(
         lambda _, w, layout: _spread(setup, _norms(setup, w, layout) > 0, w.shape, layout),
         setup.leaves.weights_at(state.fixed.alive, params),

@@ -112,9 +112,9 @@ def magnitude_masks(
     """
     sparsity = implied_sparsity(sparsity, pattern)
     check_sparsity(sparsity)
-    chosen = selected_layouts(params, select=select, layouts=layouts)
-    weights = map_selected(lambda path, _, leaf: checked_weight(path, leaf), chosen, params)
-    return ranked_masks(weights, chosen, sparsity, scope=scope, pattern=pattern, score=jnp.abs)
+    selected = selected_layouts(params, select=select, layouts=layouts)
+    weights = map_selected(lambda path, _, leaf: checked_weight(path, leaf), selected, params)
+    return ranked_masks(weights, selected, sparsity, scope=scope, pattern=pattern, score=jnp.abs)
 
 
 @on_auto_axes
@@ -206,16 +206,16 @@ def _selected(scores: Params, sparsity: Any, select: Selector) -> tuple[Params, 
     def marked(_: str, entry: Any, mark: bool) -> Any:
         return entry if mark else Unselected
 
-    chosen = map_selected(marked, scores, marks)
-    if not leaves_by_path(chosen):
+    marked_scores = map_selected(marked, scores, marks)
+    if not leaves_by_path(marked_scores):
         raise ValueError("`select` marks no leaf that has scores: nothing is selected.")
-    return chosen, map_selected(marked, sparsity, marks) if is_tree(sparsity) else sparsity
+    return marked_scores, map_selected(marked, sparsity, marks) if is_tree(sparsity) else sparsity
 
 
 def _layouts(scores: Params, layouts: Params | None) -> Params:
     """The layout of every score; kernels are (in..., out) where nothing is known."""
 
-    def known(path: str, score: Any, *found: LeafLayout) -> LeafLayout:
-        return found[0] if found and found[0].is_weight else default_layout(path, score)
+    def known(path: str, score: Any, *given: LeafLayout) -> LeafLayout:
+        return given[0] if given and given[0].is_weight else default_layout(path, score)
 
     return map_selected(known, scores, *(() if layouts is None else (layouts,)))

@@ -109,8 +109,8 @@ def keep_by_score(
 def _keep_by_score_jvp(primals: tuple[Any, Any, Any], tangents: tuple[Any, Any, Any]) -> tuple[Any, Any]:
     mask, w, score = primals
     _, w_dot, score_dot = tangents
-    kept = jnp.where(mask, w_dot, jnp.zeros((), w.dtype))
-    return keep_by_score(mask, w, score), kept + (w.astype(jnp.float32) * score_dot).astype(w.dtype)
+    masked = jnp.where(mask, w_dot, jnp.zeros((), w.dtype))
+    return keep_by_score(mask, w, score), masked + (w.astype(jnp.float32) * score_dot).astype(w.dtype)
 
 
 def _init(masks: ScheduledMasks, params: Params, *, key: jax.Array, statistics: Any = None) -> TransformState:

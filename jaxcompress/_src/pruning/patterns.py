@@ -23,7 +23,7 @@ class Pattern(Protocol):
         """The scores that are ranked; infinite for units that must stay."""
         ...
 
-    def spread(self, kept: Bool[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Bool[Array, "..."]:
+    def spread(self, units: Bool[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Bool[Array, "..."]:
         """The mask of weights that a mask of units means."""
         ...
 
@@ -46,10 +46,10 @@ class Unstructured:
         del layout
         return scores
 
-    def spread(self, kept: Bool[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Bool[Array, "..."]:
+    def spread(self, units: Bool[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Bool[Array, "..."]:
         """The mask itself."""
         del shape, layout
-        return kept
+        return units
 
     @property
     def allowed(self) -> float:
@@ -80,13 +80,13 @@ class NOfM:
 
     def units(self, scores: Num[Array, "..."], layout: LeafLayout) -> Num[Array, "..."]:
         """Scores, infinite where the pattern keeps the weight."""
-        kept = keep_in_runs(scores, self.n, self.m, axis=innermost_input(layout))
-        return jnp.where(kept, jnp.asarray(jnp.inf, scores.dtype), scores)
+        mask = keep_in_runs(scores, self.n, self.m, axis=innermost_input(layout))
+        return jnp.where(mask, jnp.asarray(jnp.inf, scores.dtype), scores)
 
-    def spread(self, kept: Bool[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Bool[Array, "..."]:
+    def spread(self, units: Bool[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Bool[Array, "..."]:
         """The mask itself."""
         del shape, layout
-        return kept
+        return units
 
     @property
     def allowed(self) -> float:
@@ -96,8 +96,8 @@ class NOfM:
     def droppable(self, shape: tuple[int, ...], layout: LeafLayout) -> float:
         """1 - n/m, less where the last run is short."""
         width = shape[innermost_input(layout)]
-        kept = width // self.m * self.n + min(self.n, width % self.m)
-        return 1 - kept / width if width else 0.0
+        remaining = width // self.m * self.n + min(self.n, width % self.m)
+        return 1 - remaining / width if width else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,11 +124,11 @@ class Block:
         """Weights of every tile: fewer at the borders."""
         return _tile_sums(jnp.ones(shape, jnp.float32), self._sizes(layout))
 
-    def spread(self, kept: Shaped[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Shaped[Array, "..."]:
+    def spread(self, units: Shaped[Array, "..."], shape: tuple[int, ...], layout: LeafLayout) -> Shaped[Array, "..."]:
         """Every weight shares the fate (or whatever else is given) of its tile."""
         for axis, size in self._sizes(layout).items():
-            kept = jnp.repeat(kept, size, axis=axis)
-        return jax.lax.slice(kept, (0,) * len(shape), shape)
+            units = jnp.repeat(units, size, axis=axis)
+        return jax.lax.slice(units, (0,) * len(shape), shape)
 
     @property
     def allowed(self) -> float:

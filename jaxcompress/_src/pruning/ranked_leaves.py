@@ -54,7 +54,7 @@ class RankedLeaves:
         if self.sparsities is not None:
             check_sparsity(self.sparsities)
 
-    def chosen(self, params: Params) -> Params:
+    def layouts_of(self, params: Params) -> Params:
         """The layouts of the leaves, `Unselected` elsewhere."""
         return selected_layouts(params, select=self.select, layouts=self.layouts)
 
@@ -64,7 +64,7 @@ class RankedLeaves:
         Raises:
             ValueError: every selected leaf is compressed already.
         """
-        return self.weights_at(without_compressed(self.chosen(params), params), params)
+        return self.weights_at(without_compressed(self.layouts_of(params), params), params)
 
     def weights_at(self, entries: Params, params: Params) -> Params:
         """The leaves as plain arrays where a partial tree, such as masks, has entries; concrete ones are checked."""
@@ -84,8 +84,10 @@ class RankedLeaves:
             share: sparsity, multiplied by `sparsities`.
             score: computed where it is compared.
         """
-        sparsity = share if self.sparsities is None else map_selected(lambda _, own: own * share, self.sparsities)
-        return ranked_masks(leaves, self.chosen(params), sparsity, scope=self.scope, pattern=self.pattern, score=score)
+        sparsity = share if self.sparsities is None else map_selected(lambda _, final: final * share, self.sparsities)
+        return ranked_masks(
+            leaves, self.layouts_of(params), sparsity, scope=self.scope, pattern=self.pattern, score=score
+        )
 
     def finalize(self, params: Params, masks: Params) -> Params:
         """The masked leaves as they are stored."""
@@ -95,6 +97,6 @@ class RankedLeaves:
             lambda _, mask, leaf, layout: store_masked(leaf, mask, layout, self.pattern),
             masks,
             params,
-            self.chosen(params),
+            self.layouts_of(params),
         )
         return with_leaves(params, leaves_by_path(stored))

@@ -53,20 +53,24 @@ def ranked_masks(
         score: array -> scores.
         dropped: how a concrete sparsity becomes a count.
     """
-    chosen = [leaf for _, leaf in leaves_with_paths(leaves)]
-    found = [layout for _, layout in leaves_with_paths(map_selected(lambda _, leaf, layout: layout, leaves, layouts))]
+    weights = [leaf for _, leaf in leaves_with_paths(leaves)]
+    flat_layouts = [
+        layout for _, layout in leaves_with_paths(map_selected(lambda _, leaf, layout: layout, leaves, layouts))
+    ]
     shares = _shares(leaves, sparsity, scope)
     for share in shares:
         _check_allowed(share, pattern.allowed)
     if isinstance(pattern, NOfM) and all(_is_full(share, pattern.allowed) for share in shares):
         # What the pattern keeps is all there is to keep: nothing is left to rank.
-        kept = [jnp.isinf(pattern.units(_zero_infinities(score(x)), y)) for x, y in zip(chosen, found, strict=True)]
+        flat_masks = [
+            jnp.isinf(pattern.units(_zero_infinities(score(x)), y)) for x, y in zip(weights, flat_layouts, strict=True)
+        ]
     else:
-        units, inside = _units(chosen, found, pattern, score)
-        axes = group_axes([unit.shape for unit in units], found, scope)
-        limits = [pattern.droppable(leaf.shape, layout) for leaf, layout in zip(chosen, found, strict=True)]
-        kept = keep_largest(units, _dropped(units, axes, limits, shares, dropped), axes=axes, score=inside)
-    masks = iter(kept)
+        units, inside = _units(weights, flat_layouts, pattern, score)
+        axes = group_axes([unit.shape for unit in units], flat_layouts, scope)
+        limits = [pattern.droppable(leaf.shape, layout) for leaf, layout in zip(weights, flat_layouts, strict=True)]
+        flat_masks = keep_largest(units, _dropped(units, axes, limits, shares, dropped), axes=axes, score=inside)
+    masks = iter(flat_masks)
 
     def spread(_: str, leaf: Any, layout: LeafLayout) -> jax.Array:
         return pattern.spread(next(masks), leaf.shape, layout)
@@ -123,17 +127,17 @@ def _shares(leaves: Params, sparsity: ArrayLike | Params, scope: Scope) -> list[
         return [sparsity] * (1 if scope == "global" else len(leaves_with_paths(leaves)))
     if scope == "global":
         raise ValueError('With `scope="global"` one `sparsity` is for all leaves: a tree of them fits "leaf" or "row".')
-    found: list[Any] = []
+    flat_shares: list[Any] = []
 
     def visit(_: str, leaf: Any, share: Any) -> None:
         if is_unselected(leaf) != is_unselected(share):
             which = "has an entry where there is nothing to prune" if is_unselected(leaf) else "has no entry"
             raise ValueError(f"The tree of sparsities {which}.")
         if not is_unselected(leaf):
-            found.append(share)
+            flat_shares.append(share)
 
     map_with_path(visit, leaves, sparsity, is_leaf=is_unselected)
-    return found
+    return flat_shares
 
 
 def _units(

@@ -143,13 +143,13 @@ def rewire(
         [Array([ True, False,  True, False], dtype=bool)]
     """
     sizes = jnp.array([mask.size for mask in masks], jnp.int32)
-    kept = jnp.stack([count_true(mask).reshape(()) for mask in masks])
-    moved = share_of(kept, jnp.broadcast_to(fraction.astype(jnp.float32), kept.shape), rounding="down")
+    counts = jnp.stack([count_true(mask).reshape(()) for mask in masks])
+    moved = share_of(counts, jnp.broadcast_to(fraction.astype(jnp.float32), counts.shape), rounding="down")
     axes = tuple(tuple(range(mask.ndim)) for mask in masks)
     # All leaves in one search: one loop to compile.
-    stay = keep_largest(list(zip(masks, weights, strict=True)), sizes - kept + moved, axes=axes, score=_among_kept)
+    stay = keep_largest(list(zip(masks, weights, strict=True)), sizes - counts + moved, axes=axes, score=_among_kept)
     new = keep_largest(list(zip(stay, candidates, strict=True)), sizes - moved, axes=axes, score=_among_dropped)
-    return [own | grown for own, grown in zip(stay, new, strict=True)]
+    return [mask | grown for mask, grown in zip(stay, new, strict=True)]
 
 
 def _among_kept(leaf: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -198,11 +198,13 @@ def _rewired(
 ) -> Params:
     if setup.grow == "random":
         keys = split_key(key, weights)
-        candidates = map_selected(lambda _, leaf, own: jax.random.uniform(own, leaf.shape), weights, keys)
+        candidates = map_selected(lambda _, leaf, leaf_key: jax.random.uniform(leaf_key, leaf.shape), weights, keys)
     else:
         candidates = grads
-    own, kept, grown = ([leaf for _, leaf in leaves_with_paths(tree)] for tree in (masks, weights, candidates))
-    new = iter(rewire(own, kept, grown, fraction))
+    flat_masks, flat_weights, flat_candidates = (
+        [leaf for _, leaf in leaves_with_paths(tree)] for tree in (masks, weights, candidates)
+    )
+    new = iter(rewire(flat_masks, flat_weights, flat_candidates, fraction))
     return map_selected(lambda *_: next(new), masks)
 
 
@@ -219,7 +221,7 @@ def _project(params: Params, state: TransformState) -> tuple[Params, TransformSt
 
 def _like(weights: Params, grads: Params) -> Params:
     """The gradients of the chosen leaves."""
-    return map_selected(lambda _, leaf, own: own, weights, grads)
+    return map_selected(lambda _, leaf, grad: grad, weights, grads)
 
 
 def _finalize(setup: Rewiring, params: Params, state: TransformState) -> Params:

@@ -33,8 +33,8 @@ def magnitude_scores(params: Params, *, select: Selector | None = None, layouts:
         >>> magnitude_scores({"kernel": jnp.array([[-2.0, 1.0]]), "bias": jnp.ones(2)})
         {'bias': Unselected, 'kernel': Array([[2., 1.]], dtype=float32)}
     """
-    chosen = selected_layouts(params, select=select, layouts=layouts)
-    return map_selected(lambda path, _, leaf: jnp.abs(checked_weight(path, leaf)), chosen, params)
+    selected = selected_layouts(params, select=select, layouts=layouts)
+    return map_selected(lambda path, _, leaf: jnp.abs(checked_weight(path, leaf)), selected, params)
 
 
 def gradient_scores(
@@ -79,7 +79,7 @@ def gradient_scores(
     """
     if variant not in ("normalized", "absolute", "taylor"):
         raise ValueError(f"`variant` must be 'normalized', 'absolute' or 'taylor', got {variant!r}.")
-    chosen = selected_layouts(params, select=select, layouts=layouts)
+    selected = selected_layouts(params, select=select, layouts=layouts)
     mean = gradients(loss, params, batches)
     norm = jnp.sqrt(sum(jnp.sum(jnp.square(g.astype(jnp.float32))) for g in jax.tree.leaves(mean)))
     # A gradient of zero everywhere has no direction: its scores are zero.
@@ -91,4 +91,4 @@ def gradient_scores(
             return jnp.abs(weight * gradient)
         return (jnp.abs(gradient) if variant == "absolute" else gradient) / norm.astype(gradient.dtype)
 
-    return map_selected(score, chosen, params, mean)
+    return map_selected(score, selected, params, mean)

@@ -72,8 +72,8 @@ def loss_sensitivity(
         >>> def loss(params, x):
         ...     return jnp.mean((x * (params["a"] - 1)) ** 2) + jnp.mean((x * (params["b"] - 1)) ** 2)
         >>> params = {"a": jnp.array([1.0, 0.5]), "b": jnp.array([1.0, 1.0])}
-        >>> found = loss_sensitivity(loss, params, [jnp.ones(2)], params, grid=(0.5,))
-        >>> found.pruned["a"], found.losses["b"]
+        >>> table = loss_sensitivity(loss, params, [jnp.ones(2)], params, grid=(0.5,))
+        >>> table.pruned["a"], table.losses["b"]
         (array([0, 1]), array([0.125, 0.625]))
 
     References:
@@ -93,10 +93,10 @@ def loss_sensitivity(
     counts: dict[str, list[int]] = {}
 
     def measure(path: str, score: jax.Array) -> np.ndarray:
-        own = map_selected(lambda other, leaf: leaf if other == path else Unselected, scores)
+        leaf_scores = map_selected(lambda other, leaf: leaf if other == path else Unselected, scores)
         losses, counts[path] = [base], [0]
         for share in steps[1:]:
-            masks = masks_from_scores(own, sparsity=share, scope=scope, pattern=pattern, layouts=layouts)
+            masks = masks_from_scores(leaf_scores, sparsity=share, scope=scope, pattern=pattern, layouts=layouts)
             losses.append(mean_loss(apply_masks(params, masks)))
             counts[path].append(score.size - int(leaves_with_paths(masks)[0][1].sum()))
             if not np.isfinite(losses[-1]):
@@ -142,32 +142,32 @@ def by_sensitivity(sensitivity: Sensitivity, *, sparsity: float) -> Params:
     losses = [entry for _, entry in leaves_with_paths(sensitivity.losses)]
     sizes = [entry for _, entry in leaves_with_paths(sensitivity.sizes)]
     budget = sum(sizes) - round(float(sparsity) * sum(sizes))
-    kept = [size - counts for size, counts in zip(sizes, pruned, strict=True)]
-    least = sum(int(counts[-1]) for counts in kept)
+    remaining = [size - counts for size, counts in zip(sizes, pruned, strict=True)]
+    least = sum(int(counts[-1]) for counts in remaining)
     if least > budget:
         reached = 1 - least / sum(sizes)
         raise ValueError(f"The grid reaches a sparsity of {reached:.4g}, below the {sparsity:g} asked for: extend it.")
-    choice = cheapest_choice(kept, losses, budget)
-    counts = _spend(kept, losses, list(choice.options), budget - choice.cost)
+    choice = cheapest_choice(remaining, losses, budget)
+    counts = _spend(remaining, losses, list(choice.options), budget - choice.cost)
     shares = iter([1 - count / size if size else 0.0 for count, size in zip(counts, sizes, strict=True)])
     return map_selected(lambda *_: next(shares), sensitivity.sizes)
 
 
-def _spend(kept: list[np.ndarray], losses: list[np.ndarray], options: list[int], spare: int) -> list[int]:
+def _spend(remaining: list[np.ndarray], losses: list[np.ndarray], options: list[int], spare: int) -> list[int]:
     """Counts of kept weights with `spare` more than the options have, on the steepest steps of the grid."""
-    counts = [int(own[option]) for own, option in zip(kept, options, strict=True)]
+    counts = [int(counts_of_leaf[option]) for counts_of_leaf, option in zip(remaining, options, strict=True)]
 
     def slope(i: int) -> float:
         """What one more weight changes, between the two points of the grid around the count of leaf i."""
         denser, here = options[i] - 1, options[i]
-        return float(losses[i][denser] - losses[i][here]) / int(kept[i][denser] - kept[i][here])
+        return float(losses[i][denser] - losses[i][here]) / int(remaining[i][denser] - remaining[i][here])
 
     while spare:
-        for i, own in enumerate(kept):
-            while options[i] and own[options[i] - 1] == counts[i]:
+        for i, counts_of_leaf in enumerate(remaining):
+            while options[i] and counts_of_leaf[options[i] - 1] == counts[i]:
                 options[i] -= 1
         best = min((i for i, option in enumerate(options) if option), key=slope)
-        step = min(spare, int(kept[best][options[best] - 1]) - counts[best])
+        step = min(spare, int(remaining[best][options[best] - 1]) - counts[best])
         counts[best] += step
         spare -= step
     return counts

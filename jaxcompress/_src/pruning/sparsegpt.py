@@ -122,8 +122,8 @@ def sparsegpt(
     leaves: dict[str, Any] = {}
     info: dict[str, LeafInfo] = {}
     for entry in entries:
-        leaves[entry.path], own = _prune(entry, shares[entry.path], damping, ridge, rule)
-        info |= own
+        leaves[entry.path], leaf_info = _prune(entry, shares[entry.path], damping, ridge, rule)
+        info |= leaf_info
     warn_unseen({entry.path: entry.unseen for entry in entries}, _FALLBACKS[unseen])
     return with_leaves(params, leaves), info
 
@@ -268,8 +268,8 @@ def _cheapest(
     weights: Float32[Array, "D R"], diagonal: Float32[Array, " D"], dropped: Any, rule: _Rule
 ) -> Int32[Array, " blocks"]:
     """How many weights each block loses when the whole leaf is ranked."""
-    kept = keep_largest([_scores(weights, diagonal)], dropped)[0]
-    padded = jnp.pad((~kept).sum(axis=1, dtype=jnp.int32), (0, -len(kept) % rule.block_size))
+    mask = keep_largest([_scores(weights, diagonal)], dropped)[0]
+    padded = jnp.pad((~mask).sum(axis=1, dtype=jnp.int32), (0, -len(mask) % rule.block_size))
     return padded.reshape(-1, rule.block_size).sum(axis=1, dtype=jnp.int32)
 
 

@@ -87,8 +87,8 @@ def tune_masked(
         mask = by_path[entry.path]
         if mask.shape != entry.weight.shape:
             raise ValueError(f"Leaf {entry.path!r} has shape {entry.weight.shape}, its mask {mask.shape}.")
-        leaves[entry.path], own = _tuned(entry, entry.matrix(mask), damping, ridge)
-        info |= own
+        leaves[entry.path], leaf_info = _tuned(entry, entry.matrix(mask), damping, ridge)
+        info |= leaf_info
     warn_unseen({entry.path: entry.unseen for entry in entries}, "masked without an update")
     return with_leaves(params, leaves), info
 
@@ -161,8 +161,8 @@ def alps(
             np.float32(ridge),
             _Search(pattern, iterations),
         )
-        leaves[entry.path], own = _tuned(entry, masks, damping, ridge)
-        info |= own
+        leaves[entry.path], leaf_info = _tuned(entry, masks, damping, ridge)
+        info |= leaf_info
     warn_unseen({entry.path: entry.unseen for entry in entries}, "ranked by magnitude")
     return with_leaves(params, leaves), info
 
@@ -190,9 +190,9 @@ def _masks(
 
     def one(parts: Any) -> Any:
         weights, gram, cross, count = parts
-        found = problem(weights, gram, cross, count, ridge)
-        hessian = damped(found.hessian, damping).hessian
-        return alternating_mask(found.targets, hessian, keep, iterations=search.iterations)
+        least_squares = problem(weights, gram, cross, count, ridge)
+        hessian = damped(least_squares.hessian, damping).hessian
+        return alternating_mask(least_squares.targets, hessian, keep, iterations=search.iterations)
 
     return jax.lax.map(one, (weights, gram, cross, count))
 
@@ -223,12 +223,12 @@ def _tune(
 ) -> tuple[Array, dict[str, Array], dict[str, Array]]:
     def one(parts: Any) -> Any:
         weights, gram, cross, count, mask = parts
-        found = problem(weights, gram, cross, count, ridge)
-        hessian, share, retries = damped(found.hessian, damping)
+        least_squares = problem(weights, gram, cross, count, ridge)
+        hessian, share, retries = damped(least_squares.hessian, damping)
         # One output at a time: on the CPU, XLA has been seen to wait forever for batches of factorizations in a loop.
-        tuned = masked_least_squares(found.targets, hessian, mask, most=most, batch_size=1)
-        plain = jnp.where(mask, found.targets, 0.0)
-        return not_worse(tuned, plain, found.targets, hessian), found.targets, share, retries
+        tuned = masked_least_squares(least_squares.targets, hessian, mask, most=most, batch_size=1)
+        plain = jnp.where(mask, least_squares.targets, 0.0)
+        return not_worse(tuned, plain, least_squares.targets, hessian), least_squares.targets, share, retries
 
     tuned, targets, share, retries = jax.lax.map(one, (weights, gram, cross, count, masks))
     before = output_errors(gram, targets, jnp.where(masks, targets, 0.0), groups=groups)

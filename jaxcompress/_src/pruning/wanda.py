@@ -130,8 +130,10 @@ def wanda(
 
 
 def _scores(entry: CalibratedLeaf, unseen: Unseen) -> jax.Array:
-    found = entry.statistics
-    mean = entry.flat(found.squared_sum / jnp.where(found.count > 0, found.count, 1.0)[..., None], ndim=1)
+    statistics = entry.statistics
+    mean = entry.flat(
+        statistics.squared_sum / jnp.where(statistics.count > 0, statistics.count, 1.0)[..., None], ndim=1
+    )
     if unseen == "keep":
         mean = fill_unseen(mean, entry.unseen)
     return jnp.abs(entry.weight.astype(jnp.float32)) * jnp.sqrt(entry.of_inputs(mean))
