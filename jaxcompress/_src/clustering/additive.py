@@ -107,8 +107,8 @@ def additive_quantize(
         return stored
 
     known = map_with_path(lambda *_: Unselected, params) if importance is None else importance
-    chosen = selected_layouts(params, select=select, layouts=layouts)
-    return map_with_path(visit, params, chosen, known), info
+    selected = selected_layouts(params, select=select, layouts=layouts)
+    return map_with_path(visit, params, selected, known), info
 
 
 class _Runs(NamedTuple):
@@ -230,8 +230,8 @@ def _describe(
     leaf: MatrixLeaf, stored: AdditiveCodebookArray, h: Shaped[Array, "..."], errors: Float64[np.ndarray, "S rounds1"]
 ) -> dict[str, AdditiveInfo]:
     bits = stored.nbits / max(leaf.weight.size, 1)
-    rounds = [tuple(float(error) for error in own) for own in errors]
+    rounds = [tuple(float(error) for error in steps) for steps in errors]
     named = zip(
         entry_names(leaf.path, leaf.weight.shape, leaf.layout), weighed_errors(leaf, stored, h), rounds, strict=True
     )
-    return {name: AdditiveInfo(error=last, errors=own, bits_per_weight=bits) for name, last, own in named}
+    return {name: AdditiveInfo(error=last, errors=steps, bits_per_weight=bits) for name, last, steps in named}

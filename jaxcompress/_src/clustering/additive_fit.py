@@ -59,9 +59,9 @@ def fit_additive(x: Float32[Array, "N D"], h: Float32[Array, "N D"], spec: Addit
         moved = _rounded(least_squares_tables(x, h, codes, tables), spec)
         now = total(moved, codes)
         tables, error = jnp.where(now < error, moved, tables), jnp.minimum(now, error)
-        found = search_codes(x, h, codes, tables, spec.beam)
-        now = total(tables, found)
-        codes, error = jnp.where(now < error, found, codes), jnp.minimum(now, error)
+        candidates = search_codes(x, h, codes, tables, spec.beam)
+        now = total(tables, candidates)
+        codes, error = jnp.where(now < error, candidates, codes), jnp.minimum(now, error)
         return AdditiveFit(tables, codes, error), error
 
     start = total(tables, codes)
@@ -91,13 +91,13 @@ def _kmeans(x: Float32[Array, "N D"], h: Float32[Array, "N D"], count: int) -> F
     """Lloyd's iteration from centers that split, the worst first, where their runs spread most (no random numbers)."""
     if len(x) <= count:
         return jnp.zeros((count, x.shape[1])).at[: len(x)].set(x)
-    few, own = (part[_spread(len(x), min(len(x), _SEEDING * count))] for part in (x, h))
+    few, weights = (part[_spread(len(x), min(len(x), _SEEDING * count))] for part in (x, h))
     mean = _ratio((h * x).sum(0), h.sum(0), x.mean(0))
     centers = jnp.broadcast_to(mean[None], (count, x.shape[1]))
 
     def level(_: ArrayLike, centers: Float32[Array, "K D"]) -> Float32[Array, "K D"]:
-        centers = _split(few, own, centers)
-        return jax.lax.fori_loop(0, _LLOYD, lambda _, centers: _lloyd(few, own, centers), centers)
+        centers = _split(few, weights, centers)
+        return jax.lax.fori_loop(0, _LLOYD, lambda _, centers: _lloyd(few, weights, centers), centers)
 
     centers = jax.lax.fori_loop(0, count.bit_length() + 1, level, centers)
     return jax.lax.fori_loop(0, _LAST_LLOYD, lambda _, centers: _lloyd(x, h, centers), centers)
@@ -174,8 +174,8 @@ def _normal_matrix(
         for n in range(m):
             pairs = (places[:, m] - m * values) * values + places[:, n] - n * values
             block = _sums(h, pairs, values * values).reshape(values, values)
-            own, other = slice(m * values, (m + 1) * values), slice(n * values, (n + 1) * values)
-            matrix = matrix.at[own, other].set(block).at[other, own].set(block.T)
+            rows, columns = slice(m * values, (m + 1) * values), slice(n * values, (n + 1) * values)
+            matrix = matrix.at[rows, columns].set(block).at[columns, rows].set(block.T)
     return matrix
 
 

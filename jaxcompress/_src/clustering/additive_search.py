@@ -45,12 +45,12 @@ def search_codes(
 
     def of_run(run: tuple[Array, Array, Array]) -> UInt8[Array, " M"]:
         x, h, old = run
-        own = old.astype(jnp.int32)
-        found = _beam_search(x, h, tables, beam)
-        found = jnp.where(_error(x, h, found, tables) < _error(x, h, own, tables), found, own)
+        start = old.astype(jnp.int32)
+        best = _beam_search(x, h, tables, beam)
+        best = jnp.where(_error(x, h, best, tables) < _error(x, h, start, tables), best, start)
         for _ in range(_SWEEPS if len(tables) > 1 else 0):
-            found = _exchange(x, h, found, tables)
-        return jnp.where(_error(x, h, found, tables) < _error(x, h, own, tables), found, own).astype(jnp.uint8)
+            best = _exchange(x, h, best, tables)
+        return jnp.where(_error(x, h, best, tables) < _error(x, h, start, tables), best, start).astype(jnp.uint8)
 
     return jax.lax.map(of_run, (x, h, codes), batch_size=_CHUNK)
 
@@ -78,10 +78,10 @@ def _costs(x: Float32[Array, " D"], h: Float32[Array, " D"], table: Float32[Arra
 def _error(
     x: Float32[Array, " D"], h: Float32[Array, " D"], codes: Int32[Array, " M"], tables: Float32[Array, "M K D"]
 ) -> Float32[Array, ""]:
-    return (h * (x - _chosen(codes, tables).sum(axis=0)) ** 2).sum()
+    return (h * (x - _entries(codes, tables).sum(axis=0)) ** 2).sum()
 
 
-def _chosen(codes: Int32[Array, " M"], tables: Float32[Array, "M K D"]) -> Float32[Array, "M D"]:
+def _entries(codes: Int32[Array, " M"], tables: Float32[Array, "M K D"]) -> Float32[Array, "M D"]:
     return tables[jnp.arange(len(tables)), codes]
 
 
@@ -107,8 +107,8 @@ def _exchange(
 ) -> Int32[Array, " M"]:
     """The best code of each table in turn, the others as they are."""
     for m in range(len(tables)):
-        chosen = _chosen(codes, tables)
-        rest = x - (chosen.sum(axis=0) - chosen[m])
+        entries = _entries(codes, tables)
+        rest = x - (entries.sum(axis=0) - entries[m])
         codes = codes.at[m].set(_first_least(_costs(rest, h, tables[m])))
     return codes
 

@@ -95,8 +95,8 @@ def cluster(
         return stored
 
     known = map_with_path(lambda *_: Unselected, params) if importance is None else importance
-    chosen = clusterable(params, spec, select=select, layouts=layouts)
-    return map_with_path(visit, params, chosen, known), info
+    selected = clusterable(params, spec, select=select, layouts=layouts)
+    return map_with_path(visit, params, selected, known), info
 
 
 def store_codes(
@@ -104,8 +104,8 @@ def store_codes(
 ) -> CodebookArray:
     """Codes and tables as a leaf; under the index of `leaf`, if it is sparse."""
     if isinstance(leaf, SparseArray):
-        kept = sparsify_like(codes, leaf)
-        data = dataclasses.replace(kept, values=pack(kept.values, bits=spec.bits, axis=getattr(kept, "axis", -1)))
+        sparse = sparsify_like(codes, leaf)
+        data = dataclasses.replace(sparse, values=pack(sparse.values, bits=spec.bits, axis=getattr(sparse, "axis", -1)))
     else:
         data = pack(codes, bits=spec.bits, axis=_packing_axis(codes.shape, layout))
     return CodebookArray(data=data, table=tables, dtype=jnp.dtype(leaf.dtype), zero=spec.zero)
@@ -118,7 +118,7 @@ def describe(
     errors = weighed_errors(leaf, stored, jnp.ones(()) if importance is None else jnp.asarray(importance))
     rows = np.asarray(leaf.rows(codes)), np.asarray(leaf.rows(stored.materialize()))
     named = zip(entry_names(leaf.path, leaf.weight.shape, leaf.layout), errors, *rows, strict=True)
-    return {name: _info(error, own, values) for name, error, own, values in named}
+    return {name: _info(error, stored, values) for name, error, stored, values in named}
 
 
 def _info(error: float, codes: np.ndarray, values: np.ndarray) -> ClusterInfo:

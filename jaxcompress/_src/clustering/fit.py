@@ -53,8 +53,8 @@ def fit_tables(
     x, h = np.asarray(rows, np.float64), np.asarray(spread, np.float64)
     tables = np.zeros((len(x), spec.entries))
     for table, values, counts in zip(tables, x, h, strict=True):
-        kept = values != 0 if spec.zero else np.ones_like(values, bool)
-        table[:] = kmeans_line(values[kept], spec.entries, weights=counts[kept])
+        nonzero = values != 0 if spec.zero else np.ones_like(values, bool)
+        table[:] = kmeans_line(values[nonzero], spec.entries, weights=counts[nonzero])
     fitted = jnp.asarray(tables, jnp.float32)
     if spec.rate and rows.size:
         # A value that is dear may lose all its weights to others, stay where it was, and be overtaken.
@@ -165,9 +165,9 @@ def _refit(
 
         def mean(pair: tuple[Array, Array]) -> Array:
             code, old = pair
-            own = jnp.where(codes == code, h, 0.0)
-            total = own.sum(axis=1)
-            return jnp.where(total > 0, (own * x).sum(axis=1) / jnp.where(total > 0, total, 1.0), old)
+            weights = jnp.where(codes == code, h, 0.0)
+            total = weights.sum(axis=1)
+            return jnp.where(total > 0, (weights * x).sum(axis=1) / jnp.where(total > 0, total, 1.0), old)
 
         numbers = jnp.arange(tables.shape[1], dtype=jnp.uint8) + jnp.uint8(zero)
         return jax.lax.map(mean, (numbers, tables.T)).T
@@ -210,8 +210,8 @@ def _assign(
     def visit(best: tuple[Array, Array], entry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         cost, codes = best
         code, value, added = entry
-        own = h * (x - value[:, None]) ** 2 + added[:, None]
-        return (jnp.minimum(cost, own), jnp.where(own < cost, code, codes)), None
+        distance = h * (x - value[:, None]) ** 2 + added[:, None]
+        return (jnp.minimum(cost, distance), jnp.where(distance < cost, code, codes)), None
 
     numbers = jnp.arange(tables.shape[1], dtype=jnp.uint8) + jnp.uint8(zero)
     # Without a price nothing but a pruned weight is 0: k-means of the others has left that value out.

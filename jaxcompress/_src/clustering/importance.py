@@ -62,11 +62,11 @@ def input_importance(
         return importance
 
     unseen: dict[str, Any] = {}
-    found = map_with_path(visit, params, statistics, known, marks)
-    if not leaves_with_paths(found):
+    importance = map_with_path(visit, params, statistics, known, marks)
+    if not leaves_with_paths(importance):
         raise ValueError("No leaf has input statistics: gather them with `calibration.input_statistics`.")
     warn_unseen(unseen, "taken to count as much as the others do")
-    return found
+    return importance
 
 
 def _of_inputs(

@@ -66,11 +66,11 @@ class CodebookSpec:
             >>> CodebookSpec(values=4, group_size=4).blocks((3, 16, 8), layout)
             (3, 4, 1)
         """
-        own = {*layout.stack_axes, *(layout.output_axes if self.per == "output" and layout.input_axes else ())}
-        found = [size if axis in own else 1 for axis, size in enumerate(shape)]
+        outer = {*layout.stack_axes, *(layout.output_axes if self.per == "output" and layout.input_axes else ())}
+        counts = [size if axis in outer else 1 for axis, size in enumerate(shape)]
         if self.group_size is not None:
             inputs = [shape[axis] for axis in layout.input_axes]
             if not inputs or inputs[-1] % self.group_size:
                 raise BlockError(f"`group_size` {self.group_size} does not divide the input axes of sizes {inputs}.")
-            found[layout.input_axes[-1]] = inputs[-1] // self.group_size
-        return tuple(found)
+            counts[layout.input_axes[-1]] = inputs[-1] // self.group_size
+        return tuple(counts)

@@ -93,29 +93,29 @@ def trained_codebooks(
         raise ValueError(f"`every` must be at least 1 and `until` not negative, got {every} and {until}.")
     if store not in ("dense", "sparse") or (store == "sparse" and not spec.zero):
         raise ValueError(f"`store` must be 'dense', or 'sparse' if the spec has `zero`; got {store!r}.")
-    chosen = functools.partial(clusterable, spec=spec, select=select, layouts=layouts)
+    layouts_of = functools.partial(clusterable, spec=spec, select=select, layouts=layouts)
     return identity()._replace(
-        init=functools.partial(_init, spec, importance, chosen),
+        init=functools.partial(_init, spec, importance, layouts_of),
         apply=functools.partial(_apply, spec, until),
         update=functools.partial(_update, spec, every, until),
-        finalize=functools.partial(_finalize, spec, store, until, chosen),
+        finalize=functools.partial(_finalize, spec, store, until, layouts_of),
     )
 
 
-def _init(spec: CodebookSpec, importance: Params | None, chosen: Any, params: Params, *, key: Any, statistics=None):
+def _init(spec: CodebookSpec, importance: Params | None, layouts_of: Any, params: Params, *, key: Any, statistics=None):
     del key, statistics
-    layouts = without_compressed(chosen(params), params, but=(SparseArray,))
+    layouts = without_compressed(layouts_of(params), params, but=(SparseArray,))
     known = map_with_path(lambda *_: Unselected, params) if importance is None else importance
     h = map_selected(
-        lambda path, _, leaf, own: Unselected if (found := checked_importance(path, leaf, own)) is None else found,
+        lambda path, _, leaf, weight: Unselected if (h := checked_importance(path, leaf, weight)) is None else h,
         layouts,
         params,
         known,
     )
 
-    def fit(path: str, layout: Any, leaf: Any, own: Any) -> Array:
+    def fit(path: str, layout: Any, leaf: Any, weight: Any) -> Array:
         dense = checked_leaf(path, leaf, zero=spec.zero)
-        return fit_tables(dense, spec, spec.blocks(dense.shape, layout), _given(own)).astype(jnp.float32)
+        return fit_tables(dense, spec, spec.blocks(dense.shape, layout), _given(weight)).astype(jnp.float32)
 
     tables = map_selected(fit, layouts, params, h)
     codes = _assign(spec, tables, params, h)
@@ -157,8 +157,10 @@ def _update(
     return TransformState(state.trainable, CodebookState(codes, fixed.importance, fixed.step + 1)), None
 
 
-def _finalize(spec: CodebookSpec, store: str, until: int, chosen: Any, params: Params, state: TransformState) -> Params:
-    layouts, step = chosen(params), state.fixed.step
+def _finalize(
+    spec: CodebookSpec, store: str, until: int, layouts_of: Any, params: Params, state: TransformState
+) -> Params:
+    layouts, step = layouts_of(params), state.fixed.step
     if not is_traced(step) and 0 < int(step) < until:
         warn_unfinished(
             f"Training ended after {int(step)} updates; weights were to move, and to be assigned to values, for "
@@ -182,7 +184,7 @@ def _finalize(spec: CodebookSpec, store: str, until: int, chosen: Any, params: P
 
 def _assign(spec: CodebookSpec, tables: Params, params: Params, importance: Params) -> Params:
     return map_selected(
-        lambda _, table, leaf, own: nearest_codes(plain(leaf), _rounded(table, spec), spec, _given(own)),
+        lambda _, table, leaf, weight: nearest_codes(plain(leaf), _rounded(table, spec), spec, _given(weight)),
         tables,
         params,
         importance,

@@ -65,8 +65,8 @@ def root_of_gram(gram: Float[Array, "S D D"], damping: ArrayLike, *, whitening: 
     """
 
     def by_cholesky(matrix: Float[Array, "D D"]) -> tuple[Array, Array, Array]:
-        found = damped_cholesky(matrix, damping)
-        return found.factor.T, found.damping, found.retries
+        factored = damped_cholesky(matrix, damping)
+        return factored.factor.T, factored.damping, factored.retries
 
     def by_eigen(matrix: Float[Array, "D D"]) -> tuple[Array, Array, Array]:
         matrix = matrix.astype(jnp.float32)
@@ -129,7 +129,7 @@ def apply_norm(
 @on_auto_axes
 @functools.partial(jax.jit, static_argnames="rank")
 def truncate(
-    weights: Float[Array, "S D R"], found: Directions, *, rank: int
+    weights: Float[Array, "S D R"], basis: Directions, *, rank: int
 ) -> tuple[Float32[Array, "S D k"], Float32[Array, "S R k"]]:
     """The factors of W' = W B V Vᵀ B⁻¹, with V the first k directions: the closest matrix of that rank.
 
@@ -138,7 +138,7 @@ def truncate(
 
     Args:
         weights: W.
-        found: from `directions`.
+        basis: from `directions`.
         rank: k, at most K.
 
     Example:
@@ -147,9 +147,9 @@ def truncate(
         >>> (left @ right.mT).round(4).tolist()
         [[[3.0, 0.0], [0.0, 0.0], [0.0, 0.0]]]
     """
-    kept = found.outputs[..., :rank]
-    left = jnp.matmul(weights.astype(jnp.float32), found.scale[..., None] * kept, precision=_HIGHEST)
-    right = kept / found.scale[..., None]
+    leading = basis.outputs[..., :rank]
+    left = jnp.matmul(weights.astype(jnp.float32), basis.scale[..., None] * leading, precision=_HIGHEST)
+    right = leading / basis.scale[..., None]
     norms = [jnp.linalg.norm(factor, axis=1, keepdims=True) for factor in (left, right)]
     balance = jnp.sqrt(norms[0]) / jnp.sqrt(norms[1])
     balance = jnp.where(jnp.isfinite(balance) & (balance > 0), balance, 1.0)

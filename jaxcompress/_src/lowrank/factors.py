@@ -48,26 +48,26 @@ def compress_factors(
         >>> small, _ = svd({"kernel": jnp.arange(12.0).reshape(4, 3)}, rank=2)
         >>> def halves(params, statistics, layouts):
         ...     return jax.tree.map(lambda w: jnp.round(2 * w) / 2, params), None
-        >>> found, _ = compress_factors(small, halves)
-        >>> bool((2 * found["kernel"].left % 1 == 0).all())
+        >>> smaller, _ = compress_factors(small, halves)
+        >>> bool((2 * smaller["kernel"].left % 1 == 0).all())
         True
     """
     known = map_with_path(lambda *_: None, params) if layouts is None else layouts
     given = map_with_path(lambda *_: Unselected, params) if statistics is None else statistics
     parts: dict[str, dict[str, Any]] = {"params": {}, "statistics": {}, "layouts": {}}
 
-    def note(path: str, leaf: Any, layout: LeafLayout | None, own: Any) -> None:
+    def note(path: str, leaf: Any, layout: LeafLayout | None, statistics: Any) -> None:
         if isinstance(leaf, LowRankArray):
             axes = layout if layout is not None and layout.is_weight else default_layout(path, leaf)
             parts["params"][path] = {"left": plain(leaf.left), "right": plain(leaf.right)}
             parts["layouts"][path] = _layouts(path, leaf, axes)
-            parts["statistics"][path] = _statistics(leaf, axes, own)
+            parts["statistics"][path] = _statistics(leaf, axes, statistics)
 
     map_with_path(note, params, known, given)
     if not parts["params"]:
         raise ValueError("No leaf is a LowRankArray: there are no factors to compress.")
-    found, info = compress(parts["params"], parts["statistics"], parts["layouts"])
-    new = leaves_by_path(found)
+    compressed, info = compress(parts["params"], parts["statistics"], parts["layouts"])
+    new = leaves_by_path(compressed)
 
     def put(path: str, leaf: Any) -> Any:
         if path not in parts["params"]:
@@ -97,23 +97,23 @@ def _layouts(path: str, leaf: LowRankArray, layout: LeafLayout) -> dict[str, Lea
     return {"left": left, "right": right}
 
 
-def _statistics(leaf: LowRankArray, layout: LeafLayout, found: Any) -> dict[str, Any]:
-    if not isinstance(found, InputStatistics) or found.gram is None:
+def _statistics(leaf: LowRankArray, layout: LeafLayout, statistics: Any) -> dict[str, Any]:
+    if not isinstance(statistics, InputStatistics) or statistics.gram is None:
         return {"left": Unselected, "right": Unselected}
-    rank, depth = leaf.rank, found.gram.shape[-1]
+    rank, depth = leaf.rank, statistics.gram.shape[-1]
     axes = (*layout.stack_axes, *layout.input_axes)
     rest = [axis for axis in range(leaf.ndim) if axis not in axes]
-    stack = math.prod(found.gram.shape[:-2])
+    stack = math.prod(statistics.gram.shape[:-2])
     left = plain(leaf.left).transpose(*axes, *rest, leaf.ndim).reshape(stack, depth, rank).astype(jnp.float32)
-    gram = jnp.einsum("sik,sij,sjl->skl", left, found.gram.reshape(stack, depth, depth), left, precision="highest")
-    gram = gram.reshape(*found.gram.shape[:-2], rank, rank)
+    gram = jnp.einsum("sik,sij,sjl->skl", left, statistics.gram.reshape(stack, depth, depth), left, precision="highest")
+    gram = gram.reshape(*statistics.gram.shape[:-2], rank, rank)
     squares = jnp.diagonal(gram, axis1=-2, axis2=-1)
-    own = dataclasses.replace(found, absolute_sum=None, absolute_max=None, cross=None)
-    return {"left": own, "right": dataclasses.replace(own, gram=gram, squared_sum=squares)}
+    of_left = dataclasses.replace(statistics, absolute_sum=None, absolute_max=None, cross=None)
+    return {"left": of_left, "right": dataclasses.replace(of_left, gram=gram, squared_sum=squares)}
 
 
-def _checked(path: str, found: dict[str, Any], like: jax.Array) -> Any:
-    new = found.get(path)
+def _checked(path: str, leaves: dict[str, Any], like: jax.Array) -> Any:
+    new = leaves.get(path)
     if new is None or is_unselected(new) or (tuple(new.shape), new.dtype) != (tuple(like.shape), like.dtype):
         shown = "nothing" if new is None else f"{new.dtype}{tuple(new.shape)}"
         raise ValueError(f"`compress` returned {shown} for factor {path!r}, expected {like.dtype}{tuple(like.shape)}.")

@@ -153,13 +153,15 @@ def _init(setup: _Setup, params: Params, *, key: jax.Array, statistics: Any = No
             select=lambda _: marks,
             layouts=setup.layouts,
         )
-    found = {target.leaf.path: target.directions().outputs for target in targets}
-    keys = dict(zip(sorted(found), jax.random.split(key, len(found)), strict=True))
-    log_alpha = {path: initial_log_alpha(keys[path], (own.shape[-1],), setup.drop_rate) for path, own in found.items()}
+    bases = {target.leaf.path: target.directions().outputs for target in targets}
+    keys = dict(zip(sorted(bases), jax.random.split(key, len(bases)), strict=True))
+    log_alpha = {
+        path: initial_log_alpha(keys[path], (basis.shape[-1],), setup.drop_rate) for path, basis in bases.items()
+    }
     multipliers = {} if setup.share is None else {name: jnp.zeros(()) for name in ("linear", "quadratic")}
     return TransformState(
         {"log_alpha": log_alpha, "multipliers": multipliers},
-        {"directions": found, "step": jnp.zeros((), jnp.int32)},
+        {"directions": bases, "step": jnp.zeros((), jnp.int32)},
     )
 
 
@@ -167,11 +169,11 @@ def _gates(setup: _Setup, state: TransformState, key: jax.Array | None) -> dict[
     log_alpha = state.trainable["log_alpha"]
     if key is None:
         return {
-            path: deterministic_gates(own, estimator="louizos", distribution=setup.distribution)
-            for path, own in log_alpha.items()
+            path: deterministic_gates(value, estimator="louizos", distribution=setup.distribution)
+            for path, value in log_alpha.items()
         }
     keys = dict(zip(sorted(log_alpha), jax.random.split(key, len(log_alpha)), strict=True))
-    return {path: sample_gates(keys[path], own, distribution=setup.distribution) for path, own in log_alpha.items()}
+    return {path: sample_gates(keys[path], value, distribution=setup.distribution) for path, value in log_alpha.items()}
 
 
 def _apply(setup: _Setup, params: Params, state: TransformState, *, key: jax.Array | None = None) -> Params:
@@ -183,9 +185,11 @@ def _penalty(setup: _Setup, state: TransformState, params: Params, *, loss: Any)
     del loss
     shapes = {leaf.path: leaf.sizes for leaf in _leaves(setup, params, state)}
     log_alpha = state.trainable["log_alpha"]
-    open_ = {path: nonzero_probability(own, distribution=setup.distribution).sum() for path, own in log_alpha.items()}
-    kept = sum(stack * (depth + width) * open_[path] for path, (stack, depth, width) in shapes.items())
-    size = kept / max(sum(stack * depth * width for stack, depth, width in shapes.values()), 1)
+    open_ = {
+        path: nonzero_probability(value, distribution=setup.distribution).sum() for path, value in log_alpha.items()
+    }
+    parameters = sum(stack * (depth + width) * open_[path] for path, (stack, depth, width) in shapes.items())
+    size = parameters / max(sum(stack * depth * width for stack, depth, width in shapes.values()), 1)
     if setup.share is None:
         return setup.strength * jnp.asarray(size, jnp.float32)
     target = 1 - setup.warm_up(state.fixed["step"]) * (1 - setup.share)
@@ -198,7 +202,7 @@ def _update(grads: Any, state: TransformState, params: Params, *, key: Any, loss
 
 
 def _project(params: Params, state: TransformState) -> tuple[Params, TransformState]:
-    clamped = {path: jnp.clip(own, *_CLAMP) for path, own in state.trainable["log_alpha"].items()}
+    clamped = {path: jnp.clip(value, *_CLAMP) for path, value in state.trainable["log_alpha"].items()}
     return params, state._replace(trainable=state.trainable | {"log_alpha": clamped})
 
 
@@ -208,12 +212,12 @@ def _finalize(setup: _Setup, params: Params, state: TransformState) -> Params:
         _warn_of_a_shortfall(setup, params, state, gates)
 
     def store(leaf: MatrixLeaf, along: jax.Array) -> Any:
-        kept = np.flatnonzero(np.asarray(gates[leaf.path]) > 0)
+        places = np.flatnonzero(np.asarray(gates[leaf.path]) > 0)
         _, depth, width = leaf.sizes
-        if len(kept) * (depth + width) >= depth * width:
+        if len(places) * (depth + width) >= depth * width:
             return _plain(leaf, _opened(leaf, along, gates[leaf.path]), along)
-        along = along[..., kept]
-        return low_rank_leaf(leaf, _opened(leaf, along, gates[leaf.path][kept]), along)
+        along = along[..., places]
+        return low_rank_leaf(leaf, _opened(leaf, along, gates[leaf.path][places]), along)
 
     return _map(setup, params, state, store)
 
@@ -222,14 +226,14 @@ def _warn_of_a_shortfall(setup: _Setup, params: Params, state: TransformState, g
     shapes = {leaf.path: leaf.sizes for leaf in _leaves(setup, params, state)}
     total = max(sum(stack * depth * width for stack, depth, width in shapes.values()), 1)
     prices = {path: stack * (depth + width) / total for path, (stack, depth, width) in shapes.items()}
-    found = sum(price * int((np.asarray(gates[path]) > 0).sum()) for path, price in prices.items())
+    stored = sum(price * int((np.asarray(gates[path]) > 0).sum()) for path, price in prices.items())
     step, goal = int(state.fixed["step"]), final_value(setup.warm_up, name="warm_up")
     wanted, now = 1 - goal * (1 - (setup.share or 1.0)), float(setup.warm_up(step))
     message = ""
     if not is_at(now, goal):
         message = f"Training ended after {step} updates, where `warm_up` is {now:.4g} and goes on to {goal:.4g}. "
-    if abs(found - wanted) > max(0.01, *prices.values()):
-        message += f"The open directions have a share of {found:.4g}, and {wanted:.4g} is asked for."
+    if abs(stored - wanted) > max(0.01, *prices.values()):
+        message += f"The open directions have a share of {stored:.4g}, and {wanted:.4g} is asked for."
     if message:
         warn_unfinished(message.strip())
 

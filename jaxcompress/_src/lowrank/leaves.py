@@ -107,22 +107,22 @@ def factored(
         targets: the leaves, and what they should come close to.
         rank: ranks or a rule.
     """
-    found = [target.directions() for target in targets]
-    spectra = [_spectrum(target, own) for target, own in zip(targets, found, strict=True)]
+    bases = [target.directions() for target in targets]
+    spectra = [_spectrum(target, basis) for target, basis in zip(targets, bases, strict=True)]
     ranks = as_rule(rank)(spectra)
     leaves, info = {}, {}
-    for target, own in zip(targets, found, strict=True):
+    for target, basis in zip(targets, bases, strict=True):
         chosen_rank = ranks[target.leaf.path]
-        leaves[target.leaf.path] = factor_leaf(target, own, chosen_rank)
-        info |= _infos(target, own, chosen_rank, leaves[target.leaf.path])
+        leaves[target.leaf.path] = factor_leaf(target, basis, chosen_rank)
+        info |= _infos(target, basis, chosen_rank, leaves[target.leaf.path])
     return with_leaves(params, leaves), info
 
 
-def factor_leaf(target: Target, found: Directions, rank: int | None) -> Any:
+def factor_leaf(target: Target, basis: Directions, rank: int | None) -> Any:
     """The factors of one target as a leaf; the plain leaf for None."""
     if rank is None:
         return target.leaf.weight
-    left, right = truncate(target.weights, found, rank=rank)
+    left, right = truncate(target.weights, basis, rank=rank)
     return low_rank_leaf(target.leaf, left, right)
 
 
@@ -142,8 +142,8 @@ def spectrum_of(leaf: MatrixLeaf, values: Any) -> Spectrum:
     return spectrum(leaf.path, values, inputs=depth, outputs=width, itemsize=leaf.weight.dtype.itemsize)
 
 
-def _spectrum(target: Target, found: Directions) -> Spectrum:
-    return spectrum_of(target.leaf, jax.device_get(found.values))
+def _spectrum(target: Target, basis: Directions) -> Spectrum:
+    return spectrum_of(target.leaf, jax.device_get(basis.values))
 
 
 def _spread(leaf: MatrixLeaf, factor: Float[Array, "S N k"], axes: tuple[int, ...]) -> Float[Array, "..."]:
@@ -154,11 +154,11 @@ def _spread(leaf: MatrixLeaf, factor: Float[Array, "S N k"], axes: tuple[int, ..
     return wide.transpose(*np.argsort([*axes, *rest]).tolist(), len(shape))
 
 
-def _infos(target: Target, found: Directions, rank: int | None, leaf: Any) -> dict[str, LowRankInfo]:
+def _infos(target: Target, basis: Directions, rank: int | None, leaf: Any) -> dict[str, LowRankInfo]:
     stack, depth, width = target.leaf.sizes
     if rank is None:
         return target.infos(leaf, rank=None, parameters=depth * width, losses=np.zeros(stack))
-    losses = np.square(np.asarray(found.values, np.float64))[:, rank:].sum(axis=1)
+    losses = np.square(np.asarray(basis.values, np.float64))[:, rank:].sum(axis=1)
     return target.infos(leaf, rank=rank, parameters=rank * (depth + width), losses=losses)
 
 

@@ -78,13 +78,13 @@ def fixed_rank(rank: int | Mapping[str, int | None]) -> RankRule:
         raise ValueError(f"A rank must be an integer of at least 0, got {rank}.")
 
     def rule(spectra: Sequence[Spectrum]) -> dict[str, int | None]:
-        found: dict[str, int | None] = {}
+        ranks: dict[str, int | None] = {}
         for leaf in spectra:
             if isinstance(rank, Mapping) and leaf.path not in rank:
                 raise ValueError(f"`rank` has no entry for leaf {leaf.path!r}; there are {sorted(rank)}.")
-            own = rank[leaf.path] if isinstance(rank, Mapping) else rank
-            found[leaf.path] = None if own is None else min(int(own), leaf.most)
-        return found
+            given = rank[leaf.path] if isinstance(rank, Mapping) else rank
+            ranks[leaf.path] = None if given is None else min(int(given), leaf.most)
+        return ranks
 
     return rule
 
@@ -195,11 +195,11 @@ def budget(
         sizes = [leaf.dense * (leaf.itemsize if unit == "bytes" else 1) for leaf in spectra]
         limit = int(total if total is not None else (share or 0.0) * sum(sizes) + 1e-6)
         # Costs are multiples of widths: in units of what they share, far fewer sums of them differ.
-        step = max(math.gcd(*(cost for own in costs for cost in own)), 1)
-        scaled = [[cost // step for cost in own] for own in costs]
+        step = max(math.gcd(*(cost for leaf_costs in costs for cost in leaf_costs)), 1)
+        scaled = [[cost // step for cost in leaf_costs] for leaf_costs in costs]
         choice = cheapest_choice(scaled, losses, limit // step, max_states=max_states)
-        chosen = zip(spectra, ranks, choice.options, strict=True)
-        return {leaf.path: own[option] for leaf, own, option in chosen}
+        choices = zip(spectra, ranks, choice.options, strict=True)
+        return {leaf.path: leaf_ranks[option] for leaf, leaf_ranks, option in choices}
 
     return rule
 

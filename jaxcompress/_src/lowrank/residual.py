@@ -145,26 +145,26 @@ class _Split:
     def low_rank(self, residuals: Mapping[str, Any], rule: RankRule) -> dict[str, Any]:
         """The closest factors to W - C."""
         rests = [_without(target, residuals[target.leaf.path]) for target in self.targets]
-        found = [directions(rest, t.inputs, t.outputs) for rest, t in zip(rests, self.targets, strict=True)]
+        bases = [directions(rest, t.inputs, t.outputs) for rest, t in zip(rests, self.targets, strict=True)]
         if self.ranks is None:
-            values = [jax.device_get(own.values) for own in found]
-            self.ranks = rule([spectrum_of(t.leaf, own) for t, own in zip(self.targets, values, strict=True)])
+            values = [jax.device_get(basis.values) for basis in bases]
+            self.ranks = rule([spectrum_of(t.leaf, spectrum) for t, spectrum in zip(self.targets, values, strict=True)])
         parts = {}
-        for target, rest, own in zip(self.targets, rests, found, strict=True):
+        for target, rest, basis in zip(self.targets, rests, bases, strict=True):
             rank = self.ranks[target.leaf.path]
-            factors = truncate(rest, own, rank=rank) if rank else None
+            factors = truncate(rest, basis, rank=rank) if rank else None
             parts[target.leaf.path] = None if factors is None else low_rank_leaf(target.leaf, *factors)
         return parts
 
     def joined(self, parts: Mapping[str, Any], residuals: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, Any]]:
         """The leaves, L + C, with the losses of their stack entries."""
-        found = {}
+        leaves = {}
         for target in self.targets:
             part, residual = parts[target.leaf.path], residuals[target.leaf.path]
             leaf = residual if part is None else dataclasses.replace(part, residual=residual)
             losses = np.asarray(_losses(_without(target, leaf), target.inputs, target.outputs), np.float64)
-            found[target.leaf.path] = (losses, leaf)
-        return found
+            leaves[target.leaf.path] = (losses, leaf)
+        return leaves
 
 
 def _without(target: Target, part: Any) -> jax.Array:

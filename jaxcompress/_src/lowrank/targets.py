@@ -143,5 +143,5 @@ _GROUPED = "is the kernel of a grouped convolution, whose groups have inputs of 
 
 def _information(fisher: Params, leaves: Sequence[MatrixLeaf]) -> dict[str, jax.Array]:
     """The Fisher information of every leaf, checked."""
-    found = checked_fisher(fisher, {leaf.path: leaf.weight.shape for leaf in leaves})
-    return {path: information.astype(jnp.float32) for path, information in found.items()}
+    by_path = checked_fisher(fisher, {leaf.path: leaf.weight.shape for leaf in leaves})
+    return {path: information.astype(jnp.float32) for path, information in by_path.items()}

@@ -13,7 +13,7 @@ def fit_rows(
     sums: Targets,
     start: Float[np.ndarray, "D O"],
     bias: Float[np.ndarray, " O"],
-    kept: Int[np.ndarray, " K"],
+    inputs: Int[np.ndarray, " K"],
     *,
     ridge: float,
     free_bias: bool,
@@ -24,7 +24,7 @@ def fit_rows(
         sums: the sums.
         start: where the ridge holds the solution; rows that are not kept are 0 in the solution.
         bias: b, if it is not free.
-        kept: indices of rows.
+        inputs: indices of rows.
         ridge: relative to the mean of the diagonal over the kept rows.
         free_bias: fit b too.
 
@@ -40,10 +40,10 @@ def fit_rows(
     """
     gram, cross = _about(sums, bias, free_bias)
     solved = np.zeros(cross.shape)
-    if len(kept):
-        normal, hold = gram[np.ix_(kept, kept)], ridge * _scale(sums.gram, kept)
-        normal = normal + hold * np.eye(len(kept))
-        solved[kept] = _solve(normal, cross[kept] + hold * np.asarray(start, np.float64)[kept], start[kept])
+    if len(inputs):
+        normal, hold = gram[np.ix_(inputs, inputs)], ridge * _scale(sums.gram, inputs)
+        normal = normal + hold * np.eye(len(inputs))
+        solved[inputs] = _solve(normal, cross[inputs] + hold * np.asarray(start, np.float64)[inputs], start[inputs])
     return solved, _bias(sums, solved, bias, free_bias)
 
 
@@ -51,7 +51,7 @@ def fit_gates(
     sums: Targets,
     kernel: Float[np.ndarray, "D O"],
     bias: Float[np.ndarray, " O"],
-    kept: Int[np.ndarray, " K"],
+    inputs: Int[np.ndarray, " K"],
     units: Int[np.ndarray, " D"],
     *,
     ridge: float,
@@ -66,7 +66,7 @@ def fit_gates(
         sums: the sums.
         kernel: W, whole.
         bias: b, if it is not free.
-        kept: indices of rows.
+        inputs: indices of rows.
         units: the unit of each row.
         ridge: relative, as in `fit_rows`.
         free_bias: fit b too.
@@ -77,16 +77,16 @@ def fit_gates(
     """
     gram, cross = _about(sums, bias, free_bias)
     whole, solved = np.asarray(kernel, np.float64), np.zeros(cross.shape)
-    if len(kept):
-        owners, places = np.unique(units[kept], return_inverse=True)
-        member = np.zeros((len(kept), len(owners)))
-        member[np.arange(len(kept)), places] = 1.0
-        rows = whole[kept]
-        normal = member.T @ (gram[np.ix_(kept, kept)] * (rows @ rows.T)) @ member
-        hold = ridge * _scale(sums.gram, kept) * (member.T @ np.square(rows).sum(axis=1))
-        right = member.T @ (rows * cross[kept]).sum(axis=1)
+    if len(inputs):
+        owners, places = np.unique(units[inputs], return_inverse=True)
+        member = np.zeros((len(inputs), len(owners)))
+        member[np.arange(len(inputs)), places] = 1.0
+        rows = whole[inputs]
+        normal = member.T @ (gram[np.ix_(inputs, inputs)] * (rows @ rows.T)) @ member
+        hold = ridge * _scale(sums.gram, inputs) * (member.T @ np.square(rows).sum(axis=1))
+        right = member.T @ (rows * cross[inputs]).sum(axis=1)
         gates = np.clip(_solve(normal + np.diag(hold), right + hold, np.ones(len(right))), -limit, limit)
-        solved[kept] = rows * (member @ gates)[:, None]
+        solved[inputs] = rows * (member @ gates)[:, None]
     return solved, _bias(sums, solved, bias, free_bias)
 
 
@@ -105,8 +105,8 @@ def _bias(sums: Targets, solved: np.ndarray, bias: np.ndarray, free_bias: bool) 
     return (sums.targets - sums.inputs @ solved) / max(sums.count, 1.0)
 
 
-def _scale(gram: np.ndarray, kept: np.ndarray) -> float:
-    return float(np.diag(gram)[kept].mean())
+def _scale(gram: np.ndarray, inputs: np.ndarray) -> float:
+    return float(np.diag(gram)[inputs].mean())
 
 
 def _solve(normal: np.ndarray, right: np.ndarray, start: np.ndarray) -> np.ndarray:

@@ -96,13 +96,13 @@ def refit(
         # A bias that went with its sublayer must stay 0: `shrink` makes it so.
         free = bias and stop.bias is not None and bool(np.all(masks.get(stop.bias.path, True)))
         whole, before = _Kernel.of(params, stop), _Kernel.of(fitted, stop)
-        kept = np.flatnonzero(_kept_inputs(mask, params, stop))
+        inputs = np.flatnonzero(_kept_inputs(mask, params, stop))
         options = {"ridge": ridge, "free_bias": free}
         if fit == "rows":
-            after = _Kernel(*fit_rows(wanted, whole.weight, before.bias, kept, **options))
+            after = _Kernel(*fit_rows(wanted, whole.weight, before.bias, inputs, **options))
         else:
             units = _unit_of_row(*owner, len(whole.weight))
-            after = _Kernel(*fit_gates(wanted, whole.weight, before.bias, kept, units, limit=limit, **options))
+            after = _Kernel(*fit_gates(wanted, whole.weight, before.bias, inputs, units, limit=limit, **options))
         fitted = after.put(fitted, stop)
         stop.replace(after.weight, after.bias)
         errors = [relative_error(sums, *kernel.less(whole)).item() for kernel in (before, after)]

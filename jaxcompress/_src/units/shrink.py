@@ -53,10 +53,10 @@ def shrink(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, Any])
         parts = owners.get(path, ())
         if parts and is_compressed(leaf):
             raise ValueError(f"Leaf {path!r} is compressed: remove units before quantizing, or `materialize` first.")
-        if any(part.axis is None and not kept[part.unit] for part, kept in parts):
+        if any(part.axis is None and not mask[part.unit] for part, mask in parts):
             leaf = jnp.zeros_like(leaf)
         for axis in sorted({part.axis for part, _ in parts if part.axis is not None}):
-            along = [spread_units(part, kept, leaf.shape[axis]) for part, kept in parts if part.axis == axis]
+            along = [spread_units(part, mask, leaf.shape[axis]) for part, mask in parts if part.axis == axis]
             stays = np.logical_and.reduce(along)
             if not stays.all():
                 leaf = jnp.take(leaf, np.flatnonzero(stays), axis=axis)
@@ -93,11 +93,11 @@ def check_keep(params: Params, groups: Sequence[UnitGroup], keep: Mapping[str, A
     """Checks groups against parameters, and `keep` against groups."""
     check_groups(groups, params)
     counts = {group.name: group.count for group in groups}
-    for name, kept in keep.items():
+    for name, mask in keep.items():
         if name not in counts:
             raise ValueError(f"`keep` names the unit group {name!r}; the groups are {', '.join(counts) or 'none'}.")
-        if np.shape(kept) != (counts[name],):
-            raise ValueError(f"`keep[{name!r}]` needs {counts[name]} values, got shape {np.shape(kept)}.")
+        if np.shape(mask) != (counts[name],):
+            raise ValueError(f"`keep[{name!r}]` needs {counts[name]} values, got shape {np.shape(mask)}.")
         # Numbers of units, say, would be taken for True.
-        if not np.isin(np.asarray(kept), (0, 1)).all():
-            raise ValueError(f"`keep[{name!r}]` must hold True and False, got {np.asarray(kept).tolist()}.")
+        if not np.isin(np.asarray(mask), (0, 1)).all():
+            raise ValueError(f"`keep[{name!r}]` must hold True and False, got {np.asarray(mask).tolist()}.")

@@ -37,8 +37,8 @@ def swap_units(keep: Mapping[str, Any], gradients: Mapping[str, Any]) -> dict[st
     """
     matrices = fisher_matrix(gradients)
     return {
-        name: _swapped(name, np.array(kept, bool), matrices[name]) if name in matrices else np.array(kept, bool)
-        for name, kept in keep.items()
+        name: _swapped(name, np.array(mask, bool), matrices[name]) if name in matrices else np.array(mask, bool)
+        for name, mask in keep.items()
     }
 
 
@@ -53,26 +53,26 @@ def fisher_matrix(gradients: Mapping[str, Any]) -> dict[str, Any]:
     return {name: g.T @ g / len(g) for name, g in gradients.items()}
 
 
-def _swapped(name: str, kept: np.ndarray, matrix: Any) -> np.ndarray:
+def _swapped(name: str, mask: np.ndarray, matrix: Any) -> np.ndarray:
     matrix = np.asarray(matrix, np.float64)
-    if matrix.shape != (len(kept), len(kept)):
-        raise ValueError(f"The gradients of {name!r} are of {len(matrix)} units; `keep` has {len(kept)}.")
+    if matrix.shape != (len(mask), len(mask)):
+        raise ValueError(f"The gradients of {name!r} are of {len(matrix)} units; `keep` has {len(mask)}.")
     # With NaN no change ever compares as too small to make, and the search would not end.
     if not np.isfinite(matrix).all():
         raise ValueError(f"The gradients of {name!r} hold NaN or Inf.")
     diagonal = np.diag(matrix)
     tolerance = 1e-12 * max(float(np.abs(diagonal).max(initial=0.0)), 1e-300)
-    pull = matrix @ ~kept
+    pull = matrix @ ~mask
     while True:
-        inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
+        inside, outside = np.flatnonzero(mask), np.flatnonzero(~mask)
         if not len(inside) or not len(outside):
-            return kept
+            return mask
         # Bringing o back and removing i instead changes the sum by this much.
         back, away = diagonal[outside] - 2 * pull[outside], diagonal[inside] + 2 * pull[inside]
         change = back[:, None] + away[None, :] - 2 * matrix[np.ix_(outside, inside)]
         place = np.unravel_index(np.argmin(change), change.shape)
         if change[place] >= -tolerance:
-            return kept
+            return mask
         returning, leaving = outside[place[0]], inside[place[1]]
-        kept[returning], kept[leaving] = True, False
+        mask[returning], mask[leaving] = True, False
         pull += matrix[:, leaving] - matrix[:, returning]
