@@ -98,10 +98,12 @@ def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], 
         )
         weights = jnp.zeros_like(solution).at[order].set(solution)
     nearest = rounded(targets, scale, zero_point, spec)
-    # Published GPTQ stays what it is, but for inputs that are linearly dependent and hardly damped.
-    risky = (factor.retries > 0) | (jnp.asarray(damping) < _LITTLE) | (rule.refine > 0)
-    weights = jax.lax.cond(risky, lambda: not_worse(weights, nearest, targets, hessian), lambda: weights)
-    if rule.refine:
+    if not rule.refine:
+        # Published GPTQ stays what it is, but for inputs that are linearly dependent and hardly damped.
+        risky = (factor.retries > 0) | (jnp.asarray(damping) < _LITTLE)
+        weights = jax.lax.cond(risky, lambda: not_worse(weights, nearest, targets, hessian), lambda: weights)
+    else:
+        weights = not_worse(weights, nearest, targets, hessian)
         whole = hessian + factor.damping * importance.mean() * jnp.eye(len(importance), dtype=jnp.float32)
         weights, scale = refined(weights, scale, zero_point, targets, whole, spec, rule.refine)
     codes = round_to_codes(weights, scale, zero_point, spec)

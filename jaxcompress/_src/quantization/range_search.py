@@ -99,12 +99,14 @@ def searched_scales(
             lost = lost * importance
         return _sums(split_blocks(lost, shape), axes).reshape(shape), scale, zero_point
 
-    def better(best: Any, pair: Any) -> Any:
-        attempted = attempt(pair)
-        wins = attempted[0] < best[0]
+    def better(best: Any, numbered: Any) -> Any:
+        attempted = attempt(numbered[1])
+        # The first one stands whatever it loses: it may be Inf.
+        wins = (attempted[0] < best[0]) | (numbered[0] == 0)
         return jax.tree.map(lambda old, new: jnp.where(wins, new, old), best, attempted), None
 
-    (_, scale, zero_point), _ = jax.lax.scan(better, attempt(pairs[0]), pairs[1:])
+    nothing = jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(attempt, pairs[0]))
+    (_, scale, zero_point), _ = jax.lax.scan(better, nothing, (jnp.arange(len(pairs)), pairs))
     return scale, zero_point
 
 

@@ -20,6 +20,7 @@ from jaxcompress._src.calibration.moments import Moments, flat_weights, moments,
 from jaxcompress._src.calibration.sites import kernels_at_work
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.quantization.blocks import PARTIAL, cut
+from jaxcompress._src.quantization.fake_quant import fake_quantize_array
 from jaxcompress._src.quantization.gptq_matrix import GroupScales, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress._src.quantization.leaf_matrix import (
     check_blocks,
@@ -28,7 +29,6 @@ from jaxcompress._src.quantization.leaf_matrix import (
     with_whole_groups,
 )
 from jaxcompress._src.quantization.range_search import BEST_RANGES, RangeSearch
-from jaxcompress._src.quantization.round_to_nearest import quantize_array
 from jaxcompress._src.quantization.rounding_info import FALLBACKS, RoundingInfo
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.solvers.cholesky import damped_cholesky
@@ -263,7 +263,7 @@ def _rounded(weight: Float[Array, "..."], bias: Float[Array, " R"], sums: Moment
     metric = metric + jnp.diag(jnp.where(jnp.diag(metric) == 0, 1.0, 0.0))
     solved = gptq_matrix(whole, metric, jnp.float32(fit.damping), fit.rule)
     weights = kernel.matrix(_stored(kernel, [solved], spec).materialize())[0]
-    nearest = kernel.matrix(quantize_array(weight, spec, fit.layout).materialize())[0].astype(jnp.float32)
+    nearest = kernel.matrix(fake_quantize_array(weight, spec, fit.layout))[0].astype(jnp.float32)
     change, still = weights.astype(jnp.float32) - dense, jnp.zeros(dense.shape[1], jnp.float32)
     shift = (sums.gaps - _product(sums.inputs, change)) / sums.count if fit.free_bias else still
     figures = {
