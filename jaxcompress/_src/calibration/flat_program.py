@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxcompress._src.calibration.leaf_part import Entry
-from jaxcompress._src.meshes import as_typed, on_auto_axes
+from jaxcompress._src.meshes import abstract, as_typed, on_auto_axes
 from jaxcompress._src.trace.axis_rules import axis_runs
-from jaxcompress._src.trace.graph import logical
+from jaxcompress._src.trace.traced import Traced, traced
 from jaxcompress._src.trace.walk import WRAPPERS, Body, as_body, bind, called_body, walk
-from jaxcompress._src.tree.maps import leaves_with_paths
-from jaxcompress._src.types import Params
+from jaxcompress._src.types import Params, is_compressed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +69,8 @@ def flat_program(
 
     Args:
         apply: `(params, *inputs) -> outputs`.
-        params: arrays, compressed arrays or `jax.ShapeDtypeStruct`.
-        inputs: of the model, arrays or `jax.ShapeDtypeStruct`.
+        params: as for `traced`.
+        inputs: as for `traced`.
         stacks: paths of leaves; scans that run over them are unrolled.
 
     Example:
@@ -81,8 +80,7 @@ def flat_program(
         >>> [view.entry for view in program.views.values()]
         [((0, 0),), ((0, 1),)]
     """
-    closed = jax.make_jaxpr(apply)(logical(params), *inputs)
-    return Flattening(stacks, derivatives=True).trace(closed, params, inputs)[0]
+    return Flattening(stacks, derivatives=True).trace(traced(apply, params, inputs))[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,34 +125,29 @@ class Flattening:
         self.derivatives = derivatives
         self.views: dict[View, Any] = {}
 
-    def trace(
-        self, closed: Any, params: Params, inputs: Sequence[Any], more: Callable[[], Any] = lambda: None
-    ) -> tuple[FlatProgram, Any]:
-        """The program of a jaxpr whose inputs are the leaves of the params and those of the inputs.
+    def trace(self, model: Traced, more: Callable[[], Any] = lambda: None) -> tuple[FlatProgram, Any]:
+        """The program of a model.
 
         Args:
-            closed: the jaxpr.
-            params: as for `flat_program`.
-            inputs: as for `flat_program`.
+            model: the model.
             more: a tree of values of interest, asked for when the whole model has been followed.
 
         Returns:
             The program, and the variables of these values.
         """
-        names, leaves = zip(*leaves_with_paths(logical(params)), strict=True)
-        values = jax.tree.leaves(tuple(inputs))
+        leaves = [abstract(leaf) if is_compressed(leaf) else leaf for leaf in model.leaves]
 
         def flat(leaves: Sequence[Any], values: Sequence[Any]) -> Any:
             weights = [
                 Weight(View(path, (), tuple(range(leaf.ndim)), (), leaf.shape), leaf)
-                for path, leaf in zip(names, leaves, strict=True)
+                for path, leaf in zip(model.paths, leaves, strict=True)
             ]
-            outputs = [self.plain(value) for value in self.body(as_body(closed), [*weights, *values])]
+            outputs = [self.plain(value) for value in self.body(as_body(model.closed), [*weights, *values])]
             # What is of interest is an output, for its variable.
             marked = more()
             return outputs, list(self.views.values()), marked
 
-        program, shapes = jax.make_jaxpr(flat, return_shape=True)(leaves, values)
+        program, shapes = jax.make_jaxpr(flat, return_shape=True)(leaves, model.values)
         outputs, views, marked = jax.tree.structure(shapes).unflatten(program.jaxpr.outvars)
         flattened = FlatProgram(
             body=Body(program.jaxpr, program.consts),

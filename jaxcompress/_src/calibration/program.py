@@ -19,6 +19,7 @@ from jaxcompress._src.trace.facts import Facts
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.trace.layouts import layouts
 from jaxcompress._src.trace.origin import Origin
+from jaxcompress._src.trace.traced import Static, split_arrays, traced
 from jaxcompress._src.trace.walk import Body
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params, Selector, is_compressed, plain
@@ -109,7 +110,7 @@ def build(
     if "histogram" in statistics:
         grouped = {number for number, tap in selected.items() if tap.layout.groups > 1}
         refused |= dict.fromkeys(grouped, "the groups of its convolution have no histogram in common")
-    model = _Model(apply, treedef, tuple(leaf for _, leaf in leaves))
+    model = _Model(apply, *split_arrays(params))
     uses = _uses(model, inputs, {n: tap for n, tap in selected.items() if n not in refused}, row_mask, refused)
     shares = repeated_uses(uses, refused)
     loose = {
@@ -117,7 +118,7 @@ def build(
         for number, tap in selected.items()
         if number not in refused
     }
-    groups = _groups([use for use in uses if use.leaf in loose], loose, model.leaves, statistics, cross)
+    groups = _groups([use for use in uses if use.leaf in loose], loose, [leaf for _, leaf in leaves], statistics, cross)
     taps = dict(loose)
     for place, group in enumerate(groups):
         taps[group.leaves[0]] = dataclasses.replace(loose[group.leaves[0]], group=place)
@@ -134,20 +135,8 @@ class _Model:
     """`apply` over the array leaves alone; whatever else is in the tree is static."""
 
     apply: Callable[..., Any]
-    treedef: Any
-    leaves: tuple[Any, ...]
-
-    @property
-    def numbers(self) -> list[int]:
-        """Of the array leaves."""
-        return [number for number, leaf in enumerate(self.leaves) if _is_array(leaf)]
-
-    def __call__(self, arrays: Sequence[Any], inputs: tuple[Any, ...]) -> Any:
-        """The outputs."""
-        filled = list(self.leaves)
-        for number, array in zip(self.numbers, arrays, strict=True):
-            filled[number] = array
-        return self.apply(self.treedef.unflatten(filled), *inputs)
+    arrays: list[Any]
+    static: Static
 
 
 def _check_names(statistics: Sequence[Statistic]) -> None:
@@ -187,9 +176,8 @@ def _uses(
         refused.setdefault(number, reason)
 
     run = _runner(model, taps, row_mask, 1, note, refuse)
-    dynamic, static = _split(inputs)
-    arrays = [model.leaves[number] for number in model.numbers]
-    jax.eval_shape(lambda arrays, dynamic: run({}, (arrays,), dynamic, static, None), arrays, dynamic)
+    dynamic, static = split_arrays(inputs)
+    jax.eval_shape(lambda arrays, dynamic: run({}, (arrays,), dynamic, static, None), model.arrays, dynamic)
     reached = {use.leaf for use in uses.values()}
     for number in taps:
         if number not in reached:
@@ -247,9 +235,8 @@ def _step(model: _Model, taps: Mapping[int, Tap], row_mask: RowMask | None, stre
     run = jax.jit(_runner(model, taps, row_mask, streams, lambda use: None, None), static_argnums=3, donate_argnums=0)
 
     def step(totals: Totals, trees: tuple[Params, ...], inputs: tuple[Any, ...], active: Any = None) -> Totals:
-        dynamic, static = _split(inputs)
-        leaves = [jax.tree.leaves(tree, is_leaf=is_compressed) for tree in trees]
-        return run(totals, tuple([tree[n] for n in model.numbers] for tree in leaves), dynamic, static, active)
+        dynamic, static = split_arrays(inputs)
+        return run(totals, tuple(split_arrays(tree)[0] for tree in trees), dynamic, static, active)
 
     return step
 
@@ -263,10 +250,10 @@ def _runner(
     refuse: Callable[[int, str], None] | None,
 ) -> Callable[..., Totals]:
     def run(totals: Totals, trees: tuple[list[Any], ...], dynamic: list[Any], static: Any, active: Any) -> Totals:
-        inputs = _joined(dynamic, static)
+        inputs = static.filled(dynamic)
         mask = None if row_mask is None else row_mask(*inputs)
         logical = [[plain(leaf) for leaf in leaves] for leaves in trees]
-        closed = jax.make_jaxpr(lambda arrays, dynamic: model(arrays, _joined(dynamic, static)))(logical[-1], dynamic)
+        closed = traced(model.apply, model.static.filled(logical[-1]), inputs).closed
         # What reaches no output is no use: `trace.layouts` does not see it either.
         live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
         values = [
@@ -274,7 +261,7 @@ def _runner(
             if number in taps
             # Only tapped leaves differ between the streams.
             else Value(leaves[-1:], Facts(data=False))
-            for number, leaves in zip(model.numbers, zip(*logical, strict=True), strict=True)
+            for number, leaves in zip(model.static.numbers, zip(*logical, strict=True), strict=True)
         ]
         totals = replicated_beside(totals, (trees, dynamic))
         interpreter = Interpreter(taps, dict(totals), mask=mask, active=active, count=streams, note=note, refuse=refuse)
@@ -282,21 +269,3 @@ def _runner(
         return interpreter.totals
 
     return run
-
-
-def _split(inputs: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """Arrays, and what is static: the structure, and the leaves that are no arrays."""
-    leaves, treedef = jax.tree.flatten(inputs)
-    is_array = [_is_array(leaf) for leaf in leaves]
-    static = tuple(None if array else leaf for leaf, array in zip(leaves, is_array, strict=True))
-    return [leaf for leaf, array in zip(leaves, is_array, strict=True) if array], (treedef, tuple(is_array), static)
-
-
-def _joined(dynamic: list[Any], static: Any) -> tuple[Any, ...]:
-    treedef, is_array, others = static
-    arrays = iter(dynamic)
-    return treedef.unflatten([next(arrays) if a else other for a, other in zip(is_array, others, strict=True)])
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")

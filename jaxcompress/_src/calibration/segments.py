@@ -13,6 +13,7 @@ from jax.extend import core
 from jaxcompress._src.calibration.flat_program import FlatProgram, View
 from jaxcompress._src.calibration.leaf_part import Entry, entry_of, laid_over, overlap_of
 from jaxcompress._src.meshes import as_typed, on_auto_axes
+from jaxcompress._src.trace.traced import split_arrays
 from jaxcompress._src.trace.walk import Body, as_body, bind, walk
 from jaxcompress._src.tree.maps import leaves_by_path
 from jaxcompress._src.types import Params
@@ -71,10 +72,12 @@ def segments_of(program: FlatProgram, goals: Sequence[tuple[Sequence[Any], int]]
 def by_shape(batches: Sequence[Any], trace: Callable[[Any], T]) -> list[T]:
     """`trace(batch)` of each batch, called once for all of the same shapes."""
     traced: dict[str, T] = {}
-    shapes = [str(jax.tree.map(jax.typeof, batch)) for batch in batches]
-    for shape, batch in zip(shapes, batches, strict=True):
-        if shape not in traced:
-            traced[shape] = trace(batch)
+    shapes = []
+    for batch in batches:
+        arrays, static = split_arrays(batch)
+        shapes.append(str((list(map(jax.typeof, arrays)), static)))
+        if shapes[-1] not in traced:
+            traced[shapes[-1]] = trace(batch)
     return [traced[shape] for shape in shapes]
 
 
@@ -91,7 +94,7 @@ class Model:
         self.leaves = leaves_by_path(params)
         self.programs = programs
         self.values: list[dict[Any, Any]] = [
-            dict(zip(each.program.inputs, jax.tree.leaves(batch), strict=True))
+            dict(zip(each.program.inputs, split_arrays(batch)[0], strict=True))
             for each, batch in zip(programs, batches, strict=True)
         ]
         self._changed: dict[str, dict[Entry, Any]] = {}

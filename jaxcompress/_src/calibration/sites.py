@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from jaxcompress._src.calibration.flat_program import FlatProgram, Flattening, Weight
 from jaxcompress._src.calibration.leaf_part import LeafPart
-from jaxcompress._src.trace.graph import leaf_uses, logical
+from jaxcompress._src.trace.graph import graph_of
+from jaxcompress._src.trace.traced import traced
 from jaxcompress._src.trace.walk import bind
 from jaxcompress._src.tree.maps import leaves_by_path, leaves_with_paths
 from jaxcompress._src.types import Params
@@ -136,6 +136,7 @@ def kernels_at_work(
         ValueError: as `sites_of`, for the `paths` given; one error names all of them.
 
     Example:
+        >>> import jax
         >>> params = {"layers": jnp.ones((2, 3, 3)), "head": jnp.ones((3, 4, 5))}
         >>> def apply(p, x):
         ...     x, _ = jax.lax.scan(lambda x, kernel: (x + x @ kernel, None), x, p["layers"])
@@ -192,8 +193,8 @@ def _traced(
     complete: bool,
 ) -> tuple[FlatProgram, list[Site]]:
     """With `refused`, kernels that cannot have a site are noted there; without it they raise."""
-    closed = jax.make_jaxpr(apply)(logical(params), *inputs)
-    read_once = frozenset(path for path, count in leaf_uses(closed, params).items() if count == 1)
+    model = traced(apply, params, inputs)
+    read_once = frozenset(path for path, count in graph_of(model).uses().items() if count == 1)
     tracer = _Tracer(frozenset(paths), read_once, repeated, refused)
 
     def operands() -> list[list[Any]]:
@@ -201,7 +202,7 @@ def _traced(
             tracer.check_all()
         return [[None if operand is None else operand.var for operand in _operands(site)] for site in tracer.sites]
 
-    program, variables = tracer.trace(closed, params, inputs, operands)
+    program, variables = tracer.trace(model, operands)
     sites = []
     for site, own in zip(tracer.sites, variables, strict=True):
         pairs = zip(_operands(site), own, strict=True)

@@ -18,7 +18,8 @@ from jaxcompress._src.execution.values import (
     plain,
     with_plain_weight,
 )
-from jaxcompress._src.meshes import abstract, as_typed, explicit_mesh, on_auto_axes
+from jaxcompress._src.meshes import as_typed, explicit_mesh, on_auto_axes
+from jaxcompress._src.trace.traced import split_arrays, traced
 from jaxcompress._src.trace.walk import CALLS, Body, as_body, bind, called_body, walk
 from jaxcompress._src.tree.paths import path_string
 from jaxcompress._src.types import is_compressed
@@ -71,40 +72,26 @@ def fallbacks(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Fal
         >>> fallbacks(lambda p: jnp.sin(p["w"]), params)
         (Fallback(path='w', primitive='sin', shape=(2, 3), nbytes=24),)
     """
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    dynamic = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+    # The parts of compressed arrays are arrays, too.
+    arrays, static = split_arrays((args, kwargs), is_leaf=lambda _: False)
     noted: list[Fallback] = []
 
-    def run(values: list[Any]) -> Any:
-        filled = list(leaves)
-        for i, value in zip(dynamic, values, strict=True):
-            filled[i] = value
-        full_args, full_kwargs = treedef.unflatten(filled)
+    def run(arrays: list[Any]) -> Any:
+        full_args, full_kwargs = static.filled(arrays)
         return _run(apply, noted.append, *full_args, **full_kwargs)
 
-    jax.eval_shape(run, [leaves[i] for i in dynamic])
+    jax.eval_shape(run, arrays)
     # JAX may trace the body of a loop more than once.
     return tuple(dict.fromkeys(noted))
 
 
 def _run(apply: Callable[..., Any], note: Note, *args: Any, **kwargs: Any) -> Any:
-    keyed, treedef = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_compressed)
-    leaves = [leaf for _, leaf in keyed]
-    if not any(is_compressed(leaf) for leaf in leaves):
+    keyed, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_compressed)
+    if not any(is_compressed(leaf) for _, leaf in keyed):
         return apply(*args, **kwargs)
-    dynamic = [i for i, leaf in enumerate(leaves) if is_compressed(leaf) or _is_array(leaf)]
-
-    def logical(values: list[Any]) -> Any:
-        filled = list(leaves)
-        for i, value in zip(dynamic, values, strict=True):
-            filled[i] = value
-        full_args, full_kwargs = treedef.unflatten(filled)
-        return apply(*full_args, **full_kwargs)
-
-    closed, outputs = jax.make_jaxpr(logical, return_shape=True)([_abstract(leaves[i]) for i in dynamic])
-    values = [_tagged(keyed[i][0], leaves[i]) for i in dynamic]
-    results = _interpret(as_body(closed), values, note)
-    return jax.tree.structure(outputs).unflatten(results)
+    model = traced(lambda tree: apply(*tree[0], **tree[1]), (args, kwargs), ())
+    results = _interpret(as_body(model.closed), [_tagged(*keyed[number]) for number in model.numbers], note)
+    return model.outputs.unflatten(results)
 
 
 def _interpret(body: Body, values: Sequence[Any], note: Note) -> list[Any]:
@@ -241,14 +228,6 @@ _CONTROL: dict[str, Callable[[Any, list[Any], Note], Sequence[Any]]] = {
     "while": _while,
     "cond": _cond,
 }
-
-
-def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def _abstract(leaf: Any) -> Any:
-    return abstract(leaf) if is_compressed(leaf) else leaf
 
 
 def _tagged(keys: tuple[Any, ...], leaf: Any) -> Any:

@@ -8,6 +8,7 @@ from jax.extend import core
 
 from jaxcompress._src.trace.graph import Graph, graph_of
 from jaxcompress._src.trace.scaling import Scaling
+from jaxcompress._src.trace.traced import traced
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params, is_compressed
 
@@ -83,7 +84,7 @@ def folds(apply: Callable[..., Any], params: Params, *inputs: Any) -> list[Fold]
     References:
         Xiao et al. 2023, "SmoothQuant", section 4.2; Lin et al. 2024, "AWQ", section 3.2 (both list modules by name).
     """
-    graph = graph_of(apply, params, inputs)
+    graph = graph_of(traced(apply, params, inputs))
     compressed = {path for path, leaf in leaves_with_paths(params) if is_compressed(leaf)}
 
     def is_plain(fold: Fold) -> bool:

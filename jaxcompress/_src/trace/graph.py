@@ -2,17 +2,14 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import jax
 from jax.extend import core
 
-from jaxcompress._src.meshes import abstract
 from jaxcompress._src.trace.origin import Origin, rearrange
+from jaxcompress._src.trace.traced import Traced
 from jaxcompress._src.trace.walk import inlined
-from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
-from jaxcompress._src.types import Params, is_compressed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,35 +100,23 @@ class Graph:
         return entering
 
 
-def graph_of(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> Graph:
-    """The graph of a model; compressed leaves count as the arrays they stand for."""
-    return _graph(jax.make_jaxpr(apply)(logical(params), *inputs), params)
-
-
-def logical(params: Params) -> Params:
-    """What a model is traced with: compressed leaves as the shapes of the arrays they stand for."""
-    return map_with_path(lambda _, leaf: abstract(leaf) if is_compressed(leaf) else leaf, params)
-
-
-def leaf_uses(closed: Any, params: Params) -> Counter[str]:
-    """How often a program, whose first inputs are the leaves, reads each of them as anything but a re-arrangement.
+def graph_of(model: Traced) -> Graph:
+    """The graph of a model.
 
     Example:
-        >>> params = {"w": jax.numpy.ones((2, 2)), "b": jax.numpy.ones(2)}
-        >>> closed = jax.make_jaxpr(lambda p, x: jax.numpy.tanh(x @ p["w"] + p["b"]) * p["b"])(params, params["b"])
-        >>> sorted(leaf_uses(closed, params).items())
+        >>> import jax.numpy as jnp
+        >>> from jaxcompress._src.trace.traced import traced
+        >>> params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+        >>> model = traced(lambda p, x: jnp.tanh(x @ p["w"] + p["b"]) * p["b"], params, (params["b"],))
+        >>> sorted(graph_of(model).uses().items())
         [('b', 2), ('w', 1)]
     """
-    return _graph(closed, params).uses()
-
-
-def _graph(closed: Any, params: Params) -> Graph:
-    jaxpr = inlined(closed, derivatives=True).jaxpr
-    paths = [path for path, _ in leaves_with_paths(params)]
+    jaxpr = inlined(model.closed, derivatives=True).jaxpr
+    leaves = zip(jaxpr.invars, model.paths, strict=False)
     return Graph(
         jaxpr,
         {
-            var: (Origin.of(n, var.aval.shape), LeafView(path, var.aval))
-            for n, (var, path) in enumerate(zip(jaxpr.invars, paths, strict=False))
+            var: (Origin.of(number, var.aval.shape), LeafView(path, var.aval))
+            for number, (var, path) in enumerate(leaves)
         },
     )

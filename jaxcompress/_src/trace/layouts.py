@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 
-from jaxcompress._src.meshes import abstract
 from jaxcompress._src.trace.axis_rules import free_axes, is_cast
 from jaxcompress._src.trace.contraction import Roles, entries, is_by_expert, roles, share
 from jaxcompress._src.trace.facts import Facts, facts_of, follow
 from jaxcompress._src.trace.layout import LeafKind, LeafLayout
 from jaxcompress._src.trace.origin import Origin
+from jaxcompress._src.trace.traced import traced
 from jaxcompress._src.trace.walk import Body, as_body, called_body, walk
 from jaxcompress._src.types import Params, is_compressed
 
@@ -45,27 +45,16 @@ def layouts(apply: Callable[..., Any], params: Params, *inputs: Any) -> Params:
         >>> kernel.input_axes, kernel.output_axes, kernel.flops, by_leaf["bias"].kind
         ((1,), (0, 2), 240, 'other')
     """
-    leaves, treedef = jax.tree.flatten(params, is_leaf=is_compressed)
-    arrays = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-    input_leaves, input_treedef = jax.tree.flatten(inputs)
-    dynamic = [i for i, leaf in enumerate(input_leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
-
-    def flat_apply(weights: list[Any], values: list[Any]) -> Any:
-        filled, filled_inputs = list(leaves), list(input_leaves)
-        for i, weight in zip(arrays, weights, strict=True):
-            filled[i] = weight
-        for i, value in zip(dynamic, values, strict=True):
-            filled_inputs[i] = value
-        return apply(treedef.unflatten(filled), *input_treedef.unflatten(filled_inputs))
-
-    shapes = [abstract(leaves[i]) for i in arrays]
-    closed = jax.make_jaxpr(flat_apply)(shapes, [input_leaves[i] for i in dynamic])
-    live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
+    model = traced(apply, params, inputs)
+    jaxpr = model.closed.jaxpr
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), instantiate=True)
     recorder = _Recorder(itertools.count())
-    weights = [recorder.new(Facts((Origin.of(i, leaves[i].shape),), data=False)) for i in arrays]
-    values = [*weights, *(recorder.new() for _ in dynamic)]
-    recorder.consume(walk(Body(live, closed.consts), values, recorder.visit))
-    known = set(arrays)
+    origins = [Origin.of(number, leaf.shape) for number, leaf in zip(model.numbers, model.leaves, strict=True)]
+    values = [recorder.new(Facts((origin,), data=False)) for origin in origins]
+    values += [recorder.new() for _ in model.values]
+    recorder.consume(walk(Body(live, model.closed.consts), values, recorder.visit))
+    leaves, treedef = jax.tree.flatten(params, is_leaf=is_compressed)
+    known = set(model.numbers)
     flat = [
         _layout(recorder.uses.get(i), leaf) if i in known else LeafLayout(kind="other", reason="it is no array")
         for i, leaf in enumerate(leaves)
