@@ -186,6 +186,24 @@ def test_a_wide_bias_beside_a_narrow_kernel():
     assert info["v"].error == pytest.approx(error, rel=1e-2)
 
 
+@pytest.mark.parametrize("reused", [False, True])
+def test_what_else_reads_a_kernel_reads_what_it_became(reused):
+    params = {"w": jnp.stack([KERNEL, OTHER]), "v": BIAS[:, None]}
+
+    def apply(p, x):
+        total = p["w"].sum()
+        x = jnp.tanh(x * total if reused else x)
+        return jnp.tanh(x @ p["w"][0]), jnp.tanh(x @ p["w"][1]), (x * total) @ p["v"]
+
+    stops = []
+    for stop in layer_by_layer(apply, ["w", "v"], [params], [(X,)]):
+        stops.append((stop.kernel.name, stop.rows(0, 0).inputs))
+        stop.replace(2 * stop.weights(0)[0])
+    assert [name for name, _ in stops] == ["w[0]", "w[1]", "v"]
+    x = np.tanh(np.float64(X) * (np.float64(params["w"]).sum() if reused else 1))
+    np.testing.assert_allclose(stops[2][1], x * 2 * np.float64(params["w"]).sum(), rtol=1e-4, atol=1e-4)
+
+
 def test_inputs_are_let_go_once_the_model_is_past_them():
     params = {"layers": jnp.stack([KERNEL, OTHER] * 2)}
     apply = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0]  # noqa: E731

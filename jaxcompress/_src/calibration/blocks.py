@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from jaxcompress._src.calibration.flat_program import FlatProgram
+from jaxcompress._src.calibration.flat_program import FlatProgram, variables
 from jaxcompress._src.calibration.leaf_part import LeafPart, meet
-from jaxcompress._src.calibration.segments import Segments, segments_of, variables
+from jaxcompress._src.calibration.segments import Segments, segments_of
 
 
 class Blocks(NamedTuple):
@@ -60,11 +60,10 @@ def blocks_of(program: FlatProgram, stacks: Mapping[str, tuple[int, ...]], *, to
 
 
 class _Flow:
-    """Which values depend on inputs, which on leaves, and where they are used."""
+    """Which values depend on leaves, and where they and the leaves are used."""
 
     def __init__(self, program: FlatProgram) -> None:
         self.program = program
-        self.data = set(program.inputs)
         self.weighted = set(program.views)
         # The equation that makes a value, and the last one that reads it.
         self.place: dict[Any, int] = dict.fromkeys(program.inputs, -1)
@@ -83,8 +82,7 @@ class _Flow:
             views = frozenset[Any]().union(*(made[var] for var in operands if var in made))
             if any(var in self.weighted for var in operands):
                 self.weighted |= set(eqn.outvars)
-            if any(var in self.data for var in operands):
-                self.data |= set(eqn.outvars)
+            if not program.data.isdisjoint(operands):
                 self.met = dict.fromkeys(views, place) | self.met
             elif views:
                 made |= dict.fromkeys(eqn.outvars, views)
@@ -107,7 +105,9 @@ class _Flow:
 
     def live(self, cut: int) -> list[Any]:
         """The values that depend on inputs, are there before an equation, and are used from it on."""
-        return [var for var, at in self.place.items() if var in self.data and at < cut <= self.last.get(var, -1)]
+        return [
+            var for var, at in self.place.items() if var in self.program.data and at < cut <= self.last.get(var, -1)
+        ]
 
     def is_fitted(self, var: Any) -> bool:
         """Whether a value depends on leaves, without being one, and is of floats."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
 
 from jaxcompress._src.calibration.leaf_part import Entry
 from jaxcompress._src.meshes import abstract, as_typed, on_auto_axes
@@ -60,6 +61,15 @@ class FlatProgram:
     inputs: Sequence[Any]
     outputs: Sequence[Any]
     views: Mapping[Any, View]
+
+    @functools.cached_property
+    def data(self) -> frozenset[Any]:
+        """The variables that depend on inputs."""
+        data = set(self.inputs)
+        for eqn in self.body.jaxpr.eqns:
+            if not data.isdisjoint(variables(eqn.invars)):
+                data |= set(eqn.outvars)
+        return frozenset(data)
 
 
 def flat_program(
@@ -239,6 +249,11 @@ class Flattening:
         if isinstance(value, Reordered):
             return True
         return isinstance(value, Weight) and value.view.path in self.stacks
+
+
+def variables(atoms: Sequence[Any]) -> list[Any]:
+    """Those that are no literals."""
+    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
 
 
 def is_leaf(value: Any) -> bool:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxcompress._src.calibration.flat_program import FlatProgram
-from jaxcompress._src.calibration.segments import Model, Segments, by_shape, segments_of, variables
+from jaxcompress._src.calibration.flat_program import FlatProgram, variables
+from jaxcompress._src.calibration.leaf_part import meet
+from jaxcompress._src.calibration.segments import Model, Segments, by_shape, segments_of
 from jaxcompress._src.calibration.sites import Operand, Repeated, Site, sites_of
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import Params, plain
@@ -142,15 +143,13 @@ def _cut(program: FlatProgram, sites: list[Site]) -> _Cut:
 
 def _blocks(program: FlatProgram, sites: Sequence[Site]) -> list[list[int]]:
     """Runs of sites none of which depends on what another one of them becomes."""
-    parts: dict[Any, set[int]] = {}
-    for place, site in enumerate(sites):
-        for part in (site.kernel, site.bias):
-            if part is not None:
-                parts.setdefault((part.path, part.entry), set()).add(place)
     # Bit i: it depends on site i.
-    depends = {
-        var: sum(1 << place for place in parts.get((view.path, view.entry), ())) for var, view in program.views.items()
-    }
+    depends = dict.fromkeys(program.views, 0)
+    for place, site in enumerate(sites):
+        for part in (site.kernel,) if site.bias is None else (site.kernel, site.bias):
+            for var, view in program.views.items():
+                if view.path == part.path and meet(view.entry, part.entry):
+                    depends[var] |= 1 << place
     for eqn in program.body.jaxpr.eqns:
         if any(var not in program.views for var in eqn.outvars):
             own = 0

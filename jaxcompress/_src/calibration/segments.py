@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from jaxcompress._src.calibration.flat_program import FlatProgram, View
+from jaxcompress._src.calibration.flat_program import FlatProgram, View, variables
 from jaxcompress._src.calibration.leaf_part import Entry, entry_of, laid_over, overlap_of
 from jaxcompress._src.meshes import as_typed, on_auto_axes
 from jaxcompress._src.trace.traced import split_arrays
@@ -60,7 +60,8 @@ def segments_of(program: FlatProgram, goals: Sequence[tuple[Sequence[Any], int]]
     last: dict[Any, int] = {}
     for number, (wanted, _) in enumerate(goals):
         eqns = [jaxpr.eqns[place] for place in _needed(jaxpr, wanted, known, places)]
-        known |= {var for eqn in eqns for var in eqn.outvars}
+        # What is made of leaves alone is made again where it is read: leaves may have changed.
+        known |= {var for eqn in eqns for var in eqn.outvars if var in program.data}
         cuts.append((eqns, variables(wanted)))
         last |= dict.fromkeys(variables([var for eqn in eqns for var in eqn.invars]), number)
     for wanted, until in goals:
@@ -189,7 +190,7 @@ def _segment(
     viewed = [var for var in entering if var in program.views]
     consts = [var for var in entering if var in constants]
     reads = [var for var in entering if var not in program.views and var not in constants]
-    writes = [var for var in made if var in goals or last.get(var, -1) > number]
+    writes = [var for var in made if var in goals or (var in program.data and last.get(var, -1) > number)]
     views, order = [program.views[var] for var in viewed], [*viewed, *reads, *consts]
     # Whatever their leaves are called.
     nameless = tuple(dataclasses.replace(view, path="", entry=()) for view in views)
@@ -229,8 +230,3 @@ def _frozen(value: Any) -> Any:
     except TypeError:
         return id(value)
     return value
-
-
-def variables(atoms: Sequence[Any]) -> list[Any]:
-    """Those that are no literals."""
-    return [atom for atom in atoms if not isinstance(atom, core.Literal)]
