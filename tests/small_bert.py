@@ -13,9 +13,9 @@ WORDS = ["good", "bad", "film", "plot", "the", "a", "is", "was", "very", "not", 
 
 
 def small_classifier(**sizes):
-    """The module of a BERT of two layers that tells two classes apart."""
+    """The module of a BERT, by default of two layers, that tells two classes apart."""
     common = {"vocab_size": 40, "num_hidden_layers": 2, "max_position_embeddings": 16}
-    return make_module(BertConfig(**common, **sizes, head="sequence_classification"))
+    return make_module(BertConfig(**common | sizes, head="sequence_classification"))
 
 
 @pytest.fixture(scope="session")

@@ -115,7 +115,11 @@ def _public():
 def test_the_public_names_are_those_of_the_snapshot():
     """A name is added, moved or taken away on purpose: `public_names.txt` and the changelog change with it."""
     snapshot = Path(__file__).with_name("public_names.txt").read_text("utf-8").split()
-    assert sorted(f"{facade}.{name}" for facade, name, _ in _public()) == snapshot
+    public = sorted(f"{facade}.{name}" for facade, name, _ in _public())
+    assert public == snapshot, (
+        "`tests/public_names.txt`, which is sorted, and the changelog do not say that these names are public: "
+        f"{sorted(set(public) - set(snapshot))}; and that these no longer are: {sorted(set(snapshot) - set(public))}."
+    )
 
 
 def test_nothing_is_exported_twice_and_everything_is_documented():

@@ -1,6 +1,7 @@
 """The one table of methods: it has every one-shot method and transform, and each runs from a recipe file."""
 
 import inspect
+import itertools
 import types
 
 import jax
@@ -47,7 +48,11 @@ def _public_methods():
 def test_the_table_has_every_one_shot_method_and_transform_of_the_facades_and_nothing_else():
     rows = [method.function for entries in METHODS.values() for method in entries.values()]
     assert len(set(rows)) == len(rows)
-    assert {function.__name__ for function in _public_methods()} == {function.__name__ for function in rows}
+    public, named = ({function.__name__ for function in functions} for functions in (_public_methods(), rows))
+    assert public == named, (
+        f"{sorted(public - named)} need rows in `METHODS` (`_src/recipe/methods.py`); {sorted(named - public)} are "
+        "rows, but no facade has them as a function `-> Transform` or `(params, ...) -> tuple[Params, ...]`."
+    )
     assert {inspect.unwrap(function) for function in _public_methods()} == set(map(inspect.unwrap, rows))
 
 
@@ -75,17 +80,18 @@ soft_targets = 1.0
 widths = [8]
 """
 CALIBRATE = "[calibrate]\nrows = 16\nbatch_size = 16\n"
+LAYERS = 2
 LAYER = "bert/encoder/layer/{}/{}/kernel"
 PLACES = (
     "attention/self/query", "attention/self/key", "attention/self/value", "attention/output/dense",
     "intermediate/dense", "output/dense",
 )  # fmt: skip
-KERNELS = [LAYER.format(layer, place) for layer in (0, 1) for place in PLACES]
+KERNELS = [LAYER.format(layer, place) for layer in range(LAYERS) for place in PLACES]
 
 
 @pytest.fixture(scope="module")
 def model():
-    module = small_classifier(hidden_size=16, num_attention_heads=2, intermediate_size=32)
+    module = small_classifier(num_hidden_layers=LAYERS, hidden_size=16, num_attention_heads=2, intermediate_size=32)
     params = jax.jit(module.init)(jax.random.key(0), np.zeros((1, 4), np.int32))["params"]
     return module, jax.device_get(params)
 
@@ -106,11 +112,18 @@ def recipe_of(tmp_path):
     return read
 
 
-def _steps(stage, methods, kernels):
-    """One step for each method, each on a kernel of its own."""
+def _places(*tables):
+    """A kernel for each method of some tables, by name."""
+    names = list(itertools.chain(*tables))
+    assert len(names) <= len(KERNELS), f"{len(names)} methods need a kernel each: raise `LAYERS`."
+    return dict(zip(names, KERNELS, strict=False))
+
+
+def _steps(stage, methods, places):
+    """One step for each method, on its kernel."""
     return "".join(
-        f"[[{stage}]]\nmethod = '{name}'\nselect = '{kernel}'\n{options}\n"
-        for (name, options), kernel in zip(methods.items(), kernels, strict=False)
+        f"[[{stage}]]\nmethod = '{name}'\nselect = '{places[name]}'\n{options}\n"
+        for name, (options, *_) in methods.items()
     )
 
 
@@ -123,29 +136,34 @@ def _zeros(leaf):
 
 
 HALF = "sparsity = 0.5\n"
+# Options, and the share of zeros in the end.
 PRUNING_TRANSFORMS = {
-    "gradual": HALF + "every = 1\n",
-    "straight_through_magnitude": HALF + "every = 1\n",
-    "movement": HALF + "every = 1\n",
-    "soft_movement": "threshold = 0.4\nstrength = 0.1\n",
-    "rigl": HALF + "until = 0.7\nevery = 1\n",
-    "sparse_evolution": HALF + "until = 0.7\nevery = 1\n",
-    "sr_ste": "n = 2\nm = 4\n",
-    "group_lasso": "strength = 100.0\ngrouping = 'outputs'\n",
+    "gradual": (HALF + "every = 1\n", 0.5),
+    "straight_through_magnitude": (HALF + "every = 1\n", 0.5),
+    "movement": (HALF + "every = 1\n", 0.5),
+    # Its scores begin above its threshold.
+    "soft_movement": ("threshold = 0.4\nstrength = 0.1\n", 0.0),
+    "rigl": (HALF + "until = 0.7\nevery = 1\n", 0.5),
+    "sparse_evolution": (HALF + "until = 0.7\nevery = 1\n", 0.5),
+    "sr_ste": ("n = 2\nm = 4\n", 0.5),
+    # As strong as to leave nothing.
+    "group_lasso": ("strength = 100.0\ngrouping = 'outputs'\n", 1.0),
 }
+# Options, and the kind of array in the end.
 QUANTIZATION_TRANSFORMS = {
-    "quantization_aware": "bits = 4\n",
-    "lsq": "bits = 3\n",
-    "lsq_inputs": "bits = 8\nper_tensor = true\n",
-    "pact_inputs": "bits = 8\n",
+    "quantization_aware": ("bits = 4\n", QuantizedArray),
+    "lsq": ("bits = 3\n", QuantizedArray),
+    "lsq_inputs": ("bits = 8\nper_tensor = true\n", InputQuantizedArray),
+    "pact_inputs": ("bits = 8\n", InputQuantizedArray),
 }
 
 
 def test_every_transform_runs_in_one_training(model, tokens, recipe_of):
-    first = _steps("prune", PRUNING_TRANSFORMS, KERNELS) + _steps("quantize", QUANTIZATION_TRANSFORMS, KERNELS[8:])
-    last = _steps("lowrank", {"rank_gates": "share = 0.5\n"}, ["bert/pooler/dense/kernel"])
-    shared = _steps("cluster", {"trained_codebooks": "values = 4\n"}, ["classifier/kernel"])
-    read = recipe_of(first + last + shared + DISTIL + CALIBRATE)
+    places = _places(PRUNING_TRANSFORMS, QUANTIZATION_TRANSFORMS)
+    text = _steps("prune", PRUNING_TRANSFORMS, places) + _steps("quantize", QUANTIZATION_TRANSFORMS, places)
+    text += "[[lowrank]]\nmethod = 'rank_gates'\nselect = 'bert/pooler/dense/kernel'\nshare = 0.5\n"
+    text += "[[cluster]]\nmethod = 'trained_codebooks'\nselect = 'classifier/kernel'\nvalues = 4\n"
+    read = recipe_of(text + DISTIL + CALIBRATE)
     trained = {step.name for _, step in read.steps}
     assert trained == {name for entries in METHODS.values() for name, row in entries.items() if row.trains} - {
         "hard_concrete"
@@ -153,76 +171,90 @@ def test_every_transform_runs_in_one_training(model, tokens, recipe_of):
     # Three steps are too few for the gates to close.
     with pytest.warns(jc.schedules.UnfinishedScheduleWarning, match="open directions"):
         leaves = _leaves(recipe.compress(read, *model, tokens))
-    pruned = dict(zip(PRUNING_TRANSFORMS, KERNELS, strict=False))
-    for name, path in pruned.items():
-        zeros = _zeros(leaves[path])
-        # Scores of soft movement begin above its threshold; the lasso is as strong as to leave nothing.
-        assert zeros == pytest.approx({"soft_movement": 0.0, "group_lasso": 1.0}.get(name, 0.5), abs=0.01), name
-        assert isinstance(leaves[path], NMSparseArray if name == "sr_ste" else BitmaskSparseArray), name
-    kinds = (QuantizedArray, QuantizedArray, InputQuantizedArray, InputQuantizedArray)
-    assert [type(leaves[path]) for path in KERNELS[8:]] == list(kinds)
-    assert [leaves[path].bits for path in KERNELS[8:10]] == [4, 3]
+    for name, (_, zeros) in PRUNING_TRANSFORMS.items():
+        leaf = leaves[places[name]]
+        assert _zeros(leaf) == pytest.approx(zeros, abs=0.01), name
+        assert isinstance(leaf, NMSparseArray if name == "sr_ste" else BitmaskSparseArray), name
+    for name, (_, kind) in QUANTIZATION_TRANSFORMS.items():
+        assert type(leaves[places[name]]) is kind, name
+    assert [leaves[places[name]].bits for name in ("quantization_aware", "lsq")] == [4, 3]
     # All directions are open, so that two factors would be larger than the kernel.
     factorized = leaves["bert/pooler/dense/kernel"]
     assert 0 < np.abs(factorized - _leaves(model[1])["bert/pooler/dense/kernel"]).max() < 0.1
     assert isinstance(leaves["classifier/kernel"], CodebookArray)
 
 
+# Options; half of the weights become zero.
 ONE_SHOT_PRUNING = {
-    "magnitude": "pattern = '2:4'\n",
-    "wanda": HALF,
-    "sparsegpt": HALF,
-    "alps": "pattern = '2:4'\n",
+    "magnitude": ("pattern = '2:4'\n",),
+    "wanda": (HALF,),
+    "sparsegpt": (HALF,),
+    "alps": ("pattern = '2:4'\n",),
 }
+# Options; two factors.
 LOW_RANK = {
-    "svd": "rank = 4\n",
-    "activation_svd": "rank = {rule = 'budget', share = 0.5}\n",
-    "fisher_svd": "rank = {rule = 'energy', share = 0.5}\n",
-    "with_residual": "rank = 2\ncompress = {method = 'gptq', bits = 4, group_size = 8}\n",
+    "svd": ("rank = 4\n",),
+    "activation_svd": ("rank = {rule = 'budget', share = 0.5}\n",),
+    "fisher_svd": ("rank = {rule = 'energy', share = 0.5}\n",),
+    "with_residual": ("rank = 2\ncompress = {method = 'gptq', bits = 4, group_size = 8}\n",),
 }
-CLUSTERING = {"cluster": "values = 4\n", "additive_quantize": "length = 4\ntables = 1\nvalues = 8\n"}
+# Options, and the kind of array.
+CLUSTERING = {
+    "cluster": ("values = 4\n", CodebookArray),
+    "additive_quantize": ("length = 4\ntables = 1\nvalues = 8\n", AdditiveCodebookArray),
+}
 
 
 def test_one_shot_pruning_low_rank_and_clusters_run(model, tokens, recipe_of):
-    text = _steps("prune", ONE_SHOT_PRUNING, KERNELS) + "[[prune]]\nmethod = 'tune_masked'\n"
-    text += _steps("lowrank", LOW_RANK, KERNELS[4:])
+    places = _places(ONE_SHOT_PRUNING, LOW_RANK, CLUSTERING)
+    text = _steps("prune", ONE_SHOT_PRUNING, places) + "[[prune]]\nmethod = 'tune_masked'\n"
+    text += _steps("lowrank", LOW_RANK, places)
     text += "[[lowrank]]\nmethod = 'compress_factors'\ncompress = {method = 'quantize', bits = 8}\n"
-    text += _steps("cluster", CLUSTERING, KERNELS[8:])
+    text += _steps("cluster", CLUSTERING, places)
     notes = Notes()
     leaves = _leaves(recipe.compress(recipe_of(text + CALIBRATE), *model, tokens, progress=notes))
-    assert [_zeros(leaves[path]) for path in KERNELS[:4]] == [0.5] * 4
-    assert all(isinstance(leaves[path], SparseArray) for path in KERNELS[:4])
-    assert [type(leaves[path]) for path in KERNELS[4:8]] == [LowRankArray] * 4
-    assert leaves[KERNELS[4]].rank == 4
-    assert all(isinstance(leaves[path].left, QuantizedArray) for path in KERNELS[4:8])
-    assert isinstance(leaves[KERNELS[7]].residual, QuantizedArray)
-    assert [type(leaves[path]) for path in KERNELS[8:10]] == [CodebookArray, AdditiveCodebookArray]
-    assert all(any(line.startswith(f"[[prune]] {i}, ") for line in notes.lines) for i in range(1, 6))
+    for name in ONE_SHOT_PRUNING:
+        assert _zeros(leaves[places[name]]) == 0.5, name
+        assert isinstance(leaves[places[name]], SparseArray), name
+    for name in LOW_RANK:
+        assert type(leaves[places[name]]) is LowRankArray, name
+        assert isinstance(leaves[places[name]].left, QuantizedArray), name
+    assert leaves[places["svd"]].rank == 4
+    assert isinstance(leaves[places["with_residual"]].residual, QuantizedArray)
+    for name, (_, kind) in CLUSTERING.items():
+        assert type(leaves[places[name]]) is kind, name
+    steps = len(ONE_SHOT_PRUNING) + 1
+    assert all(any(line.startswith(f"[[prune]] {i}, ") for line in notes.lines) for i in range(1, steps + 1))
     assert "mean relative output error" in " ".join(notes.lines)
 
 
+# Options, and the bits of the codes.
 ROUNDING = {
-    "quantize": "bits = 4\n",
-    "fixed_point": "bits = 6\n",
-    "hqq": "bits = 4\ngroup_size = 8\nsymmetric = false\n",
-    "awq": "bits = 4\ngroup_size = 8\n",
-    "gptq": "bits = 4\ngroup_size = 8\n",
-    "gptq_sequential": "bits = 4\ngroup_size = 8\n",
-    "reconstruct": "bits = 4\ngroup_size = 8\n",
+    "quantize": ("bits = 4\n", 4),
+    "fixed_point": ("bits = 6\n", 6),
+    "hqq": ("bits = 4\ngroup_size = 8\nsymmetric = false\n", 4),
+    "awq": ("bits = 4\ngroup_size = 8\n", 4),
+    "gptq": ("bits = 4\ngroup_size = 8\n", 4),
+    "gptq_sequential": ("bits = 4\ngroup_size = 8\n", 4),
+    "reconstruct": ("bits = 4\ngroup_size = 8\n", 4),
 }
 
 
 def test_every_rounding_method_runs(model, tokens, recipe_of):
-    text = "[[quantize]]\nmethod = 'smooth'\n" + _steps("quantize", ROUNDING, KERNELS)
+    places = _places(ROUNDING)
+    text = "[[quantize]]\nmethod = 'smooth'\n" + _steps("quantize", ROUNDING, places)
     text += "[[quantize]]\nmethod = 'correct_biases'\n"
-    text += f"[[quantize]]\nmethod = 'quantize_inputs'\nselect = '{KERNELS[0]}'\nbits = 8\n"
+    text += f"[[quantize]]\nmethod = 'quantize_inputs'\nselect = '{places['quantize']}'\nbits = 8\n"
     read = recipe_of(text + CALIBRATE)
     names = {step.name for _, step in read.steps}
     assert names == {name for name, row in METHODS["quantize"].items() if not row.trains} - {"learned_rounding"}
     leaves = _leaves(recipe.compress(read, *model, tokens))
-    assert isinstance(leaves[KERNELS[0]], InputQuantizedArray)
-    assert all(isinstance(leaves[path], QuantizedArray) for path in KERNELS[1:7])
-    assert [leaves[path].bits for path in KERNELS[1:7]] == [6, 4, 4, 4, 4, 4]
+    assert isinstance(leaves[places["quantize"]], InputQuantizedArray)
+    for name, (_, bits) in ROUNDING.items():
+        leaf = leaves[places[name]]
+        weight = leaf.weight if name == "quantize" else leaf
+        assert isinstance(weight, QuantizedArray), name
+        assert weight.bits == bits, name
     dense = _leaves(model[1])
     assert any((leaves[path] != dense[path]).any() for path in dense if path.endswith("bias"))
 
@@ -257,14 +289,18 @@ def test_gates_may_follow_a_bound_of_the_loss(recipe_of):
     assert "penalty" in step.keywords
 
 
-@pytest.mark.parametrize("method", ["fisher", "magnitude", "hard_concrete"])
+SHRINKING = {
+    "fisher": "sparsity = 0.4\nrounds = 1\n",
+    "magnitude": "sparsity = 0.4\n",
+    "hard_concrete": "penalty = {rule = 'lagrangian', sparsity = 0.4, warm_up = 0.5}\ndrop_rate = 0.1\n",
+}
+
+
+@pytest.mark.parametrize("method", SHRINKING)
 def test_units_are_taken_out(model, tokens, recipe_of, method):
     module, params = model
-    options = {"hard_concrete": "penalty = {rule = 'lagrangian', sparsity = 0.4, warm_up = 0.5}\ndrop_rate = 0.1\n"}
-    select = "select = 'bert/encoder/.*'\n" + ("" if method == "hard_concrete" else "sparsity = 0.4\nROUNDS")
-    text = f"[[shrink]]\nmethod = '{method}'\n{options.get(method, '')}{select}"
-    text = text.replace("ROUNDS", "rounds = 1\n" if method == "fisher" else "")
-    text += CALIBRATE + (DISTIL if method == "hard_concrete" else "")
+    text = f"[[shrink]]\nmethod = '{method}'\nselect = 'bert/encoder/.*'\n{SHRINKING[method]}"
+    text += CALIBRATE + (DISTIL if METHODS["shrink"][method].trains else "")
     small = recipe.compress(recipe_of(text), module, params, tokens)
     sizes = {
         name: sum(leaf.size for path, leaf in _leaves(found).items() if path.startswith("bert/encoder/"))
@@ -274,6 +310,24 @@ def test_units_are_taken_out(model, tokens, recipe_of, method):
     shrunk = jc.models.resized(module, small)
     outputs = jax.jit(lambda p, ids: shrunk.apply({"params": p}, ids)["logits"])(small, np.array([tokens.ids[0]]))
     assert np.isfinite(outputs).all()
+
+
+RUN = {
+    "shrink": SHRINKING,
+    "prune": [*PRUNING_TRANSFORMS, *ONE_SHOT_PRUNING, "tune_masked"],
+    "lowrank": [*LOW_RANK, "compress_factors", "rank_gates"],
+    "quantize": [
+        *QUANTIZATION_TRANSFORMS, *ROUNDING, "smooth", "correct_biases", "quantize_inputs", "learned_rounding",
+    ],
+    "cluster": [*CLUSTERING, "trained_codebooks"],
+}  # fmt: skip
+"""What the tests above run."""
+
+
+@pytest.mark.parametrize("stage", METHODS)
+def test_every_method_is_run(stage):
+    untried = sorted(set(METHODS[stage]) - set(RUN[stage]))
+    assert not untried, f"Nothing runs {untried} from a recipe: give their options in the tables of this file."
 
 
 @pytest.mark.parametrize(
