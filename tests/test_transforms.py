@@ -1,12 +1,19 @@
+import ast
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import toys
+import transform_table
 
+from jaxcompress._src.recipe.methods import METHODS
 from jaxcompress._src.transforms import chain, identity, pullback
 from jaxcompress._src.types import Transform, TransformState
 from jaxcompress.arrays import QuantizedArray
+from jaxcompress.distillation import make_train_step
 from jaxcompress.tree import Unselected
 
 W = {"w": jnp.array([1.0, -2.0, 3.0]), "b": jnp.array([5.0])}
@@ -127,6 +134,43 @@ def test_project_and_finalize_hand_the_parameters_on():
     np.testing.assert_array_equal(params["w"], [2.0, -4.0, 4.0])
     assert float(state.trainable[2]["scale"]) == 0.25
     np.testing.assert_array_equal(transform.finalize(W, state)["w"], 0.25 * (10 * W["w"] + 1))
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"init": lambda params, *, key, statistics=None: ((), ())}, r"`init` returns a `TransformState`; .* tuple"),
+        ({"update": lambda grads, state, params, *, key, loss: state}, r"`update` returns `\(state, fresh\)`"),
+        (
+            {"update": lambda grads, state, params, *, key, loss: (state._replace(fixed={"step": 1.0}), None)},
+            r"`update` keeps .* TransformState with the leaves \[\".fixed\['step'\]\"\] more and \[\] less",
+        ),
+        ({"update": lambda grads, state, params, *, key, loss: (None, None)}, "`update` keeps .* returned NoneType"),
+        ({"project": lambda params, state: params}, r"`project` returns `\(params, state\)`; .*<lambda> returned dict"),
+        ({"project": lambda params, state: (params, ())}, "`project` keeps the structure .* returned tuple"),
+    ],
+)
+@pytest.mark.parametrize("make", [lambda stage: stage, chain], ids=["alone", "chain"])
+def test_what_breaks_the_contract_is_named(parts, message, make):
+    """Also in a chain, and where a bare state would pass for a pair."""
+    init_state, step = make_train_step(
+        toys.echo,
+        None,
+        optax.sgd(0.1),
+        losses={"dot": toys.dot("w", jnp.ones(3))},
+        transform=make(identity()._replace(**parts)),
+    )
+    with pytest.raises(TypeError, match=message):
+        step(init_state({"w": jnp.ones(3)}, key=jax.random.key(0)), None, {})
+
+
+def test_every_transform_has_a_row_in_the_table_of_laws():
+    calls = [
+        node.func for node in ast.walk(ast.parse(inspect.getsource(transform_table))) if isinstance(node, ast.Call)
+    ]
+    made = {getattr(function, "attr", getattr(function, "id", None)) for function in calls}
+    public = {row.function.__name__ for methods in METHODS.values() for row in methods.values() if row.trains}
+    assert not public - made, f"{sorted(public - made)} need rows in `tests/transform_table.py`."
 
 
 def test_a_state_of_another_chain_is_refused():

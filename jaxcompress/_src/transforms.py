@@ -1,7 +1,7 @@
 """Putting transforms in a row, and differentiating through them."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -105,6 +105,71 @@ def pullback(
     return params, pull
 
 
+def checked_init(transform: Transform, params: Params, *, key: jax.Array | None, statistics: Any) -> TransformState:
+    """`transform.init(...)`.
+
+    Raises:
+        TypeError: it returns something else than a `TransformState`. Names the function.
+    """
+    state = transform.init(params, key=key, statistics=statistics)
+    if not isinstance(state, TransformState):
+        raise TypeError(f"`init` returns a `TransformState`; {_name(transform.init)} returned {type(state).__name__}.")
+    return state
+
+
+def checked_update(
+    transform: Transform, grads: Any, state: TransformState, params: Params, *, key: jax.Array | None, loss: Any
+) -> tuple[TransformState, Any]:
+    """`transform.update(...)`.
+
+    Raises:
+        TypeError: it returns something else than `(state, fresh)`, or a state of another structure. Names the function.
+    """
+    result = transform.update(grads, state, params, key=key, loss=loss)
+    # A bare state is a pair, too: it must not be taken apart.
+    if isinstance(result, TransformState) or not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            f"`update` returns `(state, fresh)`, with `None` as `fresh` where no weights start anew; "
+            f"{_name(transform.update)} returned {type(result).__name__}."
+        )
+    _check_state("update", transform.update, result[0], state)
+    return result
+
+
+def checked_project(transform: Transform, params: Params, state: TransformState) -> tuple[Params, TransformState]:
+    """`transform.project(...)`.
+
+    Raises:
+        TypeError: it returns something else than `(params, state)`, or a state of another structure. Names the
+            function.
+    """
+    result = transform.project(params, state)
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise TypeError(
+            f"`project` returns `(params, state)`; {_name(transform.project)} returned {type(result).__name__}."
+        )
+    _check_state("project", transform.project, result[1], state)
+    return result
+
+
+def _check_state(name: str, function: Callable[..., Any], state: Any, before: TransformState) -> None:
+    if jax.tree.structure(state) != jax.tree.structure(before):
+        old, new = (
+            {jax.tree_util.keystr(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)}
+            for tree in (before, state)
+        )
+        raise TypeError(
+            f"`{name}` keeps the structure of the state; {_name(function)} returned {type(state).__name__} with the "
+            f"leaves {sorted(new - old)} more and {sorted(old - new)} less."
+        )
+
+
+def _name(function: Any) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    return f"{function.__module__}.{function.__qualname__}"
+
+
 def _stage_pullback(
     stage: Transform, params: Params, state: TransformState, key: jax.Array | None
 ) -> tuple[Params, Callable[[Params], tuple[Params, Params]]]:
@@ -123,7 +188,7 @@ def _chain_init(stages: tuple[Transform, ...]) -> Callable[..., TransformState]:
     def init(params: Params, *, key: jax.Array, statistics: Any = None) -> TransformState:
         states = []
         for stage, stage_key in zip(stages, _split_key(key, len(stages)), strict=True):
-            states.append(stage.init(params, key=stage_key, statistics=statistics))
+            states.append(checked_init(stage, params, key=stage_key, statistics=statistics))
             params = stage.apply(params, states[-1], key=None)
         return _join_states(states)
 
@@ -158,7 +223,7 @@ def _chain_update(stages: tuple[Transform, ...]) -> Callable[..., tuple[Transfor
         states, marks = [], []
         old, keys = _split_state(state, len(stages)), _split_key(key, len(stages))
         for stage, stage_grads, stage_state, stage_key in zip(stages, grads, old, keys, strict=True):
-            new, fresh = stage.update(stage_grads, stage_state, params, key=stage_key, loss=loss)
+            new, fresh = checked_update(stage, stage_grads, stage_state, params, key=stage_key, loss=loss)
             states.append(new)
             marks.append(fresh)
             params = stage.apply(params, new, key=None)
@@ -171,7 +236,7 @@ def _chain_project(stages: tuple[Transform, ...]) -> Callable[..., tuple[Params,
     def project(params: Params, state: TransformState) -> tuple[Params, TransformState]:
         states = []
         for stage, stage_state in zip(stages, _split_state(state, len(stages)), strict=True):
-            params, projected = stage.project(params, stage_state)
+            params, projected = checked_project(stage, params, stage_state)
             states.append(projected)
         return params, _join_states(states)
 

@@ -124,10 +124,17 @@ class TransformState(NamedTuple):
 class Transform(NamedTuple):
     """A compression technique during training, as six pure functions.
 
-    One train step runs, in this order: `apply` inside the loss, backward, optimizer, `update`, `project`.
+    One train step runs, in this order: `apply` inside the loss, backward, optimizer, `update`, `project`. All of it is
+    traced once: what changes with time is an array of the state. `identity()._replace(...)` is a transform with some
+    functions of its own.
+
+    Leaves that are compressed before the training begins may be among those selected. Every function hands them on as
+    they are, unless it is made for them, as rounding is for sparse leaves. What `finalize` stores has the values that
+    `apply` returns, and what is zero in them stays zero through the stages after.
 
     Attributes:
-        init: `(params, *, key, statistics=None) -> TransformState`, with strongly typed leaves.
+        init: `(params, *, key, statistics=None) -> TransformState`, with strongly typed leaves; named tuples in it are
+            `exportable`. `update` and `project` keep its structure, shapes and dtypes.
         apply: `(params, state, *, key=None) -> params` that the forward pass uses; differentiable; keeps the logical
             structure, shapes and dtypes. `key=None` is the deterministic form.
         penalty: `(state, params, *, loss) -> scalar` added to the loss.

@@ -121,7 +121,9 @@ def _bits_of_zero_points(shape, bits):
 def test_stored_equals_fake(name):
     """Bit for bit; and every contract of a compressed leaf."""
     spec = SPECS[name]
-    w = jnp.asarray(weights((2, 24, 6))).at[0, 5, 2].set(0.0)
+    w = jnp.asarray(weights((2, 24, 6)))
+    if spec.number_format.has_zero:  # otherwise they are stored apart from the codes
+        w = w.at[0, 5, 2].set(0.0)
     leaf = quantize_array(w, spec, STACKED)
     validate_array(leaf)
     fake, plain = jax.jit(lambda w, leaf: (fake_quantize_array(w, spec, STACKED), leaf.materialize()))(w, leaf)
@@ -132,7 +134,7 @@ def test_stored_equals_fake(name):
         0 if leaf.zero_point is None else _bits_of_zero_points(leaf.scale.shape, spec.bits)
     )
     assert leaf.nbits == w.size * spec.bits + parameters
-    assert plain[0, 5, 2] == 0
+    assert (plain[w == 0] == 0).all()
     grad = jax.grad(lambda w: fake_quantize_array(w, spec, STACKED).sum())(w)
     np.testing.assert_array_equal(grad, jnp.ones_like(w))
 

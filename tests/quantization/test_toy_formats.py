@@ -9,6 +9,7 @@ from toy_formats import NO_ZERO, TABLE, THIRDS, TOYS, rounded_by_hand
 
 import jaxcompress as jc
 from jaxcompress._src.arrays.validate import validate_array
+from jaxcompress._src.quantization.formats.number_format import NumberFormat
 from jaxcompress._src.quantization.formats.tables import Table
 from jaxcompress._src.quantization.spec import FORMATS
 from jaxcompress._src.recipe.options import options_of
@@ -113,7 +114,10 @@ def test_files_name_the_formats_of_inputs(tmp_path):
     [
         ({"format": TABLE, "bits": 4}, "Codes of format 'toy' have 3 bits, got `bits` 4"),
         ({"format": THIRDS, "symmetric": False}, "are choices of integers; format 'thirds' has none"),
-        ({"format": "thirds"}, r"`format` must be one of \('int', 'ternary', .*'mxfp8_e5m2'\), got 'thirds'"),
+        (
+            {"format": "thirds"},
+            r"`format` must be one of \('int', 'ternary', .*'mxfp8_e5m2'\), or a `NumberFormat`, got 'thirds'",
+        ),
     ],
 )
 def test_what_it_does_not_have_is_refused(settings, message):
@@ -134,6 +138,12 @@ def test_bad_tables_are_named(levels):
         Table(name="bad", levels=levels)
 
 
+def test_a_zero_point_that_nothing_would_read_is_refused():
+    with pytest.raises(TypeError, match=r"Halves has a `fixed_zero_point`, which is for formats with `uses_range"):
+        type("Halves", (NumberFormat,), {"fixed_zero_point": -0.5})
+
+
 def test_every_format_is_in_the_docs_and_in_recipes():
-    assert [name for name in FORMATS if f'"{name}"' not in QuantSpec.__doc__] == []
+    undocumented = [name for name in FORMATS if f'"{name}"' not in QuantSpec.__doc__]
+    assert undocumented == [], f"{undocumented} need rows in the table of formats, in the docstring of `QuantSpec`."
     assert set(options_of(quantize)["format"].kind.__args__) == set(FORMATS)

@@ -20,7 +20,7 @@ from jaxcompress._src.distillation.train_state import (
     reset_moments,
     unless,
 )
-from jaxcompress._src.transforms import identity
+from jaxcompress._src.transforms import checked_init, checked_project, checked_update, identity
 from jaxcompress._src.tree.partition import combine, partition_trainable
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState
@@ -135,7 +135,7 @@ def _init(setup: Setup, params: Params, key: jax.Array, statistics: Any) -> Trai
     # Strongly typed before anything is derived from them: moments would inherit the weak type.
     params = own(params)
     check_mutable(params, setup.mutable)
-    transform_state = own(setup.transform.init(params, key=transform_key, statistics=statistics))
+    transform_state = own(checked_init(setup.transform, params, key=transform_key, statistics=statistics))
     inner, _ = partition_trainable(transform_state.trainable)
     if jax.tree.leaves(inner) and setup.transform_optimizer is None:
         raise ValueError("The transform has trainable state: `transform_optimizer` is needed.")
@@ -166,10 +166,10 @@ def _step(
         _transform_optimizer(setup), grads[1], state.transform_state.trainable, state.transform_optimizer_state, total
     )
     transform_state = TransformState(trainable, state.transform_state.fixed)
-    transform_state, fresh = transform.update(
-        backward.stage_grads, transform_state, params, key=update_key, loss=backward.loss
+    transform_state, fresh = checked_update(
+        transform, backward.stage_grads, transform_state, params, key=update_key, loss=backward.loss
     )
-    params, transform_state = transform.project(params, transform_state)
+    params, transform_state = checked_project(transform, params, transform_state)
     optimizer_state = reset_moments(
         setup.optimizer, optimizer_state, fresh, partition_trainable(params, select=setup.trainable)[0]
     )

@@ -88,7 +88,7 @@ def wanda(
         statistics: from `calibration.input_statistics`; with "gram" the info has the output error.
         sparsity: share of pruned weights; one number, or a partial tree of them. A pattern n of m implies it.
         pattern: `unstructured()`, `n_of_m(2, 4)` (two of every four consecutive inputs are kept) or `block(32, 32)`.
-        scope: what is ranked together; see there.
+        scope: what is ranked together; see `masks_from_scores`.
         counting: "exact", as `masks_from_scores` counts; "wanda", as the public implementation: int(s n) of the n
             inputs of a row, and among equal scores the lowest index is pruned (n of m: as "exact").
         unseen: what inputs that are 0 in every row count: "keep", as much as the others do on average, or "zero",

@@ -111,8 +111,8 @@ class QuantSpec:
     error_norm: float = 2.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.format, str) and self.format not in FORMATS:
-            raise ValueError(f"`format` must be one of {tuple(FORMATS)}, got {self.format!r}.")
+        if self.format not in FORMATS and not isinstance(self.format, NumberFormat):
+            raise ValueError(f"`format` must be one of {tuple(FORMATS)}, or a `NumberFormat`, got {self.format!r}.")
         for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal) and (name, self.convention) != ("convention", None):
                 raise ValueError(f"`{name}` must be one of {get_args(literal)}, got {getattr(self, name)!r}.")

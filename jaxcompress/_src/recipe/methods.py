@@ -46,11 +46,15 @@ from jaxcompress._src.units.one_shot import fisher_shrink, magnitude_shrink
 class Method:
     """A row of the table.
 
+    A recipe knows the arguments of a function by their names. It gives `params`, `select`, `layouts`, `groups`, and what
+    comes from texts: `statistics`, `apply`, `batches`, `fisher`, `loss` and a few more (see `one_shot`). The others are
+    options of the step if a file can say their values (see `options`); their lines in the docstring explain them.
+
     Attributes:
-        function: a one-shot method, or what makes a training transform.
+        function: a one-shot method, `(params, ...) -> (params, info)`, or what makes a training transform.
         at_once: method of the same stage that does in one shot what this transform does in a training.
-        sequential: whether leaves are compressed one after another, each with the inputs that the earlier ones leave
-            it; None: the function sees to the order itself.
+        sequential: of methods that take `statistics`, whether leaves are compressed one after another, each with the
+            inputs that the earlier ones leave it; None: there is no such choice.
         keeps_zeros: whether weights that are 0 stay 0.
         defaults: values of options that a file leaves out, where they are not those of the function but suit files
             (scales of 16 bits) and trainings of few steps.

@@ -18,8 +18,10 @@ class NumberFormat(abc.ABC):
     """What codes stand for, how weights become codes, and how a block of weights gets its scale.
 
     A code c stands for (c - zero point) * scale, or for levels[c] * scale, which is what `QuantizedArray` stores.
-    Subclasses are frozen dataclasses and hashable: specs are static arguments of compiled functions. This base class is
-    that of symmetric whole numbers in `code_range`, whose scale comes from the range of the block.
+    This base class is that of symmetric whole numbers in `code_range`, whose scale comes from the range of the block.
+    Subclasses are frozen dataclasses and hashable, since specs are static arguments of compiled functions. A list of
+    values needs no class: it is a `tables.Table`. `QuantSpec` takes the object itself; a row in `spec.FORMATS` gives it
+    a name, which recipes and the checkpoints of rounded inputs need.
 
     Blocks are arrays as `arrays.split_blocks` makes them; scales and zero points broadcast against them.
 
@@ -48,7 +50,13 @@ class NumberFormat(abc.ABC):
     has_range_search: ClassVar[bool] = True
     """Whether scales of smaller weights may lose less."""
     fixed_zero_point: ClassVar[float | None] = None
-    """A zero point that is no choice."""
+    """A zero point that is no choice, beside scales by `scale_of_weights`; those of a range come from `zero_point`."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Checks that the zero point is one that is read."""
+        super().__init_subclass__(**options)
+        if cls.uses_range and cls.fixed_zero_point is not None:
+            raise TypeError(f"{cls.__name__} has a `fixed_zero_point`, which is for formats with `uses_range = False`.")
 
     def configured(self, *, bits: int, symmetric: bool, convention: Convention) -> "NumberFormat":
         """The format with the settings of a spec.

@@ -21,7 +21,7 @@ class Table(NumberFormat):
     The largest magnitude of the table is that of the largest weight of a block.
 
     Raises:
-        ValueError: `levels` do not ascend, or are fewer than 2 or more than 256.
+        ValueError: `levels` are no tuple, do not ascend, or are fewer than 2 or more than 256.
 
     Example:
         >>> from jaxcompress.quantization import QuantSpec, quantize
@@ -35,6 +35,8 @@ class Table(NumberFormat):
     levels: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.levels, tuple):
+            raise ValueError(f"The levels of a table are a tuple, which can be hashed, got {self.levels!r}.")
         if not 2 <= len(self.levels) <= 256:
             raise ValueError(f"A table has 2 to 256 levels, got {len(self.levels)}.")
         self._check_order()
