@@ -143,7 +143,7 @@ def test_project_and_finalize_hand_the_parameters_on():
         ({"update": lambda grads, state, params, *, key, loss: state}, r"`update` returns `\(state, fresh\)`"),
         (
             {"update": lambda grads, state, params, *, key, loss: (state._replace(fixed={"step": 1.0}), None)},
-            r"`update` keeps .* TransformState with the leaves \[\".fixed\['step'\]\"\] more and \[\] less",
+            r"`update` keeps .* TransformState: new leaves \[\".fixed\['step'\]\"\], missing leaves \[\]",
         ),
         ({"update": lambda grads, state, params, *, key, loss: (None, None)}, "`update` keeps .* returned NoneType"),
         ({"project": lambda params, state: params}, r"`project` returns `\(params, state\)`; .*<lambda> returned dict"),

@@ -159,15 +159,15 @@ def _check_state(name: str, function: Callable[..., Any], state: Any, before: Tr
             for tree in (before, state)
         )
         raise TypeError(
-            f"`{name}` keeps the structure of the state; {_name(function)} returned {type(state).__name__} with the "
-            f"leaves {sorted(new - old)} more and {sorted(old - new)} less."
+            f"`{name}` keeps the structure of the state; {_name(function)} returned {type(state).__name__}: new leaves "
+            f"{sorted(new - old)}, missing leaves {sorted(old - new)}."
         )
 
 
 def _name(function: Any) -> str:
     while isinstance(function, partial):
         function = function.func
-    return f"{function.__module__}.{function.__qualname__}"
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
 def _stage_pullback(

@@ -46,9 +46,10 @@ from jaxcompress._src.units.one_shot import fisher_shrink, magnitude_shrink
 class Method:
     """A row of the table.
 
-    A recipe knows the arguments of a function by their names. It gives `params`, `select`, `layouts`, `groups`, and what
-    comes from texts: `statistics`, `apply`, `batches`, `fisher`, `loss` and a few more (see `one_shot`). The others are
-    options of the step if a file can say their values (see `options`); their lines in the docstring explain them.
+    A recipe knows the arguments of a function by their names. It gives `params`, `select`, `layouts`, `groups`, and
+    what comes from texts: `statistics`, `apply`, `batches`, `fisher`, `loss` and a few more (see `one_shot`). Others
+    are options of the step if a file can say their values (see `options`), and their lines in the docstring explain
+    them.
 
     Attributes:
         function: a one-shot method, `(params, ...) -> (params, info)`, or what makes a training transform.
