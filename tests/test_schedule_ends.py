@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from transform_table import not_called
 
 import jaxcompress as jc
 from jaxcompress import gates, lowrank, pruning
@@ -147,6 +148,15 @@ TABLE = {
         same=True,
     ),
 }
+
+
+SCHEDULING = {"schedule", "threshold", "warm_up", "begin", "until", "freeze_at", "every"}
+"""Keywords that say when something happens."""
+
+
+def test_every_transform_with_a_schedule_has_a_row():
+    absent = not_called(__file__, keywords=SCHEDULING)
+    assert not absent, f"{absent} need rows in the table of this file."
 
 
 def _located(name, state):

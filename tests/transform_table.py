@@ -1,8 +1,11 @@
 """Every transform of the library, one row each: what the laws of the contract are tested on."""
 
+import ast
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,6 +17,7 @@ import jaxcompress as jc
 from jaxcompress import gates, lowrank, pruning
 from jaxcompress._src.quantization.input_transforms import quantized_inputs
 from jaxcompress._src.quantization.inputs import InputRange
+from jaxcompress._src.recipe.methods import METHODS
 from jaxcompress._src.types import Transform
 from jaxcompress._src.units.penalty import lambda_penalty
 from jaxcompress.clustering import CodebookSpec, trained_codebooks
@@ -228,6 +232,15 @@ def run(row: Row, place: Callable[[Any], Any] = lambda tree: tree, place_batch: 
     for _ in range(STEPS):
         state, _ = step(state, None, inputs)
     return transform, state, len(traces)
+
+
+def not_called(file: str, *, keywords: Collection[str] = ()) -> list[str]:
+    """Names of the transforms that a file does not call: of all, or of those that take one of some keywords."""
+    functions = [node.func for node in ast.walk(ast.parse(Path(file).read_text("utf-8"))) if isinstance(node, ast.Call)]
+    called = {getattr(function, "attr", getattr(function, "id", None)) for function in functions}
+    rows = [row.function for methods in METHODS.values() for row in methods.values() if row.trains]
+    wanted = [row for row in rows if not keywords or set(keywords) & set(inspect.signature(row).parameters)]
+    return sorted({row.__name__ for row in wanted} - called)
 
 
 @functools.cache
