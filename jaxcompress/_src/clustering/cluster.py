@@ -118,7 +118,7 @@ def describe(
     errors = weighed_errors(leaf, stored, jnp.ones(()) if importance is None else jnp.asarray(importance))
     rows = np.asarray(leaf.rows(codes)), np.asarray(leaf.rows(stored.materialize()))
     named = zip(entry_names(leaf.path, leaf.weight.shape, leaf.layout), errors, *rows, strict=True)
-    return {name: _info(error, stored, values) for name, error, stored, values in named}
+    return {name: _info(error, entry_codes, values) for name, error, entry_codes, values in named}
 
 
 def _info(error: float, codes: np.ndarray, values: np.ndarray) -> ClusterInfo:

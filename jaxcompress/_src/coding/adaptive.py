@@ -38,7 +38,7 @@ def encode_adaptive(codes: Integer[np.ndarray, "R C"], alphabet: int) -> bytes:
     common = int(np.bincount(codes.ravel(), minlength=alphabet).argmax()) if codes.size else 0
     share = int(np.count_nonzero(codes != common)) * CERTAIN // max(codes.size, 1)
     share = min(max(share, 4), CERTAIN - 4)
-    found = []
+    candidates = []
     for turned in (0, 1):
         table = codes.T if turned else codes
         period = _period((table != common).sum(axis=1))
@@ -46,8 +46,8 @@ def encode_adaptive(codes: Integer[np.ndarray, "R C"], alphabet: int) -> bytes:
         _walk(encoder, table.shape, common, alphabet, share, period, table.tolist())
         writer.numbers([common, share, 2 * period + turned])
         writer.raw(encoder.done())
-        found.append(writer.done())
-    return min(found, key=len)
+        candidates.append(writer.done())
+    return min(candidates, key=len)
 
 
 def decode_adaptive(data: bytes, shape: tuple[int, int], alphabet: int) -> Integer[np.ndarray, "R C"]:
@@ -104,10 +104,10 @@ def _walk(
         second = marks[i - 2] if i > 1 else blank
         far = marks[i - period] if 0 < period <= i else blank
         hits = strength * _row_share(counts, i, period, share, columns)
-        total, own, line, source = strength, [0] * (columns + 1), [common] * columns, given[i] if given else None
+        total, marked, line, source = strength, [0] * (columns + 1), [common] * columns, given[i] if given else None
         # The place behind the last column stands for the one before the first.
         for j in range(columns):
-            place = above[j] | far[j] << 1 | second[j] << 2 | own[j - 1] << 3
+            place = above[j] | far[j] << 1 | second[j] << 2 | marked[j - 1] << 3
             p = hits // total
             x = small[p] if p < 4096 else coarse[p >> 4]
             p = column[j] >> (_FINE - 16)
@@ -129,22 +129,22 @@ def _walk(
             total += 1
             if bit:
                 hits += CERTAIN
-                own[j] = 1
+                marked[j] = 1
                 line[j] = values.code(source[j] if source else 0)
-        marks.append(own)
-        counts.append(sum(own))
+        marks.append(marked)
+        counts.append(sum(marked))
         result.append(line)
     return result
 
 
 def _row_share(counts: list[int], row: int, period: int, share: int, columns: int) -> int:
     """What a row is expected to hold: as the one before it and the one a period before, and the mean."""
-    found, weight = share * columns, columns
+    total, weight = share * columns, columns
     for distance in (1, period):
         if 0 < distance <= row:
-            found += counts[row - distance] << 16
+            total += counts[row - distance] << 16
             weight += columns
-    return min(found // max(weight, 1), CERTAIN - 1)
+    return min(total // max(weight, 1), CERTAIN - 1)
 
 
 class _Values:
@@ -165,7 +165,7 @@ class _Values:
             self._nodes[node] += ((bit << _FINE) - self._nodes[node]) * 2 // self._seen[node]
             self._seen[node] += 2 if self._seen[node] < 2 * _SLOWEST else 0
             node = node << 1 | bit
-        found = node - (1 << self._bits)
-        if found >= len(self._symbols):
+        place = node - (1 << self._bits)
+        if place >= len(self._symbols):
             raise ValueError("a code is not in the alphabet")
-        return self._symbols[found]
+        return self._symbols[place]

@@ -42,11 +42,11 @@ class BitEncoder:
 
     def done(self) -> bytes:
         """All bytes. Behind them the decoder reads zeros, so the fewest that lead into the last interval are enough."""
-        for kept in range(5):
-            step = 1 << 8 * (4 - kept)
+        for count in range(5):
+            step = 1 << 8 * (4 - count)
             value = -(-self._low // step) * step
             if value <= self._high:
-                self._out += (value >> 8 * (4 - kept)).to_bytes(kept, "big")
+                self._out += (value >> 8 * (4 - count)).to_bytes(count, "big")
                 break
         while self._out and not self._out[-1]:
             self._out.pop()
@@ -104,8 +104,8 @@ def stretch(probability: int) -> int:
 def squash_table() -> list[int]:
     """The inverse of `stretch`, for -2560, ..., 2560: probabilities in [4, 2^16 - 4]."""
     with decimal.localcontext(prec=30):
-        found = [int(CERTAIN / (1 + (decimal.Decimal(-x) / STRETCH_UNIT).exp())) for x in range(-_LIMIT, _LIMIT + 1)]
-    return [min(max(p, 4), CERTAIN - 4) for p in found]
+        exact = [int(CERTAIN / (1 + (decimal.Decimal(-x) / STRETCH_UNIT).exp())) for x in range(-_LIMIT, _LIMIT + 1)]
+    return [min(max(p, 4), CERTAIN - 4) for p in exact]
 
 
 def squash(x: int) -> int:

@@ -19,12 +19,12 @@ class Writer:
 
     def number(self, value: int) -> None:
         """A number that is not negative: seven bits to a byte, lowest first; the highest bit says that more follow."""
-        found = bytearray()
+        encoded = bytearray()
         while value > 0x7F:
-            found.append(value & 0x7F | 0x80)
+            encoded.append(value & 0x7F | 0x80)
             value >>= 7
-        found.append(value)
-        self._parts.append(bytes(found))
+        encoded.append(value)
+        self._parts.append(bytes(encoded))
 
     def numbers(self, values: Iterable[int]) -> None:
         """Several numbers."""

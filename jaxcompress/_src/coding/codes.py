@@ -71,8 +71,8 @@ def encode_codes(codes: Integer[np.ndarray, "..."], *, bits: int = 8, coder: Cod
     if coder is not None and coder not in _ENCODERS:
         raise ValueError(f"`coder` must be one of {', '.join(one.name for one in _ENCODERS)}, got {coder.name}.")
     tried = [coder] if coder is not None else _worth_trying(table)
-    found = [bytes([one]) + _ENCODERS[one](table, bits) for one in tried]
-    return min(found, key=len)
+    candidates = [bytes([one]) + _ENCODERS[one](table, bits) for one in tried]
+    return min(candidates, key=len)
 
 
 def decode_codes(data: bytes, shape: tuple[int, ...], *, bits: int = 8) -> Integer[np.ndarray, "..."]:
@@ -88,10 +88,10 @@ def decode_codes(data: bytes, shape: tuple[int, ...], *, bits: int = 8) -> Integ
     """
     if not data or data[0] not in list(Coder):
         raise ValueError(f"coder {data[0] if data else 'nothing'} is unknown")
-    found = _DECODERS[Coder(data[0])](data[1:], as_table(shape), bits)
-    if found.size and int(found.max()) >= 1 << bits:
-        raise ValueError(f"a code of {bits} bits is {int(found.max())}")
-    return found.astype(np.uint8).reshape(shape)
+    codes = _DECODERS[Coder(data[0])](data[1:], as_table(shape), bits)
+    if codes.size and int(codes.max()) >= 1 << bits:
+        raise ValueError(f"a code of {bits} bits is {int(codes.max())}")
+    return codes.astype(np.uint8).reshape(shape)
 
 
 def as_table(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -114,8 +114,8 @@ def _decode_plain(data: bytes, shape: tuple[int, int], bits: int) -> Integer[np.
     count = math.prod(shape)
     if len(data) != -(-count * bits // 8):
         raise ValueError(f"{count} codes of {bits} bits take {-(-count * bits // 8)} bytes, not {len(data)}")
-    found = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits).reshape(count, bits)
-    return (found.astype(np.int64) << np.arange(bits)).sum(axis=1).reshape(shape)
+    digits = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits).reshape(count, bits)
+    return (digits.astype(np.int64) << np.arange(bits)).sum(axis=1).reshape(shape)
 
 
 def _encode_rans(table: Integer[np.ndarray, "R C"], bits: int) -> bytes:

@@ -40,11 +40,11 @@ def encode_rans(
     start = np.concatenate([start, np.zeros_like(whole)]).reshape(steps, lanes)
     state = np.full(lanes, _LOW, np.int64)
     words = []
-    for own, first in zip(freq[::-1], start[::-1], strict=True):
-        full = state >= own << (32 - PRECISION)
+    for width, first in zip(freq[::-1], start[::-1], strict=True):
+        full = state >= width << (32 - PRECISION)
         words.append((state[full] & 0xFFFF).astype("<u2"))
         state = np.where(full, state >> 16, state)
-        quotient, remainder = np.divmod(state, own)
+        quotient, remainder = np.divmod(state, width)
         state = (quotient << PRECISION) + remainder + first
     writer = Writer()
     writer.number(lanes)
@@ -76,16 +76,16 @@ def decode_rans(
     symbols = np.zeros((steps, lanes), np.int64)
     for step, row in enumerate(rows):
         active = min(lanes, len(contexts) - step * lanes)
-        row, own = row[:active], state[:active]
-        slot = own & ((1 << PRECISION) - 1)
-        found = find[row, slot]
-        symbols[step, :active] = found
-        own = frequencies[row, found] * (own >> PRECISION) + slot - starts[row, found]
-        low = np.flatnonzero(own < _LOW)
+        row, current = row[:active], state[:active]
+        slot = current & ((1 << PRECISION) - 1)
+        decoded = find[row, slot]
+        symbols[step, :active] = decoded
+        current = frequencies[row, decoded] * (current >> PRECISION) + slot - starts[row, decoded]
+        low = np.flatnonzero(current < _LOW)
         if at + len(low) > len(words):
             raise ValueError("words are missing")
-        own[low] = own[low] << 16 | words[at : at + len(low)]
-        state[:active], at = own, at + len(low)
+        current[low] = current[low] << 16 | words[at : at + len(low)]
+        state[:active], at = current, at + len(low)
     if at != len(words) or (state != _LOW).any():
         raise ValueError("words are left, or a state is not that of the start")
     return symbols.reshape(-1)[: len(contexts)]
@@ -139,14 +139,14 @@ def quantized_frequencies(counts: Int64[np.ndarray, "C A"]) -> Int64[np.ndarray,
     total = 1 << PRECISION
     counts = counts.copy()
     counts[counts.sum(axis=1) == 0, 0] = 1
-    found = np.maximum(counts * total // counts.sum(axis=1, keepdims=True), (counts > 0).astype(np.int64))
-    for row, own in zip(found, counts, strict=True):
+    frequencies = np.maximum(counts * total // counts.sum(axis=1, keepdims=True), (counts > 0).astype(np.int64))
+    for row, row_counts in zip(frequencies, counts, strict=True):
         # One at a time: each time to (or from) the symbol whose cost changes the most (least).
         while (short := total - row.sum()) > 0:
-            row[_best(own, row, 1)] += min(short, max(1, short // 2))
+            row[_best(row_counts, row, 1)] += min(short, max(1, short // 2))
         while (over := row.sum() - total) > 0:
-            row[_best(own, row, -1)] -= min(over, 1)
-    return found
+            row[_best(row_counts, row, -1)] -= min(over, 1)
+    return frequencies
 
 
 def _best(counts: Int64[np.ndarray, " A"], frequencies: Int64[np.ndarray, " A"], step: int) -> int:

@@ -103,11 +103,11 @@ class _States(NamedTuple):
         return _States(self.costs[which], self.losses[which], [*before, (parents[which], options[which])])
 
     def path(self, state: int) -> list[int]:
-        found = []
+        path_options = []
         for parents, options in reversed(self.steps):
-            found.append(int(options[state]))
+            path_options.append(int(options[state]))
             state = int(parents[state])
-        return found[::-1]
+        return path_options[::-1]
 
 
 class _Relaxed:
@@ -154,17 +154,17 @@ def _item(costs: Any, losses: Any, place: int) -> _Item:
         raise ValueError(f"Item {place} has a loss that is not finite, or a negative cost.")
     order = np.lexsort((loss, cost))
     best = np.minimum.accumulate(loss[order])
-    kept = order[np.concatenate([[True], best[1:] < best[:-1]])]
-    return _Item(cost[kept], loss[kept], kept)
+    efficient = order[np.concatenate([[True], best[1:] < best[:-1]])]
+    return _Item(cost[efficient], loss[efficient], efficient)
 
 
 def _hull(costs: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    kept: list[int] = []
+    corners: list[int] = []
     for i in range(len(costs)):
-        while len(kept) > 1 and _is_above(costs, losses, kept[-2], kept[-1], i):
-            kept.pop()
-        kept.append(i)
-    return costs[kept], losses[kept]
+        while len(corners) > 1 and _is_above(costs, losses, corners[-2], corners[-1], i):
+            corners.pop()
+        corners.append(i)
+    return costs[corners], losses[corners]
 
 
 def _is_above(costs: np.ndarray, losses: np.ndarray, a: int, b: int, c: int) -> bool:
@@ -179,6 +179,6 @@ def _extend(states: _States, item: _Item) -> _States:
     losses = (states.losses[:, None] + item.losses).reshape(-1)
     order = np.lexsort((losses, costs))
     best = np.minimum.accumulate(losses[order])
-    kept = order[np.concatenate([[True], best[1:] < best[:-1]])]
+    efficient = order[np.concatenate([[True], best[1:] < best[:-1]])]
     options = len(item.costs)
-    return _States(costs[kept], losses[kept], [*states.steps, (kept // options, kept % options)])
+    return _States(costs[efficient], losses[efficient], [*states.steps, (efficient // options, efficient % options)])

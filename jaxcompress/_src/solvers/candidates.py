@@ -57,7 +57,7 @@ class Candidates:
         values = jax.tree.map(lambda part: jnp.where(never, jnp.zeros((), part.dtype), part), self.values)
         return order_keys(self.score(values)).reshape(self.shape)
 
-    def own(self, vector: Shaped[Array, " groups"]) -> Shaped[Array, "..."]:
+    def by_group(self, vector: Shaped[Array, " groups"]) -> Shaped[Array, "..."]:
         """The entries for this leaf, so that they broadcast against it."""
         if self.together:
             return vector.reshape(self.group_shape)
@@ -68,7 +68,7 @@ class Candidates:
 @jax.jit
 def count_below(leaf: Candidates, limits: UInt32[Array, " groups"]) -> Int32[Array, " own"]:
     """Keys below the limit, in each group of the leaf."""
-    return count_true(leaf.keys(limits) < leaf.own(limits), leaf.axes).reshape(-1)
+    return count_true(leaf.keys(limits) < leaf.by_group(limits), leaf.axes).reshape(-1)
 
 
 @jax.jit
@@ -76,21 +76,21 @@ def count_ties(
     leaf: Candidates, limits: UInt32[Array, " groups"], ends: Int32[Array, " groups"]
 ) -> Int32[Array, " own"]:
     """Keys at the limit that lie before the end, in each group of the leaf."""
-    ties = leaf.keys(ends) == leaf.own(limits)
-    return count_true(ties & _lies_before(leaf, leaf.own(ends)), leaf.axes).reshape(-1)
+    ties = leaf.keys(ends) == leaf.by_group(limits)
+    return count_true(ties & _lies_before(leaf, leaf.by_group(ends)), leaf.axes).reshape(-1)
 
 
 @jax.jit
 def at_least(leaf: Candidates, limits: UInt32[Array, " groups"]) -> Bool[Array, "..."]:
     """Keys not below the limit."""
-    return leaf.keys(limits) >= leaf.own(limits)
+    return leaf.keys(limits) >= leaf.by_group(limits)
 
 
 @jax.jit
-def kept(leaf: Candidates, limits: UInt32[Array, " groups"], ends: Int32[Array, " groups"]) -> Bool[Array, "..."]:
+def above(leaf: Candidates, limits: UInt32[Array, " groups"], ends: Int32[Array, " groups"]) -> Bool[Array, "..."]:
     """Keys above the limit, and those at the limit that lie before the end."""
-    keys, limit = leaf.keys(limits), leaf.own(limits)
-    return (keys > limit) | ((keys == limit) & _lies_before(leaf, leaf.own(ends)))
+    keys, limit = leaf.keys(limits), leaf.by_group(limits)
+    return (keys > limit) | ((keys == limit) & _lies_before(leaf, leaf.by_group(ends)))
 
 
 def _lies_before(leaf: Candidates, end: Int32[Array, "..."]) -> Bool[Array, "..."]:

@@ -43,8 +43,8 @@ def damped_cholesky(matrix: Float[Array, "D D"], damping: ArrayLike) -> DampedFa
 
     Example:
         >>> singular = jnp.array([[1.0, 1.0], [1.0, 1.0]])
-        >>> found = damped_cholesky(singular, 0.0)
-        >>> bool(jnp.isfinite(found.factor).all()), found.retries.item() > 0
+        >>> result = damped_cholesky(singular, 0.0)
+        >>> bool(jnp.isfinite(result.factor).all()), result.retries.item() > 0
         (True, True)
     """
     matrix = matrix.astype(jnp.float32)

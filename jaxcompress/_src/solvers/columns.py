@@ -123,8 +123,8 @@ def solve_groups(
         >>> def to_ends(w, top, i):
         ...     return jnp.sign(w) * top
         >>> w = jnp.array([[1.0], [3.0], [5.0], [2.0]])
-        >>> found, tops = solve_groups(w, jnp.eye(4), quantize_column=to_ends, start_group=start, group_size=2)
-        >>> found.ravel().tolist(), tops.tolist()
+        >>> solved, tops = solve_groups(w, jnp.eye(4), quantize_column=to_ends, start_group=start, group_size=2)
+        >>> solved.ravel().tolist(), tops.tolist()
         ([3.0, 3.0, 5.0, 5.0], [[3.0], [5.0]])
     """
     depth = weights.shape[0]
@@ -189,12 +189,12 @@ def _solve(
     def block(state: Any, number: Int32[Array, ""]) -> Any:
         weights, parameters = state
         start = number * rules.block
-        own = jax.lax.dynamic_slice_in_dim(weights, start, rules.block)
+        part = jax.lax.dynamic_slice_in_dim(weights, start, rules.block)
         rows = jax.lax.dynamic_slice_in_dim(factor, start, rules.block)
         square = jax.lax.dynamic_slice_in_dim(rows, start, rules.block, axis=1)
         if rules.start_group is not None and rules.block <= rules.group < depth:
             parameters = _renewed(rules, parameters, weights, start, start)
-        (solved, errors, parameters), by_step = _solve_block(own, square, parameters, number, rules)
+        (solved, errors, parameters), by_step = _solve_block(part, square, parameters, number, rules)
         # U is upper triangular: inputs before this block get exactly 0.
         weights = weights - _product(rows.T, errors)
         return (jax.lax.dynamic_update_slice_in_dim(weights, solved, start, 0), parameters), by_step
@@ -216,22 +216,22 @@ def _solve_block(
     These are what is left of them, and, apart, what each step had.
     """
     diagonal = jnp.diagonal(square)
-    kept = jnp.ones(weights.shape, bool)
+    mask = jnp.ones(weights.shape, bool)
     if rules.keep_block is not None:
-        kept = rules.keep_block(weights, diagonal, number)
+        mask = rules.keep_block(weights, diagonal, number)
 
     def step(state: Any, at: Int32[Array, ""]) -> Any:
         weights, errors, parameters = state
         begin, index = at * rules.step, number * rules.block + at * rules.step
         if rules.start_group is not None and rules.group < rules.block:
             parameters = _renewed(rules, parameters, weights, begin, index)
-        own, keep = (jax.lax.dynamic_slice_in_dim(part, begin, rules.step) for part in (weights, kept))
+        part_weights, part_mask = (jax.lax.dynamic_slice_in_dim(part, begin, rules.step) for part in (weights, mask))
         rows = jax.lax.dynamic_slice_in_dim(square, begin, rules.step)
         small = jax.lax.dynamic_slice_in_dim(rows, begin, rules.step, axis=1)
-        solved, found = _solve_step(own, keep, small, parameters, index, rules)
-        weights = weights - _product(rows.T, found)
+        solved, part_errors = _solve_step(part_weights, part_mask, small, parameters, index, rules)
+        weights = weights - _product(rows.T, part_errors)
         weights = jax.lax.dynamic_update_slice_in_dim(weights, solved, begin, 0)
-        return (weights, jax.lax.dynamic_update_slice_in_dim(errors, found, begin, 0), parameters), parameters
+        return (weights, jax.lax.dynamic_update_slice_in_dim(errors, part_errors, begin, 0), parameters), parameters
 
     state = (weights, jnp.zeros_like(weights), parameters)
     return jax.lax.scan(step, state, jnp.arange(rules.block // rules.step))
@@ -239,7 +239,7 @@ def _solve_block(
 
 def _solve_step(
     weights: Float32[Array, "S R"],
-    kept: Bool[Array, "S R"],
+    mask: Bool[Array, "S R"],
     square: Float32[Array, "S S"],
     parameters: Any,
     index: Int32[Array, ""],
@@ -249,27 +249,27 @@ def _solve_step(
     diagonal = jnp.diagonal(square)
 
     def column(i: Int32[Array, ""], state: Any) -> Any:
-        weights, errors, kept = state
+        weights, errors, mask = state
         if rules.keep_run is not None:
             decide = functools.partial(_run_kept, weights=weights, diagonal=diagonal, i=i, rules=rules)
-            kept = jax.lax.cond(i % rules.run == 0, decide, _same, kept)
-        own = weights[i]
-        found = own if rules.quantize_column is None else rules.quantize_column(own, parameters, index + i)
-        found = jnp.where(kept[i], found, 0.0)
+            mask = jax.lax.cond(i % rules.run == 0, decide, _same, mask)
+        before = weights[i]
+        solved = before if rules.quantize_column is None else rules.quantize_column(before, parameters, index + i)
+        solved = jnp.where(mask[i], solved, 0.0)
         # Beyond the last input the diagonal is 0, and so is the error.
-        error = jnp.where(diagonal[i] > 0, (own - found) / jnp.where(diagonal[i] > 0, diagonal[i], 1.0), 0.0)
-        weights = (weights - square[i][:, None] * error[None]).at[i].set(found)
-        return weights, errors.at[i].set(error), kept
+        error = jnp.where(diagonal[i] > 0, (before - solved) / jnp.where(diagonal[i] > 0, diagonal[i], 1.0), 0.0)
+        weights = (weights - square[i][:, None] * error[None]).at[i].set(solved)
+        return weights, errors.at[i].set(error), mask
 
-    state = (weights, jnp.zeros_like(weights), kept)
+    state = (weights, jnp.zeros_like(weights), mask)
     weights, errors, _ = jax.lax.fori_loop(0, rules.step, column, state)
     return weights, errors
 
 
-def _run_kept(kept: Array, *, weights: Array, diagonal: Array, i: Array, rules: _Rules) -> Array:
+def _run_kept(mask: Array, *, weights: Array, diagonal: Array, i: Array, rules: _Rules) -> Array:
     assert rules.keep_run is not None  # the caller looked
-    own, before, scale = (jax.lax.dynamic_slice_in_dim(part, i, rules.run) for part in (weights, kept, diagonal))
-    return jax.lax.dynamic_update_slice_in_dim(kept, before & rules.keep_run(own, scale), i, 0)
+    run, before, scale = (jax.lax.dynamic_slice_in_dim(part, i, rules.run) for part in (weights, mask, diagonal))
+    return jax.lax.dynamic_update_slice_in_dim(mask, before & rules.keep_run(run, scale), i, 0)
 
 
 def _first_parameters(weights: Array, rules: _Rules) -> Any:

@@ -44,10 +44,10 @@ def coordinate_descent(
 
     Example:
         >>> H = jnp.array([[1.0, 0.9], [0.9, 1.0]])
-        >>> found, _ = coordinate_descent(
+        >>> rounded, _ = coordinate_descent(
         ...     jnp.zeros((2, 1)), jnp.array([[0.6], [0.6]]), H, lambda w, i: jnp.round(w), sweeps=2
         ... )
-        >>> found.ravel().tolist()
+        >>> rounded.ravel().tolist()
         [1.0, 0.0]
 
     References:
@@ -66,18 +66,18 @@ def coordinate_descent(
 
     def step(state: Any, start: Any) -> Any:
         weights, gradient = state
-        own, slope = (jax.lax.dynamic_slice_in_dim(part, start, block) for part in state)
+        before, slope = (jax.lax.dynamic_slice_in_dim(part, start, block) for part in state)
         rows = jax.lax.dynamic_slice_in_dim(hessian, start, block)
         square = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
 
         def one(i: Any, state: Any) -> Any:
-            own, slope = state
-            found = round_input(own[i] - slope[i] / square[i, i], jnp.minimum(start + i, depth - 1))
-            change = jnp.where(start + i < depth, found - own[i], 0.0)
-            return own.at[i].add(change), slope + square[i][:, None] * change[None]
+            solved, slope = state
+            rounded = round_input(solved[i] - slope[i] / square[i, i], jnp.minimum(start + i, depth - 1))
+            change = jnp.where(start + i < depth, rounded - solved[i], 0.0)
+            return solved.at[i].add(change), slope + square[i][:, None] * change[None]
 
-        solved, _ = jax.lax.fori_loop(0, block, one, (own, slope))
-        gradient = gradient + _product(rows.T, solved - own)
+        solved, _ = jax.lax.fori_loop(0, block, one, (before, slope))
+        gradient = gradient + _product(rows.T, solved - before)
         return (jax.lax.dynamic_update_slice_in_dim(weights, solved, start, 0), gradient), None
 
     def sweep(state: Any, _: Any) -> Any:
@@ -112,8 +112,8 @@ def least_squares_scales(
 
     Example:
         >>> values, targets = jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [4.1]])
-        >>> found = least_squares_scales(values, targets, jnp.eye(2), jnp.ones((1, 1)))
-        >>> round(found.item(), 2)
+        >>> scales = least_squares_scales(values, targets, jnp.eye(2), jnp.ones((1, 1)))
+        >>> round(scales.item(), 2)
         2.04
     """
     groups, width = start.shape
@@ -126,8 +126,8 @@ def least_squares_scales(
         return jnp.einsum("gsr,s->gr", x.reshape(groups, size, width), ones, precision=jax.lax.Precision.HIGHEST)
 
     def normal_row(_: Any, group: Any) -> Any:
-        own, rows = (jax.lax.dynamic_slice_in_dim(part, group * size, size) for part in (values, hessian))
-        return None, by_group(_product(rows.T, own) * values)
+        part, rows = (jax.lax.dynamic_slice_in_dim(each, group * size, size) for each in (values, hessian))
+        return None, by_group(_product(rows.T, part) * values)
 
     _, normal = jax.lax.scan(normal_row, None, jnp.arange(groups))
     right = by_group(values * _product(hessian, targets.astype(jnp.float32)))

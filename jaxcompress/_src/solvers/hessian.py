@@ -86,7 +86,7 @@ def problem(
 
 def damped(hessian: Float32[Array, "D D"], damping: ArrayLike) -> Damped:
     """H with as much on its diagonal as it takes."""
-    found = damped_cholesky(hessian, damping)
+    factored = damped_cholesky(hessian, damping)
     mean = jnp.diagonal(hessian).mean()
-    added = found.damping * mean * jnp.eye(hessian.shape[0], dtype=jnp.float32)
-    return Damped(hessian + added, found.damping, found.retries)
+    added = factored.damping * mean * jnp.eye(hessian.shape[0], dtype=jnp.float32)
+    return Damped(hessian + added, factored.damping, factored.retries)

@@ -144,16 +144,16 @@ def _one_more_run(
         costs = best[i] + sums.error(i, middle[owner])
         least = np.minimum.reduceat(costs, begins)
         hits = np.flatnonzero(costs == least[owner])
-        chosen = i[hits[np.searchsorted(hits, begins)]]
-        new[middle], split[middle] = least, chosen
+        border = i[hits[np.searchsorted(hits, begins)]]
+        new[middle], split[middle] = least, border
         left, right = low < middle, middle < high
         low, high, first, last = (
             np.concatenate(pair)
             for pair in (
                 (low[left], middle[right] + 1),
                 (middle[left] - 1, high[right]),
-                (first[left], chosen[right]),
-                (chosen[left], last[right]),
+                (first[left], border[right]),
+                (border[left], last[right]),
             )
         )
     return new, split

@@ -48,8 +48,8 @@ def masked_least_squares(
     wanted = jnp.matmul(hessian, weights.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
 
     def solve(parts: tuple[Bool[Array, " D"], Float32[Array, " D"]]) -> Float32[Array, " D"]:
-        kept, target = parts
-        places = jnp.nonzero(kept, size=most, fill_value=depth)[0]
+        mask, target = parts
+        places = jnp.nonzero(mask, size=most, fill_value=depth)[0]
         real = places < depth
         return jnp.zeros(depth, jnp.float32).at[places].set(_solve(hessian, places, real, target), mode="drop")
 

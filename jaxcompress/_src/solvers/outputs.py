@@ -30,7 +30,7 @@ def unit_of(values: Float[Array, "..."]) -> Float32[Array, ""]:
 
 
 def not_worse(
-    found: Float[Array, "D R"],
+    weights: Float[Array, "D R"],
     plain: Float[Array, "D R"],
     targets: Float[Array, "D R"],
     hessian: Float[Array, "D D"],
@@ -50,7 +50,7 @@ def not_worse(
         gap = (weights - targets) / unit
         return jnp.sum(gap * jnp.matmul(hessian, gap, precision=jax.lax.Precision.HIGHEST), axis=0)
 
-    return jnp.where((loss(found) <= loss(plain))[None], found, plain)
+    return jnp.where((loss(weights) <= loss(plain))[None], weights, plain)
 
 
 def output_error(

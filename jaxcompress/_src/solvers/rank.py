@@ -85,15 +85,15 @@ def _groups(
     # Zero, but XLA does not know: the starts must not become constants.
     start = (rank[0] == -1).astype(jnp.int32)
     candidates = []
-    for leaf, shape, own in zip(leaves, shapes, axes, strict=True):
+    for leaf, shape, leaf_axes in zip(leaves, shapes, axes, strict=True):
         everything = tuple(range(max(len(shape), 1)))
         candidate = Candidates(
             values=leaf,
             start=start,
             score=score,
             shape=shape or (1,),
-            axes=everything if own is None or not shape else own,
-            together=own is None,
+            axes=everything if leaf_axes is None or not shape else leaf_axes,
+            together=leaf_axes is None,
         )
         candidates.append(candidate)
         start = start + math.prod(candidate.group_shape)
@@ -108,8 +108,8 @@ def _masks(groups: Groups, rank: Int32[Array, " leaves"], shift: int) -> list[Bo
 
     ranks, sizes = groups.repeat(rank), groups.repeat(jnp.array(groups.sizes, jnp.int32))
     probes = tuple(probe >> shift for probe in _probes(groups, rank))
-    found = search_threshold(count, ranks, sizes, probes, last=LAST_KEY >> shift)
-    return masks_at(groups, found.key << shift, found, ranks)
+    threshold = search_threshold(count, ranks, sizes, probes, last=LAST_KEY >> shift)
+    return masks_at(groups, threshold.key << shift, threshold, ranks)
 
 
 def _probes(groups: Groups, rank: Int32[Array, " leaves"]) -> tuple[UInt32[Array, " groups"], UInt32[Array, " groups"]]:

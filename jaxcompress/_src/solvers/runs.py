@@ -38,8 +38,8 @@ def keep_in_runs(scores: Shaped[Array, "*shape"], n: int, m: int, *, axis: int =
     runs = keys.reshape(*keys.shape[:axis], -(-width // m), m, *keys.shape[axis + 1 :])
     shape = tuple(m if i == axis + 1 else 1 for i in range(runs.ndim))
     places = jnp.arange(m, dtype=jnp.uint8).reshape(shape)
-    own, other = jnp.expand_dims(runs, axis + 2), jnp.expand_dims(runs, axis + 1)
+    one, other = jnp.expand_dims(runs, axis + 2), jnp.expand_dims(runs, axis + 1)
     earlier = jnp.expand_dims(places, axis + 1) < jnp.expand_dims(places, axis + 2)
-    better = (other > own) | ((other == own) & earlier)
-    kept = better.sum(axis + 2, dtype=jnp.int8) < n
-    return jax.lax.slice_in_dim(kept.reshape(keys.shape), 0, width, axis=axis)
+    better = (other > one) | ((other == one) & earlier)
+    mask = better.sum(axis + 2, dtype=jnp.int8) < n
+    return jax.lax.slice_in_dim(mask.reshape(keys.shape), 0, width, axis=axis)

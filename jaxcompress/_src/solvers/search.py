@@ -78,8 +78,8 @@ def search_threshold(
         return step + 1, _update(bracket, key, count(key), rank)
 
     carry = (jnp.zeros((), jnp.int32), start)
-    _, found = jax.lax.while_loop(lambda carry: _is_open(carry[1]).any(), narrow, carry)
-    return Threshold(found.lower, found.below, found.above - found.below)
+    _, bounds = jax.lax.while_loop(lambda carry: _is_open(carry[1]).any(), narrow, carry)
+    return Threshold(bounds.lower, bounds.below, bounds.above - bounds.below)
 
 
 def _is_open(bracket: _Bracket) -> Bool[Array, " groups"]:

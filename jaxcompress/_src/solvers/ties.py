@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int32, UInt32
 
-from jaxcompress._src.solvers.candidates import at_least, count_ties, kept
+from jaxcompress._src.solvers.candidates import above, at_least, count_ties
 from jaxcompress._src.solvers.groups import Groups
 from jaxcompress._src.solvers.search import Threshold, search_threshold
 
 
 def masks_at(
-    groups: Groups, limits: UInt32[Array, " groups"], found: Threshold, rank: Int32[Array, " groups"]
+    groups: Groups, limits: UInt32[Array, " groups"], threshold: Threshold, rank: Int32[Array, " groups"]
 ) -> list[Bool[Array, "..."]]:
     """Masks without the `rank` first keys of each group, given the limits that `found` names.
 
@@ -19,13 +19,13 @@ def masks_at(
     Args:
         groups: of the keys.
         limits: the keys `found.key`.
-        found: for `rank`.
+        threshold: for `rank`.
         rank: how many go.
 
     Returns:
         One mask per leaf.
     """
-    dropped = rank - found.below
+    dropped = rank - threshold.below
 
     each = groups.apart()
     if groups.together:
@@ -33,8 +33,8 @@ def masks_at(
 
     # The masks are made inside `cond`: outside, XLA would merge the starts of the leaves, as numbers, into the kernels.
     def split() -> list[Array]:
-        ends = _ends(groups, each, limits, found.ties - dropped, found.ties)
-        return [kept(leaf, limits, ends) for leaf in each.leaves]
+        ends = _ends(groups, each, limits, threshold.ties - dropped, threshold.ties)
+        return [above(leaf, limits, ends) for leaf in each.leaves]
 
     def whole() -> list[Array]:
         return [at_least(leaf, limits) for leaf in each.leaves]
@@ -46,7 +46,7 @@ def _ends(
     groups: Groups,
     each: Groups,
     limits: UInt32[Array, " parts"],
-    kept: Int32[Array, " groups"],
+    counts: Int32[Array, " groups"],
     ties: Int32[Array, " groups"],
 ) -> Int32[Array, " parts"]:
     """The ends before which `kept` of the `ties` keys of each group lie that equal the limit."""
@@ -58,10 +58,10 @@ def _ends(
     if groups.together:
         ties = count(sizes.astype(jnp.uint32))
         # The first leaves keep theirs first.
-        kept = jnp.clip(kept - (jnp.cumsum(ties) - ties), 0, ties)
+        counts = jnp.clip(counts - (jnp.cumsum(ties) - ties), 0, ties)
     # Ties lie anywhere: the first guess gives every tie the same share of the places.
-    share = kept.astype(jnp.float32) / jnp.maximum(ties, 1).astype(jnp.float32)
+    share = counts.astype(jnp.float32) / jnp.maximum(ties, 1).astype(jnp.float32)
     guess = (share * sizes.astype(jnp.float32)).astype(jnp.uint32)
-    is_split = kept < ties
-    found = search_threshold(count, jnp.where(is_split, kept, 0), ties, (guess,), last=max(each.sizes))
-    return jnp.where(is_split, found.key.astype(jnp.int32), sizes)
+    is_split = counts < ties
+    border = search_threshold(count, jnp.where(is_split, counts, 0), ties, (guess,), last=max(each.sizes))
+    return jnp.where(is_split, border.key.astype(jnp.int32), sizes)
