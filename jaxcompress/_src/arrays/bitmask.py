@@ -70,10 +70,10 @@ class BitmaskSparseArray(StoredArray):
         shards, count = self.values.shape[-2:]
         run = rows // (self.starts.shape[-1] // shards)
         positions = self.starts[rows][..., None] + jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
-        found = self._take_values(
+        taken = self._take_values(
             jnp.clip(positions, 0, max(count - 1, 0)), jnp.broadcast_to(run[..., None], mask.shape)
         )
-        plain = jnp.where(mask, found, jnp.zeros((), found.dtype))
+        plain = jnp.where(mask, taken, jnp.zeros((), taken.dtype))
         return plain.reshape(*rows.shape, *self.row_shape)
 
     @on_auto_axes
@@ -158,5 +158,5 @@ def _materialize(array: BitmaskSparseArray) -> Shaped[Array, "..."]:
     lead, (rows, columns), shards = mask.shape[:-2], mask.shape[-2:], values.shape[-2]
     positions = array.starts[..., None] + jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
     positions = positions.reshape(*lead, shards, rows // shards * columns)
-    found = jnp.take_along_axis(values, positions, axis=-1, mode="clip").reshape(mask.shape)
-    return jnp.where(mask, found, jnp.zeros((), found.dtype)).reshape(array.shape)
+    taken = jnp.take_along_axis(values, positions, axis=-1, mode="clip").reshape(mask.shape)
+    return jnp.where(mask, taken, jnp.zeros((), taken.dtype)).reshape(array.shape)

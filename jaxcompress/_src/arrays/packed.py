@@ -69,9 +69,9 @@ class PackedArray(StoredArray):
         if 8 % self.bits:
             return jnp.take_along_axis(self.materialize(), positions, axis=-1)
         per_byte = 8 // self.bits
-        found = jnp.take_along_axis(self.data, positions // per_byte, axis=-1)
+        packed_codes = jnp.take_along_axis(self.data, positions // per_byte, axis=-1)
         shift = (positions % per_byte * self.bits).astype(jnp.uint8)
-        codes = (found >> shift) & jnp.uint8(2**self.bits - 1)
+        codes = (packed_codes >> shift) & jnp.uint8(2**self.bits - 1)
         return _extend_sign(codes, self.bits) if self.signed else codes
 
     def transpose(self, permutation: Sequence[int]) -> Any:

@@ -95,7 +95,7 @@ def _figures(
     labels, tokens = setting.held_out.labels, tokenize(setting.minilm, setting.held_out, max_length=_MAX_LENGTH)
     rows = f"{setting.held_out_name.capitalize()} rows"
     wanted = predict(module, dense, tokens, progress=screen, name=f"{rows}, dense")["logits"]
-    found = _restored_logits(screen, path.parent, setting.held_out)
+    logits = _restored_logits(screen, path.parent, setting.held_out)
     one_shot = compress(without_distillation(setting.recipe), module, dense)
     baseline = predict(module, one_shot, tokens, progress=screen, name=f"{rows}, without distillation")["logits"]
     sizes = size_report(compressed, group_by=family_of(module).parts, disk_path=path)
@@ -106,9 +106,9 @@ def _figures(
         "rows_held_out": len(tokens),
         "held_out": setting.held_out_name,
         "accuracy_dense": float((wanted.argmax(-1) == labels).mean()),
-        "accuracy_compressed": float((found.argmax(-1) == labels).mean()),
+        "accuracy_compressed": float((logits.argmax(-1) == labels).mean()),
         "accuracy_without_distillation": float((baseline.argmax(-1) == labels).mean()),
-        **compare_logits(wanted, found, labels),
+        **compare_logits(wanted, logits, labels),
         "without_distillation": compare_logits(wanted, baseline, labels),
         "bytes_dense": original,
         "bytes_stored": sizes.total.stored_bytes,

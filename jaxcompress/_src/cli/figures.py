@@ -10,16 +10,16 @@ from jaxcompress._src.report.paired import agreement as report_agreement
 from jaxcompress._src.report.paired import paired_difference
 
 
-def compare_logits(wanted: np.ndarray, found: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
+def compare_logits(reference: np.ndarray, logits: np.ndarray, labels: np.ndarray | None) -> dict[str, Any]:
     """Two classifiers.
 
     Args:
-        wanted: logits of the reference, (rows, classes).
-        found: logits of the model.
+        reference: logits of the reference, (rows, classes).
+        logits: of the model.
         labels: the truth where it is known, -100 elsewhere.
     """
-    agreement = report_agreement(wanted.argmax(-1), found.argmax(-1))
-    divergence = kl_divergence(wanted, found)
+    agreement = report_agreement(reference.argmax(-1), logits.argmax(-1))
+    divergence = kl_divergence(reference, logits)
     figures: dict[str, Any] = {
         "agreement": agreement.rate,
         "agreement_interval": [agreement.low, agreement.high],
@@ -29,7 +29,7 @@ def compare_logits(wanted: np.ndarray, found: np.ndarray, labels: np.ndarray | N
     if labels is not None and (labels >= 0).sum() > 1:
         known = labels >= 0
         difference = paired_difference(
-            *((logits.argmax(-1) == labels)[known] for logits in (found, wanted)),
+            *((each.argmax(-1) == labels)[known] for each in (logits, reference)),
         )
         figures |= {
             "accuracy_difference": difference.difference,
@@ -38,14 +38,14 @@ def compare_logits(wanted: np.ndarray, found: np.ndarray, labels: np.ndarray | N
     return figures
 
 
-def compare_vectors(wanted: np.ndarray, found: np.ndarray) -> dict[str, Any]:
+def compare_vectors(reference: np.ndarray, vectors: np.ndarray) -> dict[str, Any]:
     """Two encoders: the cosine of the vectors of each row, and how far they are apart, ||v - v'|| / ||v||.
 
     Args:
-        wanted: sentence vectors of the reference, (rows, features).
-        found: of the model.
+        reference: sentence vectors of the reference, (rows, features).
+        vectors: of the model.
     """
-    v, w = wanted.astype(np.float64), found.astype(np.float64)
+    v, w = reference.astype(np.float64), vectors.astype(np.float64)
     sizes = [np.linalg.norm(x, axis=-1) for x in (v, w)]
     cosine = (v * w).sum(-1) / np.maximum(sizes[0] * sizes[1], 1e-30)
     error = np.linalg.norm(v - w, axis=-1) / np.maximum(sizes[0], 1e-30)

@@ -47,8 +47,8 @@ def _one_line(err: BaseException) -> str:
     text = getattr(err, "format_message", err.__str__)()
     parts = [text, *getattr(err, "__notes__", ())]
     # JAX appends advice about its own traceback filtering, which is none to a user of the command line.
-    kept = [part for part in parts if "JAX_TRACEBACK_FILTERING" not in part]
-    line = " ".join(" ".join(kept).split())
+    lines = [part for part in parts if "JAX_TRACEBACK_FILTERING" not in part]
+    line = " ".join(" ".join(lines).split())
     return line if len(line) <= 1000 else f"{line[:1000]} ..."
 
 

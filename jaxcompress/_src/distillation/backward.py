@@ -83,9 +83,9 @@ def backward_pass(
     (loss, figures, of_effective), collections = _of_task(setup, state, effective, teacher_params, batch, student_key)
 
     def penalty(loss: jax.Array, params: Params, trainable: Any) -> tuple[jax.Array, jax.Array]:
-        found = setup.transform.penalty(TransformState(trainable, fixed), params, loss=loss)
-        found = jnp.asarray(found, loss.dtype)
-        return found, found
+        value = setup.transform.penalty(TransformState(trainable, fixed), params, loss=loss)
+        value = jnp.asarray(value, loss.dtype)
+        return value, value
 
     # The penalty may look at raw parameters and trainable state directly, beside the loss at the effective ones.
     price, (of_loss, *direct) = gradients(penalty, loss, state.params, trainable)

@@ -60,8 +60,8 @@ def immutable(names: Sequence[str], select: Selector | None) -> Selector | None:
         return select
 
     def marks(params: Params) -> Params:
-        chosen = map_with_path(lambda *_: True, params) if select is None else select(params)
-        return map_with_path(lambda path, _, mark: bool(mark) and path.split("/")[0] not in names, params, chosen)
+        selected = map_with_path(lambda *_: True, params) if select is None else select(params)
+        return map_with_path(lambda path, _, mark: bool(mark) and path.split("/")[0] not in names, params, selected)
 
     return marks
 
@@ -73,22 +73,22 @@ def new_collections(params: Params, outputs: Outputs, names: Sequence[str]) -> C
         ValueError: a collection was not returned, or has other leaves, shapes or dtypes than in the parameters.
     """
     before = {path: leaf for path, leaf in leaves_with_paths(params) if path.split("/")[0] in names}
-    found: Collections = {}
+    leaves: Collections = {}
     for name in names:
         tree = named(outputs, name, "student")
-        found |= {f"{name}/{path}" if path else name: leaf for path, leaf in leaves_with_paths(tree)}
-    if set(found) != set(before):
-        other = sorted(set(found) ^ set(before))[0]
-        where = "is returned but no part of" if other in found else "is a part of, but not returned with,"
+        leaves |= {f"{name}/{path}" if path else name: leaf for path, leaf in leaves_with_paths(tree)}
+    if set(leaves) != set(before):
+        other = sorted(set(leaves) ^ set(before))[0]
+        where = "is returned but no part of" if other in leaves else "is a part of, but not returned with,"
         raise ValueError(f"The mutable leaf {other!r} {where} the parameters.")
-    for path, leaf in found.items():
+    for path, leaf in leaves.items():
         old = before[path]
         if (jnp.shape(leaf), jnp.result_type(leaf)) != (old.shape, old.dtype):
             raise ValueError(
                 f"The student returns {jnp.result_type(leaf)}{list(jnp.shape(leaf))} for the mutable leaf {path!r}, "
                 f"which is {old.dtype}{list(old.shape)}."
             )
-    return {path: jax.lax.stop_gradient(jnp.asarray(leaf)) for path, leaf in found.items()}
+    return {path: jax.lax.stop_gradient(jnp.asarray(leaf)) for path, leaf in leaves.items()}
 
 
 def with_collections(params: Params, collections: Collections) -> Params:

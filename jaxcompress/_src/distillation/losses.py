@@ -197,6 +197,6 @@ def _check_temperature(temperature: float) -> None:
         raise ValueError(f"`temperature` must be positive, got {temperature}.")
 
 
-def _check_labels(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    if found != expected:
-        raise ValueError(f"{name!r} must have shape {expected} to fit the logits, got {found}.")
+def _check_labels(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if shape != expected:
+        raise ValueError(f"{name!r} must have shape {expected} to fit the logits, got {shape}.")

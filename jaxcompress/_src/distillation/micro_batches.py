@@ -68,8 +68,8 @@ def accumulate(
     """
 
     def body(carry: tuple[Any, Any], operands: tuple[Any, jax.Array]) -> tuple[tuple[Any, Any], None]:
-        found, new = fn(*operands, carry[1])
-        return (jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), carry[0], found), new), None
+        sums, new = fn(*operands, carry[1])
+        return (jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), carry[0], sums), new), None
 
     (total, collections), _ = jax.lax.scan(body, (jax.tree.map(_widened, start), collections), (parts, keys))
     return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), total, start), collections

@@ -76,10 +76,10 @@ def position_mask(batch: Mapping[str, Any], mask: str | None, shape: tuple[int, 
         return jnp.ones(shape, bool)
     if mask not in batch:
         raise ValueError(f"The batch has no mask {mask!r}, only {sorted(batch)}; with nothing padded, say `mask=None`.")
-    found = jnp.asarray(batch[mask])
-    if found.shape != shape:
-        raise ValueError(f"The mask {mask!r} has shape {found.shape}, the positions have {shape}.")
-    return found.astype(bool)
+    positions = jnp.asarray(batch[mask])
+    if positions.shape != shape:
+        raise ValueError(f"The mask {mask!r} has shape {positions.shape}, the positions have {shape}.")
+    return positions.astype(bool)
 
 
 def masked_sum(values: Float[Array, "*n"], mask: Bool[Array, "*n"]) -> tuple[Float[Array, ""], Float[Array, ""]]:

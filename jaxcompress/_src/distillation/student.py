@@ -62,12 +62,12 @@ def select_layers(params: Params, pattern: str, layers: Sequence[int]) -> Params
         >>> select_layers({"layer_0": {"w": "a"}, "layer_1": {"w": "b"}, "head": "c"}, r"layer_(\d+)/.*", [1])
         {'head': 'c', 'layer_0': {'w': 'b'}}
     """
-    found = _layer_keys(params, re.compile(pattern))
-    for stack, keys in found.items():
+    layer_keys = _layer_keys(params, re.compile(pattern))
+    for stack, keys in layer_keys.items():
         missing = sorted(set(layers) - {int(number) for _, number, _ in keys.values()})
         if missing:
             raise ValueError(f"No layers {missing} at {stack or '.'!r}; it has the keys {list(keys)}.")
-    return _rebuilt(params, "", found, layers)
+    return _rebuilt(params, "", layer_keys, layers)
 
 
 def _layer_keys(params: Params, pattern: re.Pattern[str]) -> dict[str, dict[str, tuple[str, str, str]]]:
@@ -75,7 +75,7 @@ def _layer_keys(params: Params, pattern: re.Pattern[str]) -> dict[str, dict[str,
     if pattern.groups != 1:
         raise ValueError(f"The pattern needs one group, the layer's number, got {pattern.pattern!r}.")
     paths = leaf_paths(params)
-    found: dict[str, dict[str, tuple[str, str, str]]] = {}
+    layer_keys: dict[str, dict[str, tuple[str, str, str]]] = {}
     for match in filter(None, map(pattern.fullmatch, paths)):
         path, start, end = match.string, match.start(1), match.end(1)
         first = path.rfind("/", 0, start) + 1
@@ -83,14 +83,16 @@ def _layer_keys(params: Params, pattern: re.Pattern[str]) -> dict[str, dict[str,
         parts = (path[first:start], path[start:end], path[end:last])
         if not parts[1].isdigit():
             raise ValueError(f"The group of {pattern.pattern!r} must be a number, got {parts[1]!r} in {path!r}.")
-        found.setdefault(path[:first].removesuffix("/"), {})[path[first:last]] = parts
-    if not found:
+        layer_keys.setdefault(path[:first].removesuffix("/"), {})[path[first:last]] = parts
+    if not layer_keys:
         raise ValueError(f"{pattern.pattern!r} matches no leaf. The leaves are:" + "".join(f"\n  {p}" for p in paths))
-    return found
+    return layer_keys
 
 
-def _rebuilt(node: Any, path: str, found: dict[str, dict[str, tuple[str, str, str]]], layers: Sequence[int]) -> Any:
-    if not any(stack == path or stack.startswith(path and f"{path}/") for stack in found):
+def _rebuilt(
+    node: Any, path: str, layer_keys: dict[str, dict[str, tuple[str, str, str]]], layers: Sequence[int]
+) -> Any:
+    if not any(stack == path or stack.startswith(path and f"{path}/") for stack in layer_keys):
         return node
     if isinstance(node, Mapping):
         entries = dict(node)
@@ -98,9 +100,11 @@ def _rebuilt(node: Any, path: str, found: dict[str, dict[str, tuple[str, str, st
         entries = dict(enumerate(node))
     else:
         raise ValueError(f"Layers are cut out of mappings, lists and tuples; there is a {type(node)} at {path!r}.")
-    entries = {key: _rebuilt(child, f"{path}/{key}".removeprefix("/"), found, layers) for key, child in entries.items()}
-    if path in found:
-        entries = _renumbered(entries, found[path], layers, path)
+    entries = {
+        key: _rebuilt(child, f"{path}/{key}".removeprefix("/"), layer_keys, layers) for key, child in entries.items()
+    }
+    if path in layer_keys:
+        entries = _renumbered(entries, layer_keys[path], layers, path)
     rebuild: Any = type(node)
     return rebuild(entries) if isinstance(node, Mapping) else rebuild(entries[i] for i in range(len(entries)))
 
@@ -110,13 +114,13 @@ def _renumbered(
 ) -> dict[Any, Any]:
     by_number = {int(number): name for name, (_, number, _) in keys.items()}
     by_name = {str(key): key for key in entries}
-    kept = {key: child for key, child in entries.items() if str(key) not in keys}
+    renumbered = {key: child for key, child in entries.items() if str(key) not in keys}
     for new, old in enumerate(layers):
         name = by_number[old]
         key = by_name[name]
         before, _, after = keys[name]
         renamed = new if isinstance(key, int) else f"{before}{new}{after}"
-        if renamed in kept:
+        if renamed in renumbered:
             raise ValueError(f"Layer {old} would become {renamed!r} at {path or '.'!r}, which exists beside them.")
-        kept[renamed] = entries[key]
-    return kept
+        renumbered[renamed] = entries[key]
+    return renumbered

@@ -37,7 +37,7 @@ class TrainState(NamedTuple):
     key: jax.Array
 
 
-def own(tree: Any) -> Any:
+def copy_of(tree: Any) -> Any:
     """A copy of every leaf, strongly typed, with its sharding.
 
     Donating a leaf deletes its buffer for everyone: for a teacher that the student started from, or for a transform

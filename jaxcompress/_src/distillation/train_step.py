@@ -14,8 +14,8 @@ from jaxcompress._src.distillation.outputs import LossFn
 from jaxcompress._src.distillation.train_state import (
     TrainState,
     are_finite,
+    copy_of,
     matched_to,
-    own,
     placed,
     reset_moments,
     unless,
@@ -133,17 +133,17 @@ def _init(setup: Setup, params: Params, key: jax.Array, statistics: Any) -> Trai
         raise ValueError(f"`key` must be typed, as `jax.random.key(seed)` makes it, got {key.dtype}.")
     transform_key, key = jax.random.split(key)
     # Strongly typed before anything is derived from them: moments would inherit the weak type.
-    params = own(params)
+    params = copy_of(params)
     check_mutable(params, setup.mutable)
-    transform_state = own(checked_init(setup.transform, params, key=transform_key, statistics=statistics))
+    transform_state = copy_of(checked_init(setup.transform, params, key=transform_key, statistics=statistics))
     inner, _ = partition_trainable(transform_state.trainable)
     if jax.tree.leaves(inner) and setup.transform_optimizer is None:
         raise ValueError("The transform has trainable state: `transform_optimizer` is needed.")
     state = TrainState(
         params=params,
         transform_state=transform_state,
-        optimizer_state=own(setup.optimizer.init(partition_trainable(params, select=setup.trainable)[0])),
-        transform_optimizer_state=own(_transform_optimizer(setup).init(inner)),
+        optimizer_state=copy_of(setup.optimizer.init(partition_trainable(params, select=setup.trainable)[0])),
+        transform_optimizer_state=copy_of(_transform_optimizer(setup).init(inner)),
         step=jnp.zeros((), jnp.int32),
         key=key,
     )
@@ -176,9 +176,9 @@ def _step(
     new = TrainState(params, transform_state, optimizer_state, transform_optimizer_state, state.step + 1, next_key)
     new = matched_to(new, state)
     skipped = ~are_finite(total, *trained_gradients(setup, state.params, backward))
-    kept = unless(skipped, new._replace(step=(), key=()), state._replace(step=(), key=()))
+    after = unless(skipped, new._replace(step=(), key=()), state._replace(step=(), key=()))
     figures |= {"skipped": (skipped.astype(jnp.float32), jnp.ones((), jnp.float32))}
-    return kept._replace(step=new.step, key=new.key), figures
+    return after._replace(step=new.step, key=new.key), figures
 
 
 def _optimize(

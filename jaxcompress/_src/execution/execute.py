@@ -130,8 +130,8 @@ def _visit_runs(eqn: Any, values: list[Any], *, note: Note) -> Sequence[Any]:
     name, first = eqn.primitive.name, values[0]
     if isinstance(first, Runs) and name == "convert_element_type":
         return [Runs(tuple(_visit(eqn, [part], note=note)[0] for part in first.parts))]
-    if isinstance(first, Runs) and name == "slice" and (found := sliced_runs(eqn, first, note)) is not None:
-        return [found]
+    if isinstance(first, Runs) and name == "slice" and (pieces := sliced_runs(eqn, first, note)) is not None:
+        return [pieces]
     whole = [
         as_typed(plain(value, name, note), var.aval) if isinstance(value, Runs) else value
         for value, var in zip(values, eqn.invars, strict=True)
@@ -172,8 +172,8 @@ def _scan(eqn: Any, values: list[Any], note: Note) -> Sequence[Any]:
     runs = boundaries(stacks, length) or [(0, 0)]
     written: dict[tuple[int, int], list[Any]] = {}
     for run in reversed(runs) if eqn.params["reverse"] else runs:
-        own = [cut(stack, *run, note) for stack in stacks]
-        carry, written[run] = _scan_run(eqn, values[:begin], carry, own, run[1] - run[0], note)
+        pieces = [cut(stack, *run, note) for stack in stacks]
+        carry, written[run] = _scan_run(eqn, values[:begin], carry, pieces, run[1] - run[0], note)
     if len(runs) == 1:
         return [*carry, *written[runs[0]]]
     columns = zip(*(written[run] for run in runs), strict=True)

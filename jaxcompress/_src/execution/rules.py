@@ -42,9 +42,9 @@ def _squeeze(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 def _broadcast(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     """New axes of size 1 only: a real broadcast would store the codes many times."""
-    kept = [eqn.params["shape"][axis] for axis in eqn.params["broadcast_dimensions"]]
+    sizes = [eqn.params["shape"][axis] for axis in eqn.params["broadcast_dimensions"]]
     same_size = eqn.outvars[0].aval.size == eqn.invars[0].aval.size
-    return _one(reshape(values[0], eqn.params["shape"])) if same_size and tuple(kept) == values[0].shape else None
+    return _one(reshape(values[0], eqn.params["shape"])) if same_size and tuple(sizes) == values[0].shape else None
 
 
 def _convert(eqn: Any, values: list[Any]) -> Sequence[Any] | None:

@@ -43,6 +43,6 @@ def cut(value: Any, begin: int, end: int, note: Note) -> Any:
     if end - begin == array.shape[0]:
         return value
     if isinstance(value, Weight):
-        found = on_auto_axes(functools.partial(slice_axis, axis=0, start=begin, size=end - begin))(value.array)
-        return cut(plain(value, "slice", note), begin, end, note) if found is None else Weight(found, value.path)
+        piece = on_auto_axes(functools.partial(slice_axis, axis=0, start=begin, size=end - begin))(value.array)
+        return cut(plain(value, "slice", note), begin, end, note) if piece is None else Weight(piece, value.path)
     return on_auto_axes(lambda: value[begin:end])()

@@ -48,9 +48,9 @@ class Runs:
     @staticmethod
     def joined(parts: Sequence[Any]) -> Any:
         """Parts one after another, as one list of runs; the only one that is not empty, or the first one, as it is."""
-        flat = [own for part in parts for own in (part.parts if isinstance(part, Runs) else [part])]
-        found = tuple(part for part, size in zip(flat, Runs(tuple(flat)).sizes, strict=True) if size)
-        return Runs(found) if len(found) > 1 else (found or flat)[0]
+        flat = [piece for part in parts for piece in (part.parts if isinstance(part, Runs) else [part])]
+        pieces = tuple(part for part, size in zip(flat, Runs(tuple(flat)).sizes, strict=True) if size)
+        return Runs(pieces) if len(pieces) > 1 else (pieces or flat)[0]
 
     @property
     def sizes(self) -> tuple[int, ...]:

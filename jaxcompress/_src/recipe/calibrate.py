@@ -106,7 +106,7 @@ class Evidence:
     def examples(self, params: Params) -> list[dict[str, np.ndarray]]:
         """Batches for `loss`, every text once: labels are given, or drawn from the outputs of these parameters."""
         run = jax.jit(execute(self.apply))
-        rng, found = np.random.default_rng(self._settings.seed), []
+        rng, examples = np.random.default_rng(self._settings.seed), []
         for batch in self._made(self._rows):
             rows = batch["row"] >= 0
             ids, mask, given = (batch[name][rows] for name in ("input_ids", "attention_mask", "labels"))
@@ -118,8 +118,8 @@ class Evidence:
             else:
                 # The largest of logits with Gumbel noise is a draw from their softmax.
                 target = (outputs + rng.gumbel(size=outputs.shape)).argmax(-1).astype(np.int32)
-            found.append({"ids": ids, "mask": mask, "target": target})
-        return found
+            examples.append({"ids": ids, "mask": mask, "target": target})
+        return examples
 
     def loss(self, params: Params, batch: Any) -> jax.Array:
         """Negative log likelihood of labels; of sentence vectors, as if they were means of normal distributions."""

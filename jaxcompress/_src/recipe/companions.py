@@ -55,11 +55,11 @@ def companion_files(directory: str | os.PathLike[str]) -> tuple[PurePath, ...]:
         ValueError: modules.json is damaged, or names a folder outside of the directory.
     """
     directory = Path(directory)
-    found = [PurePath(name) for name in _COMPANIONS if (directory / name).is_file()]
+    files = [PurePath(name) for name in _COMPANIONS if (directory / name).is_file()]
     for folder, _ in _sentence_modules(directory):
         if folder is not None and (directory / folder).is_dir():
-            found += [PurePath(folder, file.name) for file in sorted((directory / folder).iterdir()) if file.is_file()]
-    return tuple(found)
+            files += [PurePath(folder, file.name) for file in sorted((directory / folder).iterdir()) if file.is_file()]
+    return tuple(files)
 
 
 def copy_companions(source: Path, directory: Path) -> None:

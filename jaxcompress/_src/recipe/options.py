@@ -148,8 +148,8 @@ def parsed_pattern(text: str) -> Pattern:
 @functools.cache
 def _keywords(function: Callable[..., Any]) -> dict[str, _Keyword]:
     texts = argument_texts(function)
-    found = {p.name: _keyword(p, texts.get(p.name, "")) for p in inspect.signature(function).parameters.values()}
-    return {name: keyword for name, keyword in found.items() if keyword is not None}
+    keywords = {p.name: _keyword(p, texts.get(p.name, "")) for p in inspect.signature(function).parameters.values()}
+    return {name: keyword for name, keyword in keywords.items() if keyword is not None}
 
 
 def _keyword(parameter: inspect.Parameter, text: str) -> _Keyword | None:

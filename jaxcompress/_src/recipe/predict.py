@@ -72,16 +72,16 @@ def predict(
     widths = _widths(module, tokens) if widths is None else widths
     outputs: dict[str, np.ndarray] = {}
     for batch in _shown(_batches(tokens, batch_size, widths), progress, name):
-        kept = batch["row"] >= 0
+        real = batch["row"] >= 0
         for output, values in run(params, batch["input_ids"], batch["attention_mask"]).items():
-            found = np.asarray(values)
+            array = np.asarray(values)
             if output == "token":
-                missing = widths[-1] - found.shape[1]
-                found = np.pad(found, ((0, 0), (0, missing)), constant_values=-1)
+                missing = widths[-1] - array.shape[1]
+                array = np.pad(array, ((0, 0), (0, missing)), constant_values=-1)
             else:
-                found = found.astype(np.float32)
-            whole = outputs.setdefault(output, np.zeros((len(tokens), *found.shape[1:]), found.dtype))
-            whole[batch["row"][kept]] = found[kept]
+                array = array.astype(np.float32)
+            whole = outputs.setdefault(output, np.zeros((len(tokens), *array.shape[1:]), array.dtype))
+            whole[batch["row"][real]] = array[real]
     return outputs
 
 
@@ -123,16 +123,16 @@ def token_divergence(
             return jax.nn.log_softmax(outputs["logits"].astype(jnp.float32))
 
         q, p = log_probabilities(module, params), log_probabilities(reference_module, reference)
-        kept = attention_mask > 0
-        count = kept.sum(-1)
-        divergence = jnp.where(kept, (jnp.exp(p) * (p - q)).sum(-1), 0.0).sum(-1) / count
-        return divergence, (kept & (p.argmax(-1) == q.argmax(-1))).sum(-1) / count
+        mask = attention_mask > 0
+        count = mask.sum(-1)
+        divergence = jnp.where(mask, (jnp.exp(p) * (p - q)).sum(-1), 0.0).sum(-1) / count
+        return divergence, (mask & (p.argmax(-1) == q.argmax(-1))).sum(-1) / count
 
     figures = np.zeros((2, len(tokens)))
     for batch in _shown(_batches(tokens, batch_size, _widths(module, tokens)), progress, name):
-        kept = batch["row"] >= 0
-        found = run(params, reference, batch["input_ids"], jnp.asarray(batch["attention_mask"]))
-        figures[:, batch["row"][kept]] = np.asarray(found)[:, kept]
+        real = batch["row"] >= 0
+        results = run(params, reference, batch["input_ids"], jnp.asarray(batch["attention_mask"]))
+        figures[:, batch["row"][real]] = np.asarray(results)[:, real]
     divergence, agreement = figures
     return np.maximum(divergence, 0.0), agreement
 

@@ -160,9 +160,9 @@ def evaluation_batches(
     lengths = np.minimum([len(row) for row in tokens.ids], widths[-1])
     for i, width in enumerate(widths):
         size = batch_size if most_tokens is None else max(1, min(batch_size, most_tokens // width))
-        chosen = np.flatnonzero((lengths <= width) & (lengths > (widths[i - 1] if i else -1)))
-        for start in range(0, len(chosen), size):
-            rows = chosen[start : start + size]
+        rows_of_width = np.flatnonzero((lengths <= width) & (lengths > (widths[i - 1] if i else -1)))
+        for start in range(0, len(rows_of_width), size):
+            rows = rows_of_width[start : start + size]
             missing = size - len(rows)
             made = batch(tokens, np.concatenate([rows, np.repeat(rows[:1], missing)]), width=width)
             made["row"][len(rows) :] = -1

@@ -51,12 +51,12 @@ def tied_to(leaves: Sequence[Any]) -> list[int | None]:
     for many arrays.
     """
     seen: dict[Any, int] = {}
-    found: list[int | None] = []
+    ties: list[int | None] = []
     for at, leaf in enumerate(leaves):
         identity = at if _is_abstract(leaf) else (type(leaf), *(id(part) for part in jax.tree.leaves(leaf)))
         first = seen.setdefault(identity, at)
-        found.append(None if first == at else first)
-    return found
+        ties.append(None if first == at else first)
+    return ties
 
 
 @jax.jit

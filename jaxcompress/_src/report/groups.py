@@ -37,10 +37,12 @@ def group_names(params: Params, group_by: GroupBy | None) -> list[str]:
     marks = {name: flatten_like(treedef, select(params)) for name, select in group_by.items()}
     names = []
     for at, (path, _) in enumerate(leaves):
-        found = [name for name in group_by if marks[name][at]]
-        if len(found) > 1:
-            raise ValueError(f"Leaf {path!r} is in the groups {', '.join(map(repr, found))}; groups must not overlap.")
-        names.append(found[0] if found else REST)
+        matching = [name for name in group_by if marks[name][at]]
+        if len(matching) > 1:
+            raise ValueError(
+                f"Leaf {path!r} is in the groups {', '.join(map(repr, matching))}; groups must not overlap."
+            )
+        names.append(matching[0] if matching else REST)
     return names
 
 

@@ -112,7 +112,7 @@ def compare_latency(
             if turn >= warmup:
                 times[name].append(seconds)
     latencies = {name: _summary(seconds) for name, seconds in times.items()}
-    ratios = {name: found.median / latencies[baseline].median for name, found in latencies.items()}
+    ratios = {name: latency.median / latencies[baseline].median for name, latency in latencies.items()}
     return LatencyComparison(latencies=latencies, baseline=baseline, ratios=ratios)
 
 

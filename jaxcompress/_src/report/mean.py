@@ -38,8 +38,8 @@ def sample_mean(values: ArrayLike, *, confidence: float = 0.95) -> SampleMean:
         ValueError: not one-dimensional, fewer than 2 examples, or NaN or Inf among them.
 
     Example:
-        >>> found = sample_mean([1.0, 2.0, 3.0])
-        >>> found.mean, round(found.low, 3), round(found.high, 3)
+        >>> sample = sample_mean([1.0, 2.0, 3.0])
+        >>> sample.mean, round(sample.low, 3), round(sample.high, 3)
         (2.0, 0.868, 3.132)
     """
     array = np.asarray(values, np.float64)

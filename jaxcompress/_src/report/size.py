@@ -154,11 +154,11 @@ def size_report(
     """
     dtype = jnp.dtype(baseline)
     named = zip(leaves_with_paths(params), group_names(params, group_by), strict=True)
-    kept = [(path, leaf, group) for (path, leaf), group in named if holds_numbers(leaf)]
-    ties = tied_to([leaf for _, leaf, _ in kept])
+    numbers = [(path, leaf, group) for (path, leaf), group in named if holds_numbers(leaf)]
+    ties = tied_to([leaf for _, leaf, _ in numbers])
     leaves = tuple(
-        _measure(path, leaf, group, None if tie is None else kept[tie][0], dtype.itemsize)
-        for (path, leaf, group), tie in zip(kept, ties, strict=True)
+        _measure(path, leaf, group, None if tie is None else numbers[tie][0], dtype.itemsize)
+        for (path, leaf, group), tie in zip(numbers, ties, strict=True)
     )
     names = _ordered([leaf.group for leaf in leaves], group_by)
     return SizeReport(
@@ -214,7 +214,7 @@ def _ratio(part: int, whole: int) -> float:
 
 
 def _to_dict(size: LeafSize | SizeTotal, *ratios: str) -> dict[str, Any]:
-    found = {name: getattr(size, name) for name in ratios}
-    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in found.items()}
+    values = {name: getattr(size, name) for name in ratios}
+    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
     fields = dataclasses.asdict(size) | finite
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}

@@ -12,13 +12,13 @@ from jaxcompress._src.solvers.search import Threshold, search_threshold
 def masks_at(
     groups: Groups, limits: UInt32[Array, " groups"], threshold: Threshold, rank: Int32[Array, " groups"]
 ) -> list[Bool[Array, "..."]]:
-    """Masks without the `rank` first keys of each group, given the limits that `found` names.
+    """Masks without the `rank` first keys of each group, given the limits that `threshold` names.
 
     Where ties at the limit must be split, the place before which they stay is found by counting, like the limit.
 
     Args:
         groups: of the keys.
-        limits: the keys `found.key`.
+        limits: the keys `threshold.key`.
         threshold: for `rank`.
         rank: how many go.
 

@@ -100,7 +100,7 @@ def without_compressed(selected: Params, params: Params, *, but: tuple[Any, ...]
         (compressed if done else left).append(path)
         return Unselected if done else entry
 
-    kept = map_selected(visit, selected, params)
+    uncompressed = map_selected(visit, selected, params)
     if compressed and not left:
         raise ValueError(f"Every selected leaf is compressed already: {', '.join(compressed)}. Nothing is left to do.")
-    return kept
+    return uncompressed
