@@ -52,7 +52,7 @@ def read_coded(path: str, records: Iterable[LeafRecord], targets: Mapping[str, A
     """
     with open(path, "rb") as file:
         reader = Reader(file.read())
-    found = {}
+    arrays = {}
     for record, value, coding in _stored_arrays(records):
         name = value.array or ""
         try:
@@ -62,10 +62,10 @@ def read_coded(path: str, records: Iterable[LeafRecord], targets: Mapping[str, A
                 f"Array {name!r} of leaf {record.name!r} in {path!r} cannot be decoded: {err}."
             ) from err
         target = targets[name]
-        found[name] = array if isinstance(target, np.ndarray) else place(array, target.sharding)
+        arrays[name] = array if isinstance(target, np.ndarray) else place(array, target.sharding)
     if rest := len(reader.rest()):
         raise CheckpointError(f"{path!r} has {rest} bytes behind the arrays of the manifest.")
-    return found
+    return arrays
 
 
 def _stored_arrays(records: Iterable[LeafRecord]) -> Iterator[tuple[LeafRecord, StoredValue, PartCoding | None]]:

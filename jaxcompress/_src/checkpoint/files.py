@@ -62,14 +62,14 @@ def read_regular(path: str, limit: int) -> bytes:
 def regular_size(path: str) -> int | None:
     """The size of a regular file in bytes; None if there is none, or something else."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as err:
         if err.errno == errno.ELOOP:
             return None
         raise
-    return found.st_size if stat.S_ISREG(found.st_mode) else None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def file_names(directory: str) -> list[str]:
@@ -130,8 +130,8 @@ def _each(directory: str, names: Iterable[str], function: object) -> dict[str, s
     # Several at once: reading and summing both release the interpreter lock.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         names = list(names)
-        found = pool.map(lambda name: function(os.path.join(directory, name)), names)  # type: ignore[operator]
-        return dict(zip(names, found, strict=True))
+        results = pool.map(lambda name: function(os.path.join(directory, name)), names)  # type: ignore[operator]
+        return dict(zip(names, results, strict=True))
 
 
 def _file_digest(path: str) -> str:

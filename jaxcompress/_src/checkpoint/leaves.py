@@ -103,8 +103,8 @@ def _encode_compressed(value: Any, name: str) -> tuple[StoredValue, dict[str, An
         raise TypeError(f"compressed arrays of class {type(value).__qualname__} cannot be stored yet")
     parts, arrays = {}, {}
     for field in kind.parts:
-        part, found = _encode_part(getattr(value, field), field, f"{name}.{field}")
-        parts[field], arrays = part, arrays | found
+        part, part_arrays = _encode_part(getattr(value, field), field, f"{name}.{field}")
+        parts[field], arrays = part, arrays | part_arrays
     try:
         static = {
             name: field.encode(getattr(value, name))

@@ -37,10 +37,10 @@ def together(function: Callable[[], _T]) -> _T:
         result = function()
     except Exception as err:
         error = err
-    found = _gather(np.frombuffer(_encode(error).ljust(_MESSAGE_BYTES), np.uint8))
+    messages = _gather(np.frombuffer(_encode(error).ljust(_MESSAGE_BYTES), np.uint8))
     if error is not None:
         raise error
-    for at, row in enumerate(found):
+    for at, row in enumerate(messages):
         if message := row.tobytes().rstrip():
             raise _decode(message, f"In JAX process {at}: ")
     return result  # type: ignore[return-value]
@@ -72,13 +72,13 @@ def differing(values: list[bytes]) -> list[int]:
     if jax.process_count() == 1 or not values:
         return []
     table = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), -1)
-    found = _gather(table)
-    return np.flatnonzero((found != found[0]).any(axis=(0, 2))).tolist()
+    tables = _gather(table)
+    return np.flatnonzero((tables != tables[0]).any(axis=(0, 2))).tolist()
 
 
 def gather_count(count: int) -> list[int]:
     """A number of each process."""
-    return [count] if jax.process_count() == 1 else [int(found) for found in _gather(np.array(count, np.int32))]
+    return [count] if jax.process_count() == 1 else [int(number) for number in _gather(np.array(count, np.int32))]
 
 
 def to_host(array: Any) -> np.ndarray:

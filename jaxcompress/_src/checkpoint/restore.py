@@ -214,8 +214,11 @@ def _targets(path: str, manifest: Manifest, shardings: Mapping[str, Sharding | N
 
 def _read(path: str, manifest: Manifest, targets: Mapping[str, Any]) -> dict[str, Any]:
     stored = {name: target for name, target in targets.items() if 0 not in target.shape}
-    found = os.path.join(path, manifest.arrays)
-    arrays = read_arrays(found, stored) if manifest.storage == "orbax" else read_coded(found, manifest.leaves, stored)
+    directory = os.path.join(path, manifest.arrays)
+    if manifest.storage == "orbax":
+        arrays = read_arrays(directory, stored)
+    else:
+        arrays = read_coded(directory, manifest.leaves, stored)
     return arrays | {name: _empty(target) for name, target in targets.items() if name not in stored}
 
 

@@ -103,8 +103,8 @@ def _new_version(target: str, overwrite: bool) -> Iterator[Workspace]:
         yield workspace
         by_first(lambda: publish(workspace, overwrite=overwrite) or b"")
     finally:
-        for found in opened:
-            close_workspace(*found)
+        for parts in opened:
+            close_workspace(*parts)
 
 
 def _describe(
@@ -184,13 +184,13 @@ def _encode_leaves(leaves: list[tuple[tuple[Any, ...], Any]]) -> tuple[tuple[Lea
     records, arrays = [], {}
     for at, (path, leaf) in enumerate(leaves):
         try:
-            value, found = encode_leaf(leaf, f"leaf_{at:05}")
+            value, leaf_arrays = encode_leaf(leaf, f"leaf_{at:05}")
         except (TypeError, ValueError) as err:
             kind = TypeError if isinstance(err, TypeError) else ValueError
             raise kind(f"Leaf {path_string(path)!r}: {err}.") from err
         records.append(LeafRecord(path=path, value=value))
         # Orbax refuses arrays without elements; their shapes in the manifest say all there is.
-        arrays |= {name: array for name, array in found.items() if 0 not in array.shape}
+        arrays |= {name: array for name, array in leaf_arrays.items() if 0 not in array.shape}
     return tuple(records), arrays
 
 
@@ -220,8 +220,8 @@ def _to_json(value: Any, where: str) -> Any:
 
 
 def _versions(storage: Storage) -> dict[str, str]:
-    found = {"jaxcompress": _library_version(), "jax": jax.__version__}
-    return found | {"orbax": orbax_version()} if storage == "orbax" else found
+    versions = {"jaxcompress": _library_version(), "jax": jax.__version__}
+    return versions | {"orbax": orbax_version()} if storage == "orbax" else versions
 
 
 def _library_version() -> str:

@@ -29,13 +29,13 @@ def array_shardings(
         ValueError: a leaf that has no sharding or does not fit it, or a sharding that has no leaf; names it.
     """
     logical = _per_leaf(records, abstract, choice)
-    found: dict[str, Sharding | None] = {}
+    by_name: dict[str, Sharding | None] = {}
     for record, leaf, sharding in zip(records, abstract, logical, strict=True):
         try:
-            found |= _per_array(record.value, leaf, sharding)
+            by_name |= _per_array(record.value, leaf, sharding)
         except ValueError as err:
             raise ValueError(f"Leaf {record.name!r} cannot be sharded as asked: {err}") from err
-    return found
+    return by_name
 
 
 def _per_leaf(records: Sequence[LeafRecord], abstract: Sequence[Any], choice: Any) -> list[Any]:
@@ -95,10 +95,10 @@ def _by_name(value: StoredValue, shardings: Any) -> dict[str, Sharding | None]:
     """Shardings by array name, from a tree of the structure of the leaf."""
     if value.array is not None:
         return {value.array: shardings}
-    found: dict[str, Sharding | None] = {}
+    by_name: dict[str, Sharding | None] = {}
     for name, part in value.parts.items():
-        found |= _by_name(part, shardings if value.kind == "prng_key" else getattr(shardings, name, None))
-    return found
+        by_name |= _by_name(part, shardings if value.kind == "prng_key" else getattr(shardings, name, None))
+    return by_name
 
 
 def _has_arrays(record: LeafRecord) -> bool:

@@ -68,7 +68,7 @@ def read_arrays(directory: str, targets: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with _without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
             _check_stored(directory, checkpointer.metadata(directory).item_metadata, targets)
-            found = checkpointer.restore(directory, dict(targets))
+            arrays = checkpointer.restore(directory, dict(targets))
     except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as err:
@@ -76,8 +76,8 @@ def read_arrays(directory: str, targets: Mapping[str, Any]) -> dict[str, Any]:
             f"Orbax cannot read the arrays in {directory!r}: {type(err).__name__}: {err}. Restore them from a copy."
         ) from err
     for name, target in targets.items():
-        _check_array(directory, name, found[name], target)
-    return found
+        _check_array(directory, name, arrays[name], target)
+    return arrays
 
 
 @contextlib.contextmanager
@@ -99,8 +99,8 @@ def _as_os_error(directory: str, err: Exception) -> OSError:
     if isinstance(err, OSError):
         return err
     # TensorStore says the number of the error, but raises ValueError.
-    if found := re.search(r"os_error_code='(\d+)'", str(err)):
-        return OSError(int(found[1]), f"Orbax cannot write the arrays: {os.strerror(int(found[1]))}", directory)
+    if match := re.search(r"os_error_code='(\d+)'", str(err)):
+        return OSError(int(match[1]), f"Orbax cannot write the arrays: {os.strerror(int(match[1]))}", directory)
     return OSError(f"Orbax cannot write the arrays to {directory!r}: {type(err).__name__}: {err}")
 
 
@@ -115,10 +115,10 @@ def _check_stored(directory: str, stored: Any, targets: Mapping[str, Any]) -> No
         _check_array(directory, name, stored[name], target)
 
 
-def _check_array(directory: str, name: str, found: Any, target: Any) -> None:
-    if tuple(found.shape) != tuple(target.shape) or found.dtype != target.dtype:
+def _check_array(directory: str, name: str, array: Any, target: Any) -> None:
+    if tuple(array.shape) != tuple(target.shape) or array.dtype != target.dtype:
         raise CheckpointError(
-            f"Array {name!r} in {os.fspath(directory)!r} is {found.dtype}{list(found.shape)}; "
+            f"Array {name!r} in {os.fspath(directory)!r} is {array.dtype}{list(array.shape)}; "
             f"the manifest says {target.dtype}{list(target.shape)}."
         )
 

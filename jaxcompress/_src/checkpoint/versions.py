@@ -157,12 +157,12 @@ def pinned(arrays: str) -> Iterator[bool]:
 def remove_leftovers(path: str) -> None:
     """Removes what dead writers left at and beside a checkpoint; what cannot be removed stays."""
     with contextlib.suppress(OSError):
-        for found in _siblings(path, _WRITING):
-            _remove_if_dead(found)
+        for leftover in _siblings(path, _WRITING):
+            _remove_if_dead(leftover)
         if has_manifest(path):
             # Older versions moved what they replaced aside.
-            for found in _siblings(path, _REPLACED):
-                shutil.rmtree(found, ignore_errors=True)
+            for leftover in _siblings(path, _REPLACED):
+                shutil.rmtree(leftover, ignore_errors=True)
             _remove_unpublished(path)
             for name in os.listdir(path):
                 if re.fullmatch(r"arrays-[0-9a-f]{12}(\.bin)?", name):
@@ -219,15 +219,15 @@ def _remove_arrays(path: str, name: str, *, own: bool = False) -> None:
     """Removes an entry of a checkpoint, unless the manifest names it, a reader holds it, or its writer is alive."""
     if arrays_name(path) in (name, None) or (not own and _writer_lives(path, name)):
         return
-    found = os.path.join(path, name)
+    arrays_path = os.path.join(path, name)
     try:
-        descriptor = os.open(found, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        descriptor = os.open(arrays_path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError:
         descriptor = None
     try:
         # Once more, because its writer may have published it before it gave its lock away.
         if (descriptor is None or try_lock(descriptor) != "busy") and arrays_name(path) not in (name, None):
-            _remove(found)
+            _remove(arrays_path)
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -324,4 +324,4 @@ def _siblings(path: str, purpose: str) -> list[str]:
     if not os.path.isdir(parent):
         return []
     pattern = re.compile(rf"\.{re.escape(name)}\.{purpose}-[0-9a-f]{{12}}")
-    return [os.path.join(parent, found) for found in sorted(os.listdir(parent)) if pattern.fullmatch(found)]
+    return [os.path.join(parent, entry) for entry in sorted(os.listdir(parent)) if pattern.fullmatch(entry)]

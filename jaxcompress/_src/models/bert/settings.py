@@ -107,8 +107,8 @@ def bert_settings(config: BertConfig) -> dict[str, Any]:
         settings["label2id"] = {label: i for i, label in enumerate(labels)}
     elif config.num_labels != 2:
         settings["num_labels"] = config.num_labels
-    if own := _own_settings(config):
-        settings[_OWN_KEY] = own
+    if extra := _own_settings(config):
+        settings[_OWN_KEY] = extra
     return settings
 
 
@@ -121,16 +121,16 @@ def _check_supported(settings: Mapping[str, Any]) -> None:
     for name in _REQUIRED:
         least = 0 if name in ("num_attention_heads", "intermediate_size") else 1
         most = MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1
-        found = settings[name]
-        if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= most:
-            raise ValueError(f"`{name}` must be an int in [{least}, {most}], got {found!r:.80}.")
+        value = settings[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"`{name}` must be an int in [{least}, {most}], got {value!r:.80}.")
     for name in (_OWN_KEY, "pruned_heads"):
         if not isinstance(settings.get(name) or {}, Mapping):
             raise ValueError(f"`{name}` must be a mapping, got {settings[name]!r:.80}.")
 
 
 def _layer_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    own, hidden, heads = settings.get(_OWN_KEY) or {}, settings["hidden_size"], settings["num_attention_heads"]
+    extra, hidden, heads = settings.get(_OWN_KEY) or {}, settings["hidden_size"], settings["num_attention_heads"]
     sizes = {"num_attention_heads": heads, "intermediate_size": settings["intermediate_size"]}
     if pruned := settings.get("pruned_heads"):
         if not heads or not all(isinstance(indices, list) for indices in pruned.values()):
@@ -139,16 +139,16 @@ def _layer_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
         layers = range(settings["num_hidden_layers"])
         sizes["num_attention_heads"] = tuple(heads - len(pruned.get(str(i), ())) for i in layers)
     names = ("num_attention_heads", "intermediate_size", "head_size", "pooling")
-    return sizes | {name: own[name] for name in names if name in own}
+    return sizes | {name: extra[name] for name in names if name in extra}
 
 
 def _own_settings(config: BertConfig) -> dict[str, Any]:
-    own: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     for name in ("num_attention_heads", "intermediate_size"):
         if len(set(getattr(config, name))) > 1:
-            own[name] = list(getattr(config, name))
-    if "num_attention_heads" in own or config.head_size * config.num_attention_heads[0] != config.hidden_size:
-        own["head_size"] = config.head_size
+            extra[name] = list(getattr(config, name))
+    if "num_attention_heads" in extra or config.head_size * config.num_attention_heads[0] != config.hidden_size:
+        extra["head_size"] = config.head_size
     if config.pooling != "cls":
-        own["pooling"] = config.pooling
-    return own
+        extra["pooling"] = config.pooling
+    return extra

@@ -63,10 +63,10 @@ def resized_config(params: Params, config: BertConfig) -> BertConfig:
 
 
 def _layers(leaves: Mapping[str, Any], prefix: str) -> int:
-    found = {int(match[1]) for path in leaves if (match := re.match(rf"{prefix}/(\d+)/", path))}
-    if not found or found != set(range(len(found))):
-        raise ValueError(f"The layers under {prefix!r} must be numbered from 0 without gaps, found {sorted(found)}.")
-    return len(found)
+    numbers = {int(match[1]) for path in leaves if (match := re.match(rf"{prefix}/(\d+)/", path))}
+    if not numbers or numbers != set(range(len(numbers))):
+        raise ValueError(f"The layers under {prefix!r} must be numbered from 0 without gaps, found {sorted(numbers)}.")
+    return len(numbers)
 
 
 def _heads(leaves: Mapping[str, Any], layer: str, head_size: int) -> int:
