@@ -24,6 +24,11 @@ class Static(NamedTuple):
     leaves: tuple[Any, ...]
     numbers: tuple[int, ...]
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the tree is of arrays alone."""
+        return len(self.numbers) == len(self.leaves)
+
     def filled(self, arrays: Sequence[Any]) -> Any:
         """The tree with arrays in their places."""
         leaves = list(self.leaves)
@@ -96,5 +101,9 @@ def traced(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> 
         return apply(static.filled(leaves), *static_inputs.filled(values))
 
     logical = [abstract(leaf) if is_compressed(leaf) else leaf for leaf in leaves]
-    closed, shapes = jax.make_jaxpr(run, return_shape=True)(logical, values)
+    if static.is_empty and static_inputs.is_empty:
+        # JAX remembers what it traced of a function; of a new one it could not.
+        closed, shapes = jax.make_jaxpr(apply, return_shape=True)(static.filled(logical), *inputs)
+    else:
+        closed, shapes = jax.make_jaxpr(run, return_shape=True)(logical, values)
     return Traced(closed, jax.tree.structure(shapes), params, leaves, static.numbers, values)
