@@ -182,6 +182,28 @@ def test_every_kernel_of_a_flax_scan_is_visited_in_order(axis):
     assert gaps[0] < gaps[1]
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_runs_of_a_stack_are_rounded_as_the_whole_of_it(turned):
+    params = {"w": _random(4, WIDTH, WIDTH), "b": _random(4, WIDTH)}
+
+    def whole(params, x):
+        kernels = params["w"][::-1].astype(jnp.float32) if turned else params["w"]
+        layers = kernels, params["b"]
+        return jax.lax.scan(lambda h, p: (h + jnp.tanh(h @ p[0] + p[1][None, None]), None), x, layers)[0]
+
+    def joined(params, x):
+        return whole(jc.tree.join_stacks(params), x)
+
+    runs = jc.tree.split_stacks(params, [1, 3], select=jc.tree.by_path("w"))
+    wanted, known = reconstruct(whole, params, [(X,)], SPEC, bias=False)
+    found, info = reconstruct(joined, runs, [(X,)], SPEC, bias=False)
+    order = ["w/0:1[0]", "w/1:3[0]", "w/1:3[1]", "w/3:4[0]"]
+    assert list(info) == (order[::-1] if turned else order)
+    assert [entry.error for entry in info.values()] == [entry.error for entry in known.values()]
+    kernels = jc.tree.join_stacks(jc.materialize(found))["w"]
+    np.testing.assert_array_equal(kernels, wanted["w"].materialize())
+
+
 def test_a_scan_that_runs_backwards_stops_at_its_last_entry_first():
     stack, x = _random(LAYERS, WIDTH, WIDTH), X[0]
 

@@ -192,7 +192,7 @@ def _kernels(
     if not chosen:
         reasons = "".join(f"\n  {path!r}: {reason}" for path, reason in left.items())
         raise ValueError(
-            f"No leaf is in a plain matmul: for experts, convolutions and runs of `split_stacks` use `gptq`.{reasons}"
+            f"No leaf is in a plain matmul: for experts and convolutions use `gptq`.{reasons}"
         )
     warn_left_out(
         left,
