@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import importlib.util
 import os
 from pathlib import Path
 
@@ -22,16 +21,16 @@ os.environ["XLA_FLAGS"] = " ".join(
     )
 )
 
+import host_constants
 import jax
 import jaxtyping
 from jax._src.interpreters import mlir
 
 
 def _modules_with_shapes() -> list[str]:
-    spec = importlib.util.find_spec("jaxcompress")
-    (root,) = map(Path, spec.submodule_search_locations)
-    files = [path for path in root.rglob("*.py") if "from jaxtyping import" in path.read_text()]
-    return [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in files]
+    package = Path(__file__).parents[1] / "jaxcompress"
+    files = [path for path in package.rglob("*.py") if "from jaxtyping import" in path.read_text()]
+    return [".".join(path.relative_to(package.parent).with_suffix("").parts) for path in files]
 
 
 # By its defaults the garbage collector walks the modules and JAX's caches again and again: a seventh of the time.
@@ -41,6 +40,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # JAX lowers every program in an MLIR context of its own, and loading the dialects into one takes three times as long as
 # lowering a small program. No public switch shares them; should JAX rename this function, the line raises.
 mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+host_constants.install()
 # Every jaxtyping annotation of the package is checked at run time: one that nothing runs would rot. Modules without any
 # are left to pyright: the check takes longer than most functions.
 jaxtyping.install_import_hook(_modules_with_shapes(), "beartype.beartype")

@@ -40,14 +40,14 @@ def _quantized(
         codes = np.round(split / scale.reshape(wide)) + (0 if zero is None else zero.reshape(wide))
         codes = codes.reshape(shape).astype(np.int8 if zero is None else np.uint8)
         if zero is not None:
-            zero = pack(jnp.asarray(zero), bits=bits, axis=layout.output_axes[-1]) if groups else jnp.asarray(zero)
+            zero = pack(zero, bits=bits, axis=layout.output_axes[-1]) if groups else jnp.asarray(zero)
         return _leaf(array, codes, bits, axis, scale, zero_point=zero)
 
     return make
 
 
 def _leaf(array: jax.Array, codes: np.ndarray, bits: int, axis: int, scale: np.ndarray, **rest: Any) -> QuantizedArray:
-    data = pack(jnp.asarray(codes), bits=bits, axis=axis)
+    data = pack(codes, bits=bits, axis=axis)
     return QuantizedArray(data=data, scale=jnp.asarray(scale, jnp.float32), dtype=array.dtype, **rest)
 
 
@@ -75,7 +75,8 @@ def _half(array: jax.Array, layout: LeafLayout) -> jax.Array:
 
 
 def _bitmask(array: jax.Array, layout: LeafLayout) -> Any:
-    return sparsify(array, jnp.asarray(np.abs(array) > 0.7 * np.abs(array).mean()), stack_ndim=len(layout.stack_axes))
+    x = np.abs(np.asarray(array))
+    return sparsify(array, jnp.asarray(x > 0.7 * x.mean()), stack_ndim=len(layout.stack_axes))
 
 
 def _n_of_m(array: jax.Array, layout: LeafLayout) -> Any:
@@ -109,10 +110,10 @@ def _codebook(*, zero: bool, per_output: bool = False, sparse: bool = False) -> 
         table = np.where(table == 0, largest[..., None] / 50, table)
         codes = np.abs(x[..., None] - table).argmin(-1) + zero
         codes = np.where(np.abs(x) < 0.3 * largest, 0, codes) if zero else codes
-        codes = jnp.asarray(codes, jnp.uint8)
+        codes = codes.astype(np.uint8)
         data = pack(codes, bits=3, axis=layout.input_axes[-1])
         if sparse:
-            kept = sparsify(codes, codes != 0, stack_ndim=len(layout.stack_axes))
+            kept = sparsify(jnp.asarray(codes), jnp.asarray(codes != 0), stack_ndim=len(layout.stack_axes))
             data = dataclasses.replace(kept, values=pack(kept.values, bits=3))
         return CodebookArray(data=data, table=jnp.asarray(table, jnp.float32), dtype=array.dtype, zero=zero)
 
@@ -126,7 +127,7 @@ def _additive(array: jax.Array, layout: LeafLayout, *, scaled: bool = False) -> 
     runs[axis] = -(-runs[axis] // 4)
     blocks = [n if i in layout.stack_axes else 1 for i, n in enumerate(array.shape)]
     rng = np.random.default_rng(0)
-    codes = jnp.asarray(rng.integers(0, 8, (*runs, count)), jnp.uint8)
+    codes = rng.integers(0, 8, (*runs, count)).astype(np.uint8)
     table = jnp.asarray(rng.integers(-8, 9, (*blocks, count, 8, 4)) / 16, jnp.float32)
     data, static = pack(codes, bits=4, axis=axis - 1), {"axis": axis, "width": array.shape[axis]}
     if not scaled:

@@ -38,11 +38,13 @@ def reference(codes, bits):
     return out
 
 
+@pytest.mark.parametrize("place", [np.asarray, jnp.asarray], ids=["host", "device"])
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", range(1, 8))
-def test_bytes_are_those_of_the_docstring(bits, signed):
+def test_bytes_are_those_of_the_docstring(bits, signed, place):
     codes = codes_of((13,), bits, signed)
-    packed = pack(jnp.asarray(codes), bits=bits)
+    packed = pack(place(codes), bits=bits)
+    assert isinstance(packed.data, jax.Array)
     np.testing.assert_array_equal(packed.data, reference(codes, bits))
     np.testing.assert_array_equal(packed.materialize(), codes)
     assert packed.materialize().dtype == packed.dtype == codes.dtype

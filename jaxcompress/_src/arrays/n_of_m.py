@@ -1,6 +1,7 @@
 """Sparse arrays with a pattern: N of every M consecutive entries, and their places."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -144,14 +145,21 @@ class NMSparseArray(StoredArray):
         return jax.tree.map(lambda part: part[rows], self)
 
     def _spread(self, values: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        kept, run = self.pattern
-        at = self.axis + values.ndim
-        before, after = values.shape[:at], values.shape[at + 1 :]
-        count = values.shape[at] // kept
-        places = unpacked(self.index).reshape(*before, count, kept, 1, *after)
-        values = values.reshape(*before, count, kept, 1, *after)
-        slots = jnp.arange(run, dtype=places.dtype).reshape(*(1,) * (at + 2), run, *(1,) * len(after))
-        spread = jnp.where(places == slots, values, jnp.zeros((), values.dtype))
-        # At most one of the N places equals a slot: the sum picks that value, exactly.
-        picked = spread.any(axis=at + 1) if values.dtype == bool else spread.sum(axis=at + 1, dtype=values.dtype)
-        return jax.lax.slice_in_dim(picked.reshape(*before, count * run, *after), 0, self.width, axis=at)
+        return _spread(values, self.index, self.pattern, self.axis, self.width)
+
+
+@functools.partial(jax.jit, static_argnames=("pattern", "axis", "width"), inline=True)
+def _spread(
+    values: Shaped[Array, "..."], index: Any, pattern: tuple[int, int], axis: int, width: int
+) -> Shaped[Array, "..."]:
+    """Values along the whole axis, 0 where none is kept."""
+    (kept, run), at = pattern, axis + values.ndim
+    before, after = values.shape[:at], values.shape[at + 1 :]
+    count = values.shape[at] // kept
+    places = unpacked(index).reshape(*before, count, kept, 1, *after)
+    values = values.reshape(*before, count, kept, 1, *after)
+    slots = jnp.arange(run, dtype=places.dtype).reshape(*(1,) * (at + 2), run, *(1,) * len(after))
+    spread = jnp.where(places == slots, values, jnp.zeros((), values.dtype))
+    # At most one of the N places equals a slot: the sum picks that value, exactly.
+    picked = spread.any(axis=at + 1) if values.dtype == bool else spread.sum(axis=at + 1, dtype=values.dtype)
+    return jax.lax.slice_in_dim(picked.reshape(*before, count * run, *after), 0, width, axis=at)

@@ -137,20 +137,21 @@ class PackedArray(StoredArray):
         del name
 
         def unpack(data: np.ndarray) -> np.ndarray:
-            return np.asarray(dataclasses.replace(self, data=jnp.asarray(data), signed=False).materialize())
+            return _unpack_by(np, data, self.bits, self.axis, self.width, False)
 
         def packed(codes: np.ndarray) -> np.ndarray:
-            return np.asarray(_pack(jnp.asarray(codes), self.bits, self.axis))
+            return _pack_by(np, codes, self.bits, self.axis)
 
         return PartCoding(self.bits, self.shape, unpack, packed)
 
 
 @on_auto_axes
-def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedArray | jax.Array:
+def pack(codes: Integer[Array | np.ndarray, "..."], *, bits: int, axis: int = -1) -> PackedArray | jax.Array:
     """Packs integers into `bits` bits each; 8 bits need no packing and stay a plain array.
 
     Args:
-        codes: signed or unsigned integers that fit into `bits` bits, with at least one axis.
+        codes: signed or unsigned integers that fit into `bits` bits, with at least one axis. A NumPy array is packed
+            by NumPy, without a program for its shape.
         bits: in [1, 8].
         axis: the axis to pack along.
 
@@ -173,10 +174,10 @@ def pack(codes: Integer[Array, "..."], *, bits: int, axis: int = -1) -> PackedAr
     axis = axis if axis < 0 else axis - codes.ndim
     signed = jnp.issubdtype(codes.dtype, jnp.signedinteger)
     if bits == 8:
-        return codes.astype(jnp.int8 if signed else jnp.uint8)
-    return PackedArray(
-        data=_pack(codes, bits, axis), bits=bits, signed=bool(signed), axis=axis, width=codes.shape[axis]
-    )
+        return jnp.asarray(codes, jnp.int8 if signed else jnp.uint8)
+    on_host = isinstance(codes, np.ndarray)
+    data = jnp.asarray(_pack_by(np, codes, bits, axis)) if on_host else _pack(codes, bits, axis)
+    return PackedArray(data=data, bits=bits, signed=bool(signed), axis=axis, width=codes.shape[axis])
 
 
 @on_auto_axes
@@ -203,23 +204,32 @@ def _planes(bits: int) -> list[tuple[int, int]]:
 # Compiled as one: called op by op, each new shape would cost a dozen compilations, and each call a dozen passes.
 @functools.partial(jax.jit, static_argnames=("bits", "axis"), inline=True)
 def _pack(codes: Integer[Array, "..."], bits: int, axis: int) -> UInt8[Array, "..."]:
-    at = axis + codes.ndim
-    signed = jnp.issubdtype(codes.dtype, jnp.signedinteger)
-    codes = codes.astype(jnp.int8 if signed else jnp.uint8).view(jnp.uint8) & jnp.uint8(2**bits - 1)
-    per_block = codes_per_block(bits)
-    padding = [(0, -codes.shape[at] % per_block if i == at else 0) for i in range(codes.ndim)]
-    codes = jnp.pad(codes, padding)
-    before, after = codes.shape[:at], codes.shape[at + 1 :]
-    parts = []
-    for width, offset in _planes(bits):
-        plane = (codes >> jnp.uint8(offset)) & jnp.uint8(2**width - 1)
-        blocks = plane.reshape(*before, codes.shape[at] // per_block, per_block * width // 8, 8 // width, *after)
-        parts.append((blocks << _shifts(width, at + 2, blocks.ndim)).sum(axis=at + 2, dtype=jnp.uint8))
-    return jnp.concatenate(parts, axis=at + 1).reshape(*before, codes.shape[at] * bits // 8, *after)
+    return _pack_by(jnp, codes, bits, axis)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "axis", "width", "signed"), inline=True)
 def _unpack(data: UInt8[Array, "..."], bits: int, axis: int, width: int, signed: bool) -> Integer[Array, "..."]:
+    return _unpack_by(jnp, data, bits, axis, width, signed)
+
+
+def _pack_by(xp: Any, codes: Any, bits: int, axis: int) -> Any:
+    """The bytes; `xp` is NumPy, or JAX's."""
+    at = axis + codes.ndim
+    signed = jnp.issubdtype(codes.dtype, jnp.signedinteger)
+    codes = codes.astype(np.int8 if signed else np.uint8).view(np.uint8) & np.uint8(2**bits - 1)
+    per_block = codes_per_block(bits)
+    codes = xp.pad(codes, [(0, -codes.shape[at] % per_block if i == at else 0) for i in range(codes.ndim)])
+    before, after = codes.shape[:at], codes.shape[at + 1 :]
+    parts = []
+    for width, offset in _planes(bits):
+        plane = (codes >> np.uint8(offset)) & np.uint8(2**width - 1)
+        blocks = plane.reshape(*before, codes.shape[at] // per_block, per_block * width // 8, 8 // width, *after)
+        parts.append((blocks << _shifts(xp, width, at + 2, blocks.ndim)).sum(axis=at + 2, dtype=np.uint8))
+    return xp.concatenate(parts, axis=at + 1).reshape(*before, codes.shape[at] * bits // 8, *after)
+
+
+def _unpack_by(xp: Any, data: Any, bits: int, axis: int, width: int, signed: bool) -> Any:
+    """The codes; `xp` is NumPy, or JAX's."""
     at = axis + data.ndim
     before, after = data.shape[:at], data.shape[at + 1 :]
     per_block = codes_per_block(bits)
@@ -229,23 +239,27 @@ def _unpack(data: UInt8[Array, "..."], bits: int, axis: int, width: int, signed:
     codes, start = None, 0
     for plane_width, offset in _planes(bits):
         stop = start + per_block * plane_width // 8
-        plane = jax.lax.slice_in_dim(blocks, start, stop, axis=at + 1)
-        plane = jnp.expand_dims(plane, at + 2)
-        plane = (plane >> _shifts(plane_width, at + 2, plane.ndim)) & jnp.uint8(2**plane_width - 1)
-        plane = plane.reshape(*before, count * per_block, *after) << jnp.uint8(offset)
+        plane = xp.expand_dims(_cut(blocks, start, stop, at + 1), at + 2)
+        plane = (plane >> _shifts(xp, plane_width, at + 2, plane.ndim)) & np.uint8(2**plane_width - 1)
+        plane = plane.reshape(*before, count * per_block, *after) << np.uint8(offset)
         codes = plane if codes is None else codes | plane
         start = stop
-    assert codes is not None
-    codes = jax.lax.slice_in_dim(codes, 0, width, axis=at)
+    codes = _cut(codes, 0, width, at)
     return _extend_sign(codes, bits) if signed else codes
 
 
-def _shifts(width: int, at: int, ndim: int) -> UInt8[Array, "..."]:
+def _cut(x: Any, start: int, stop: int, axis: int) -> Any:
+    if isinstance(x, np.ndarray):
+        return x[(slice(None),) * axis + (slice(start, stop),)]
+    return jax.lax.slice_in_dim(x, start, stop, axis=axis)
+
+
+def _shifts(xp: Any, width: int, at: int, ndim: int) -> Any:
     shape = [1] * ndim
     shape[at] = 8 // width
-    return (width * jnp.arange(8 // width, dtype=jnp.uint8)).reshape(shape)
+    return (np.uint8(width) * xp.arange(8 // width, dtype=np.uint8)).reshape(shape)
 
 
-def _extend_sign(codes: UInt8[Array, "..."], bits: int) -> Integer[Array, "..."]:
-    sign = jnp.uint8(2 ** (bits - 1))
-    return ((codes ^ sign) - sign).view(jnp.int8)
+def _extend_sign(codes: Any, bits: int) -> Any:
+    sign = np.uint8(2 ** (bits - 1))
+    return ((codes ^ sign) - sign).view(np.int8)

@@ -93,7 +93,7 @@ def _sparsify_bitmask(array: np.ndarray, mask: np.ndarray, stack_ndim: int, shar
     values = np.zeros((len(run_mask), longest), array.dtype)
     for line, run, kept in zip(values, array.reshape(run_mask.shape), run_mask, strict=True):
         line[: kept.sum()] = run[kept]
-    index = pack(jnp.asarray(flat, jnp.uint8), bits=1)
+    index = pack(flat.astype(np.uint8), bits=1)
     values = jnp.asarray(values.reshape(*stack, shards, longest))
     return BitmaskSparseArray(values=values, index=index, starts=jnp.asarray(starts), row_shape=row_shape)
 
