@@ -310,5 +310,5 @@ def _in_output(part: jax.Array, side: int, numbers: Any, ndims: tuple[int, int])
     free = [axis for axis in range(ndims[side]) if axis not in contracted[side] and axis not in batch[side]]
     others = (1,) * (ndims[1 - side] - len(contracted[1 - side]) - len(batch[1 - side]))
     part = part.transpose((*batch[side], *free, *contracted[side]))
-    leading, own = part.shape[: len(batch[side])], part.shape[len(batch[side]) : len(batch[side]) + len(free)]
-    return part.reshape(*leading, *own, *others) if side == 0 else part.reshape(*leading, *others, *own)
+    leading, trailing = part.shape[: len(batch[side])], part.shape[len(batch[side]) : len(batch[side]) + len(free)]
+    return part.reshape(*leading, *trailing, *others) if side == 0 else part.reshape(*leading, *others, *trailing)

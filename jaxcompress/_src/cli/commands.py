@@ -104,18 +104,18 @@ def run_evaluate(
         screen.note("There is nothing to measure: give --against, or a classifier and a column `label`.")
     tokens, others = _token_pair(screen, loaded, other, texts, max_length, data)
     figures: dict[str, Any] = {"rows": len(tokens), "rows_cut": tokens.cut, "max_length": tokens.max_length}
-    found = {}
+    predictions = {}
     if labels is not None or outputs is not None or other is None or head_of(loaded.module).answer != "tokens":
-        found = _predicted(screen, loaded, tokens)
+        predictions = _predicted(screen, loaded, tokens)
     if outputs is not None:
         with outputs.open("wb") as file:
-            np.savez(file, allow_pickle=False, **found)
+            np.savez(file, allow_pickle=False, **predictions)
     if labels is not None:
         known = labels >= 0
-        figures["accuracy"] = float((found["logits"].argmax(-1) == labels)[known].mean())
+        figures["accuracy"] = float((predictions["logits"].argmax(-1) == labels)[known].mean())
         figures |= {} if known.all() else {"rows_with_label": int(known.sum())}
     if other is not None:
-        figures |= _compared(screen, loaded, found, tokens, other, others, labels)
+        figures |= _compared(screen, loaded, predictions, tokens, other, others, labels)
     screen.table(str(model), ("figure", "value"), [(name, _written(value)) for name, value in figures.items()])
     screen.result(figures)
 
@@ -133,7 +133,7 @@ def _pooling(loaded: LoadedModel) -> SentencePooling:
 def _compared(
     screen: Screen,
     loaded: LoadedModel,
-    found: dict[str, np.ndarray],
+    predictions: dict[str, np.ndarray],
     tokens: Tokens,
     other: LoadedModel,
     others: Tokens,
@@ -147,8 +147,8 @@ def _compared(
         return compare_tokens(*token_divergence(*both, tokens, progress=screen, name=name))
     wanted = _predicted(screen, other, others)
     if answer == "vector":
-        return compare_vectors(wanted["sentence_vector"], found["sentence_vector"])
-    return compare_logits(wanted["logits"], found["logits"], labels)
+        return compare_vectors(wanted["sentence_vector"], predictions["sentence_vector"])
+    return compare_logits(wanted["logits"], predictions["logits"], labels)
 
 
 def _labels(screen: Screen, loaded: LoadedModel, texts: Texts, data: Path) -> np.ndarray | None:

@@ -74,9 +74,9 @@ class Evidence:
             raise ValueError(f"[calibrate]: `rows` is {settings.rows}, and there are only {len(tokens)} rows.")
         self._settings, self._module = settings, module
         self._pooling: SentencePooling = pooling
-        chosen = np.sort(np.random.default_rng(settings.seed).choice(len(tokens), settings.rows, replace=False))
-        ids = tuple(tokens.ids[i] for i in chosen)
-        self._rows = dataclasses.replace(tokens, ids=ids, labels=tokens.labels[chosen])
+        places = np.sort(np.random.default_rng(settings.seed).choice(len(tokens), settings.rows, replace=False))
+        ids = tuple(tokens.ids[i] for i in places)
+        self._rows = dataclasses.replace(tokens, ids=ids, labels=tokens.labels[places])
         if settings.labels == "given" and not (self._rows.labels >= 0).all():
             raise ValueError("[calibrate]: `labels` is 'given', and a row has none; give a column `label`.")
         more = tuple(spliced(ids, settings.splice, seed=settings.seed)) if settings.splice else ()

@@ -174,9 +174,9 @@ def batch(tokens: Tokens, rows: np.ndarray, *, width: int) -> dict[str, Any]:
     ids = np.full((len(rows), width), tokens.pad_id, np.int32)
     mask = np.zeros_like(ids)
     for i, row in enumerate(rows):
-        kept = tokens.ids[row][:width]
-        ids[i, : len(kept)] = kept
-        mask[i, : len(kept)] = 1
+        ids_of_row = tokens.ids[row][:width]
+        ids[i, : len(ids_of_row)] = ids_of_row
+        mask[i, : len(ids_of_row)] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": tokens.labels[rows], "row": rows.astype(np.int32)}
 
 

@@ -111,10 +111,10 @@ def _runs(node: Any) -> list[str] | None:
     """The keys of a split stack, in order; JAX sorts "10:12" before "1:10"."""
     if not isinstance(node, Mapping) or not node or not all(isinstance(key, str) for key in node):
         return None
-    found = [_RUN.fullmatch(key) for key in node]
-    if None in found:
+    matches = [_RUN.fullmatch(key) for key in node]
+    if None in matches:
         return None
-    places = sorted((int(run[1]), int(run[2]), run[0]) for run in found if run is not None)
+    places = sorted((int(run[1]), int(run[2]), run[0]) for run in matches if run is not None)
     follow = all(end == begin for (_, end, _), (begin, _, _) in itertools.pairwise(places))
     return [key for _, _, key in places] if places[0][0] == 0 and follow else None
 

@@ -93,9 +93,9 @@ def entry_infos(
     rows = {field: np.asarray(values).reshape(len(names), -1) for field, values in measured.items()}
     infos = {}
     for i, name in enumerate(names):
-        found = {} if marks is None else unseen_counts(marks[i])
-        found |= {field: values[i].max().item() for field, values in rows.items()}
+        fields = {} if marks is None else unseen_counts(marks[i])
+        fields |= {field: values[i].max().item() for field, values in rows.items()}
         if marks is not None and nothing_seen(marks[i]):
-            found |= dict.fromkeys(errors)
-        infos[name] = make(**found)
+            fields |= dict.fromkeys(errors)
+        infos[name] = make(**fields)
     return infos

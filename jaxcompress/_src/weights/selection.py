@@ -39,19 +39,19 @@ def selected_layouts(params: Params, *, select: Selector | None = None, layouts:
     """
     known = map_with_path(lambda _, leaf: None, params) if layouts is None else layouts
     marks = map_with_path(lambda *_: None, params) if select is None else select(params)
-    found: list[str] = []
+    paths: list[str] = []
 
     def visit(path: str, leaf: Any, layout: LeafLayout | None, mark: bool | None) -> Any:
         if mark is None:
             mark = layout.is_weight if layout is not None else len(getattr(leaf, "shape", ())) >= 2
         if not mark:
             return Unselected
-        found.append(path)
+        paths.append(path)
         return layout if layout is not None and layout.is_weight else default_layout(path, leaf)
 
     selected = map_with_path(visit, params, known, marks, is_leaf=is_compressed)
     left_out = large_left_out(params, layouts) if select is None and layouts is not None else {}
-    if not found:
+    if not paths:
         known = f" Left out are {listed(left_out)}" if left_out else ""
         raise ValueError(
             f"No leaf of the tree has two axes or more (or is used as a weight): nothing is selected.{known}"

@@ -43,8 +43,8 @@ def unseen_inputs(statistics: InputStatistics) -> Bool[Array, "*stack D"]:
     if statistics.gram is not None:
         return _unseen_in(statistics.gram)
     for name in ("squared_sum", "absolute_sum", "absolute_max"):
-        if (found := getattr(statistics, name)) is not None:
-            return found <= 0
+        if (sums := getattr(statistics, name)) is not None:
+            return sums <= 0
     raise ValueError("The statistics know nothing of single inputs; gather 'gram' or 'squared_sum'.")
 
 
