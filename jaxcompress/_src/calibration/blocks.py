@@ -55,8 +55,8 @@ def blocks_of(program: FlatProgram, stacks: Mapping[str, tuple[int, ...]], *, to
     used = {part: place for path, sizes in stacks.items() for part, place in flow.first_uses(path, sizes).items()}
     cuts, parts = _cuts(dict(sorted(used.items(), key=lambda item: item[1])), together)
     passed_on = [*(flow.live(cut) for cut in cuts[1:]), variables(program.outputs)]
-    outputs = [[var for var in dict.fromkeys(own) if flow.is_fitted(var)] for own in passed_on]
-    return Blocks(parts, outputs, segments_of(program, [(own, number) for number, own in enumerate(passed_on)]))
+    outputs = [[var for var in dict.fromkeys(each) if flow.is_fitted(var)] for each in passed_on]
+    return Blocks(parts, outputs, segments_of(program, [(each, number) for number, each in enumerate(passed_on)]))
 
 
 class _Flow:

@@ -316,12 +316,12 @@ def _moved(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     before, after = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     moved = [-1] * len(after)
     for old, new in runs:
-        own = [axes[axis] for axis in old if axes[axis] >= 0]
+        leaf_axes = [axes[axis] for axis in old if axes[axis] >= 0]
         # Axes of the leaf that are merged, split, repeated or dropped are none of its axes.
-        if own and (len(old) != 1 or [before[old[0]]] != [after[axis] for axis in new]):
+        if leaf_axes and (len(old) != 1 or [before[old[0]]] != [after[axis] for axis in new]):
             return None
         for axis in new:
-            moved[axis] = own[0] if own else -1
+            moved[axis] = leaf_axes[0] if leaf_axes else -1
     return tuple(moved)
 
 

@@ -60,7 +60,7 @@ def layer_by_layer(
         for model in models[:-1]:
             model.run(2 * number + 1)
         for place in block:
-            yield Stop([own[place] for own in sites], models)
+            yield Stop([program_sites[place] for program_sites in sites], models)
         models[-1].run(2 * number + 1)
 
 
@@ -134,10 +134,10 @@ def _cut(program: FlatProgram, sites: list[Site]) -> _Cut:
     blocks = _blocks(program, sites)
     goals: list[tuple[list[Any], int]] = []
     for number, block in enumerate(blocks):
-        own = [sites[place] for place in block]
+        block_sites = [sites[place] for place in block]
         # What goes into a kernel is looked at until the next block begins.
-        goals.append(([var for site in own for var in _read(site)], 2 * number + 1))
-        goals.append(([site.written.var for site in own], 2 * number + 1))
+        goals.append(([var for site in block_sites for var in _read(site)], 2 * number + 1))
+        goals.append(([site.written.var for site in block_sites], 2 * number + 1))
     return _Cut(sites, blocks, segments_of(program, goals))
 
 
@@ -152,10 +152,10 @@ def _blocks(program: FlatProgram, sites: Sequence[Site]) -> list[list[int]]:
                     depends[var] |= 1 << place
     for eqn in program.body.jaxpr.eqns:
         if any(var not in program.views for var in eqn.outvars):
-            own = 0
+            needed = 0
             for var in variables(eqn.invars):
-                own |= depends.get(var, 0)
-            depends |= {var: own for var in eqn.outvars if var not in program.views}
+                needed |= depends.get(var, 0)
+            depends |= {var: needed for var in eqn.outvars if var not in program.views}
     blocks: list[list[int]] = []
     for place, site in enumerate(sites):
         before = 0

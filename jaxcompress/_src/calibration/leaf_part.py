@@ -46,17 +46,17 @@ class LeafPart:
     @on_auto_axes
     def matrix(self, leaf: Shaped[Any, "..."]) -> Shaped[Any, "D O"]:
         """The kernel in an array of the leaf's shape; a bias is one row."""
-        own = entry_of(leaf, self.entry)
+        entry = entry_of(leaf, self.entry)
         axes = sorted((*self.input_axes, *self.output_axes))
-        moved = own.transpose([axes.index(axis) for axis in (*self.input_axes, *self.output_axes)])
+        moved = entry.transpose([axes.index(axis) for axis in (*self.input_axes, *self.output_axes)])
         return moved.reshape(math.prod(leaf.shape[axis] for axis in self.input_axes), -1)
 
     def put(self, leaf: Shaped[Any, "..."], matrix: Shaped[Any, "*D O"]) -> Shaped[np.ndarray, "..."]:
         """A copy of the leaf with another kernel, or with another bias (O,): the inverse of `matrix`."""
         changed = np.array(leaf)
         axes = (*self.input_axes, *self.output_axes)
-        own = np.asarray(matrix).reshape([changed.shape[axis] for axis in axes]).transpose(np.argsort(axes))
-        changed[_index(self.entry, changed.ndim)] = own.astype(changed.dtype)
+        entry = np.asarray(matrix).reshape([changed.shape[axis] for axis in axes]).transpose(np.argsort(axes))
+        changed[_index(self.entry, changed.ndim)] = entry.astype(changed.dtype)
         return changed
 
     @on_auto_axes

@@ -92,10 +92,12 @@ def sequential(
         >>> seen, halved["second"].tolist()
         ([[2.0], [2.0]], [[0.5], [0.5]])
     """
-    kept = list(batches)
-    if not kept:
+    all_batches = list(batches)
+    if not all_batches:
         raise ValueError("`batches` is empty: statistics need at least one batch.")
-    program = build(apply, params, kept[0], select=select, statistics=statistics, row_mask=row_mask, cross=dense_inputs)
+    program = build(
+        apply, params, all_batches[0], select=select, statistics=statistics, row_mask=row_mask, cross=dense_inputs
+    )
     strict = select is not None if strict is None else strict
     check_refused(program.refused, strict=strict or not program.taps)
     check_memory(program, memory_limit)
@@ -106,7 +108,7 @@ def sequential(
         for turn in turns:
             active[turn.group] = ALL if turn.entry is None else turn.entry
         trees = (params, progress.running()) if dense_inputs else (progress.running(),)
-        for batch in kept:
+        for batch in all_batches:
             totals = program.step(totals, trees, batch, active)
         for turn in turns:
             check_finite_totals(program, totals, only=turn.group)
@@ -164,9 +166,9 @@ def _filled(group: Group, entry: int | None) -> tuple[int, ...]:
     loops = group.place.count(None)
     first = (0 if entry is None else entry,) * loops
     if entry is not None and group.visits is not None and group.visits.ndim == loops:
-        found = np.argwhere(group.visits == entry)
+        visits = np.argwhere(group.visits == entry)
         # One that no iteration gets comes last.
-        first = tuple(found[0].tolist()) if len(found) else group.visits.shape
+        first = tuple(visits[0].tolist()) if len(visits) else group.visits.shape
     iterations = iter(first)
     return tuple(next(iterations) if part is None else part for part in group.place)
 
@@ -219,8 +221,8 @@ class _Progress:
             layouts = {number: layout.entry for number, layout in layouts.items()}
         group = program.tree(params, Unselected)
         sums = program.tree(dict.fromkeys(leaves, statistics), Unselected)
-        found, info = fn(group, sums, program.tree(layouts, Unselected))
-        entries = leaves_with_paths(found, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf))
+        compressed, info = fn(group, sums, program.tree(layouts, Unselected))
+        entries = leaves_with_paths(compressed, is_leaf=lambda leaf: is_unselected(leaf) or is_compressed(leaf))
         for number in leaves:
             path, leaf = entries[number] if len(entries) == len(program.leaves) else (None, None)
             self._put(number, turn.entry, _checked(program.leaves[number][0], path, leaf, params[number]))

@@ -204,8 +204,8 @@ def _traced(
 
     program, variables = tracer.trace(model, operands)
     sites = []
-    for site, own in zip(tracer.sites, variables, strict=True):
-        pairs = zip(_operands(site), own, strict=True)
+    for site, site_variables in zip(tracer.sites, variables, strict=True):
+        pairs = zip(_operands(site), site_variables, strict=True)
         inputs_, residual, written = (None if o is None else dataclasses.replace(o, var=v) for o, v in pairs)
         sites.append(dataclasses.replace(site, inputs=inputs_, residual=residual, written=written))
     return program, sites
@@ -237,7 +237,7 @@ class _Output:
         return tuple(self.axes.index(axis) for axis in range(len(self.axes)))
 
     @property
-    def own(self) -> int:
+    def output_ndim(self) -> int:
         """Number of axes of outputs."""
         return len(self.kernel.output_axes)
 
@@ -245,7 +245,7 @@ class _Output:
     def width(self) -> int:
         """Number of outputs."""
         shape = [self.value.shape[axis] for axis in self.order]
-        return math.prod(shape[len(shape) - self.own :])
+        return math.prod(shape[len(shape) - self.output_ndim :])
 
     @property
     def key(self) -> Any:
@@ -312,9 +312,9 @@ class _Tracer(Flattening):
             path=weight.path, entry=weight.entry, input_axes=tuple(sorted(inputs)), output_axes=tuple(sorted(outputs))
         )
         operand = Operand(other, (*rows, *summed), math.prod(other.shape[axis] for axis in summed))
-        own = tuple(len(rows) + sorted(outputs).index(axis) for axis in outputs)
+        output_axes = tuple(len(rows) + sorted(outputs).index(axis) for axis in outputs)
         # The axes of the first operand come first.
-        axes = (*own, *range(len(rows))) if place == 0 else (*range(len(rows)), *own)
+        axes = (*output_axes, *range(len(rows))) if place == 0 else (*range(len(rows)), *output_axes)
         return _Output(bind(eqn, plain)[0], kernel, operand, axes, use)
 
     def add(self, eqn: Any, left: Any, right: Any) -> Any:
@@ -344,7 +344,7 @@ class _Tracer(Flattening):
             return None
         axes, shape = ([whole[axis] for axis in output.order] for whole in (view.axes, view.shape))
         sizes = [output.value.shape[axis] for axis in output.order]
-        rows = len(axes) - output.own
+        rows = len(axes) - output.output_ndim
         same_entry = [index for _, index in view.entry] == [index for _, index in output.kernel.entry]
         in_order = -1 not in axes[rows:] and axes[rows:] == sorted(axes[rows:])
         if not same_entry or shape[rows:] != sizes[rows:] or set(axes[:rows]) - {-1} or not in_order:

@@ -44,11 +44,11 @@ def spliced(sequences: Iterable[Any], copies: int, *, head: int = 1, tail: int =
     def cut(row: Sequence[int]) -> int:
         return int(rng.integers(head, len(row) - tail + 1))
 
-    found: list[tuple[int, ...]] = []
+    new: list[tuple[int, ...]] = []
     for _ in range(copies):
         for first in rows:
             second = rows[int(rng.integers(len(rows)))]
             end = cut(first)
             begin = max(cut(second), len(second) - (longest - end))
-            found.append(first[:end] + second[begin:])
-    return found
+            new.append(first[:end] + second[begin:])
+    return new

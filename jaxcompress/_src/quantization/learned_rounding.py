@@ -102,30 +102,30 @@ def learned_rounding(
         >>> x = jnp.array([[1.0, 1.0, 0.0], [2.0, 2.0, 0.0], [4.0, 4.1, 0.0]])
         >>> start, _ = quantize(params, QuantSpec(bits=4))
         >>> schedule = RoundingSchedule(rate=0.05, steps=400)
-        >>> found, info = learned_rounding(
+        >>> small, info = learned_rounding(
         ...     lambda p, x: x @ p["w"], params, start, [(x,)], together=str, schedule=schedule
         ... )
-        >>> start["w"].codes().ravel().tolist(), int(found["w"].codes()[:2].sum())
+        >>> start["w"].codes().ravel().tolist(), int(small["w"].codes()[:2].sum())
         ([1, 1, 7], 1)
 
     References:
         Nagel et al. 2020, "Up or down? Adaptive rounding for post-training quantization"; Li et al. 2021, "BRECQ:
         pushing the limit of post-training quantization by block reconstruction".
     """
-    kept = [tuple(jax.tree.map(jnp.asarray, batch)) for batch in batches]
+    all_batches = [tuple(jax.tree.map(jnp.asarray, batch)) for batch in batches]
     leaves, dense = leaves_by_path(rounded), leaves_by_path(params)
     paths = [path for path, leaf in leaves.items() if isinstance(leaf, QuantizedArray)]
-    _check(kept, paths, leaves, schedule)
+    _check(all_batches, paths, leaves, schedule)
     _check_dense(paths, leaves, dense)
-    rows = [None if row_mask is None else jnp.maximum(jnp.asarray(row_mask(*b), jnp.float32), 0.0) for b in kept]
-    stacks = _stacks(traced_layouts(apply, params, *kept[0]), {path: leaves[path] for path in paths})
+    rows = [None if row_mask is None else jnp.maximum(jnp.asarray(row_mask(*b), jnp.float32), 0.0) for b in all_batches]
+    stacks = _stacks(traced_layouts(apply, params, *all_batches[0]), {path: leaves[path] for path in paths})
 
     def trace(batch: Any) -> Blocks:
         program = flat_program(apply, params, batch, stacks=[path for path, sizes in stacks.items() if sizes])
         return blocks_of(program, stacks, together=together)
 
-    programs = by_shape(kept, trace)
-    target, current = (Model(tree, [blocks.segments for blocks in programs], kept) for tree in (params, rounded))
+    programs = by_shape(all_batches, trace)
+    target, current = (Model(tree, [blocks.segments for blocks in programs], all_batches) for tree in (params, rounded))
     entries: dict[str, dict[Entry, QuantizedArray]] = {path: {} for path in paths}
     info = {}
     for number, parts in enumerate(programs[0].parts):
@@ -159,7 +159,7 @@ def _stacks(layouts: Params, leaves: Mapping[str, QuantizedArray]) -> dict[str, 
 def _entry(leaf: QuantizedArray, part: LeafPart) -> QuantizedArray:
     """One entry of a compressed stack, cut part by part."""
     index = tuple(place for _, place in part.entry)
-    return jax.tree.map(lambda own: own[index], leaf) if index else leaf
+    return jax.tree.map(lambda part: part[index], leaf) if index else leaf
 
 
 @on_auto_axes
@@ -168,7 +168,7 @@ def _joined(sizes: tuple[int, ...], entries: Mapping[Entry, QuantizedArray]) -> 
     if () in entries:
         return entries[()]
     parts = [entries[entry] for entry in sorted(entries)]
-    return jax.tree.map(lambda *own: jnp.stack(own).reshape(*sizes, *own[0].shape), *parts)
+    return jax.tree.map(lambda *entries: jnp.stack(entries).reshape(*sizes, *entries[0].shape), *parts)
 
 
 class _Task(NamedTuple):
@@ -212,8 +212,8 @@ def _block(number: int, programs: Sequence[Blocks], current: Model, target: Mode
     for batch, blocks in enumerate(programs):
         segment, outputs = blocks.segments.segments[number], blocks.outputs[number]
         overlaps = [_overlaps(view, blocks.parts[number], current.leaves[view.path].ndim) for view in segment.views]
-        for view, own in zip(segment.views, overlaps, strict=True):
-            if any(not is_partial(overlap) for _, overlap in own):
+        for view, pairs in zip(segment.views, overlaps, strict=True):
+            if any(not is_partial(overlap) for _, overlap in pairs):
                 # All of it is learned: nobody reads what it is so far.
                 at_hand[view.path, view.entry] = None
         written = [var for var in outputs if var in segment.writes]
@@ -234,13 +234,13 @@ def _block(number: int, programs: Sequence[Blocks], current: Model, target: Mode
 
 def _overlaps(view: View, parts: Sequence[LeafPart], ndim: int) -> tuple[tuple[int, Overlap], ...]:
     """Which parts a leaf of some axes is made of as the program reads it, by number, and where."""
-    own = [(number, part.entry) for number, part in enumerate(parts) if part.path == view.path]
-    pairs = [(number, overlap_of(view.entry, entry, ndim)) for number, entry in own]
+    numbered = [(number, part.entry) for number, part in enumerate(parts) if part.path == view.path]
+    pairs = [(number, overlap_of(view.entry, entry, ndim)) for number, entry in numbered]
     return tuple((number, overlap) for number, overlap in pairs if overlap is not None)
 
 
-def _check(kept: list[Any], paths: list[str], leaves: Mapping[str, Any], schedule: RoundingSchedule) -> None:
-    if not kept:
+def _check(all_batches: list[Any], paths: list[str], leaves: Mapping[str, Any], schedule: RoundingSchedule) -> None:
+    if not all_batches:
         raise ValueError("`batches` is empty: rounding needs inputs.")
     if not paths:
         raise ValueError("No leaf of `rounded` is a `QuantizedArray`: quantize first.")
@@ -286,12 +286,12 @@ def _step(
     """One step of Adam."""
 
     def loss(state: Any) -> Any:
-        soft = [soft_leaf(choice, own, schedule.scale_rate) for choice, own in zip(choices, state, strict=True)]
+        soft = [soft_leaf(choice, values, schedule.scale_rate) for choice, values in zip(choices, state, strict=True)]
         lost = _lost(task, soft, *data, centred=True)
         ready = (share - schedule.warm_up) / max(1 - schedule.warm_up, 1e-6)
         first, last = schedule.sharpness
         power = last + (first - last) * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(ready, 0.0, 1.0)))
-        open_ = [1 - jnp.abs(2 * decision(own["v"]) - 1) ** power for own in state]
+        open_ = [1 - jnp.abs(2 * decision(values["v"]) - 1) ** power for values in state]
         penalty = sum(part.sum() for part in open_) / max(sum(part.size for part in open_), 1)
         return lost / task.count + jnp.where(ready > 0, schedule.strength, 0.0) * penalty
 
@@ -325,10 +325,12 @@ _measured = jax.jit(functools.partial(_lost, centred=False), static_argnums=0, c
 def _energies(values: Sequence[Any], targets: Sequence[Any], rows: Any, *, centred: bool) -> Any:
     """Squared errors, each over the target's energy (about its mean), summed up."""
     pairs = zip(values, targets, strict=True)
-    return sum((on_auto_axes_as([], _energy, found, wanted, rows, centred) for found, wanted in pairs), jnp.float32(0))
+    return sum(
+        (on_auto_axes_as([], _energy, output, wanted, rows, centred) for output, wanted in pairs), jnp.float32(0)
+    )
 
 
-def _energy(found: Any, wanted: Any, rows: Any, centred: bool) -> Any:
+def _energy(output: Any, wanted: Any, rows: Any, centred: bool) -> Any:
     wanted = wanted.astype(jnp.float32)
     weight = jnp.ones((), jnp.float32)
     if rows is not None and wanted.shape[: rows.ndim] == rows.shape:
@@ -337,4 +339,4 @@ def _energy(found: Any, wanted: Any, rows: Any, centred: bool) -> Any:
     total = jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)
     mean = jnp.sum(weight * wanted) / total if centred else 0.0
     variance = jnp.maximum(jnp.sum(weight * jnp.square(wanted - mean)), jnp.finfo(jnp.float32).tiny)
-    return jnp.sum(weight * jnp.square(found.astype(jnp.float32) - wanted)) / variance
+    return jnp.sum(weight * jnp.square(output.astype(jnp.float32) - wanted)) / variance

@@ -125,10 +125,10 @@ def reconstruct(
         Frantar et al. 2022, "GPTQ"; Li et al. 2025, "GPTAQ: efficient finetuning-free quantization for asymmetric
         calibration" (targets of the dense model); here with the residual stream, the bias and least-squares scales.
     """
-    kept = list(batches)
-    _check(kept, targets)
+    all_batches = list(batches)
+    _check(all_batches, targets)
     check_unseen(unseen)
-    kernels, uses, left = _kernels(apply, params, kept[0], select)
+    kernels, uses, left = _kernels(apply, params, all_batches[0], select)
     rules = {
         path: Rule(spec(path) if callable(spec) else spec, order, group_scales, range_search, refine)
         for path in kernels
@@ -140,13 +140,13 @@ def reconstruct(
     for path, kernel in kernels.items():
         check_rule(rules[path], damping, ridge)
         check_blocks(kernel, rules[path].spec)
-    rows, held = flat_weights(row_mask, kept), max(ridge, 1e-8) if targets == "dense" else None
+    rows, held = flat_weights(row_mask, all_batches), max(ridge, 1e-8) if targets == "dense" else None
     visited: list[_Visited] = []
-    for stop in layer_by_layer(apply, list(kernels), (params, params), kept, repeated="first"):
+    for stop in layer_by_layer(apply, list(kernels), (params, params), all_batches, repeated="first"):
         path, shared = stop.kernel.path, uses[stop.kernel] > 1
         if shared:
             trees = params, _so_far(params, kernels, rules, visited)
-            sums = _pooled_moments(apply, trees, stop.kernel, kept, rows)
+            sums = _pooled_moments(apply, trees, stop.kernel, all_batches, rows)
         else:
             sums = moments(stop.kernel.name, stop.pairs(), *stop.weights(0), rows)
         free = bias and stop.bias is not None and not shared
@@ -161,8 +161,8 @@ def reconstruct(
     return with_leaves(params, _fitted_biases(params, visited) | leaves), info
 
 
-def _check(kept: list[Any], targets: Targets) -> None:
-    if not kept:
+def _check(all_batches: list[Any], targets: Targets) -> None:
+    if not all_batches:
         raise ValueError("`batches` is empty: rounding needs inputs.")
     if targets not in get_args(Targets):
         raise ValueError(f"`targets` must be one of {get_args(Targets)}, got {targets!r}.")
@@ -175,25 +175,25 @@ def _kernels(
 
     Raises, naming all of them, where the model does not stop at what is selected.
     """
-    found = traced_layouts(apply, params, *inputs)
+    all_layouts = traced_layouts(apply, params, *inputs)
     compressed = {path for path, leaf in leaves_with_paths(params) if is_compressed(leaf)}
     if select is not None:
-        kernels = {entry.path: entry for entry in weight_leaves(params, select=select, layouts=found)}
+        kernels = {entry.path: entry for entry in weight_leaves(params, select=select, layouts=all_layouts)}
         if compressed & set(kernels):
             raise ValueError(f"Leaf {min(compressed & set(kernels))!r} is compressed already; exclude it.")
         return kernels, Counter(kernels_at_work(apply, params, *inputs, paths=list(kernels), repeated="each")), {}
     parts, refused = plain_kernels(apply, params, inputs)
     refused |= {part.path: f"Leaf {part.path!r} is compressed already." for part in parts if part.path in compressed}
-    chosen = {part.path for part in parts} - compressed
-    rest = {path: layout.kind for path, layout in leaves_with_paths(found) if layout.is_weight and path not in chosen}
+    paths = {part.path for part in parts} - compressed
+    rest = {
+        path: layout.kind for path, layout in leaves_with_paths(all_layouts) if layout.is_weight and path not in paths
+    }
     phrases = {path: f"it {reason.removeprefix(f'Leaf {path!r} ')}" for path, reason in refused.items()}
     kinds = {"lookup": "its rows are looked up", "tied": "it is looked up and contracted"}
     left = {path: phrases.get(path) or kinds.get(kind, "it is not in a plain matmul") for path, kind in rest.items()}
-    if not chosen:
+    if not paths:
         reasons = "".join(f"\n  {path!r}: {reason}" for path, reason in left.items())
-        raise ValueError(
-            f"No leaf is in a plain matmul: for experts and convolutions use `gptq`.{reasons}"
-        )
+        raise ValueError(f"No leaf is in a plain matmul: for experts and convolutions use `gptq`.{reasons}")
     warn_left_out(
         left,
         "`reconstruct` stops at plain matmuls and leaves as they are",
@@ -202,9 +202,9 @@ def _kernels(
     )
 
     def plain(params: Params) -> Params:
-        return map_with_path(lambda path, _: path in chosen, params)
+        return map_with_path(lambda path, _: path in paths, params)
 
-    kernels = {entry.path: entry for entry in weight_leaves(params, select=plain, layouts=found)}
+    kernels = {entry.path: entry for entry in weight_leaves(params, select=plain, layouts=all_layouts)}
     return kernels, Counter(parts), phrases
 
 
@@ -246,8 +246,8 @@ class _Visited(NamedTuple):
 
 def _matrix_layout(layout: LeafLayout) -> LeafLayout:
     """Of one entry: its axes alone."""
-    own = layout.entry
-    return LeafLayout(kind="matmul", input_axes=own.input_axes, output_axes=own.output_axes)
+    entry = layout.entry
+    return LeafLayout(kind="matmul", input_axes=entry.input_axes, output_axes=entry.output_axes)
 
 
 @on_auto_axes
@@ -340,8 +340,8 @@ def _assembled(
     """The compressed leaves, by path, and what happened, by path and entry, in the order of the model."""
     leaves = {}
     for path, kernel in kernels.items():
-        own = sorted((each for each in visited if each.kernel.path == path), key=lambda each: each.kernel.entry)
-        leaves[path] = _stored(kernel, [each.rounded for each in own], rules[path].spec)
+        entries = sorted((each for each in visited if each.kernel.path == path), key=lambda each: each.kernel.entry)
+        leaves[path] = _stored(kernel, [each.rounded for each in entries], rules[path].spec)
     info = {}
     for each in visited:
         figures = {name: value.item() for name, value in each.rounded.figures.items()}
