@@ -204,6 +204,19 @@ def test_what_else_reads_a_kernel_reads_what_it_became(reused):
     np.testing.assert_allclose(stops[2][1], x * 2 * np.float64(params["w"]).sum(), rtol=1e-4, atol=1e-4)
 
 
+def test_a_leaf_beside_what_a_kernel_writes():
+    params = {"first": BIAS[None], "w": KERNEL, "v": OTHER}
+
+    def apply(p, x):
+        rows = jnp.concatenate([p["first"], x @ p["w"]])
+        return jax.lax.scan(lambda h, row: (h + row, h), jnp.zeros(4), rows)[1] @ p["v"]
+
+    assert [part.name for part in kernels_at_work(apply, params, X)] == ["w", "v"]
+    inputs = _sites(apply, ["w", "v"], params, X)[1].inputs
+    rows = np.concatenate([np.float64(BIAS)[None], _product(X, KERNEL)])
+    np.testing.assert_allclose(inputs, np.cumsum(rows, axis=0) - rows, atol=1e-5)
+
+
 def test_inputs_are_let_go_once_the_model_is_past_them():
     params = {"layers": jnp.stack([KERNEL, OTHER] * 2)}
     apply = lambda p, x: jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["layers"])[0]  # noqa: E731
@@ -214,3 +227,16 @@ def test_inputs_are_let_go_once_the_model_is_past_them():
         if len(seen) == 4:
             assert [ref() is None for ref in seen[1:]] == [True, True, False]
     assert len(seen) == 4
+
+
+def test_a_turned_stack_that_is_rounded_to_whole_numbers_has_no_kernels():
+    params = {"w": jnp.round(jnp.stack([KERNEL, OTHER])), "v": OTHER}
+
+    def apply(p, x):
+        kernels = p["w"][::-1].astype(jnp.int8)
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w.astype(jnp.float32)), None), x, kernels)[0] @ p["v"]
+
+    assert [part.name for part in kernels_at_work(apply, params, X)] == ["v"]
+    np.testing.assert_allclose(
+        _sites(apply, ["v"], params, X)[0].inputs, np.tanh(np.tanh(X @ params["w"][1]) @ params["w"][0]), atol=1e-5
+    )

@@ -12,7 +12,7 @@ from jax.extend import core
 
 from jaxcompress._src.calibration.leaf_part import Entry
 from jaxcompress._src.meshes import abstract, as_typed, on_auto_axes
-from jaxcompress._src.trace.axis_rules import axis_runs
+from jaxcompress._src.trace.axis_rules import axis_runs, is_cast
 from jaxcompress._src.trace.traced import Traced, traced
 from jaxcompress._src.trace.walk import WRAPPERS, Body, as_body, bind, called_body, walk
 from jaxcompress._src.types import Params, is_compressed
@@ -115,11 +115,11 @@ class Reordered:
 
     Attributes:
         value: the whole.
-        entries: each makes a weight, or an array, when it is asked for.
+        entries: each is made when it is asked for.
     """
 
     value: Any
-    entries: Sequence[Callable[[], Any]]
+    entries: Sequence[Callable[[], Weight]]
 
 
 class Flattening:
@@ -204,11 +204,11 @@ class Flattening:
     def reordered(self, eqn: Any, values: list[Any]) -> Sequence[Callable[[], Any]] | None:
         """The entries of an output along its first axis, where they are those of the operands."""
         name, params = eqn.primitive.name, eqn.params
-        if name == "concatenate" and params["dimension"] == 0:
+        if name == "concatenate" and params["dimension"] == 0 and all(map(is_leaf, values)):
             return [entry for value in values for entry in _entries(value)]
         if name == "rev" and tuple(params["dimensions"]) == (0,):
             return _entries(values[0])[::-1]
-        if name == "convert_element_type":
+        if name == "convert_element_type" and is_cast(eqn):
             return [lambda entry=entry: self.equation(eqn, [entry()])[0] for entry in _entries(values[0])]
         if name == "slice" and params["strides"] is None:
             (begin, *begins), (end, *ends) = params["start_indices"], params["limit_indices"]
@@ -266,20 +266,17 @@ def _scanned(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
     return values[eqn.params["num_consts"] + eqn.params["num_carry"] :]
 
 
-def _entries(value: Any) -> Sequence[Callable[[], Any]]:
+def _entries(value: Weight | Reordered) -> Sequence[Callable[[], Any]]:
     if isinstance(value, Reordered):
         return value.entries
-    size = (value.value if isinstance(value, Weight) else value).shape[0]
-    return [functools.partial(_entry, value, index) for index in range(size)]
+    return [functools.partial(_entry, value, index) for index in range(value.view.shape[0])]
 
 
 def _entry(stack: Any, index: int, aval: Any = None) -> Any:
     """What a scan reads in one iteration."""
     if isinstance(stack, Reordered):
         entry = stack.entries[index]()
-        if isinstance(entry, Weight):
-            return dataclasses.replace(entry, value=as_typed(entry.value, aval))
-        return as_typed(entry, aval)
+        return dataclasses.replace(entry, value=as_typed(entry.value, aval))
     if not isinstance(stack, Weight):
         return as_typed(on_auto_axes(operator.getitem)(stack, index), aval)
     value = as_typed(on_auto_axes(operator.getitem)(stack.value, index), aval)

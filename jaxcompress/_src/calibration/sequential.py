@@ -1,4 +1,9 @@
-"""Compressing leaf by leaf, in execution order: later leaves see what earlier ones became."""
+"""Compressing leaf by leaf, in execution order: later leaves see what earlier ones became.
+
+The whole model runs for each group of leaves, with its loops as they are: so leaves of any use that has statistics
+(experts, convolutions, tables, inside of `while`) take part, and nothing but batches is held. `layer_by_layer` runs a
+model once, and holds what lives between its kernels, which must be in plain matmuls.
+"""
 
 import dataclasses
 import itertools
