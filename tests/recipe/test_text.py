@@ -7,7 +7,7 @@ import pytest
 
 from jaxcompress import recipe
 from jaxcompress._src.recipe.text import read_texts, rotten_tomatoes
-from jaxcompress._src.recipe.tokens import evaluation_batches, training_batches
+from jaxcompress._src.recipe.tokens import evaluation_batches, example_batches, training_batches
 
 
 def _tokens(lengths):
@@ -46,6 +46,18 @@ def test_evaluation_sees_every_row_once():
     rows = np.concatenate([batch["row"] for batch in batches])
     assert sorted(rows[rows >= 0].tolist()) == list(range(7))
     assert {batch["input_ids"].shape for batch in batches} == {(4, 10), (4, 20)}
+
+
+def test_examples_are_all_rows_once_and_only_the_last_batch_is_small():
+    tokens = _tokens(np.random.default_rng(0).integers(1, 40, size=103))
+    batches = list(example_batches(tokens, batch_size=8, widths=(10, 20, 40)))
+    assert sorted(np.concatenate([batch["row"] for batch in batches]).tolist()) == list(range(103))
+    assert [len(batch["row"]) for batch in batches] == [8] * 12 + [7]
+    assert batches[-1]["input_ids"].shape == (7, 40)
+    assert all(
+        batch["attention_mask"].sum(1).tolist() == [len(tokens.ids[i]) for i in batch["row"]] for batch in batches
+    )
+    assert not list(example_batches(_tokens([]), batch_size=8, widths=(10,)))
 
 
 def test_the_split_is_by_hash_and_leaves_other_sources_out(tmp_path):

@@ -17,7 +17,7 @@ from jaxcompress._src.models.families import config_of, head_of
 from jaxcompress._src.quantization.input_ranges import input_ranges
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.recipe.heads import SENTENCE_VECTOR, SentencePooling, with_sentence_vector
-from jaxcompress._src.recipe.tokens import Tokens, evaluation_batches, row_widths
+from jaxcompress._src.recipe.tokens import Tokens, evaluation_batches, example_batches, row_widths
 from jaxcompress._src.recipe.values import check_numbers
 from jaxcompress._src.trace.folds import Fold, folds
 from jaxcompress._src.trace.layouts import layouts
@@ -107,9 +107,9 @@ class Evidence:
         """Batches for `loss`, every text once: labels are given, or drawn from the outputs of these parameters."""
         run = jax.jit(execute(self.apply))
         rng, examples = np.random.default_rng(self._settings.seed), []
-        for batch in self._made(self._rows):
-            rows = batch["row"] >= 0
-            ids, mask, given = (batch[name][rows] for name in ("input_ids", "attention_mask", "labels"))
+        batch_size, widths = self._settings.batch_size, self._widths(self._rows)
+        for batch in example_batches(self._rows, batch_size=batch_size, widths=widths):
+            ids, mask, given = (batch[name] for name in ("input_ids", "attention_mask", "labels"))
             outputs = np.asarray(run(params, ids, mask), np.float32)
             if head_of(self._module).answer == "vector":
                 target = rng.normal(size=outputs.shape).astype(np.float32)
@@ -153,5 +153,8 @@ class Evidence:
         return self._module.apply({"params": params}, ids, mask)
 
     def _made(self, tokens: Tokens) -> list[dict[str, Any]]:
-        widths = row_widths(tokens, most=config_of(self._module).max_position_embeddings)
-        return list(evaluation_batches(tokens, batch_size=self._settings.batch_size, widths=widths))
+        size = self._settings.batch_size
+        return list(evaluation_batches(tokens, batch_size=size, widths=self._widths(tokens)))
+
+    def _widths(self, tokens: Tokens) -> tuple[int, ...]:
+        return row_widths(tokens, most=config_of(self._module).max_position_embeddings)

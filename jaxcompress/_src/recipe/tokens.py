@@ -127,7 +127,33 @@ def training_batches(
     Yields:
         As `batch` gives them, in random order of widths.
     """
-    order = rng.permutation(len(tokens))
+    planned, _ = _planned(tokens, rng.permutation(len(tokens)), batch_size, widths)
+    for i in rng.permutation(len(planned)):
+        width, rows = planned[i]
+        yield batch(tokens, rows, width=width)
+
+
+def example_batches(tokens: Tokens, *, batch_size: int, widths: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """All rows once, none of them repeated; as `training_batches`, in order, and then the rows that wait.
+
+    Args:
+        tokens: the rows.
+        batch_size: rows in a batch; in the very last one there may be fewer.
+        widths: ascending; longer rows are cut to the last one. Each width is one compilation.
+
+    Yields:
+        As `batch` gives them.
+    """
+    planned, waiting = _planned(tokens, np.arange(len(tokens)), batch_size, widths)
+    for width, rows in [*planned, (widths[-1], waiting)]:
+        if len(rows):
+            yield batch(tokens, rows, width=width)
+
+
+def _planned(
+    tokens: Tokens, order: np.ndarray, batch_size: int, widths: Sequence[int]
+) -> tuple[list[tuple[int, np.ndarray]], np.ndarray]:
+    """Whole batches and their widths; what is left over in a width joins the next one. And the rows that are left."""
     lengths = np.array([len(row) for row in tokens.ids])[order]
     planned: list[tuple[int, np.ndarray]] = []
     waiting = order[:0]
@@ -138,9 +164,7 @@ def training_batches(
         full = len(waiting) // batch_size * batch_size
         planned += [(width, rows) for rows in waiting[:full].reshape(-1, batch_size)]
         waiting = waiting[full:]
-    for i in rng.permutation(len(planned)):
-        width, rows = planned[i]
-        yield batch(tokens, rows, width=width)
+    return planned, waiting
 
 
 def evaluation_batches(
