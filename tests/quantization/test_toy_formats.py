@@ -45,6 +45,15 @@ def test_weights_are_the_nearest_ones(toy):
     np.testing.assert_array_equal(fake_quantize(PARAMS, QuantSpec(format=toy))["k"], small["k"].materialize())
 
 
+def test_a_tuple_of_values_is_a_table():
+    wanted = quantize(PARAMS, QuantSpec(format=TABLE))[0]["k"]
+    _assert_same(quantize(PARAMS, QuantSpec(format=TABLE.levels))[0]["k"], wanted)
+    assert QuantSpec(format=TABLE.levels) == QuantSpec(format=TABLE.levels) != QuantSpec(format=NO_ZERO.levels)
+    for levels, message in (((1.0, 0.0), "ascend"), ((1.0,), "2 to 256 levels")):
+        with pytest.raises(ValueError, match=message):
+            QuantSpec(format=levels)
+
+
 @with_toys
 @pytest.mark.parametrize("settings", [{"group_size": 8, "scale_dtype": "e8m0"}, {"range_rule": "mse"}])
 def test_stored_equals_fake(toy, settings):
@@ -116,7 +125,7 @@ def test_files_name_the_formats_of_inputs(tmp_path):
         ({"format": THIRDS, "symmetric": False}, "are choices of integers; format 'thirds' has none"),
         (
             {"format": "thirds"},
-            r"`format` must be one of \('int', 'ternary', .*'mxfp8_e5m2'\), or a `NumberFormat`, got 'thirds'",
+            r"must be one of \('int', 'ternary', .*'mxfp8_e5m2'\), a tuple, or a `NumberFormat`, got 'thirds'",
         ),
     ],
 )

@@ -10,7 +10,7 @@ from jaxcompress._src.quantization.formats.means import Ternary
 from jaxcompress._src.quantization.formats.number_format import Convention, NumberFormat, ScaleDtype
 from jaxcompress._src.quantization.formats.powers_of_two import PowersOfTwo
 from jaxcompress._src.quantization.formats.small_floats import FP4_E2M1, FP8_E4M3, FP8_E5M2
-from jaxcompress._src.quantization.formats.tables import NF4
+from jaxcompress._src.quantization.formats.tables import NF4, Table
 
 RangeRule = Literal["min-max", "percentile", "mse", "entropy"]
 
@@ -53,8 +53,9 @@ class QuantSpec:
         bits: bits per code, in [1, 8]; may be left out where the format says it. One bit has its own rule (XNOR-Net):
             codes {0, 1}, zero point 1/2, scale 2 mean|w| over the nonzero weights of the block; `symmetric` and
             `convention` play no role.
-        format: what codes stand for: a row of the table above, or a `NumberFormat` that is none of these, such as
-            `Table(name="mine", levels=...)`; both are in `jaxcompress._src.quantization.formats`.
+        format: what codes stand for: a row of the table above, or a tuple of any values in ascending order, to whose
+            largest magnitude the largest weight of a block is scaled. Formats of another kind are subclasses of
+            `NumberFormat` in `jaxcompress._src.quantization.formats`.
         group_size: inputs that share a scale. Groups run along the flattened input axes, the innermost last.
         group_outputs: output units that share the scale of a group.
         partial_groups: the last group along an axis may be shorter, where `group_size` divides nothing. Otherwise such
@@ -86,6 +87,8 @@ class QuantSpec:
         >>> mx = QuantSpec(format="mxfp4")
         >>> mx.bits, mx.group_size, mx.scale_dtype
         (4, 32, 'e8m0')
+        >>> QuantSpec(format=(-8.0, -1.0, 0.0, 1.0, 8.0)).bits
+        3
         >>> QuantSpec(bits=9)
         Traceback (most recent call last):
         ValueError: `bits` must be an integer in [1, 8], got 9.
@@ -103,7 +106,7 @@ class QuantSpec:
     per_tensor: bool = False
     scale_dtype: ScaleDtype = "float32"
     convention: Convention | None = None
-    format: str | NumberFormat = "int"
+    format: str | tuple[float, ...] | NumberFormat = "int"
     group_outputs: int = 1
     partial_groups: bool = False
     range_rule: RangeRule = "min-max"
@@ -111,8 +114,12 @@ class QuantSpec:
     error_norm: float = 2.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.format, tuple):
+            object.__setattr__(self, "format", Table(name="levels", levels=self.format))
         if self.format not in FORMATS and not isinstance(self.format, NumberFormat):
-            raise ValueError(f"`format` must be one of {tuple(FORMATS)}, or a `NumberFormat`, got {self.format!r}.")
+            raise ValueError(
+                f"`format` must be one of {tuple(FORMATS)}, a tuple, or a `NumberFormat`, got {self.format!r}."
+            )
         for name, literal in _CHOICES.items():
             if getattr(self, name) not in get_args(literal) and (name, self.convention) != ("convention", None):
                 raise ValueError(f"`{name}` must be one of {get_args(literal)}, got {getattr(self, name)!r}.")
@@ -146,7 +153,7 @@ class QuantSpec:
 
     @property
     def _named_format(self) -> NumberFormat:
-        return FORMATS[self.format] if isinstance(self.format, str) else self.format
+        return self.format if isinstance(self.format, NumberFormat) else FORMATS[str(self.format)]
 
     def _complete(self, numbers: NumberFormat) -> None:
         """Sets what the format says and the caller has left out."""
