@@ -337,3 +337,15 @@ def test_look_ups_count_the_rows_of_the_leaf():
     found = calibration.input_statistics(lambda p, ids: p["t"][::-1][ids] + p["t"].T[:, ids].T, {"t": table}, [(ids,)])
     assert found["t"].rows.tolist() == [2, 2, 0, 2, 2]
     assert trace.layouts(lambda p, x: x + p["t"][jnp.arange(4)], {"t": table}, _array(4, 3))["t"].kind == "lookup"
+
+
+def test_a_leaf_between_zeros_along_a_batch_axis():
+    leaf, x = _array(4, 3, 5), _array(3, 6, 3)
+
+    def apply(w, x):
+        return jnp.einsum("abcd,bnc->abnd", jnp.pad(w[:, None], ((0, 0), (1, 1), (0, 0), (0, 0))), x)
+
+    found = calibration.input_statistics(apply, leaf, [(x,)], statistics=("gram",))
+    rows = np.asarray(x[1], np.float64)
+    np.testing.assert_allclose(found.gram, rows.T @ rows, rtol=1e-5)
+    assert float(found.count) == len(rows)

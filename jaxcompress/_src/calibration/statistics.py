@@ -204,7 +204,11 @@ def add_at(
     if len(rounds) > 1:
         entries, more = entries[rounds[0]], jax.tree.map(lambda part: part[rounds[0]], more)
     if not stack:
-        return add_statistics(total, jax.tree.map(lambda part, whole: part.reshape(whole.shape), more, total))
+        # Beside a leaf that is no stack there may be what fills an axis up: `jnp.pad(w[None], ...)`.
+        places = np.flatnonzero(entries >= 0)
+        if not len(places):
+            return total
+        return add_statistics(total, jax.tree.map(lambda part, whole: part[places].reshape(whole.shape), more, total))
     size = math.prod(stack)
     places = jnp.asarray(np.where(entries < 0, size, entries), jnp.int32)
     if not isinstance(offset, int) or offset:
