@@ -49,14 +49,14 @@ def all_finite(array: Any) -> bool:
     """Whether a concrete array holds neither NaN nor Inf; known at once, even while something else is traced.
 
     Args:
-        array: of floats.
+        array: of floats, of JAX or NumPy; also a NumPy scalar.
 
     Example:
-        >>> all_finite(jnp.ones(2)), all_finite(jnp.array([1.0, jnp.inf]))
-        (True, False)
+        >>> all_finite(jnp.ones(2)), all_finite(jnp.array([1.0, jnp.inf])), all_finite(np.float32(1.0))
+        (True, False, True)
     """
     # NumPy reads what lies on the CPU as it is, and needs no program for each shape.
-    if isinstance(array, np.ndarray) or (
+    if not isinstance(array, jax.Array) or (
         array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
     ):
         return bool(np.isfinite(np.asarray(array)).all())
