@@ -40,7 +40,8 @@ def family_of(model: Any) -> Family:
     """
     config = getattr(model, "config", model)
     for family in FAMILIES.values():
-        if isinstance(config, family.config):
+        # Families that differ by their configs only share the class of these.
+        if isinstance(config, family.config) and getattr(config, "model_type", family.model_type) == family.model_type:
             return family
     known = ", ".join(map(repr, FAMILIES))
     raise ValueError(f"{type(model).__name__} is of no family of `jaxcompress.models` ({known}). {_BRING_YOUR_OWN}")

@@ -51,7 +51,7 @@ class Family:
     """A family of models, all functions pure.
 
     Attributes:
-        model_type: as `config.json` names it.
+        model_type: as `config.json` names it. Families that share the class of their configs have it there, too.
         prefix: first component of the parameters' paths where there is a head, such as `bert`; files spell it or not.
         config: class of the configs.
         heads: by the name that a config's `head` has.

@@ -1,12 +1,21 @@
 """What a BERT is: its sizes, layer by layer, its head, and its constants."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args, no_type_check
 
 from jaxcompress._src.models.activations import ACTIVATIONS
+from jaxcompress._src.models.config_checks import (
+    MOST_LAYERS,
+    check_choice,
+    check_count,
+    default_head_size,
+    label_names,
+    per_layer,
+    positive,
+    probability,
+)
 from jaxcompress._src.models.family import Head
 
 Pooling: TypeAlias = Literal["cls", "mean"]
@@ -28,9 +37,6 @@ HEADS: Mapping[str, Head] = MappingProxyType(
         ),
     }
 )
-
-MOST_LAYERS = 10_000
-"""Sizes are kept for each layer: a slip of the pen would fill the memory with them."""
 
 
 # Annotations say what the fields are, not what may be given: ints for tuples, and anything a JSON file may hold, which
@@ -102,74 +108,26 @@ class BertConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "type_vocab_size"):
-            _check_count(name, getattr(self, name), minimum=1)
-        _check_count("num_labels", self.num_labels, minimum=1)
+            check_count(name, getattr(self, name), minimum=1)
+        check_count("num_labels", self.num_labels, minimum=1)
         if self.num_hidden_layers > MOST_LAYERS:
             raise ValueError(f"`num_hidden_layers` must be at most {MOST_LAYERS}, got {self.num_hidden_layers}.")
         for name in ("num_attention_heads", "intermediate_size"):
-            object.__setattr__(self, name, _per_layer(name, getattr(self, name), self.num_hidden_layers))
+            object.__setattr__(self, name, per_layer(name, getattr(self, name), self.num_hidden_layers))
         if self.head_size is None:
-            object.__setattr__(self, "head_size", _default_head_size(self.hidden_size, self.num_attention_heads))
-        _check_count("head_size", self.head_size, minimum=1)
+            object.__setattr__(self, "head_size", default_head_size(self.hidden_size, self.num_attention_heads))
+        check_count("head_size", self.head_size, minimum=1)
         for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"):
-            object.__setattr__(self, name, _probability(name, getattr(self, name)))
+            object.__setattr__(self, name, probability(name, getattr(self, name)))
         for name in ("layer_norm_eps", "initializer_range"):
-            object.__setattr__(self, name, _positive(name, getattr(self, name)))
-        _check_choice("hidden_act", self.hidden_act, tuple(ACTIVATIONS))
-        _check_choice("head", self.head, tuple(HEADS))
-        _check_choice("pooling", self.pooling, get_args(Pooling))
-        object.__setattr__(self, "id2label", _labels(self.id2label, self.num_labels))
+            object.__setattr__(self, name, positive(name, getattr(self, name)))
+        check_choice("hidden_act", self.hidden_act, tuple(ACTIVATIONS))
+        check_choice("head", self.head, tuple(HEADS))
+        check_choice("pooling", self.pooling, get_args(Pooling))
+        object.__setattr__(self, "id2label", label_names(self.id2label, self.num_labels))
         object.__setattr__(self, "extra", dict(self.extra))
 
     @property
     def has_pooler(self) -> bool:
         """Whether there is a `pooler/dense` layer: not for mean pooling, nor for masked language modelling."""
         return self.pooling == "cls" and self.head != "masked_lm"
-
-
-def _check_count(name: str, value: Any, *, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ValueError(f"`{name}` must be an int of at least {minimum}, got {value!r}.")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _per_layer(name: str, value: Any, layers: int) -> tuple[int, ...]:
-    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * layers
-    if len(values) != layers:
-        raise ValueError(f"`{name}` must have one entry for each of {layers} layers, got {len(values)}: {value!r}.")
-    for entry in values:
-        _check_count(name, entry, minimum=0)
-    return values
-
-
-def _default_head_size(hidden_size: int, heads: tuple[int, ...]) -> int:
-    if len(set(heads)) != 1 or heads[0] == 0 or hidden_size % heads[0]:
-        raise ValueError(
-            f"`head_size` must be given when `hidden_size` ({hidden_size}) is not a multiple of one number of heads: "
-            f"`num_attention_heads` is {heads}."
-        )
-    return hidden_size // heads[0]
-
-
-def _probability(name: str, value: Any) -> float | None:
-    if value is None and name == "classifier_dropout":
-        return None
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be in [0, 1), got {value!r}.")
-    return float(value)
-
-
-def _positive(name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ValueError(f"`{name}` must be a finite number above 0, got {value!r}.")
-    return float(value)
-
-
-def _labels(labels: Any, count: int) -> tuple[str, ...]:
-    if labels and len(labels) != count:
-        raise ValueError(f"`id2label` must name each of `num_labels`={count} classes, got {len(labels)}: {labels!r}.")
-    return tuple(labels)

@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxcompress._src.models.bert.config import HEADS, MOST_LAYERS, BertConfig
+from jaxcompress._src.models.bert.config import HEADS, BertConfig
+from jaxcompress._src.models.config_checks import MOST_LAYERS
 from jaxcompress._src.models.hf.settings import head_by_architecture, placeholder_labels, read_labels
 
 _OWN_KEY = "jaxcompress"

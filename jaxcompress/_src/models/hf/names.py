@@ -16,11 +16,13 @@ class Parameter(NamedTuple):
         shape: of the parameter.
         tensor: name in a state dict.
         transposed: whether the parameter is the transpose of the tensor: `nn.Linear` keeps (out, in).
+        flax_transposed: the same of Hugging Face's Flax files, whose GPT-2 alone keeps (out, in).
     """
 
     shape: tuple[int, ...]
     tensor: str
     transposed: bool = False
+    flax_transposed: bool = False
 
 
 class StoredTensor(NamedTuple):
@@ -48,8 +50,8 @@ def flax_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Paramete
         shapes: by path.
 
     Example:
-        >>> flax_parameters({"bert/pooler/dense/kernel": (4, 4)})
-        {'bert/pooler/dense/kernel': Parameter(shape=(4, 4), tensor='bert.pooler.dense.weight', transposed=True)}
+        >>> flax_parameters({"bert/pooler/dense/kernel": (4, 4)})["bert/pooler/dense/kernel"][:3]
+        ((4, 4), 'bert.pooler.dense.weight', True)
     """
     return {path: Parameter(shape, torch_name(path), path.endswith("/kernel")) for path, shape in shapes.items()}
 

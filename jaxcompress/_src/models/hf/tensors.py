@@ -40,8 +40,9 @@ def read_tensors(directory: Path, parameters: Mapping[str, Parameter], *, prefix
     elif (directory / _INDEX).is_file():
         tensors = _from_torch(_read_shards(directory), parameters, prefix)
     elif (directory / _MSGPACK).is_file():
-        arrays = _read_msgpack(directory / _MSGPACK)
-        tensors = [(bare_path(name, prefix), StoredTensor(name, array, False)) for name, array in arrays.items()]
+        turned = {bare_path(path, prefix) for path, parameter in parameters.items() if parameter.flax_transposed}
+        arrays = {(bare_path(name, prefix), name): array for name, array in _read_msgpack(directory / _MSGPACK).items()}
+        tensors = [(path, StoredTensor(name, array, path in turned)) for (path, name), array in arrays.items()]
     else:
         raise FileNotFoundError(_no_weights(directory))
     by_path: dict[str, StoredTensor] = {}
