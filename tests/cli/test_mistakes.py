@@ -176,7 +176,7 @@ def _tensors(change):
         (_json("config.json", jaxcompress=[1]), "`jaxcompress` must be a mapping"),
         (_json("config.json", hidden_act=["gelu"]), "`hidden_act` must be one of"),
         (_json("config.json", layer_norm_eps=True), "`layer_norm_eps` must be a finite number"),
-        (_json("config.json", model_type="gpt2"), "`model_type` is 'gpt2'"),
+        (_json("config.json", model_type="mamba"), "`model_type` is 'mamba'"),
         (_bytes("config.json", lambda _: b"[" * 100_000), "config.json' is not JSON"),
         (_bytes("config.json", lambda _: b"\xff\xfe{}"), "config.json' is not JSON"),
         (_bytes("config.json", lambda _: b"[]"), "config.json' must hold a JSON object"),

@@ -69,7 +69,7 @@ def test_pooler_only_where_something_reads_it(head, pooling, has_pooler):
         ({"classifier_dropout": "high"}, r"`classifier_dropout` .* got 'high'"),
         ({"layer_norm_eps": 0}, r"`layer_norm_eps` must be a finite number above 0, got 0"),
         ({"initializer_range": None}, r"`initializer_range` must be a finite number above 0, got None"),
-        ({"hidden_act": "swish"}, r"`hidden_act` must be one of 'gelu', 'gelu_new', 'relu', got 'swish'"),
+        ({"hidden_act": "swish"}, r"`hidden_act` must be one of 'gelu', 'gelu_new', .*'relu', 'silu', got 'swish'"),
         ({"head": "qa"}, r"`head` must be one of 'encoder', 'sequence_classification', 'masked_lm', got 'qa'"),
         ({"pooling": "max"}, r"`pooling` must be one of 'cls', 'mean', got 'max'"),
         ({"id2label": ("a", "b", "c")}, r"`id2label` must name each of `num_labels`=2 classes, got 3"),

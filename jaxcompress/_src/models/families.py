@@ -8,10 +8,12 @@ import jax.numpy as jnp
 
 from jaxcompress._src.models.bert.family import BERT
 from jaxcompress._src.models.family import Config, Family, Head
+from jaxcompress._src.models.gpt2.family import GPT2
+from jaxcompress._src.models.llama.family import LLAMAS
 from jaxcompress._src.types import Params
 from jaxcompress._src.units.group import UnitGroup
 
-FAMILIES: dict[str, Family] = {BERT.model_type: BERT}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (BERT, GPT2, *LLAMAS)}
 """`model_type` of a config.json -> family."""
 
 _BRING_YOUR_OWN = (

@@ -1,9 +1,12 @@
 """What the `config.json` of every family of Hugging Face says in the same way: heads and labels."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxcompress._src.models.family import Head
+from jaxcompress._src.models.family import Config, Head
+
+OWN_KEY = "jaxcompress"
+"""The key of a `config.json` under which stands what Hugging Face has none for."""
 
 
 def head_by_architecture(architectures: Any, heads: Mapping[str, Head]) -> str:
@@ -41,3 +44,62 @@ def read_labels(labels: Any) -> tuple[str, ...]:
 def placeholder_labels(count: int) -> tuple[str, ...]:
     """The names that transformers gives to classes without a name."""
     return tuple(f"LABEL_{i}" for i in range(count))
+
+
+DERIVED = (  # made from the config, or from the weights, whenever they are written
+    "architectures",
+    "model_type",
+    "num_labels",
+    "id2label",
+    "label2id",
+    "torch_dtype",
+    "dtype",
+    OWN_KEY,
+)
+"""Keys of a `config.json` that say nothing which a config does not know."""
+
+
+def label_settings(config: Config) -> dict[str, Any]:
+    """The labels of a config as a `config.json` has them; a classifier always has some, from which its size is read."""
+    labels = config.id2label
+    if config.head == "sequence_classification":
+        labels = labels or placeholder_labels(config.num_labels)
+    if labels:
+        return {
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    return {"num_labels": config.num_labels} if config.num_labels != 2 else {}
+
+
+def label_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`num_labels` and `id2label` of a config, from a `config.json`."""
+    labels = read_labels(settings.get("id2label"))
+    names = () if labels == placeholder_labels(len(labels)) else labels
+    return {"num_labels": len(labels) or settings.get("num_labels", 2), "id2label": names}
+
+
+def check_sizes(settings: Mapping[str, Any], names: Sequence[str], *, may_be_zero: Sequence[str]) -> None:
+    """Raises where sizes are missing or out of range, and where what is ours is no mapping."""
+    if absent := [name for name in names if name not in settings]:
+        raise ValueError(f"these sizes are missing: {', '.join(absent)}.")
+    for name in names:
+        least = 0 if name in may_be_zero else 1
+        most = 2**31 - 1
+        value = settings[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"`{name}` must be an int in [{least}, {most}], got {value!r:.80}.")
+    if not isinstance(settings.get(OWN_KEY) or {}, Mapping):
+        raise ValueError(f"`{OWN_KEY}` must be a mapping, got {settings[OWN_KEY]!r:.80}.")
+
+
+def check_supported(settings: Mapping[str, Any], supported: Mapping[str, Any]) -> None:
+    """Raises where a setting asks for what we do not compute; `supported` holds the only value that we do."""
+    for name, value in supported.items():
+        if settings.get(name, value) != value:
+            raise ValueError(f"`{name}` is {settings[name]!r}; only {value!r} is supported.")
+
+
+def uneven_sizes(config: Any, names: Sequence[str]) -> dict[str, list[int]]:
+    """The sizes that are not the same in all layers, for which `config.json` has no key but ours."""
+    return {name: list(getattr(config, name)) for name in names if len(set(getattr(config, name))) > 1}

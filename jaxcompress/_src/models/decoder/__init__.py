@@ -1,0 +1,1 @@
+"""What decoders of all families share: their cache, causal attention, generation."""

@@ -1,0 +1,1 @@
+"""GPT-2 in Flax, whose sizes may differ from layer to layer."""
