@@ -9,7 +9,7 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress import recipe
-from jaxcompress._src.models.bert.config import HEADS
+from jaxcompress._src.models.bert.family import BERT
 from jaxcompress._src.recipe.heads import possible_losses
 from jaxcompress._src.recipe.recipe import packaged_recipes
 from jaxcompress._src.recipe.selections import check_selections
@@ -123,7 +123,7 @@ def test_the_recipes_of_the_library_fit_every_head(heads, head, name):
     steps, loaded = recipe.read_recipe(name), recipe.load_model(heads[head])
     check_selections(steps, loaded.params)
     if steps.distil is not None:
-        possible, left_out = possible_losses(steps.distil, HEADS[head])
+        possible, left_out = possible_losses(steps.distil, BERT.heads[head])
         assert possible.hidden > 0
         assert ("soft_targets" in left_out) == (head == "encoder")
 

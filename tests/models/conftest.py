@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxcompress._src.models.bert.parameters import parameter_shapes
 from jaxcompress.models import BertConfig, make_module
 
-collect_ignore = ["golden"]  # its script runs beside transformers 4.57 only
+collect_ignore = ["golden"]  # its scripts run beside other versions of transformers
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -32,6 +32,21 @@ def golden():
 @pytest.fixture(scope="session")
 def inputs(golden):
     return {name.removeprefix("input/"): array for name, array in golden.items() if name.startswith("input/")}
+
+
+@pytest.fixture(scope="session")
+def variant_golden():
+    """Of a variant of BERT: its directory, and the inputs and outputs of the classes of Flax and of PyTorch."""
+
+    @functools.cache
+    def read(model_type):
+        directory, arrays = GOLDEN / f"tiny_{model_type}", []
+        for framework in ("flax", "torch"):
+            with np.load(directory / f"{framework}.npz") as stored:
+                arrays.append(dict(stored))
+        return directory, *arrays
+
+    return read
 
 
 @pytest.fixture

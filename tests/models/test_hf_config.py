@@ -118,7 +118,7 @@ def test_head_by_argument():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "roberta"}, r"`model_type` is 'roberta'; supported: 'bert'"),
+        ({"model_type": "mamba"}, r"`model_type` is 'mamba'; supported: 'bert'"),
         ({"architectures": ["BertForTokenClassification"]}, r"\['BertForTokenClassification'\]; known: BertModel"),
         ({"architectures": None}, r"`architectures` is None; known: .*`head=`"),
         ({"position_embedding_type": "relative_key"}, r"`position_embedding_type` is 'relative_key'; only 'absolute'"),

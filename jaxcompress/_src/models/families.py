@@ -6,14 +6,16 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from jaxcompress._src.models.bert.family import BERT
+from jaxcompress._src.models.bert.family import BERT, DISTILBERT, ROBERTA, XLM_ROBERTA
 from jaxcompress._src.models.family import Config, Family, Head
 from jaxcompress._src.models.gpt2.family import GPT2
 from jaxcompress._src.models.llama.family import LLAMAS
 from jaxcompress._src.types import Params
 from jaxcompress._src.units.group import UnitGroup
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (BERT, GPT2, *LLAMAS)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (BERT, ROBERTA, XLM_ROBERTA, DISTILBERT, GPT2, *LLAMAS)
+}
 """`model_type` of a config.json -> family."""
 
 _BRING_YOUR_OWN = (
@@ -58,6 +60,11 @@ def config_of(module: nn.Module) -> Config:
     """The config of a module of a family."""
     family_of(module)
     return module.config  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def max_tokens(model: Any) -> int:
+    """Most tokens that a text may have for a module, or for a config."""
+    return family_of(model).max_tokens(getattr(model, "config", model))
 
 
 def make_module(config: Any, *, dtype: Any = jnp.float32) -> nn.Module:

@@ -71,6 +71,7 @@ class Family:
         check_tensors: `(tensors by path without prefix, config) -> tensors`, without second copies of tied weights.
         unloadable: `config -> reason` why transformers cannot load such a shape; empty if it can.
         parts: name -> selector: in which parts of a model its bytes are counted.
+        max_tokens: `config -> most tokens` that a text may have.
     """
 
     model_type: str
@@ -88,3 +89,4 @@ class Family:
     check_tensors: Callable[[Mapping[str, StoredTensor], Any], Mapping[str, StoredTensor]] = lambda tensors, _: tensors
     unloadable: Callable[[Any], str] = lambda _: ""
     parts: Mapping[str, Selector] | None = None
+    max_tokens: Callable[[Any], int] = lambda config: config.max_position_embeddings

@@ -13,7 +13,7 @@ from jaxcompress._src.calibration.gradients import fisher
 from jaxcompress._src.calibration.input_statistics import input_statistics
 from jaxcompress._src.calibration.splice import spliced
 from jaxcompress._src.execution.execute import execute
-from jaxcompress._src.models.families import config_of, head_of
+from jaxcompress._src.models.families import head_of, max_tokens
 from jaxcompress._src.quantization.input_ranges import input_ranges
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.recipe.heads import SENTENCE_VECTOR, SentencePooling, with_sentence_vector
@@ -157,4 +157,4 @@ class Evidence:
         return list(evaluation_batches(tokens, batch_size=size, widths=self._widths(tokens)))
 
     def _widths(self, tokens: Tokens) -> tuple[int, ...]:
-        return row_widths(tokens, most=config_of(self._module).max_position_embeddings)
+        return row_widths(tokens, most=max_tokens(self._module))

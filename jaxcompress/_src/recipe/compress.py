@@ -13,7 +13,7 @@ from flax import linen as nn
 
 from jaxcompress._src.clustering.spec import CodebookSpec
 from jaxcompress._src.execution.materialize import materialize
-from jaxcompress._src.models.families import config_of, head_of, resized, unit_groups
+from jaxcompress._src.models.families import config_of, head_of, max_tokens, resized, unit_groups
 from jaxcompress._src.recipe.calibrate import Evidence
 from jaxcompress._src.recipe.heads import SentencePooling
 from jaxcompress._src.recipe.one_shot import Surroundings, run_steps
@@ -320,7 +320,7 @@ def _blocks(spec: CodebookSpec) -> Callable[..., None]:
 
 
 def _layouts(module: nn.Module, params: Params) -> Params:
-    ids = jax.ShapeDtypeStruct((2, min(8, config_of(module).max_position_embeddings)), jnp.int32)
+    ids = jax.ShapeDtypeStruct((2, min(8, max_tokens(module))), jnp.int32)
     return trace_layouts(lambda p, ids, mask: module.apply({"params": p}, ids, mask), params, ids, ids)
 
 

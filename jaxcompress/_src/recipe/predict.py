@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 
 from jaxcompress._src.execution.execute import execute
-from jaxcompress._src.models.families import config_of
+from jaxcompress._src.models.families import max_tokens
 from jaxcompress._src.recipe.heads import SentencePooling, evaluated, with_sentence_vector
 from jaxcompress._src.recipe.progress import Progress, Silent
 from jaxcompress._src.recipe.tokens import Tokens, evaluation_batches, row_widths
@@ -138,7 +138,7 @@ def token_divergence(
 
 
 def _widths(module: nn.Module, tokens: Tokens) -> tuple[int, ...]:
-    return row_widths(tokens, most=config_of(module).max_position_embeddings)
+    return row_widths(tokens, most=max_tokens(module))
 
 
 def _batches(tokens: Tokens, batch_size: int, widths: tuple[int, ...]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from jaxcompress._src.distillation.losses import hard_labels, soft_targets
 from jaxcompress._src.distillation.outputs import LossFn
 from jaxcompress._src.distillation.state_losses import hidden_states
 from jaxcompress._src.distillation.train_step import make_train_step
-from jaxcompress._src.models.families import config_of, head_of
+from jaxcompress._src.models.families import config_of, head_of, max_tokens
 from jaxcompress._src.recipe.heads import (
     SentencePooling,
     compared_outputs,
@@ -78,7 +78,7 @@ def prepared(
     """
     training, left_out = possible_losses(training, head_of(module))
     _check_rows(module, tokens, training)
-    most = config_of(module).max_position_embeddings
+    most = max_tokens(module)
     widths = training.widths or row_widths(tokens, most=most)
     if widths[-1] > most:
         raise ValueError(f"`widths` may go up to the {most} positions of the model, got {widths[-1]}.")

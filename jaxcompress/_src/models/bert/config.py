@@ -1,11 +1,11 @@
-"""What a BERT is: its sizes, layer by layer, its head, and its constants."""
+"""What a BERT, or one of its variants, is: its sizes, layer by layer, its head, and its constants."""
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_args, no_type_check
 
 from jaxcompress._src.models.activations import ACTIVATIONS
+from jaxcompress._src.models.bert.variants import VARIANTS, Variant
 from jaxcompress._src.models.config_checks import (
     MOST_LAYERS,
     check_choice,
@@ -16,27 +16,8 @@ from jaxcompress._src.models.config_checks import (
     positive,
     probability,
 )
-from jaxcompress._src.models.family import Head
 
 Pooling: TypeAlias = Literal["cls", "mean"]
-
-HEADS: Mapping[str, Head] = MappingProxyType(
-    {
-        "encoder": Head(description="a plain encoder", answer="vector", architectures=("BertModel",)),
-        "sequence_classification": Head(
-            description="a classifier",
-            answer="classes",
-            architectures=("BertForSequenceClassification",),
-            outputs=("logits", "pooler_output"),
-        ),
-        "masked_lm": Head(
-            description="a masked language model",
-            answer="tokens",
-            architectures=("BertForMaskedLM", "BertForPreTraining"),
-            outputs=("logits",),
-        ),
-    }
-)
 
 
 # Annotations say what the fields are, not what may be given: ints for tuples, and anything a JSON file may hold, which
@@ -44,7 +25,7 @@ HEADS: Mapping[str, Head] = MappingProxyType(
 @no_type_check
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """Sizes and constants of a BERT whose layers may differ.
+    """Sizes and constants of a BERT, RoBERTa, XLM-RoBERTa or DistilBERT whose layers may differ.
 
     Attention of layer i works in `num_attention_heads[i] * head_size` dimensions, which need not be `hidden_size`.
 
@@ -57,18 +38,21 @@ class BertConfig:
         intermediate_size: FFN width of each layer; an int is repeated for every layer. 0 works as 0 heads do.
         head_size: width of one head. If not given, `hidden_size` over the heads, which must be the same everywhere.
         max_position_embeddings: rows of the position embedding.
-        type_vocab_size: rows of the token type embedding.
+        position_offset: position of the first token. If not given 0, and for a RoBERTa 2: as there, positions are then
+            counted over the tokens of `attention_mask`, and padding has the position before the first.
+        type_vocab_size: rows of the token type embedding. If not given 2, and for a DistilBERT, which has none, 0.
         hidden_act: `gelu` (exact, erf), `gelu_new` (tanh) or `relu`.
-        layer_norm_eps: added to the variance in every LayerNorm.
+        layer_norm_eps: added to the variance in every LayerNorm; of a DistilBERT always 1e-12.
         hidden_dropout_prob: dropout on embeddings and sublayer outputs.
         attention_probs_dropout_prob: dropout on attention probabilities.
-        classifier_dropout: dropout before the classifier; `None` is `hidden_dropout_prob`.
+        classifier_dropout: dropout before the classifier; `None` is `hidden_dropout_prob`, and for a DistilBERT .2.
         initializer_range: standard deviation of new kernels and embeddings.
         head: `encoder`, `sequence_classification` or `masked_lm`.
         num_labels: outputs of the classifier.
-        pooling: what the classifier reads. `cls`: tanh of a dense layer on the first token (BERT's pooler). `mean`:
-            the mean of the last hidden state over the mask, without a pooler (sentence encoders).
+        pooling: what the classifier reads. `cls`: the first token's hidden state, of BERT tanh of a dense layer on it
+            (the pooler). `mean`: the mean of the last hidden state over the mask, without a pooler (sentence encoders).
         id2label: name of each class by its index; empty for no names.
+        model_type: `bert`, `roberta`, `xlm-roberta` or `distilbert`.
         extra: settings of a `config.json` that play no part in the computation; kept for the way back.
 
     Raises:
@@ -82,7 +66,9 @@ class BertConfig:
         ((4, 4), (64, 48), 8)
 
     References:
-        Devlin et al. 2018, https://arxiv.org/abs/1810.04805.
+        Devlin et al. 2018, https://arxiv.org/abs/1810.04805. RoBERTa: Liu et al. 2019,
+        https://arxiv.org/abs/1907.11692. XLM-RoBERTa: Conneau et al. 2019, https://arxiv.org/abs/1911.02116.
+        DistilBERT: Sanh et al. 2019, https://arxiv.org/abs/1910.01108.
     """
 
     vocab_size: int
@@ -90,9 +76,11 @@ class BertConfig:
     num_hidden_layers: int
     num_attention_heads: tuple[int, ...]
     intermediate_size: tuple[int, ...]
-    head_size: int = None  # pyright: ignore[reportAssignmentType]  # an int as soon as the object exists
+    # Of the Nones below, the object that exists has ints.
+    head_size: int = None  # pyright: ignore[reportAssignmentType]
     max_position_embeddings: int = 512
-    type_vocab_size: int = 2
+    position_offset: int = None  # pyright: ignore[reportAssignmentType]
+    type_vocab_size: int = None  # pyright: ignore[reportAssignmentType]
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
@@ -103,13 +91,24 @@ class BertConfig:
     num_labels: int = 2
     pooling: Pooling = "cls"
     id2label: tuple[str, ...] = ()
+    model_type: str = "bert"
     # Out of the hash, because modules that hold the config are hashed, and a dict is not hashable.
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "type_vocab_size"):
+        check_choice("model_type", self.model_type, tuple(VARIANTS))
+        for name, value in self.variant.defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "num_labels"):
             check_count(name, getattr(self, name), minimum=1)
-        check_count("num_labels", self.num_labels, minimum=1)
+        check_count("type_vocab_size", self.type_vocab_size, minimum=min(1, self.variant.defaults["type_vocab_size"]))
+        check_count("position_offset", self.position_offset, minimum=min(1, self.variant.defaults["position_offset"]))
+        if self.max_position_embeddings <= self.position_offset:
+            raise ValueError(
+                f"`max_position_embeddings` must be above `position_offset`, {self.position_offset}, got "
+                f"{self.max_position_embeddings}."
+            )
         if self.num_hidden_layers > MOST_LAYERS:
             raise ValueError(f"`num_hidden_layers` must be at most {MOST_LAYERS}, got {self.num_hidden_layers}.")
         for name in ("num_attention_heads", "intermediate_size"):
@@ -122,12 +121,25 @@ class BertConfig:
         for name in ("layer_norm_eps", "initializer_range"):
             object.__setattr__(self, name, positive(name, getattr(self, name)))
         check_choice("hidden_act", self.hidden_act, tuple(ACTIVATIONS))
-        check_choice("head", self.head, tuple(HEADS))
+        check_choice("head", self.head, tuple(self.variant.heads))
         check_choice("pooling", self.pooling, get_args(Pooling))
+        for name, value in self.variant.fixed.items():
+            if getattr(self, name) != value:
+                raise ValueError(f"`{name}` of a {self.variant.title} is {value}, got {getattr(self, name)!r}.")
         object.__setattr__(self, "id2label", label_names(self.id2label, self.num_labels))
         object.__setattr__(self, "extra", dict(self.extra))
 
     @property
+    def variant(self) -> Variant:
+        """The names of the parts."""
+        return VARIANTS[self.model_type]
+
+    @property
     def has_pooler(self) -> bool:
-        """Whether there is a `pooler/dense` layer: not for mean pooling, nor for masked language modelling."""
-        return self.pooling == "cls" and self.head != "masked_lm"
+        """Whether there is a `pooler/dense` layer: not for mean pooling, nor where no head reads it."""
+        return self.pooling == "cls" and self.head in self.variant.pooled_heads
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens that a text may have."""
+        return self.max_position_embeddings - self.position_offset

@@ -1,4 +1,4 @@
-"""What is particular to files of BERT: tensors stored twice, and shapes that transformers cannot load."""
+"""What is particular to files of BERT and its variants: tensors stored twice, shapes that transformers cannot load."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,6 @@ import numpy as np
 from jaxcompress._src.models.bert.config import BertConfig
 from jaxcompress._src.models.hf.names import StoredTensor
 
-_DECODER = "cls/predictions/decoder"
 _WORDS = "embeddings/word_embeddings/embedding"
 
 
@@ -23,10 +22,10 @@ def check_tensors(tensors: Mapping[str, StoredTensor], config: BertConfig) -> di
         ValueError: there are more or fewer layers than `config` says, or the decoder is not tied to the embedding.
     """
     _check_layers(tensors, config)
-    weights = dict(tensors)
-    stored = [weights.pop(f"{_DECODER}/{leaf}", None) for leaf in ("weight", "kernel")]
-    if (bias := weights.pop(f"{_DECODER}/bias", None)) is not None:
-        weights.setdefault("cls/predictions/bias", bias)
+    weights, decoder = dict(tensors), config.variant.decoder
+    stored = [weights.pop(f"{decoder}/{leaf}", None) for leaf in ("weight", "kernel")]
+    if (bias := weights.pop(f"{decoder}/bias", None)) is not None:
+        weights.setdefault(config.variant.decoder_bias, bias)
     if config.head == "masked_lm" and _WORDS in weights:
         # In PyTorch the decoder has the embedding's orientation, in Flax it is the transpose.
         for tensor, transposed in zip(stored, (False, True), strict=True):
@@ -42,12 +41,13 @@ def check_tensors(tensors: Mapping[str, StoredTensor], config: BertConfig) -> di
 def _check_layers(tensors: Mapping[str, StoredTensor], config: BertConfig) -> None:
     names = {}
     for path, tensor in tensors.items():
-        if match := re.match(r"encoder/layer/(\d+)/", path):
+        if match := re.match(rf"{config.variant.layers}/(\d+)/", path):
             names.setdefault(int(match[1]), tensor.name)
     if names and max(names) + 1 != config.num_hidden_layers:
+        key = config.variant.settings["num_hidden_layers"]
         raise ValueError(
             f"the last layer is that of tensor {names[max(names)]!r}, so there are {max(names) + 1} layers; "
-            f"expected {config.num_hidden_layers}, by `num_hidden_layers` of config.json."
+            f"expected {config.num_hidden_layers}, by `{key}` of config.json."
         )
 
 

@@ -1,4 +1,4 @@
-"""BERT with each of its heads.
+"""BERT and its variants with each of their heads.
 
 Shape letters: B leading axes (a batch, usually; none is fine), L tokens, D hidden size.
 """
@@ -12,14 +12,15 @@ from jax.typing import ArrayLike
 
 from jaxcompress._src.models.activations import ACTIVATIONS
 from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.models.bert.layers import dense
+from jaxcompress._src.models.bert.layers import dense, norm
 from jaxcompress._src.models.bert.model import BertModel
 
 
 class BertForSequenceClassification(nn.Module):
     """The encoder and a classifier over its pooled output.
 
-    Called as `BertModel` is; returns `logits`, (B, num_labels), beside the outputs of `BertModel`.
+    Called as `BertModel` is; returns `logits`, (B, num_labels), beside the outputs of `BertModel`. `pooler_output` is
+    what the last layer of the classifier reads, after the one that a RoBERTa or a DistilBERT has before it.
 
     Attributes:
         config: sizes and constants.
@@ -33,13 +34,18 @@ class BertForSequenceClassification(nn.Module):
     def __call__(self, input_ids: ArrayLike, *args: Any, deterministic: bool = True, **kwargs: Any) -> dict[str, Any]:
         """Runs the model; see `BertModel`."""
         _check_head(self.config, "sequence_classification")
-        bert = BertModel(self.config, self.dtype, name="bert")
-        outputs = bert(input_ids, *args, deterministic=deterministic, **kwargs)
-        rate = self.config.classifier_dropout
-        dropout = nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
-        pooled = dropout(outputs["pooler_output"], deterministic=deterministic)
-        classifier = dense(self.config.num_labels, self.config, self.dtype, name="classifier")
-        return {"logits": classifier(pooled), **outputs}
+        model = BertModel(self.config, self.dtype, name=self.config.variant.prefix)
+        outputs = model(input_ids, *args, deterministic=deterministic, **kwargs)
+        pooled = outputs["pooler_output"]
+        if self.config.model_type in ("roberta", "xlm-roberta"):
+            classifier = _RobertaClassifier(self.config, self.dtype, name="classifier")
+            logits, pooled = classifier(pooled, deterministic=deterministic)
+        else:
+            if self.config.model_type == "distilbert":
+                pooled = nn.relu(dense(self.config.hidden_size, self.config, self.dtype, name="pre_classifier")(pooled))
+            dropped = _classifier_dropout(self.config)(pooled, deterministic=deterministic)
+            logits = dense(self.config.num_labels, self.config, self.dtype, name="classifier")(dropped)
+        return {"logits": logits, **outputs, "pooler_output": pooled}
 
 
 class BertForMaskedLM(nn.Module):
@@ -59,10 +65,16 @@ class BertForMaskedLM(nn.Module):
     def __call__(self, input_ids: ArrayLike, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Runs the model; see `BertModel`."""
         _check_head(self.config, "masked_lm")
-        bert = BertModel(self.config, self.dtype, name="bert")
-        outputs = bert(input_ids, *args, **kwargs)
-        predictions = _MaskedLMHead(self.config, self.dtype, name="cls")
-        return {"logits": predictions(outputs["last_hidden_state"], bert), **outputs}
+        model = BertModel(self.config, self.dtype, name=self.config.variant.prefix)
+        outputs = model(input_ids, *args, **kwargs)
+        hidden = outputs["last_hidden_state"]
+        if self.config.model_type == "distilbert":
+            hidden = _transform(hidden, self.config, self.dtype, names=("vocab_transform", "vocab_layer_norm"))
+            logits = _Bias(self.config, self.dtype, name="vocab_projector")(model.decode(hidden))
+        else:
+            head = _BertPredictions if self.config.model_type == "bert" else _RobertaPredictions
+            logits = head(self.config, self.dtype, name=self.config.variant.decoder.split("/")[0])(hidden, model)
+        return {"logits": logits, **outputs}
 
 
 def bert_module(config: BertConfig, dtype: Any) -> nn.Module:
@@ -74,13 +86,32 @@ def bert_module(config: BertConfig, dtype: Any) -> nn.Module:
     return BertForMaskedLM(config, dtype)
 
 
-class _MaskedLMHead(nn.Module):
+class _RobertaClassifier(nn.Module):
     config: BertConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, bert: BertModel) -> jax.Array:
-        return _Predictions(self.config, self.dtype, name="predictions")(hidden, bert)
+    def __call__(self, pooled: jax.Array, *, deterministic: bool) -> tuple[jax.Array, jax.Array]:
+        """(B, D) to the logits, and to what the last layer reads."""
+        dropout = _classifier_dropout(self.config)
+        hidden = dropout(pooled, deterministic=deterministic)
+        hidden = jnp.tanh(dense(self.config.hidden_size, self.config, self.dtype, name="dense")(hidden))
+        project = dense(self.config.num_labels, self.config, self.dtype, name="out_proj")
+        return project(dropout(hidden, deterministic=deterministic)), hidden
+
+
+def _classifier_dropout(config: BertConfig) -> nn.Dropout:
+    rate = config.classifier_dropout
+    return nn.Dropout(config.hidden_dropout_prob if rate is None else rate)
+
+
+class _BertPredictions(nn.Module):
+    config: BertConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, model: BertModel) -> jax.Array:
+        return _Predictions(self.config, self.dtype, name="predictions")(hidden, model)
 
 
 class _Predictions(nn.Module):
@@ -88,21 +119,52 @@ class _Predictions(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, hidden: jax.Array, bert: BertModel) -> jax.Array:
-        logits = bert.decode(_Transform(self.config, self.dtype, name="transform")(hidden))
-        bias = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
-        return logits + jnp.broadcast_to(jnp.asarray(bias, self.dtype), logits.shape)
+    def __call__(self, hidden: jax.Array, model: BertModel) -> jax.Array:
+        logits = model.decode(_BertTransform(self.config, self.dtype, name="transform")(hidden))
+        return _with_bias(self, logits)
 
 
-class _Transform(nn.Module):
+class _BertTransform(nn.Module):
     config: BertConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        hidden = dense(self.config.hidden_size, self.config, self.dtype, name="dense")(hidden)
-        hidden = ACTIVATIONS[self.config.hidden_act](hidden)
-        return nn.LayerNorm(epsilon=self.config.layer_norm_eps, dtype=self.dtype, name="LayerNorm")(hidden)
+        return _transform(hidden, self.config, self.dtype, names=("dense", "LayerNorm"))
+
+
+class _RobertaPredictions(nn.Module):
+    config: BertConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, model: BertModel) -> jax.Array:
+        # The activation is not that of the layers, whatever `hidden_act` says.
+        hidden = _transform(hidden, self.config, self.dtype, names=("dense", "layer_norm"), activation="gelu")
+        return _with_bias(self, model.decode(hidden))
+
+
+class _Bias(nn.Module):
+    config: BertConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        return _with_bias(self, logits)
+
+
+def _transform(
+    hidden: jax.Array, config: BertConfig, dtype: Any, *, names: tuple[str, str], activation: str | None = None
+) -> jax.Array:
+    """What a masked language model does with hidden states before they are decoded: dense, activation, norm."""
+    hidden = dense(config.hidden_size, config, dtype, name=names[0])(hidden)
+    hidden = ACTIVATIONS[activation or config.hidden_act](hidden)
+    return norm(config, dtype, name=names[1])(hidden)
+
+
+def _with_bias(module: "_Predictions | _RobertaPredictions | _Bias", logits: jax.Array) -> jax.Array:
+    bias = module.param("bias", nn.initializers.zeros, (module.config.vocab_size,))
+    return logits + jnp.broadcast_to(jnp.asarray(bias, module.dtype), logits.shape)
 
 
 def _check_head(config: BertConfig, head: str) -> None:

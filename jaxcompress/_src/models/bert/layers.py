@@ -1,4 +1,4 @@
-"""The body of BERT: embeddings and layers. Modules are named so that parameter paths are those of Hugging Face Flax.
+"""The body of BERT and its variants: embeddings and layers, with the parameter paths of Hugging Face Flax.
 
 Shape letters: B leading axes (a batch, usually), L tokens, D hidden size, H heads.
 """
@@ -31,8 +31,13 @@ def dense(features: int, config: BertConfig, dtype: Any, *, name: str | None = N
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
+def norm(config: BertConfig, dtype: Any, *, name: str | None = None) -> nn.LayerNorm:
+    """A LayerNorm with the constant of the config."""
+    return nn.LayerNorm(epsilon=config.layer_norm_eps, dtype=dtype, name=name)
+
+
 class Embeddings(nn.Module):
-    """Sum of the word, position and token type embeddings, normalised."""
+    """Sum of the word, position and, where there are any, token type embeddings, normalised."""
 
     config: BertConfig
     dtype: Any
@@ -40,8 +45,9 @@ class Embeddings(nn.Module):
     def setup(self) -> None:
         self.word_embeddings = self._embed(self.config.vocab_size)
         self.position_embeddings = self._embed(self.config.max_position_embeddings)
-        self.token_type_embeddings = self._embed(self.config.type_vocab_size)
-        self.LayerNorm = nn.LayerNorm(epsilon=self.config.layer_norm_eps, dtype=self.dtype)
+        if self.config.type_vocab_size:
+            self.token_type_embeddings = self._embed(self.config.type_vocab_size)
+        self.LayerNorm = norm(self.config, self.dtype)
         self.dropout = nn.Dropout(self.config.hidden_dropout_prob)
 
     def __call__(
@@ -49,7 +55,9 @@ class Embeddings(nn.Module):
     ) -> jax.Array:
         """(B, L) ids to (B, L, D)."""
         embedded = self.word_embeddings(input_ids)
-        embedded = embedded + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
+        if self.config.type_vocab_size:
+            embedded = embedded + self.token_type_embeddings(token_type_ids)
+        embedded = embedded + self.position_embeddings(position_ids)
         return self.dropout(self.LayerNorm(embedded), deterministic=deterministic)
 
     def attend(self, hidden: jax.Array) -> jax.Array:
@@ -85,15 +93,16 @@ class _Layers(nn.Module):
     ) -> tuple[tuple[jax.Array, ...], tuple[Attention, ...]]:
         states, attentions = [hidden], []
         sizes = zip(self.config.num_attention_heads, self.config.intermediate_size, strict=True)
+        make = _DistilBertLayer if self.config.model_type == "distilbert" else _BertLayer
         for index, (heads, width) in enumerate(sizes):
-            layer = _Layer(self.config, heads, width, self.dtype, name=str(index))
+            layer = make(self.config, heads, width, self.dtype, name=str(index))
             hidden, attention = layer(hidden, bias, deterministic=deterministic)
             states.append(hidden)
             attentions.append(attention)
         return tuple(states), tuple(attentions)
 
 
-class _Layer(nn.Module):
+class _BertLayer(nn.Module):
     config: BertConfig
     heads: int
     width: int
@@ -103,14 +112,14 @@ class _Layer(nn.Module):
     def __call__(
         self, hidden: jax.Array, bias: jax.Array | None, *, deterministic: bool
     ) -> tuple[jax.Array, Attention]:
-        attend = _Attention(self.config, self.heads, self.dtype, name="attention")
+        attend = _BertAttention(self.config, self.heads, self.dtype, name="attention")
         hidden, attention = attend(hidden, bias, deterministic=deterministic)
-        inner = _Intermediate(self.config, self.width, self.dtype, name="intermediate")(hidden)
-        output = _Output(self.config, self.dtype, name="output")
+        inner = _BertIntermediate(self.config, self.width, self.dtype, name="intermediate")(hidden)
+        output = _BertOutput(self.config, self.dtype, name="output")
         return output(inner, hidden, deterministic=deterministic), attention
 
 
-class _Attention(nn.Module):
+class _BertAttention(nn.Module):
     config: BertConfig
     heads: int
     dtype: Any
@@ -119,13 +128,13 @@ class _Attention(nn.Module):
     def __call__(
         self, hidden: jax.Array, bias: jax.Array | None, *, deterministic: bool
     ) -> tuple[jax.Array, Attention]:
-        attend = _SelfAttention(self.config, self.heads, self.dtype, name="self")
+        attend = _BertSelfAttention(self.config, self.heads, self.dtype, name="self")
         context, attention = attend(hidden, bias, deterministic=deterministic)
-        output = _Output(self.config, self.dtype, name="output")
+        output = _BertOutput(self.config, self.dtype, name="output")
         return output(context, hidden, deterministic=deterministic), attention
 
 
-class _SelfAttention(nn.Module):
+class _BertSelfAttention(nn.Module):
     config: BertConfig
     heads: int
     dtype: Any
@@ -134,23 +143,11 @@ class _SelfAttention(nn.Module):
     def __call__(
         self, hidden: jax.Array, bias: jax.Array | None, *, deterministic: bool
     ) -> tuple[jax.Array, Attention]:
-        query, key, value = (self._project(name, hidden) for name in ("query", "key", "value"))
-        # Scores and softmax are float32 whatever the dtype: bfloat16 has 8 bits, too few for a sum over many tokens.
-        scores = jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=jnp.float32)
-        scores = scores * self.config.head_size**-0.5
-        probabilities = jax.nn.softmax(scores if bias is None else scores + bias)
-        dropout = nn.Dropout(self.config.attention_probs_dropout_prob)
-        weights = dropout(probabilities.astype(self.dtype), deterministic=deterministic)
-        context = jnp.einsum("...hqk,...khd->...qhd", weights, value)
-        width = self.heads * self.config.head_size
-        return context.reshape(*context.shape[:-2], width), Attention(scores, probabilities)
-
-    def _project(self, name: str, hidden: jax.Array) -> jax.Array:
-        projected = dense(self.heads * self.config.head_size, self.config, self.dtype, name=name)(hidden)
-        return projected.reshape(*projected.shape[:-1], self.heads, self.config.head_size)
+        names = ("query", "key", "value")
+        return _attend(hidden, bias, self.config, self.heads, self.dtype, names=names, deterministic=deterministic)
 
 
-class _Intermediate(nn.Module):
+class _BertIntermediate(nn.Module):
     config: BertConfig
     width: int
     dtype: Any
@@ -160,7 +157,7 @@ class _Intermediate(nn.Module):
         return ACTIVATIONS[self.config.hidden_act](dense(self.width, self.config, self.dtype, name="dense")(hidden))
 
 
-class _Output(nn.Module):
+class _BertOutput(nn.Module):
     """The end of both sublayers: dense, dropout, residual, norm."""
 
     config: BertConfig
@@ -170,4 +167,84 @@ class _Output(nn.Module):
     def __call__(self, inner: jax.Array, residual: jax.Array, *, deterministic: bool) -> jax.Array:
         output = dense(self.config.hidden_size, self.config, self.dtype, name="dense")(inner)
         output = nn.Dropout(self.config.hidden_dropout_prob)(output, deterministic=deterministic)
-        return nn.LayerNorm(epsilon=self.config.layer_norm_eps, dtype=self.dtype, name="LayerNorm")(output + residual)
+        return norm(self.config, self.dtype, name="LayerNorm")(output + residual)
+
+
+class _DistilBertLayer(nn.Module):
+    config: BertConfig
+    heads: int
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, hidden: jax.Array, bias: jax.Array | None, *, deterministic: bool
+    ) -> tuple[jax.Array, Attention]:
+        attend = _DistilBertAttention(self.config, self.heads, self.dtype, name="attention")
+        context, attention = attend(hidden, bias, deterministic=deterministic)
+        hidden = norm(self.config, self.dtype, name="sa_layer_norm")(context + hidden)
+        output = _DistilBertFFN(self.config, self.width, self.dtype, name="ffn")(hidden, deterministic=deterministic)
+        return norm(self.config, self.dtype, name="output_layer_norm")(output + hidden), attention
+
+
+class _DistilBertAttention(nn.Module):
+    config: BertConfig
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(
+        self, hidden: jax.Array, bias: jax.Array | None, *, deterministic: bool
+    ) -> tuple[jax.Array, Attention]:
+        names = ("q_lin", "k_lin", "v_lin")
+        context, attention = _attend(
+            hidden, bias, self.config, self.heads, self.dtype, names=names, deterministic=deterministic
+        )
+        # Unlike BERT, DistilBERT has no dropout here.
+        return dense(self.config.hidden_size, self.config, self.dtype, name="out_lin")(context), attention
+
+
+class _DistilBertFFN(nn.Module):
+    config: BertConfig
+    width: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array, *, deterministic: bool) -> jax.Array:
+        inner = ACTIVATIONS[self.config.hidden_act](dense(self.width, self.config, self.dtype, name="lin1")(hidden))
+        output = dense(self.config.hidden_size, self.config, self.dtype, name="lin2")(inner)
+        return nn.Dropout(self.config.hidden_dropout_prob)(output, deterministic=deterministic)
+
+
+def _attend(
+    hidden: jax.Array,
+    bias: jax.Array | None,
+    config: BertConfig,
+    heads: int,
+    dtype: Any,
+    *,
+    names: tuple[str, str, str],
+    deterministic: bool,
+) -> tuple[jax.Array, Attention]:
+    """Self-attention up to its output layer, (B, L, D) to (B, L, H * head_size): called inside of a compact module.
+
+    Args:
+        hidden: (B, L, D).
+        bias: (B, 1, 1, L), added to the scores.
+        config: sizes and constants.
+        heads: of this layer.
+        dtype: of the computation.
+        names: of the projections of query, key and value.
+        deterministic: no dropout.
+    """
+    width = heads * config.head_size
+    projections = (dense(width, config, dtype, name=name)(hidden) for name in names)
+    query, key, value = (x.reshape(*x.shape[:-1], heads, config.head_size) for x in projections)
+    # Scores and softmax are float32 whatever the dtype: bfloat16 has 8 bits, too few for a sum over many tokens.
+    scores = jnp.einsum("...qhd,...khd->...hqk", query, key, preferred_element_type=jnp.float32)
+    scores = scores * config.head_size**-0.5
+    probabilities = jax.nn.softmax(scores if bias is None else scores + bias)
+    dropout = nn.Dropout(config.attention_probs_dropout_prob)
+    weights = dropout(probabilities.astype(dtype), deterministic=deterministic)
+    context = jnp.einsum("...hqk,...khd->...qhd", weights, value)
+    return context.reshape(*context.shape[:-2], width), Attention(scores, probabilities)

@@ -1,4 +1,4 @@
-"""The BERT encoder with its pooling, and what goes in and comes out.
+"""The encoder of BERT and its variants with its pooling, and what goes in and comes out.
 
 Shape letters: B leading axes (a batch, usually; none is fine), L tokens, D hidden size, H heads.
 """
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.config import BertConfig, Pooling
 from jaxcompress._src.models.bert.layers import Attention, Embeddings, Encoder, dense
 
 
@@ -20,8 +20,8 @@ class BertModel(nn.Module):
     `module.apply({"params": params}, input_ids, attention_mask, ...)` returns a dict:
 
     - `last_hidden_state`: (B, L, D).
-    - `pooler_output`: (B, D), what a classifier reads: the pooler of `pooling="cls"`, or the mean over the mask of
-      `pooling="mean"`. Absent for a masked language model.
+    - `pooler_output`: (B, D), what a classifier reads: of `pooling="cls"` the first token, through the pooler if there
+      is one; the mean over the mask of `pooling="mean"`. Absent for a masked language model.
     - `hidden_states`, if asked for: the embedding output and the output of each layer, each (B, L, D).
     - `attentions` and `attention_scores`, if asked for: per layer, (B, H, L, L), float32, before dropout. Scores are
       taken before the softmax and before masked positions are taken out.
@@ -50,10 +50,10 @@ class BertModel(nn.Module):
 
     def setup(self) -> None:
         self.embeddings = Embeddings(self.config, self.dtype)
-        self.encoder = Encoder(self.config, self.dtype)
         if self.config.has_pooler:
             self.pooler = _Pooler(self.config, self.dtype)
 
+    @nn.compact
     def __call__(
         self,
         input_ids: ArrayLike,
@@ -70,18 +70,21 @@ class BertModel(nn.Module):
         Args:
             input_ids: (B, L), integers.
             attention_mask: (B, L); above 0 where there is a token. All tokens, if not given.
-            token_type_ids: (B, L); zeros, if not given.
-            position_ids: (B, L); 0 to L - 1, if not given.
+            token_type_ids: (B, L); zeros, if not given. A DistilBERT has none.
+            position_ids: (B, L), rows of the position embedding. If not given 0 to L - 1; of a RoBERTa counted from
+                `position_offset` over the tokens of `attention_mask`.
             deterministic: no dropout. Otherwise give `rngs={"dropout": key}`.
             output_hidden_states: return `hidden_states`.
             output_attentions: return `attentions` and `attention_scores`.
 
         Raises:
-            ValueError: shapes differ, or there are more tokens than positions.
+            ValueError: shapes differ, there are more tokens than positions, or token types are given to a model that
+                has none.
         """
         ids, mask, types, positions = _inputs(self.config, input_ids, attention_mask, token_type_ids, position_ids)
         embedded = self.embeddings(ids, types, positions, deterministic=deterministic)
-        states, attentions = self.encoder(embedded, _attention_bias(mask), deterministic=deterministic)
+        encoder = Encoder(self.config, self.dtype, name=self.config.variant.layers.split("/")[0])
+        states, attentions = encoder(embedded, _attention_bias(mask), deterministic=deterministic)
         outputs: dict[str, Any] = {"last_hidden_state": states[-1], **self._pool(states[-1], mask)}
         if output_hidden_states:
             outputs["hidden_states"] = states
@@ -96,7 +99,7 @@ class BertModel(nn.Module):
             return {}
         if self.config.has_pooler:
             return {"pooler_output": self.pooler(hidden)}
-        return {"pooler_output": _masked_mean(hidden, attention_mask)}
+        return {"pooler_output": _pooled(self.config.pooling, hidden, attention_mask)}
 
 
 class _Pooler(nn.Module):
@@ -117,16 +120,24 @@ def _inputs(
     for name, other in (("attention_mask", mask), ("token_type_ids", types), ("position_ids", positions)):
         if other is not None and other.shape != ids.shape:
             raise ValueError(f"`{name}` must have the shape of `input_ids`, {ids.shape}, got {other.shape}.")
+    if types is not None and not config.type_vocab_size:
+        raise ValueError(f"A {config.variant.title} has no token types: leave out `token_type_ids`.")
     if positions is None:
-        positions = _positions(ids, config.max_position_embeddings)
+        positions = _positions(config, ids, mask)
     return ids, mask, jnp.zeros_like(ids) if types is None else types, positions
 
 
-def _positions(ids: jax.Array, most: int) -> jax.Array:
-    length = ids.shape[-1]
-    if length > most:
-        raise ValueError(f"`input_ids` has {length} tokens; `max_position_embeddings` is {most}.")
-    return jax.lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1)
+def _positions(config: BertConfig, ids: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+    length, offset = ids.shape[-1], config.position_offset
+    if length > config.max_tokens:
+        reserved = f", of which the first {offset} are not for tokens" if offset else ""
+        raise ValueError(
+            f"`input_ids` has {length} tokens; `max_position_embeddings` is {config.max_position_embeddings}{reserved}."
+        )
+    if attention_mask is None or not offset:
+        return jax.lax.broadcasted_iota(jnp.int32, ids.shape, ids.ndim - 1) + offset
+    tokens = (attention_mask > 0).astype(jnp.int32)
+    return tokens * tokens.cumsum(axis=-1) + (offset - 1)
 
 
 def _attention_bias(attention_mask: jax.Array | None) -> jax.Array | None:
@@ -134,6 +145,10 @@ def _attention_bias(attention_mask: jax.Array | None) -> jax.Array | None:
     if attention_mask is None:
         return None
     return jnp.where(attention_mask > 0, 0.0, jnp.finfo(jnp.float32).min)[..., None, None, :]
+
+
+def _pooled(pooling: Pooling, hidden: jax.Array, attention_mask: jax.Array | None) -> jax.Array:
+    return hidden[..., 0, :] if pooling == "cls" else _masked_mean(hidden, attention_mask)
 
 
 def _masked_mean(hidden: jax.Array, attention_mask: jax.Array | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Every parameter of a BERT and its shape, from the config alone."""
+"""Every parameter of a BERT, or of one of its variants, and its shape, from the config alone."""
 
 from jaxcompress._src.models.bert.config import BertConfig
 
@@ -20,7 +20,7 @@ def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
         >>> parameter_shapes(config)["encoder/layer/1/attention/self/query/kernel"]
         (32, 8)
     """
-    hidden = config.hidden_size
+    hidden, variant = config.hidden_size, config.variant
     shapes = _embedding_shapes(config)
     for layer in range(config.num_hidden_layers):
         shapes |= _layer_shapes(config, layer)
@@ -28,38 +28,48 @@ def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
         shapes |= _dense("pooler/dense", hidden, hidden)
     if config.head == "encoder":
         return shapes
-    shapes = {f"bert/{path}": shape for path, shape in shapes.items()}
+    shapes = {prefixed(path, config): shape for path, shape in shapes.items()}
     if config.head == "sequence_classification":
-        return shapes | _dense("classifier", hidden, config.num_labels)
+        *inner, last = variant.classifier
+        for path in inner:
+            shapes |= _dense(path, hidden, hidden)
+        return shapes | _dense(last, hidden, config.num_labels)
     return shapes | {
-        **_dense("cls/predictions/transform/dense", hidden, hidden),
-        **_norm("cls/predictions/transform/LayerNorm", hidden),
-        "cls/predictions/bias": (config.vocab_size,),
+        **_dense(variant.transform, hidden, hidden),
+        **_norm(variant.transform_norm, hidden),
+        variant.decoder_bias: (config.vocab_size,),
     }
+
+
+def prefixed(path: str, config: BertConfig) -> str:
+    """A path of the body with the prefix that it has where there is a head."""
+    return path if config.head == "encoder" else f"{config.variant.prefix}/{path}"
 
 
 def _embedding_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
-    return {
-        "embeddings/word_embeddings/embedding": (config.vocab_size, config.hidden_size),
-        "embeddings/position_embeddings/embedding": (config.max_position_embeddings, config.hidden_size),
-        "embeddings/token_type_embeddings/embedding": (config.type_vocab_size, config.hidden_size),
-        **_norm("embeddings/LayerNorm", config.hidden_size),
+    rows = {
+        "word_embeddings": config.vocab_size,
+        "position_embeddings": config.max_position_embeddings,
+        "token_type_embeddings": config.type_vocab_size,
     }
+    tables = {f"embeddings/{name}/embedding": (count, config.hidden_size) for name, count in rows.items() if count}
+    return tables | _norm("embeddings/LayerNorm", config.hidden_size)
 
 
 def _layer_shapes(config: BertConfig, layer: int) -> dict[str, tuple[int, ...]]:
-    path, hidden = f"encoder/layer/{layer}", config.hidden_size
+    variant, hidden = config.variant, config.hidden_size
     inner, width = config.num_attention_heads[layer] * config.head_size, config.intermediate_size[layer]
-    return {
-        **_dense(f"{path}/attention/self/query", hidden, inner),
-        **_dense(f"{path}/attention/self/key", hidden, inner),
-        **_dense(f"{path}/attention/self/value", hidden, inner),
-        **_dense(f"{path}/attention/output/dense", inner, hidden),
-        **_norm(f"{path}/attention/output/LayerNorm", hidden),
-        **_dense(f"{path}/intermediate/dense", hidden, width),
-        **_dense(f"{path}/output/dense", width, hidden),
-        **_norm(f"{path}/output/LayerNorm", hidden),
+    shapes = {
+        **_dense(variant.query, hidden, inner),
+        **_dense(variant.key, hidden, inner),
+        **_dense(variant.value, hidden, inner),
+        **_dense(variant.attention_output, inner, hidden),
+        **_norm(variant.attention_norm, hidden),
+        **_dense(variant.ffn_input, hidden, width),
+        **_dense(variant.ffn_output, width, hidden),
+        **_norm(variant.ffn_norm, hidden),
     }
+    return {f"{variant.layers}/{layer}/{path}": shape for path, shape in shapes.items()}
 
 
 def _dense(path: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:

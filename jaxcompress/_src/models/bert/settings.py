@@ -3,29 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxcompress._src.models.bert.config import HEADS, BertConfig
-from jaxcompress._src.models.config_checks import MOST_LAYERS
+from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.variants import VARIANTS
+from jaxcompress._src.models.config_checks import MOST_LAYERS, check_count
 from jaxcompress._src.models.hf.settings import head_by_architecture, placeholder_labels, read_labels
 
 _OWN_KEY = "jaxcompress"
 _REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-_OPTIONAL = (
-    "max_position_embeddings",
-    "type_vocab_size",
-    "hidden_act",
-    "layer_norm_eps",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "classifier_dropout",
-    "initializer_range",
-)
-_UNSUPPORTED = {  # settings under which BERT computes something else, and the only value we compute
+_UNSUPPORTED = {  # settings under which a model computes something else, and the only value we compute
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
     "quantization_config": None,
 }
 _TIED = "tie_word_embeddings"  # matters to a masked language model only
+_PAD = "pad_token_id"  # of a RoBERTa: positions begin behind it; of the others without any part
 _DERIVED = (  # made from the config, or from the weights, whenever they are written
     "architectures",
     "model_type",
@@ -45,6 +37,7 @@ def bert_config(settings: Mapping[str, Any], head: str | None) -> BertConfig:
     What Hugging Face has no key for stands in a mapping under the key `jaxcompress`: `pooling` ("mean"), `head_size`
     (where it is not `hidden_size / num_attention_heads`), and the per-layer lists `num_attention_heads` and
     `intermediate_size` (where they are not uniform). `pruned_heads`, as transformers 4 wrote it, is understood too.
+    Positions of a RoBERTa begin at `pad_token_id + 1`. A DistilBERT has other keys, such as `dim` for `hidden_size`.
 
     Args:
         settings: the parsed `config.json`.
@@ -64,20 +57,25 @@ def bert_config(settings: Mapping[str, Any], head: str | None) -> BertConfig:
         >>> bert_settings(config)["num_attention_heads"]
         4
     """
-    _check_supported(settings)
-    head = head if head is not None else head_by_architecture(settings.get("architectures"), HEADS)
+    model_type = settings["model_type"]
+    variant = VARIANTS[model_type]
+    _check_supported(settings, variant.settings)
+    head = head if head is not None else head_by_architecture(settings.get("architectures"), variant.heads)
     if head == "masked_lm" and not settings.get(_TIED, True):
         raise ValueError(f"`{_TIED}` is False; only a decoder tied to the word embedding is supported.")
     labels = read_labels(settings.get("id2label"))
-    known = {*_REQUIRED, *_OPTIONAL, *_UNSUPPORTED, *_DERIVED, _TIED}
+    fields = {name: settings[key] for name, key in variant.settings.items() if key in settings}
+    known = {*variant.settings.values(), *_UNSUPPORTED, *_DERIVED, _TIED}
+    if "position_offset" not in variant.fixed:
+        fields["position_offset"] = _position_offset(settings.get(_PAD, variant.defaults["position_offset"] - 1))
+        known.add(_PAD)
     return BertConfig(
+        model_type=model_type,
         head=head,
         num_labels=len(labels) or settings.get("num_labels", 2),
         id2label=() if labels == placeholder_labels(len(labels)) else labels,
         extra={name: value for name, value in settings.items() if name not in known},
-        **{name: settings[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers")},
-        **_layer_sizes(settings),
-        **{name: settings[name] for name in _OPTIONAL if name in settings},
+        **fields | _layer_sizes(settings, fields),
     )
 
 
@@ -92,14 +90,17 @@ def bert_settings(config: BertConfig) -> dict[str, Any]:
     Returns:
         What `json.dump` can write. Always with `id2label` for a classifier, so that transformers knows `num_labels`.
     """
+    variant = config.variant
+    fields = {name: getattr(config, name) for name in variant.settings}
+    fields |= {name: max(fields[name]) for name in ("num_attention_heads", "intermediate_size")}
     settings: dict[str, Any] = {
         **config.extra,
-        "architectures": [HEADS[config.head].architectures[0]],
-        "model_type": "bert",
-        **{name: getattr(config, name) for name in (*_REQUIRED, *_OPTIONAL)},
-        "num_attention_heads": max(config.num_attention_heads),
-        "intermediate_size": max(config.intermediate_size),
+        "architectures": [variant.heads[config.head].architectures[0]],
+        "model_type": config.model_type,
+        **{key: fields[name] for name, key in variant.settings.items()},
     }
+    if "position_offset" not in variant.fixed:
+        settings[_PAD] = config.position_offset - 1
     labels = config.id2label
     if config.head == "sequence_classification":
         labels = labels or placeholder_labels(config.num_labels)
@@ -113,31 +114,36 @@ def bert_settings(config: BertConfig) -> dict[str, Any]:
     return settings
 
 
-def _check_supported(settings: Mapping[str, Any]) -> None:
+def _check_supported(settings: Mapping[str, Any], keys: Mapping[str, str]) -> None:
     for name, supported in _UNSUPPORTED.items():
         if settings.get(name, supported) != supported:
             raise ValueError(f"`{name}` is {settings[name]!r}; only {supported!r} is supported.")
-    if absent := [name for name in _REQUIRED if name not in settings]:
+    if absent := [keys[name] for name in _REQUIRED if keys[name] not in settings]:
         raise ValueError(f"these sizes are missing: {', '.join(absent)}.")
     for name in _REQUIRED:
         least = 0 if name in ("num_attention_heads", "intermediate_size") else 1
         most = MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1
-        value = settings[name]
+        value = settings[keys[name]]
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ValueError(f"`{name}` must be an int in [{least}, {most}], got {value!r:.80}.")
+            raise ValueError(f"`{keys[name]}` must be an int in [{least}, {most}], got {value!r:.80}.")
     for name in (_OWN_KEY, "pruned_heads"):
         if not isinstance(settings.get(name) or {}, Mapping):
             raise ValueError(f"`{name}` must be a mapping, got {settings[name]!r:.80}.")
 
 
-def _layer_sizes(settings: Mapping[str, Any]) -> dict[str, Any]:
-    extra, hidden, heads = settings.get(_OWN_KEY) or {}, settings["hidden_size"], settings["num_attention_heads"]
-    sizes = {"num_attention_heads": heads, "intermediate_size": settings["intermediate_size"]}
+def _position_offset(pad_token_id: Any) -> int:
+    check_count(_PAD, pad_token_id, minimum=0)
+    return pad_token_id + 1
+
+
+def _layer_sizes(settings: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    extra, hidden, heads = settings.get(_OWN_KEY) or {}, fields["hidden_size"], fields["num_attention_heads"]
+    sizes: dict[str, Any] = {}
     if pruned := settings.get("pruned_heads"):
         if not heads or not all(isinstance(indices, list) for indices in pruned.values()):
             raise ValueError(f"`pruned_heads` must map layers to lists of heads, got {pruned!r:.80}.")
         sizes["head_size"] = hidden // heads
-        layers = range(settings["num_hidden_layers"])
+        layers = range(fields["num_hidden_layers"])
         sizes["num_attention_heads"] = tuple(heads - len(pruned.get(str(i), ())) for i in layers)
     names = ("num_attention_heads", "intermediate_size", "head_size", "pooling")
     return sizes | {name: extra[name] for name in names if name in extra}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.models.bert.parameters import parameter_shapes
+from jaxcompress._src.models.bert.parameters import parameter_shapes, prefixed
 from jaxcompress._src.models.leaves import check_parameters, flatten_params
 from jaxcompress._src.types import Params
 
@@ -15,7 +15,7 @@ def config_from_params(params: Params, config: BertConfig) -> BertConfig:
     """The config of parameters whose layers, heads or FFN columns have become fewer.
 
     Heads are the outputs of a layer's query kernel over `config.head_size`; the FFN width is the outputs of its
-    intermediate kernel. Every other leaf must agree with these, or else with `config`.
+    first feed-forward kernel. Every other leaf must agree with these, or else with `config`.
 
     Args:
         params: tree of anything with a `.shape`: arrays, `jax.ShapeDtypeStruct`, compressed arrays.
@@ -41,21 +41,22 @@ def config_from_params(params: Params, config: BertConfig) -> BertConfig:
         True
     """
     leaves = flatten_params(params)
-    prefix = "encoder/layer" if config.head == "encoder" else "bert/encoder/layer"
+    variant, prefix = config.variant, prefixed(config.variant.layers, config)
     layers = _layers(leaves, prefix)
+    paths = [f"{prefix}/{i}" for i in range(layers)]
     recovered = dataclasses.replace(
         config,
         num_hidden_layers=layers,
-        num_attention_heads=tuple(_heads(leaves, f"{prefix}/{i}", config.head_size) for i in range(layers)),
-        intermediate_size=tuple(_outputs(leaves, f"{prefix}/{i}/intermediate/dense/kernel") for i in range(layers)),
+        num_attention_heads=tuple(_heads(leaves, f"{path}/{variant.query}/kernel", config.head_size) for path in paths),
+        intermediate_size=tuple(_outputs(leaves, f"{path}/{variant.ffn_input}/kernel") for path in paths),
     )
-    check_parameters(leaves, parameter_shapes(recovered), f"a {config.head!r} BERT")
+    check_parameters(leaves, parameter_shapes(recovered), f"a {config.head!r} {variant.title}")
     return recovered
 
 
 def resized_config(params: Params, config: BertConfig) -> BertConfig:
     """As `config_from_params`, where hidden features may have become fewer too: as many as the embedding's norm has."""
-    norm = f"{'' if config.head == 'encoder' else 'bert/'}embeddings/LayerNorm/scale"
+    norm = prefixed("embeddings/LayerNorm/scale", config)
     leaves = flatten_params(params)
     if norm in leaves:
         config = dataclasses.replace(config, hidden_size=leaves[norm].shape[0])
@@ -69,8 +70,7 @@ def _layers(leaves: Mapping[str, Any], prefix: str) -> int:
     return len(numbers)
 
 
-def _heads(leaves: Mapping[str, Any], layer: str, head_size: int) -> int:
-    path = f"{layer}/attention/self/query/kernel"
+def _heads(leaves: Mapping[str, Any], path: str, head_size: int) -> int:
     outputs = _outputs(leaves, path)
     if outputs % head_size:
         raise ValueError(f"Leaf {path!r} has {outputs} outputs, expected a multiple of `head_size`, {head_size}.")

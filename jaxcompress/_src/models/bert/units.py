@@ -1,7 +1,9 @@
-"""The units of a BERT: what can be removed as a whole."""
+"""The units of a BERT, or of one of its variants: what can be removed as a whole."""
+
+import dataclasses
 
 from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.models.bert.parameters import parameter_shapes
+from jaxcompress._src.models.bert.parameters import parameter_shapes, prefixed
 from jaxcompress._src.units.group import UnitGroup, UnitSlices
 
 
@@ -19,14 +21,14 @@ def bert_head_units(config: BertConfig) -> tuple[UnitGroup, ...]:
         >>> [(group.name, group.count) for group in bert_head_units(config)]
         [('encoder/layer/0/heads', 4)]
     """
-    groups = []
+    variant, groups = config.variant, []
     for path, heads, _ in _layers(config):
         slices = [
-            UnitSlices(path=f"{path}/attention/self/{name}/{leaf}", axis=axis, width=config.head_size)
-            for name in ("query", "key", "value")
+            UnitSlices(path=f"{path}/{name}/{leaf}", axis=axis, width=config.head_size)
+            for name in (variant.query, variant.key, variant.value)
             for leaf, axis in (("kernel", 1), ("bias", 0))
         ]
-        output = f"{path}/attention/output/dense/kernel"
+        output = f"{path}/{variant.attention_output}/kernel"
         slices.append(UnitSlices(path=output, axis=0, width=config.head_size, gated=True))
         if heads:
             groups.append(UnitGroup(name=f"{path}/heads", kind="heads", count=heads, slices=tuple(slices)))
@@ -36,8 +38,8 @@ def bert_head_units(config: BertConfig) -> tuple[UnitGroup, ...]:
 def bert_column_units(config: BertConfig) -> tuple[UnitGroup, ...]:
     """The columns of the feed-forward network of every layer that has some, one group for each layer.
 
-    A column is one output of the intermediate kernel, its bias, and the row of the output kernel that reads it, which a
-    gate multiplies. Groups are called `<layer>/columns`, of kind `columns`.
+    A column is one output of the first feed-forward kernel, its bias, and the row of the second kernel that reads it,
+    which a gate multiplies. Groups are called `<layer>/columns`, of kind `columns`.
 
     Example:
         >>> config = BertConfig(
@@ -46,12 +48,12 @@ def bert_column_units(config: BertConfig) -> tuple[UnitGroup, ...]:
         >>> [(group.name, group.count) for group in bert_column_units(config)]
         [('encoder/layer/0/columns', 64)]
     """
-    groups = []
+    variant, groups = config.variant, []
     for path, _, width in _layers(config):
         slices = (
-            UnitSlices(path=f"{path}/intermediate/dense/kernel", axis=1),
-            UnitSlices(path=f"{path}/intermediate/dense/bias", axis=0),
-            UnitSlices(path=f"{path}/output/dense/kernel", axis=0, gated=True),
+            UnitSlices(path=f"{path}/{variant.ffn_input}/kernel", axis=1),
+            UnitSlices(path=f"{path}/{variant.ffn_input}/bias", axis=0),
+            UnitSlices(path=f"{path}/{variant.ffn_output}/kernel", axis=0, gated=True),
         )
         if width:
             groups.append(UnitGroup(name=f"{path}/columns", kind="columns", count=width, slices=slices))
@@ -72,8 +74,8 @@ def bert_attention_units(config: BertConfig) -> tuple[UnitGroup, ...]:
         >>> [(group.name, group.kind, group.count) for group in bert_attention_units(config)]
         [('encoder/attentions', 'attentions', 2)]
     """
-    inputs = [f"attention/self/{name}" for name in ("query", "key", "value")]
-    return _sublayers(config, "attentions", inputs, "attention/output/dense")
+    variant = config.variant
+    return _sublayers(config, "attentions", [variant.query, variant.key, variant.value], variant.attention_output)
 
 
 def bert_ffn_units(config: BertConfig) -> tuple[UnitGroup, ...]:
@@ -86,7 +88,7 @@ def bert_ffn_units(config: BertConfig) -> tuple[UnitGroup, ...]:
         >>> [(group.name, group.kind, group.count) for group in bert_ffn_units(config)]
         [('encoder/ffns', 'ffns', 2)]
     """
-    return _sublayers(config, "ffns", ["intermediate/dense"], "output/dense")
+    return _sublayers(config, "ffns", [config.variant.ffn_input], config.variant.ffn_output)
 
 
 def bert_hidden_units(config: BertConfig) -> tuple[UnitGroup, ...]:
@@ -103,10 +105,13 @@ def bert_hidden_units(config: BertConfig) -> tuple[UnitGroup, ...]:
         >>> [(group.name, group.count, len(group.slices)) for group in bert_hidden_units(config)]
         [('hidden', 32, 32)]
     """
+    wider = parameter_shapes(dataclasses.replace(config, hidden_size=config.hidden_size + 1))
     slices = [
-        UnitSlices(path=path, axis=axis, gated=gated)
-        for path in parameter_shapes(config)
-        for axis, gated in _hidden_axes(path)
+        # What reads the stream has it along the inputs of its kernel.
+        UnitSlices(path=path, axis=axis, gated=not (path.endswith("/kernel") and axis == 0))
+        for path, shape in parameter_shapes(config).items()
+        for axis, size in enumerate(shape)
+        if wider[path][axis] != size
     ]
     return (UnitGroup(name="hidden", kind="hidden", count=config.hidden_size, slices=tuple(slices)),)
 
@@ -119,30 +124,11 @@ def _sublayers(config: BertConfig, kind: str, inputs: list[str], output: str) ->
             slices.append(UnitSlices(path=f"{path}/{name}/bias", axis=0, unit=layer))
         slices.append(UnitSlices(path=f"{path}/{output}/kernel", axis=0, unit=layer, gated=True))
         slices.append(UnitSlices(path=f"{path}/{output}/bias", axis=None, unit=layer, gated=True))
-    name = f"{_prefix(config)}encoder/{kind}"
+    name = f"{prefixed(config.variant.layers, config).removesuffix('/layer')}/{kind}"
     return (UnitGroup(name=name, kind=kind, count=config.num_hidden_layers, slices=tuple(slices)),)
-
-
-def _hidden_axes(path: str) -> tuple[tuple[int, bool], ...]:
-    """`(axis, gated)` for each axis of a leaf that runs along the residual stream."""
-    if path.endswith("_embeddings/embedding"):
-        return ((1, True),)
-    if "LayerNorm/" in path:
-        return ((0, True),)
-    if "/attention/self/" in path or "/intermediate/" in path or path.startswith("classifier/"):
-        return ((0, False),) if path.endswith("kernel") else ()
-    if path.endswith(("pooler/dense/kernel", "transform/dense/kernel")):
-        return ((0, False), (1, True))
-    if path.endswith("output/dense/kernel"):
-        return ((1, True),)
-    return ((0, True),) if path.endswith("dense/bias") else ()
 
 
 def _layers(config: BertConfig) -> list[tuple[str, int, int]]:
     """`(path, heads, width)` of every layer."""
     sizes = zip(config.num_attention_heads, config.intermediate_size, strict=True)
-    return [(f"{_prefix(config)}encoder/layer/{layer}", *size) for layer, size in enumerate(sizes)]
-
-
-def _prefix(config: BertConfig) -> str:
-    return "" if config.head == "encoder" else "bert/"
+    return [(f"{prefixed(config.variant.layers, config)}/{layer}", *size) for layer, size in enumerate(sizes)]
