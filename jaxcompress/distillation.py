@@ -1,9 +1,19 @@
 """Training a small model on the outputs of a large one, compressing it on the way."""
 
+from jaxcompress._src.distillation.attention_losses import attention_probabilities as attention_probabilities
+from jaxcompress._src.distillation.attention_losses import attention_scores as attention_scores
+from jaxcompress._src.distillation.attention_losses import relations as relations
+from jaxcompress._src.distillation.divergences import forward_kl as forward_kl
+from jaxcompress._src.distillation.divergences import jensen_shannon as jensen_shannon
+from jaxcompress._src.distillation.divergences import reverse_kl as reverse_kl
 from jaxcompress._src.distillation.losses import argmax_agreement as argmax_agreement
 from jaxcompress._src.distillation.losses import binary_targets as binary_targets
 from jaxcompress._src.distillation.losses import hard_labels as hard_labels
+from jaxcompress._src.distillation.losses import next_token_labels as next_token_labels
 from jaxcompress._src.distillation.losses import soft_targets as soft_targets
+from jaxcompress._src.distillation.pairs import ClosestLayers as ClosestLayers
+from jaxcompress._src.distillation.projections import least_squares as least_squares
+from jaxcompress._src.distillation.state_losses import batch_similarities as batch_similarities
 from jaxcompress._src.distillation.state_losses import cosine_states as cosine_states
 from jaxcompress._src.distillation.state_losses import hidden_states as hidden_states
 from jaxcompress._src.distillation.student import select_layers as select_layers

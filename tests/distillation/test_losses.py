@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from jaxcompress._src.distillation.losses import binary_labels
 from jaxcompress._src.distillation.outputs import mean
-from jaxcompress.distillation import argmax_agreement, binary_targets, hard_labels, soft_targets
+from jaxcompress.distillation import (
+    argmax_agreement,
+    binary_targets,
+    hard_labels,
+    jensen_shannon,
+    next_token_labels,
+    reverse_kl,
+    soft_targets,
+)
 
 
 def _logits(*shape, seed=0, scale=3.0):
@@ -119,6 +127,63 @@ def test_classes_that_the_teacher_rules_out(temperature):
     assert np.isfinite(grad).all()
 
 
+def _numpy_jensen_shannon(p, q, beta):
+    m = beta * p + (1 - beta) * q
+    return beta * (p * np.log(p / m)).sum(-1) + (1 - beta) * (q * np.log(q / m)).sum(-1)
+
+
+DIVERGENCES = {
+    "reverse": (reverse_kl, lambda p, q: (q * np.log(q / p)).sum(-1)),
+    "jensen_shannon": (jensen_shannon(), lambda p, q: _numpy_jensen_shannon(p, q, 0.5)),
+    "near_forward": (jensen_shannon(beta=0.1), lambda p, q: _numpy_jensen_shannon(p, q, 0.1)),
+}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize(("divergence", "reference"), DIVERGENCES.values(), ids=DIVERGENCES)
+def test_other_divergences_against_float64(divergence, reference, temperature):
+    s, t = _logits(2, 3, 5), _logits(2, 3, 5, seed=1)
+    mask = np.array([[1, 1, 0], [1, 0, 0]])
+    loss = soft_targets(temperature=temperature, divergence=divergence)
+
+    def expected(s):
+        return (temperature**2 * reference(_softmax(t / temperature), _softmax(s / temperature)))[mask == 1].sum()
+
+    def objective(s, t):
+        return loss({"logits": s}, {"logits": t}, {"attention_mask": jnp.asarray(mask)})
+
+    value_and_grad = jax.jit(jax.value_and_grad(objective, has_aux=True))
+    hidden = [np.where(mask[..., None], x, bad) for x, bad in ((s, np.nan), (t, np.inf))]
+    (total, count), grad = value_and_grad(*(jnp.asarray(x, jnp.float32) for x in hidden))
+    np.testing.assert_allclose(total / count, expected(s) / count, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(grad)[mask == 0], 0.0)
+    with jax.enable_x64(True):
+        (total, _), grad = value_and_grad(jnp.asarray(s), jnp.asarray(t))
+        np.testing.assert_allclose(total, expected(s), rtol=1e-12)
+        direction = _logits(2, 3, 5, seed=2)
+        slope = (expected(s + 1e-6 * direction) - expected(s - 1e-6 * direction)) / 2e-6
+        np.testing.assert_allclose((grad * direction).sum(), slope, rtol=1e-6)
+    # Classes that both rule out.
+    ruled_out = [np.where(np.arange(5) == 3, -np.inf, x) for x in (s, t)]
+    (total, _), grad = value_and_grad(*(jnp.asarray(x, jnp.float32) for x in ruled_out))
+    s, t = np.delete(s, 3, -1), np.delete(t, 3, -1)
+    np.testing.assert_allclose(total, expected(s), rtol=1e-5)
+    assert np.isfinite(grad).all()
+
+
+def test_ends_of_jensen_shannon_and_what_only_one_model_rules_out():
+    s, t = jnp.array([[0.0, -jnp.inf, 1.0]]), jnp.array([[-jnp.inf, 1.0, 0.0]])
+    for divergence, bound in ((jensen_shannon(), np.log(2)), (jensen_shannon(beta=0.9), np.log(2))):
+        value, grad = jax.value_and_grad(
+            lambda s, divergence=divergence: soft_targets(divergence=divergence)({"logits": s}, {"logits": t}, {})[0]
+        )(s)
+        assert 0.0 < float(value) < bound
+        assert np.isfinite(grad).all()
+    assert np.isinf(soft_targets(divergence=reverse_kl)({"logits": s}, {"logits": t}, {})[0])
+    with pytest.raises(ValueError, match=r"`beta` must be in \(0, 1\), got 1.0; its ends are `forward_kl`"):
+        jensen_shannon(beta=1.0)
+
+
 def test_nan_is_not_hidden():
     logits = _logits(2, 4)
     logits[1, 0] = np.nan
@@ -156,6 +221,33 @@ def test_hard_labels_other_names_and_errors():
 def test_a_label_outside_the_classes_gives_nan(label):
     total, _ = hard_labels()(_outputs(_logits(2, 3)), {}, {"labels": jnp.array([0, label])})
     assert np.isnan(total)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_next_tokens_against_float64(smoothing):
+    """Padding on both sides, and a prompt that does not count."""
+    logits, tokens = _logits(3, 5, 7), np.random.default_rng(3).integers(0, 7, (3, 5))
+    mask = np.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    tokens[2, :3] = -100
+    counted = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (2, 2), (2, 3)]
+    target = (1 - smoothing) * np.eye(7)[tokens % 7] + smoothing / 7
+    expected = -sum((target[b, t + 1] * np.log(_softmax(logits))[b, t]).sum() for b, t in counted)
+    hidden = logits.copy()
+    hidden[tuple(np.array([p for p in np.ndindex(3, 5) if p not in counted]).T)] = np.nan
+    batch = {"input_ids": jnp.asarray(tokens), "attention_mask": jnp.asarray(mask)}
+    loss = next_token_labels(smoothing=smoothing)
+    (total, count), grad = jax.value_and_grad(lambda x: loss({"logits": x}, {}, batch), has_aux=True)(
+        jnp.asarray(hidden, jnp.float32)
+    )
+    np.testing.assert_allclose(total, expected, rtol=1e-5)
+    assert float(count) == len(counted)
+    np.testing.assert_array_equal(np.asarray(grad)[np.isnan(hidden)], 0.0)
+    _, count = next_token_labels(mask=None)(_outputs(logits), {}, {"input_ids": jnp.asarray(np.maximum(tokens, 0))})
+    assert float(count) == 12.0
+    with pytest.raises(ValueError, match=r"'input_ids' must have shape \(batch, positions\), got \(4,\)"):
+        loss(_outputs(logits), {}, {"input_ids": jnp.zeros(4, int), "attention_mask": mask})
+    with pytest.raises(ValueError, match=r"'attention_mask' has shape \(3, 5\), the positions have \(2, 5\)"):
+        loss(_outputs(logits), {}, batch | {"input_ids": batch["input_ids"][:2]})
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])

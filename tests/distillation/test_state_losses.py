@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcompress.distillation import cosine_states, hidden_states
+from jaxcompress.distillation import batch_similarities, cosine_states, hidden_states
 
 RNG = np.random.default_rng(0)
 STUDENT = RNG.normal(size=(3, 2, 5, 4))
@@ -102,3 +102,41 @@ def test_errors_name_what_is_missing():
         hidden_states(pairs=PAIRS)({"logits": 0}, _outputs(TEACHER), BATCH)
     with pytest.raises(ValueError, match=r"'hidden_states' has shape \(2, 5, 3\) in the student"):
         hidden_states(pairs=PAIRS)(_outputs(STUDENT[..., :3]), _outputs(TEACHER), BATCH)
+
+
+def _similarities(student, teacher, temperature):
+    cosines = [_unit(x) @ _unit(x).T for x in (student, teacher)]
+    others = ~np.eye(len(student), dtype=bool)
+    if temperature is None:
+        return ((cosines[0] - cosines[1]) ** 2)[others].sum()
+    weights = [np.where(others, np.exp(c / temperature), 0) for c in cosines]
+    q, p = (w / w.sum(-1, keepdims=True) for w in weights)
+    return (p[others] * np.log(p[others] / q[others])).sum()
+
+
+@pytest.mark.parametrize("temperature", [None, 0.05, 1.0])
+def test_similarities_within_the_batch_against_float64(temperature):
+    student, teacher, mask = RNG.normal(size=(5, 3)), RNG.normal(size=(5, 7)), np.array([1, 0, 1, 1, 0])
+    loss = batch_similarities(output="v", mask="real", temperature=temperature)
+
+    def objective(vectors):
+        return loss({"v": vectors}, {"v": jnp.asarray(teacher)}, {"real": jnp.asarray(mask)})
+
+    hidden = np.where(mask[:, None], student, np.nan)
+    (total, count), grad = jax.value_and_grad(objective, has_aux=True)(jnp.asarray(hidden, jnp.float32))
+    np.testing.assert_allclose(total, _similarities(student[mask == 1], teacher[mask == 1], temperature), rtol=2e-5)
+    assert float(count) == (6.0 if temperature is None else 3.0)
+    assert np.isfinite(grad).all()
+    np.testing.assert_array_equal(np.asarray(grad)[mask == 0], 0.0)
+    # One example has nothing to be compared with.
+    total, count = loss({"v": student}, {"v": teacher}, {"real": np.eye(5)[2]})
+    assert (float(total), float(count)) == (0.0, 0.0)
+
+
+def test_similarities_need_vectors():
+    with pytest.raises(ValueError, match=r"'v' must hold one vector for each example.*\(5, 2, 3\) from the student"):
+        batch_similarities(output="v")({"v": jnp.zeros((5, 2, 3))}, {"v": jnp.zeros((5, 7))}, {})
+    with pytest.raises(ValueError, match=r"The mask 'm' has shape \(4,\), the examples have \(5,\)"):
+        batch_similarities(output="v", mask="m")({"v": jnp.zeros((5, 3))}, {"v": jnp.zeros((5, 7))}, {"m": jnp.ones(4)})
+    with pytest.raises(ValueError, match="`temperature` must be positive"):
+        batch_similarities(temperature=0.0)

@@ -5,12 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxcompress._src.distillation.divergences import (
+    Divergence,
     bernoulli_cross_entropy,
     bernoulli_kl,
+    class_divergence,
     cross_entropy,
-    kl_divergence,
+    forward_kl,
 )
 from jaxcompress._src.distillation.outputs import (
     LossFn,
@@ -24,13 +27,22 @@ from jaxcompress._src.distillation.outputs import (
 )
 
 
-def soft_targets(*, temperature: float = 1.0, output: str = "logits", mask: str | None = "attention_mask") -> LossFn:
-    """T² · KL(softmax(teacher / T) ‖ softmax(student / T)), summed over examples (or unmasked positions).
+def soft_targets(
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = forward_kl,
+    output: str = "logits",
+    mask: str | None = "attention_mask",
+) -> LossFn:
+    """T² · D(softmax(teacher / T), softmax(student / T)), summed over examples (or unmasked positions).
 
-    The factor T² keeps the gradient's size, which falls with 1 / T², comparable to that of hard labels.
+    The factor T² keeps the gradient's size, which falls with 1 / T², comparable to that of hard labels. Every real
+    position counts, in a causal language model, too: there, position t says what both expect at t + 1.
 
     Args:
         temperature: T > 0; higher shows more of the order among unlikely classes.
+        divergence: D: `forward_kl`, KL(teacher ‖ student); `reverse_kl`; `jensen_shannon(beta=...)`; or a function of
+            log probabilities like them.
         output: name of the logits in the outputs, (batch, classes) or (batch, positions, classes), any float dtype;
             the arithmetic is float32.
         mask: entry of the batch, (batch, positions), nonzero where positions count; used only for logits with
@@ -57,7 +69,7 @@ def soft_targets(*, temperature: float = 1.0, output: str = "logits", mask: str 
         s, t = output_pair(student, teacher, output)
         keep = position_mask(batch, mask, s.shape[:-1])
         s, t = zero_masked(s, keep), zero_masked(t, keep)
-        return masked_sum(temperature**2 * kl_divergence(s / temperature, t / temperature), keep)
+        return masked_sum(temperature**2 * class_divergence(s / temperature, t / temperature, divergence), keep)
 
     return loss
 
@@ -69,8 +81,8 @@ def hard_labels(
 
     Args:
         output: name of the logits, (batch, classes) or (batch, positions, classes).
-        labels: entry of the batch: integers of the shape of the logits without the last axis. For a causal language
-            model the caller shifts them.
+        labels: entry of the batch: integers of the shape of the logits without the last axis. For a masked language
+            model, the tokens that were masked, and `ignore` elsewhere. For a causal one, see `next_token_labels`.
         smoothing: share of the target spread evenly over all classes, in [0, 1].
         ignore: the label that counts for nothing.
 
@@ -97,6 +109,52 @@ def hard_labels(
         keep = target != ignore
         terms = cross_entropy(zero_masked(logits, keep), jnp.where(keep, target, 0), smoothing=smoothing)
         return masked_sum(terms, keep)
+
+    return loss
+
+
+def next_token_labels(
+    *,
+    output: str = "logits",
+    labels: str = "input_ids",
+    mask: str | None = "attention_mask",
+    smoothing: float = 0.0,
+    ignore: int = -100,
+) -> LossFn:
+    """Cross entropy of a causal language model: the logits at position t against the token at t + 1.
+
+    Args:
+        output: name of the logits, (batch, positions, classes).
+        labels: entry of the batch, (batch, positions): the tokens as the model reads them, not shifted.
+        mask: entry of the batch, (batch, positions): t counts where t and t + 1 are real. None: nothing is padded.
+        smoothing: share of the target spread evenly over all classes, in [0, 1].
+        ignore: the label that counts for nothing, such as that of the tokens of a prompt.
+
+    Returns:
+        A `LossFn`; it does not look at the teacher, and exp(sum / count) is the perplexity. A label outside the classes
+        gives NaN.
+
+    Raises:
+        ValueError: `smoothing` out of range; when called: a missing entry, shapes that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> batch = {"input_ids": jnp.array([[3, 1, 0]]), "attention_mask": jnp.array([[1, 1, 0]])}
+        >>> total, count = next_token_labels()({"logits": jnp.zeros((1, 3, 4))}, {}, batch)
+        >>> round(float(total), 4), float(count)
+        (1.3863, 1.0)
+    """
+    cross_entropy_loss = hard_labels(output=output, smoothing=smoothing, ignore=ignore)
+
+    def loss(student: Outputs, teacher: Outputs, batch: Mapping[str, Any]) -> tuple[ArrayLike, ArrayLike]:
+        tokens = jnp.asarray(named(batch, labels, "batch"))
+        if tokens.ndim != 2:
+            raise ValueError(f"{labels!r} must have shape (batch, positions), got {tokens.shape}.")
+        real = position_mask(batch, mask, tokens.shape)
+        following = jnp.where(real[:, :-1] & real[:, 1:], tokens[:, 1:], ignore)
+        return cross_entropy_loss(
+            student, teacher, {"labels": jnp.pad(following, ((0, 0), (0, 1)), constant_values=ignore)}
+        )
 
     return loss
 
