@@ -7,12 +7,19 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxcompress._src.distillation.deferred_logits import (
+    logits_argmax,
+    logits_cross_entropy,
+    logits_divergence,
+    logits_of,
+    logits_pair,
+    softened,
+    without_masked,
+)
 from jaxcompress._src.distillation.divergences import (
     Divergence,
     bernoulli_cross_entropy,
     bernoulli_kl,
-    class_divergence,
-    cross_entropy,
     forward_kl,
 )
 from jaxcompress._src.distillation.outputs import (
@@ -44,7 +51,7 @@ def soft_targets(
         divergence: D: `forward_kl`, KL(teacher ‖ student); `reverse_kl`; `jensen_shannon(beta=...)`; or a function of
             log probabilities like them.
         output: name of the logits in the outputs, (batch, classes) or (batch, positions, classes), any float dtype;
-            the arithmetic is float32.
+            the arithmetic is float32. Those of a large vocabulary may be `deferred_logits`.
         mask: entry of the batch, (batch, positions), nonzero where positions count; used only for logits with
             positions. None: nothing is padded.
 
@@ -66,10 +73,10 @@ def soft_targets(
     _check_temperature(temperature)
 
     def loss(student: Outputs, teacher: Outputs, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        s, t = output_pair(student, teacher, output)
+        s, t = logits_pair(student, teacher, output)
         keep = position_mask(batch, mask, s.shape[:-1])
-        s, t = zero_masked(s, keep), zero_masked(t, keep)
-        return masked_sum(temperature**2 * class_divergence(s / temperature, t / temperature, divergence), keep)
+        s, t = (softened(without_masked(logits, keep), temperature) for logits in (s, t))
+        return masked_sum(temperature**2 * logits_divergence(s, t, divergence), keep)
 
     return loss
 
@@ -103,11 +110,12 @@ def hard_labels(
         raise ValueError(f"`smoothing` must be in [0, 1], got {smoothing}.")
 
     def loss(student: Outputs, _: Outputs, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        logits = as_float32(named(student, output, "student"))
+        logits = logits_of(student, output, "student")
         target = jnp.asarray(named(batch, labels, "batch"))
         _check_labels(labels, target.shape, logits.shape[:-1])
         keep = target != ignore
-        terms = cross_entropy(zero_masked(logits, keep), jnp.where(keep, target, 0), smoothing=smoothing)
+        logits, target = without_masked(logits, keep), jnp.where(keep, target, 0)
+        terms = logits_cross_entropy(logits, target, smoothing=smoothing)
         return masked_sum(terms, keep)
 
     return loss
@@ -243,8 +251,8 @@ def argmax_agreement(*, output: str = "logits", mask: str | None = "attention_ma
     """
 
     def figure(student: Outputs, teacher: Outputs, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        s, t = output_pair(student, teacher, output)
-        same = s.argmax(axis=-1) == t.argmax(axis=-1)
+        s, t = logits_pair(student, teacher, output)
+        same = logits_argmax(s) == logits_argmax(t)
         return masked_sum(same.astype(jnp.float32), position_mask(batch, mask, same.shape))
 
     return figure

@@ -48,11 +48,10 @@ def output_pair(student: Outputs, teacher: Outputs, name: str) -> tuple[jax.Arra
 
 def same_shape(student: Any, teacher: Any, name: str) -> tuple[jax.Array, jax.Array]:
     """Both arrays in float32 at least; a `ValueError` if their shapes differ."""
-    if jnp.shape(student) != jnp.shape(teacher):
-        raise ValueError(
-            f"{name!r} has shape {jnp.shape(student)} in the student and {jnp.shape(teacher)} in the teacher."
-        )
-    return as_float32(student), as_float32(teacher)
+    s, t = as_float32(student), as_float32(teacher)
+    if s.shape != t.shape:
+        raise ValueError(f"{name!r} has shape {s.shape} in the student and {t.shape} in the teacher.")
+    return s, t
 
 
 def as_float32(x: Any) -> jax.Array:
