@@ -2,6 +2,7 @@
 
 from jaxcompress._src.units.costs import flop_costs as flop_costs
 from jaxcompress._src.units.costs import parameter_costs as parameter_costs
+from jaxcompress._src.units.discover import discover_units as discover_units
 from jaxcompress._src.units.group import UnitGroup as UnitGroup
 from jaxcompress._src.units.group import UnitSlices as UnitSlices
 from jaxcompress._src.units.one_shot import fisher_shrink as fisher_shrink

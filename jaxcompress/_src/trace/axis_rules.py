@@ -21,6 +21,18 @@ CASTS = frozenset(
 MOVES = frozenset({"transpose", "squeeze", "broadcast_in_dim", "reshape"})
 """Primitives that move whole axes, see `axis_runs`."""
 
+# fmt: off
+ELEMENTWISE = CASTS | {
+    "add", "add_any", "sub", "mul", "div", "neg", "max", "min", "rem", "abs", "sign", "floor", "ceil", "round", "clamp",
+    "pow", "integer_pow", "square", "sqrt", "rsqrt", "cbrt", "exp", "exp2", "expm1", "log", "log1p", "logistic",
+    "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh",
+    "erf", "erfc", "erf_inv", "lgamma", "digamma", "is_finite", "nextafter", "name",
+    "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "xor", "not", "select_n",
+    "shift_left", "shift_right_logical", "shift_right_arithmetic", "population_count",
+}
+# fmt: on
+"""Primitives whose output at an entry is a function of their inputs at that entry; inputs of length 1 repeat."""
+
 # Some entries along an axis, or all of them in another order: what does not change along it still does not.
 _SELECTIONS = frozenset({"slice", "dynamic_slice", "rev"})
 

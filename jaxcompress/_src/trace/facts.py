@@ -11,7 +11,7 @@ import numpy as np
 from jax import core
 
 from jaxcompress._src.trace.axis import Axis
-from jaxcompress._src.trace.axis_rules import CASTS, MOVES, even_axes
+from jaxcompress._src.trace.axis_rules import ELEMENTWISE, MOVES, even_axes
 from jaxcompress._src.trace.origin import Factor, Origin, rearrange
 from jaxcompress._src.trace.walk import bind
 
@@ -336,7 +336,7 @@ def _even_in(facts: Facts, sizes: Sequence[int], shape: Sequence[int]) -> frozen
 def _even(eqn: Any, facts: Sequence[Facts]) -> frozenset[int]:
     """Where the output of an equation does not change."""
     shape = eqn.outvars[0].aval.shape
-    if eqn.primitive.name not in _ELEMENTWISE:
+    if eqn.primitive.name not in ELEMENTWISE:
         return even_axes(eqn, facts[0].even) if facts else frozenset()
     operands = [_even_in(each, var.aval.shape, shape) for each, var in zip(facts, eqn.invars, strict=True)]
     return frozenset.intersection(*operands) if operands else frozenset()
@@ -357,14 +357,7 @@ def _constant(eqn: Any, facts: Sequence[Facts]) -> Callable[[], np.ndarray] | No
     return evaluate
 
 
-# fmt: off
-_ELEMENTWISE = CASTS | {
-    "add", "sub", "mul", "div", "neg", "max", "min", "rem", "abs", "sign", "floor", "ceil", "round", "clamp",
-    "pow", "integer_pow", "square", "sqrt", "rsqrt", "exp", "log", "tanh", "logistic", "sin", "cos",
-    "lt", "le", "gt", "ge", "eq", "ne", "and", "or", "not", "select_n",
-}
-# fmt: on
-_COMPUTED = _ELEMENTWISE | MOVES | {"iota", "slice", "rev", "concatenate"}
+_COMPUTED = ELEMENTWISE | MOVES | {"iota", "slice", "rev", "concatenate"}
 
 _RULES: dict[str, Callable[[Any, Sequence[Facts], Arrays], list[tuple[Origin, ...]]]] = {
     "add": _add,
