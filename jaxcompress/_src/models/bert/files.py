@@ -1,11 +1,9 @@
 """What is particular to files of BERT and its variants: tensors stored twice, shapes that transformers cannot load."""
 
-import re
 from collections.abc import Mapping
 
-import numpy as np
-
 from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.hf.checks import check_layers, without_tied_head
 from jaxcompress._src.models.hf.names import StoredTensor
 
 _WORDS = "embeddings/word_embeddings/embedding"
@@ -21,34 +19,11 @@ def check_tensors(tensors: Mapping[str, StoredTensor], config: BertConfig) -> di
     Raises:
         ValueError: there are more or fewer layers than `config` says, or the decoder is not tied to the embedding.
     """
-    _check_layers(tensors, config)
-    weights, decoder = dict(tensors), config.variant.decoder
-    stored = [weights.pop(f"{decoder}/{leaf}", None) for leaf in ("weight", "kernel")]
-    if (bias := weights.pop(f"{decoder}/bias", None)) is not None:
-        weights.setdefault(config.variant.decoder_bias, bias)
-    if config.head == "masked_lm" and _WORDS in weights:
-        # In PyTorch the decoder has the embedding's orientation, in Flax it is the transpose.
-        for tensor, transposed in zip(stored, (False, True), strict=True):
-            if tensor is None:
-                continue
-            if not np.array_equal(tensor.array.T if transposed else tensor.array, weights[_WORDS].array):
-                raise ValueError(
-                    f"Tensor {tensor.name!r} differs from {weights[_WORDS].name!r}; only a tied decoder is supported."
-                )
-    return weights
-
-
-def _check_layers(tensors: Mapping[str, StoredTensor], config: BertConfig) -> None:
-    names = {}
-    for path, tensor in tensors.items():
-        if match := re.match(rf"{config.variant.layers}/(\d+)/", path):
-            names.setdefault(int(match[1]), tensor.name)
-    if names and max(names) + 1 != config.num_hidden_layers:
-        key = config.variant.settings["num_hidden_layers"]
-        raise ValueError(
-            f"the last layer is that of tensor {names[max(names)]!r}, so there are {max(names) + 1} layers; "
-            f"expected {config.num_hidden_layers}, by `{key}` of config.json."
-        )
+    weights, variant = dict(tensors), config.variant
+    check_layers(weights, rf"{variant.layers}/(\d+)/", config.num_hidden_layers, variant.settings["num_hidden_layers"])
+    if (bias := weights.pop(f"{variant.decoder}/bias", None)) is not None:
+        weights.setdefault(variant.decoder_bias, bias)
+    return without_tied_head(weights, _WORDS, head=variant.decoder) if config.head == "masked_lm" else weights
 
 
 def unloadable(config: BertConfig) -> str:

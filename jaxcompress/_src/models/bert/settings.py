@@ -6,10 +6,18 @@ from typing import Any
 from jaxcompress._src.models.bert.config import BertConfig
 from jaxcompress._src.models.bert.variants import VARIANTS
 from jaxcompress._src.models.config_checks import MOST_LAYERS, check_count
-from jaxcompress._src.models.hf.settings import head_by_architecture, placeholder_labels, read_labels
+from jaxcompress._src.models.hf.settings import (
+    DERIVED,
+    OWN_KEY,
+    check_sizes,
+    check_supported,
+    head_by_architecture,
+    label_options,
+    label_settings,
+    uneven_sizes,
+)
 
-_OWN_KEY = "jaxcompress"
-_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _UNSUPPORTED = {  # settings under which a model computes something else, and the only value we compute
     "position_embedding_type": "absolute",
     "is_decoder": False,
@@ -18,17 +26,8 @@ _UNSUPPORTED = {  # settings under which a model computes something else, and th
 }
 _TIED = "tie_word_embeddings"  # matters to a masked language model only
 _PAD = "pad_token_id"  # of a RoBERTa: positions begin behind it; of the others without any part
-_DERIVED = (  # made from the config, or from the weights, whenever they are written
-    "architectures",
-    "model_type",
-    "num_labels",
-    "id2label",
-    "label2id",
-    "pruned_heads",
-    "torch_dtype",
-    "dtype",
-    _OWN_KEY,
-)
+_PRUNED = "pruned_heads"
+_UNEVEN = ("num_attention_heads", "intermediate_size")
 
 
 def bert_config(settings: Mapping[str, Any], head: str | None) -> BertConfig:
@@ -59,23 +58,23 @@ def bert_config(settings: Mapping[str, Any], head: str | None) -> BertConfig:
     """
     model_type = settings["model_type"]
     variant = VARIANTS[model_type]
-    _check_supported(settings, variant.settings)
+    check_supported(settings, _UNSUPPORTED)
+    keys = {name: variant.settings[name] for name in _SIZES}
+    check_sizes(settings, tuple(keys.values()), may_be_zero=tuple(keys[name] for name in _UNEVEN))
     head = head if head is not None else head_by_architecture(settings.get("architectures"), variant.heads)
     if head == "masked_lm" and not settings.get(_TIED, True):
         raise ValueError(f"`{_TIED}` is False; only a decoder tied to the word embedding is supported.")
-    labels = read_labels(settings.get("id2label"))
     fields = {name: settings[key] for name, key in variant.settings.items() if key in settings}
-    known = {*variant.settings.values(), *_UNSUPPORTED, *_DERIVED, _TIED}
+    known = {*variant.settings.values(), *_UNSUPPORTED, *DERIVED, _TIED, _PRUNED}
     if "position_offset" not in variant.fixed:
         fields["position_offset"] = _position_offset(settings.get(_PAD, variant.defaults["position_offset"] - 1))
         known.add(_PAD)
     return BertConfig(
         model_type=model_type,
         head=head,
-        num_labels=len(labels) or settings.get("num_labels", 2),
-        id2label=() if labels == placeholder_labels(len(labels)) else labels,
         extra={name: value for name, value in settings.items() if name not in known},
-        **fields | _layer_sizes(settings, fields),
+        **(fields | _layer_sizes(settings, fields)),
+        **label_options(settings),
     )
 
 
@@ -92,43 +91,22 @@ def bert_settings(config: BertConfig) -> dict[str, Any]:
     """
     variant = config.variant
     fields = {name: getattr(config, name) for name in variant.settings}
-    fields |= {name: max(fields[name]) for name in ("num_attention_heads", "intermediate_size")}
+    fields |= {name: max(fields[name]) for name in _UNEVEN}
     settings: dict[str, Any] = {
         **config.extra,
         "architectures": [variant.heads[config.head].architectures[0]],
         "model_type": config.model_type,
         **{key: fields[name] for name, key in variant.settings.items()},
+        **label_settings(config),
     }
     if "position_offset" not in variant.fixed:
         settings[_PAD] = config.position_offset - 1
-    labels = config.id2label
-    if config.head == "sequence_classification":
-        labels = labels or placeholder_labels(config.num_labels)
-    if labels:
-        settings["id2label"] = {str(i): label for i, label in enumerate(labels)}
-        settings["label2id"] = {label: i for i, label in enumerate(labels)}
-    elif config.num_labels != 2:
-        settings["num_labels"] = config.num_labels
-    if extra := _own_settings(config):
-        settings[_OWN_KEY] = extra
-    return settings
-
-
-def _check_supported(settings: Mapping[str, Any], keys: Mapping[str, str]) -> None:
-    for name, supported in _UNSUPPORTED.items():
-        if settings.get(name, supported) != supported:
-            raise ValueError(f"`{name}` is {settings[name]!r}; only {supported!r} is supported.")
-    if absent := [keys[name] for name in _REQUIRED if keys[name] not in settings]:
-        raise ValueError(f"these sizes are missing: {', '.join(absent)}.")
-    for name in _REQUIRED:
-        least = 0 if name in ("num_attention_heads", "intermediate_size") else 1
-        most = MOST_LAYERS if name == "num_hidden_layers" else 2**31 - 1
-        value = settings[keys[name]]
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ValueError(f"`{keys[name]}` must be an int in [{least}, {most}], got {value!r:.80}.")
-    for name in (_OWN_KEY, "pruned_heads"):
-        if not isinstance(settings.get(name) or {}, Mapping):
-            raise ValueError(f"`{name}` must be a mapping, got {settings[name]!r:.80}.")
+    ours: dict[str, Any] = {**uneven_sizes(config, _UNEVEN)}
+    if "num_attention_heads" in ours or config.head_size * config.num_attention_heads[0] != config.hidden_size:
+        ours["head_size"] = config.head_size
+    if config.pooling != "cls":
+        ours["pooling"] = config.pooling
+    return settings | ({OWN_KEY: ours} if ours else {})
 
 
 def _position_offset(pad_token_id: Any) -> int:
@@ -137,25 +115,16 @@ def _position_offset(pad_token_id: Any) -> int:
 
 
 def _layer_sizes(settings: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    extra, hidden, heads = settings.get(_OWN_KEY) or {}, fields["hidden_size"], fields["num_attention_heads"]
+    ours, heads = settings.get(OWN_KEY) or {}, fields["num_attention_heads"]
     sizes: dict[str, Any] = {}
-    if pruned := settings.get("pruned_heads"):
-        if not heads or not all(isinstance(indices, list) for indices in pruned.values()):
-            raise ValueError(f"`pruned_heads` must map layers to lists of heads, got {pruned!r:.80}.")
-        sizes["head_size"] = hidden // heads
-        layers = range(fields["num_hidden_layers"])
+    if pruned := settings.get(_PRUNED):
+        if (
+            not heads
+            or not isinstance(pruned, Mapping)
+            or not all(isinstance(indices, list) for indices in pruned.values())
+        ):
+            raise ValueError(f"`{_PRUNED}` must map layers to lists of heads, got {pruned!r:.80}.")
+        sizes["head_size"] = fields["hidden_size"] // heads
+        layers = range(min(fields["num_hidden_layers"], MOST_LAYERS))  # the config refuses more
         sizes["num_attention_heads"] = tuple(heads - len(pruned.get(str(i), ())) for i in layers)
-    names = ("num_attention_heads", "intermediate_size", "head_size", "pooling")
-    return sizes | {name: extra[name] for name in names if name in extra}
-
-
-def _own_settings(config: BertConfig) -> dict[str, Any]:
-    extra: dict[str, Any] = {}
-    for name in ("num_attention_heads", "intermediate_size"):
-        if len(set(getattr(config, name))) > 1:
-            extra[name] = list(getattr(config, name))
-    if "num_attention_heads" in extra or config.head_size * config.num_attention_heads[0] != config.hidden_size:
-        extra["head_size"] = config.head_size
-    if config.pooling != "cls":
-        extra["pooling"] = config.pooling
-    return extra
+    return sizes | {name: ours[name] for name in (*_UNEVEN, "head_size", "pooling") if name in ours}

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from jaxcompress._src.models.decoder.files import check_layers, uneven_layers, without_tied_head
 from jaxcompress._src.models.gpt2.config import GPT2Config
+from jaxcompress._src.models.hf.checks import check_layers, uneven_layers, without_tied_head
 from jaxcompress._src.models.hf.names import StoredTensor
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxcompress._src.models.family import Config, Head
+from jaxcompress._src.models.family import Head
 
 OWN_KEY = "jaxcompress"
 """The key of a `config.json` under which stands what Hugging Face has none for."""
@@ -59,7 +59,7 @@ DERIVED = (  # made from the config, or from the weights, whenever they are writ
 """Keys of a `config.json` that say nothing which a config does not know."""
 
 
-def label_settings(config: Config) -> dict[str, Any]:
+def label_settings(config: Any) -> dict[str, Any]:
     """The labels of a config as a `config.json` has them; a classifier always has some, from which its size is read."""
     labels = config.id2label
     if config.head == "sequence_classification":

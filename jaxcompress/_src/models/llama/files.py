@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from jaxcompress._src.models.decoder.files import check_layers, uneven_layers, without_tied_head
+from jaxcompress._src.models.hf.checks import check_layers, uneven_layers, without_tied_head
 from jaxcompress._src.models.hf.names import StoredTensor
 from jaxcompress._src.models.llama.config import LlamaConfig
 

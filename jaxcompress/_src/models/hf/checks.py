@@ -1,4 +1,4 @@
-"""What files of decoders have in common: numbered layers, and heads that are tied to the word embedding."""
+"""What tensors in files must agree with: numbers of layers, heads tied to the embedding, what transformers can load."""
 
 import re
 from collections.abc import Mapping
@@ -31,14 +31,21 @@ def check_layers(tensors: Mapping[str, StoredTensor], pattern: str, layers: int,
         )
 
 
-def without_tied_head(tensors: Mapping[str, StoredTensor], embedding: str) -> dict[str, StoredTensor]:
+def without_tied_head(
+    tensors: Mapping[str, StoredTensor], embedding: str, *, head: str = "lm_head"
+) -> dict[str, StoredTensor]:
     """The tensors without the copy of the word embedding that files may have as the head.
+
+    Args:
+        tensors: by path.
+        embedding: path of the word embedding.
+        head: path of the dense layer that copies it.
 
     Raises:
         ValueError: the head differs from the embedding, though the config ties them.
     """
     weights = dict(tensors)
-    stored = [weights.pop(f"lm_head/{leaf}", None) for leaf in ("weight", "kernel")]
+    stored = [weights.pop(f"{head}/{leaf}", None) for leaf in ("weight", "kernel")]
     if embedding in weights:
         # In PyTorch the head has the embedding's orientation, in Flax it is the transpose.
         for tensor, transposed in zip(stored, (False, True), strict=True):
