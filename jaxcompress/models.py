@@ -2,6 +2,7 @@
 
 from jaxcompress._src.models.bert.config import BertConfig as BertConfig
 from jaxcompress._src.models.decoder.cache import init_cache as init_cache
+from jaxcompress._src.models.decoder.generate import generate as generate
 from jaxcompress._src.models.decoder.rotary import RopeScaling as RopeScaling
 from jaxcompress._src.models.families import make_module as make_module
 from jaxcompress._src.models.families import resized as resized

@@ -33,7 +33,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 MAY_IMPORT_FEW = {
-    "models": {"types", "tree", "units"},
+    "models": {"types", "tree", "execution", "units"},
     "solvers": set(),
     "checkpoint": {"types", "meshes", "coding", "tree", "arrays"},
     "report": {"types", "meshes", "tree", "arrays"},

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path, PurePath
 from typing import Any
 
+from jaxcompress._src.models.hf.gguf import is_gguf
+from jaxcompress._src.recipe.gguf_tokenizer import TOKENIZER_FILES, write_tokenizer
 from jaxcompress._src.recipe.heads import SentencePooling
 
 _MODULES = "modules.json"
@@ -63,13 +65,19 @@ def companion_files(directory: str | os.PathLike[str]) -> tuple[PurePath, ...]:
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copies the tokenizer and pooling files of a model, and removes those that another model left behind."""
+    """Copies the tokenizer and pooling files of a model, and removes those that another model left behind.
+
+    Of a GGUF file, its tokenizer is written as files.
+    """
     files = companion_files(source)
+    if is_gguf(source):
+        write_tokenizer(source, directory)
+        files = tuple(PurePath(name) for name in TOKENIZER_FILES)
     for stale in set(companion_files(directory)) - set(files):
         (directory / stale).unlink()
         if stale.parent != PurePath() and not any((directory / stale.parent).iterdir()):
             (directory / stale.parent).rmdir()
-    for file in files:
+    for file in () if is_gguf(source) else files:
         (directory / file).parent.mkdir(exist_ok=True)
         shutil.copyfile(source / file, directory / file)
 

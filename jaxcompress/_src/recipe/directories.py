@@ -15,6 +15,7 @@ from jaxcompress._src.checkpoint.save import save
 from jaxcompress._src.execution.materialize import materialize
 from jaxcompress._src.models.families import config_of, make_module
 from jaxcompress._src.models.hf.config import config_from_huggingface, config_to_huggingface
+from jaxcompress._src.models.hf.gguf import is_gguf
 from jaxcompress._src.models.hf.read import from_pretrained
 from jaxcompress._src.models.hf.write import save_pretrained
 from jaxcompress._src.recipe.companions import copy_companions
@@ -45,10 +46,11 @@ class LoadedModel:
 
 
 def load_model(directory: str | os.PathLike[str]) -> LoadedModel:
-    """Opens what `jaxcompress compress` wrote, or a Hugging Face directory.
+    """Opens what `jaxcompress compress` wrote, a Hugging Face directory, or a GGUF file.
 
     Args:
-        directory: the one given to `compress --out`, or one with config.json and weights.
+        directory: the one given to `compress --out`, one with config.json and weights, or path of a file that ends in
+            `.gguf`.
 
     Returns:
         Module and parameters: `jaxcompress.execute(apply)` runs the module on compressed leaves, with
@@ -74,7 +76,7 @@ def load_model(directory: str | os.PathLike[str]) -> LoadedModel:
         (False, True)
     """
     path = Path(directory)
-    if not path.is_dir():
+    if not path.is_dir() and not is_gguf(path):
         raise FileNotFoundError(f"There is no directory {str(path)!r}.")
     if not holds_compressed(path):
         module, params = from_pretrained(path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 
 from jaxcompress._src.models.family import Config
 from jaxcompress._src.models.hf.config import read_config
+from jaxcompress._src.models.hf.gguf import is_gguf
+from jaxcompress._src.recipe.gguf_tokenizer import write_tokenizer
 from jaxcompress._src.recipe.text import Texts
 
 
@@ -84,8 +87,10 @@ def tokenize(directory: Path, texts: Texts, *, max_length: int | None = None, co
 
 
 def has_tokenizer(directory: Path) -> bool:
-    """Whether there are files that `tokenize` can read."""
-    return any((directory / name).is_file() for name in ("tokenizer.json", "vocab.txt"))
+    """Whether there are files that `tokenize` can read, or a GGUF file, which holds a tokenizer."""
+    return (is_gguf(directory) and directory.is_file()) or any(
+        (directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")
+    )
 
 
 def row_widths(tokens: Tokens, *, most: int | None = None) -> tuple[int, ...]:
@@ -207,6 +212,10 @@ def batch(tokens: Tokens, rows: np.ndarray, *, width: int) -> dict[str, Any]:
 def _tokenizer(directory: Path) -> Any:
     if not has_tokenizer(directory):
         raise FileNotFoundError(f"{str(directory)!r} has neither tokenizer.json nor vocab.txt.")
+    if is_gguf(directory):
+        with tempfile.TemporaryDirectory() as temporary:
+            write_tokenizer(directory, Path(temporary))
+            return _tokenizer(Path(temporary))
     from transformers import AutoTokenizer
 
     try:

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from jaxcompress._src.models.families import family_of, make_module
-from jaxcompress._src.models.hf.config import read_config
+from jaxcompress._src.models.hf.config import config_from_huggingface, read_config
+from jaxcompress._src.models.hf.gguf import is_gguf, read_gguf
 from jaxcompress._src.models.hf.names import Parameter, StoredTensor, bare_path
-from jaxcompress._src.models.hf.tensors import read_tensors
+from jaxcompress._src.models.hf.tensors import from_torch, read_tensors
 from jaxcompress._src.models.leaves import listed
 from jaxcompress._src.types import Params
 
@@ -28,21 +29,25 @@ def from_pretrained(
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
 ) -> tuple[nn.Module, Params]:
-    """A model from a Hugging Face directory.
+    """A model from a Hugging Face directory, or from a GGUF file.
 
-    Reads `config.json`, whose `model_type` must be that of a family ("bert"), and, beside it, `model.safetensors`, its
-    shards, or `flax_model.msgpack`. Names may have the family's prefix (`bert.`) or not. Weights of a head that is not
-    asked for (of BERT a pooler, `cls.*`, `classifier.*`, `qa_outputs.*`) are ignored. A head that is asked for by
-    `head`, `num_labels` or `pooling`, and that the files do not have at all, is initialised with `key`; so is the
-    pooler that it needs.
+    Reads `config.json`, whose `model_type` must be that of a family (an error lists them), and, beside it,
+    `model.safetensors`, its shards, or `flax_model.msgpack`. Names may have the family's prefix (`bert.`) or not.
+    Weights of a head that is not asked for (of BERT a pooler, `cls.*`, `classifier.*`, `qa_outputs.*`) are ignored. A
+    head that is asked for by `head`, `num_labels` or `pooling`, and that the files do not have at all, is initialised
+    with `key`; so is the pooler that it needs.
+
+    Of a GGUF file (architectures llama, qwen2, qwen3, gpt2; with the extra `jaxcompress[gguf]`) blocks of codes become
+    float32. What was rounded there stays rounded: compare with this model, not with the one before.
 
     Hugging Face files hold no checksums: sizes, names, shapes and dtypes are compared with `config.json`, but a flipped
     bit in a weight cannot be seen. Compare the files with the checksums of where they came from, or keep models with
     `jaxcompress.checkpoint`, which has them.
 
     Args:
-        directory: where the files are.
-        head: of BERT "encoder", "sequence_classification" or "masked_lm"; by default, what `config.json` says.
+        directory: where the files are; or path of a file that ends in `.gguf`.
+        head: of BERT "encoder", "sequence_classification" or "masked_lm", of decoders "decoder", "causal_lm" or
+            "sequence_classification"; by default, what `config.json` says.
         num_labels: outputs of the classifier; by default, what `config.json` says.
         pooling: of BERT "cls" or "mean", see `BertConfig`; by default, what `config.json` says, or else "cls".
         key: for the weights of a new head.
@@ -72,13 +77,21 @@ def from_pretrained(
         >>> classifier.apply({"params": params}, jnp.zeros((1, 4), int))["logits"].shape
         (1, 3)
     """
-    path = Path(directory)
-    if not path.is_dir():
+    path, arrays = Path(directory), None
+    if is_gguf(path):
+        settings, arrays = read_gguf(path)
+        config = config_from_huggingface(settings, head=head)
+    elif path.is_dir():
+        config = read_config(path, head=head)
+    else:
         raise FileNotFoundError(f"There is no directory {str(path)!r}.")
-    config = _with_choices(read_config(path, head=head), num_labels, pooling)
+    config = _with_choices(config, num_labels, pooling)
     family = family_of(config)
     parameters = family.parameters(config)
-    tensors = read_tensors(path, parameters, prefix=family.prefix)
+    if arrays is None:
+        tensors = read_tensors(path, parameters, prefix=family.prefix)
+    else:
+        tensors = from_torch(arrays, parameters, prefix=family.prefix)
     may_be_new = any(choice is not None for choice in (head, num_labels, pooling))
     try:
         tensors = family.check_tensors(tensors, config)

@@ -1,7 +1,7 @@
 """The tensors in a Hugging Face directory. Never a pickle: loading one runs whatever code is in it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,29 +36,20 @@ def read_tensors(directory: Path, parameters: Mapping[str, Parameter], *, prefix
         ValueError: a file is damaged, a tensor is not a float, or two stand for one parameter; the message names them.
     """
     if (directory / SAFETENSORS).is_file():
-        tensors = _from_torch(_read_safetensors(directory / SAFETENSORS), parameters, prefix)
-    elif (directory / _INDEX).is_file():
-        tensors = _from_torch(_read_shards(directory), parameters, prefix)
-    elif (directory / _MSGPACK).is_file():
+        return from_torch(_read_safetensors(directory / SAFETENSORS), parameters, prefix=prefix)
+    if (directory / _INDEX).is_file():
+        return from_torch(_read_shards(directory), parameters, prefix=prefix)
+    if (directory / _MSGPACK).is_file():
         turned = {bare_path(path, prefix) for path, parameter in parameters.items() if parameter.flax_transposed}
         arrays = {(bare_path(name, prefix), name): array for name, array in _read_msgpack(directory / _MSGPACK).items()}
-        tensors = [(path, StoredTensor(name, array, path in turned)) for (path, name), array in arrays.items()]
-    else:
-        raise FileNotFoundError(_no_weights(directory))
-    by_path: dict[str, StoredTensor] = {}
-    for path, tensor in tensors:
-        if tensor.array.dtype.name not in _FLOATS:
-            found = tensor.array.dtype.name
-            raise ValueError(f"Tensor {tensor.name!r} is {found}; supported: {', '.join(_FLOATS)}.")
-        if path in by_path:
-            raise ValueError(f"Tensors {by_path[path].name!r} and {tensor.name!r} stand for the same parameter.")
-        by_path[path] = tensor
-    return by_path
+        return _by_path([(path, StoredTensor(name, array, path in turned)) for (path, name), array in arrays.items()])
+    raise FileNotFoundError(_no_weights(directory))
 
 
-def _from_torch(
-    arrays: Mapping[str, np.ndarray], parameters: Mapping[str, Parameter], prefix: str
-) -> list[tuple[str, StoredTensor]]:
+def from_torch(
+    arrays: Mapping[str, np.ndarray], parameters: Mapping[str, Parameter], *, prefix: str
+) -> dict[str, StoredTensor]:
+    """Tensors with the names and the orientation of PyTorch, as `read_tensors` gives them."""
     known = {
         bare_name(parameter.tensor, prefix): (bare_path(path, prefix), parameter.transposed)
         for path, parameter in parameters.items()
@@ -69,7 +60,19 @@ def _from_torch(
             bare = bare_name(name, prefix)
             path, transposed = known.get(bare, (bare.replace(".", "/"), False))
             tensors.append((path, StoredTensor(name, array, transposed)))
-    return tensors
+    return _by_path(tensors)
+
+
+def _by_path(tensors: Sequence[tuple[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    by_path: dict[str, StoredTensor] = {}
+    for path, tensor in tensors:
+        if tensor.array.dtype.name not in _FLOATS:
+            found = tensor.array.dtype.name
+            raise ValueError(f"Tensor {tensor.name!r} is {found}; supported: {', '.join(_FLOATS)}.")
+        if path in by_path:
+            raise ValueError(f"Tensors {by_path[path].name!r} and {tensor.name!r} stand for the same parameter.")
+        by_path[path] = tensor
+    return by_path
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
