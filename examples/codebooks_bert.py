@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from minilm import load_task, note
+from minilm import load_task
 from quantize_bert import KERNELS, Model, calibration, figures, spec_of
-from workbench import Table, format_table
+from workbench import Table, format_table, note
 
 import jaxcompress as jc
 from jaxcompress.clustering import AdditiveSpec, CodebookSpec, additive_quantize, cluster, input_importance

