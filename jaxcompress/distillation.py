@@ -18,5 +18,6 @@ from jaxcompress._src.distillation.state_losses import batch_similarities as bat
 from jaxcompress._src.distillation.state_losses import cosine_states as cosine_states
 from jaxcompress._src.distillation.state_losses import hidden_states as hidden_states
 from jaxcompress._src.distillation.student import select_layers as select_layers
+from jaxcompress._src.distillation.taps import tap as tap
 from jaxcompress._src.distillation.train_state import TrainState as TrainState
 from jaxcompress._src.distillation.train_step import make_train_step as make_train_step

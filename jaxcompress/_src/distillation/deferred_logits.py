@@ -81,7 +81,7 @@ def deferred_logits(
     bias: Float[ArrayLike, " c"] | None = None,
     *,
     tied: bool = False,
-    block_size: int = 1024,
+    block_size: int = 512,
 ) -> DeferredLogits:
     """The logits `hidden @ kernel + bias`, to be returned by an `apply` in the place of logits that would be too large.
 
@@ -96,7 +96,7 @@ def deferred_logits(
         kernel: the head, (features, classes). Of a compressed leaf, the plain array is made, once.
         bias: (classes,), or None.
         tied: whether the kernel is the table of the embeddings, (classes, features).
-        block_size: classes at a time. For 4 x 512 positions, 1,024 classes are 8 MB.
+        block_size: classes at a time. For 4 x 512 positions, 512 classes are 4 MB.
 
     Returns:
         A node that losses understand. It is no array: a loss on logits that is not named here raises an error.
