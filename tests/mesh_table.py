@@ -179,6 +179,7 @@ CALLS: dict[str, Callable[[Place], Any]] = {
     "gate gradients": lambda m: fisher_matrix(
         jc.structured.gate_gradients(m.loss, m.params, units(), m.batches, per_example=False)
     ),
+    "discover_units": lambda m: [str(jc.structured.discover_units(m.apply, m.params, m.x))],
     "shrink": lambda m: jc.structured.shrink(m.params, units(), KEEP),
     "structured.refit": lambda m: jc.structured.refit(m.apply, m.params, units(), KEEP, m.batches),
     "size_report": lambda m: [str(jc.report.size_report(m.quantized))],

@@ -7,7 +7,7 @@ import pytest
 
 from jaxcompress._src.units.shrink import mask_units
 from jaxcompress.models import gpt2_units
-from jaxcompress.structured import refit, shrink
+from jaxcompress.structured import discover_units, refit, shrink
 
 LAYERS, HEADS, SIZE, INNER = 2, 3, 4, 10
 HIDDEN = HEADS * SIZE
@@ -74,6 +74,19 @@ KEEP = {
 @pytest.fixture(scope="module")
 def x():
     return jnp.asarray(np.random.default_rng(1).normal(size=(2, 5, HIDDEN)), jnp.float32)
+
+
+def test_the_units_are_those_of_the_program(params, groups, x):
+    discovered = discover_units(gpt2, params, x)
+    assert [(each.name, each.kind) for each in discovered[:2]] == [
+        ("transformer/h/0/attn/c_attn/kernel", "heads"),
+        ("transformer/h/0/mlp/c_fc/kernel", "columns"),
+    ]
+    names = {group.name: each.name for group, each in zip(groups, discovered, strict=True)}
+    keep = {names[name]: kept for name, kept in KEEP.items()}
+    jax.tree.map(np.testing.assert_array_equal, shrink(params, discovered, keep), shrink(params, groups, KEEP))
+    masked = mask_units(params, discovered, keep)
+    jax.tree.map(np.testing.assert_array_equal, masked, mask_units(params, groups, KEEP))
 
 
 def test_masked_equals_shrunk(params, groups, x):

@@ -1,6 +1,5 @@
 """Units of models that nobody described: those found equal hand-written ones, and masking them equals removing them."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -10,91 +9,49 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from owned_units import assert_masked_equals_shrunk, assert_same, draw, owned, slices
 
-from jaxcompress._src.units.group import index_owners, leaf_shapes
 from jaxcompress._src.units.shrink import mask_units
-from jaxcompress.models import make_module, unit_groups
-from jaxcompress.structured import UnitGroup, UnitSlices, discover_units, shrink
+from jaxcompress.models import BertConfig, GPT2Config, LlamaConfig, make_module, unit_groups
+from jaxcompress.structured import UnitGroup, discover_units, shrink
 
+# Families: their units are written by hand, but for the names and the order of the groups.
 
-def owned(group, params, *, gated=False):
-    """(path, axis) -> the unit of every index, however the slices say it."""
-    shapes, owners = leaf_shapes(params), {}
-    for part in group.gated if gated else group.slices:
-        owner = index_owners(part, group.count, shapes[part.path][part.axis])
-        all_owners = owners.setdefault((part.path, part.axis), np.full_like(owner, -1))
-        assert (all_owners[owner >= 0] == -1).all()
-        all_owners[owner >= 0] = owner[owner >= 0]
-    return frozenset((place, tuple(each.tolist())) for place, each in owners.items())
-
-
-def assert_same(groups, expected, params, *, gated=True):
-    for only in {False, gated}:
-        found, wanted = ({owned(each, params, gated=only) for each in side} for side in (groups, expected))
-        assert found == wanted
-
-
-def draw(shapes, seed=0):
-    """A tree of random arrays; variances are positive, kernels keep the size of what goes through them."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path, like):
-        array = rng.normal(size=like.shape) / max(np.prod(like.shape[:-1]), 1) ** (0.5 if len(like.shape) > 1 else 0)
-        positive = "'var'" in jax.tree_util.keystr(path)
-        return jnp.asarray(np.abs(array) + 0.5 if positive else array, like.dtype)
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
-
-
-def random_keep(groups, seed=1):
-    """At least one unit of each group stays, and of all but those of one unit, at least one goes."""
-    rng, keep = np.random.default_rng(seed), {}
-    for group in groups:
-        keep[group.name] = np.arange(group.count) < max(1, round(0.6 * group.count))
-        rng.shuffle(keep[group.name])
-    return keep
-
-
-def assert_masked_equals_shrunk(apply, resized, params, groups, *inputs):
-    """Returns what is left."""
-    keep = random_keep(groups)
-    small = shrink(params, groups, keep)
-    run = jax.jit(apply)
-    masked, whole = run(mask_units(params, groups, keep), *inputs), run(params, *inputs)
-    np.testing.assert_allclose(jax.jit(resized(small))(small, *inputs), masked, rtol=0, atol=1e-5)
-    assert np.abs(np.asarray(masked - whole)).max() > 1e-2
-    return small
-
-
-def slices(*parts):
-    return tuple(UnitSlices(path=path, axis=axis, **options) for path, axis, options in parts)
-
-
-# BERT: its hand-written units.
+SIZES = {"vocab_size": 30, "hidden_size": 12, "num_hidden_layers": 2, "intermediate_size": (7, 11), "head_size": 6}
+CONFIGS = {
+    "bert": BertConfig(**SIZES, num_attention_heads=(3, 2), head="masked_lm"),
+    "distilbert": BertConfig(**SIZES, num_attention_heads=(3, 2), head="masked_lm", model_type="distilbert"),
+    "gpt2": GPT2Config(**SIZES, num_attention_heads=(3, 2), head="causal_lm"),
+    "llama": LlamaConfig(
+        **SIZES, num_attention_heads=(6, 4), num_key_value_heads=(3, 2), head="causal_lm", qkv_bias=True, mlp_bias=True
+    ),
+    "qwen3": LlamaConfig(
+        **SIZES, num_attention_heads=(6, 4), num_key_value_heads=(3, 2), head="causal_lm", qk_norm=True,
+        tie_word_embeddings=True, model_type="qwen3",
+    ),
+}  # fmt: skip
+IDS = jnp.zeros((2, 5), jnp.int32)
 
 
 def _logits(module):
     return lambda params, *inputs: module.apply({"params": params}, *inputs)["logits"]
 
 
-def test_the_units_of_bert_are_those_written_by_hand(config, draw):
-    config = dataclasses.replace(config, head="masked_lm")
-    params = draw(config)
-
-    kinds = ("heads", "columns", "hidden")
-    ids = jnp.zeros((2, 5), int)
-    groups = discover_units(_logits(make_module(config)), params, ids, jnp.ones((2, 5), int), kinds=kinds)
-    assert_same(groups, unit_groups(config, kinds=kinds), params)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_units_of_families_are_those_written_by_hand(name):
+    module, kinds = make_module(CONFIGS[name]), ["heads", "columns", "hidden"]
+    params = jax.eval_shape(module.init, jax.random.key(0), IDS)["params"]
+    groups = discover_units(_logits(module), params, IDS, IDS, kinds=kinds)
+    assert_same(groups, unit_groups(module.config, kinds=kinds), params)
     assert [(group.kind, group.count) for group in groups] == [
         ("hidden", 12), ("heads", 3), ("columns", 7), ("heads", 2), ("columns", 11),
     ]  # fmt: skip
-    assert groups[1].name == "bert/encoder/layer/0/attention/self/query/kernel"
 
 
 def test_the_pooler_of_bert_need_not_have_the_width_of_the_stream(config, params, module):
     """By hand it has, for a BERT has one hidden size; in the program nothing says so."""
     kinds = ("heads", "columns", "hidden")
-    *groups, pooler = discover_units(_logits(module), params, jnp.zeros((2, 5), int), kinds=kinds)
+    *groups, pooler = discover_units(_logits(module), params, IDS, kinds=kinds)
     by_hand = unit_groups(config, kinds=kinds)
     assert_same([each for each in groups if each.kind != "hidden"], by_hand[:-1], params)
     assert pooler.name == "bert/pooler/dense/kernel"
@@ -150,7 +107,10 @@ def vit():
 
 
 def _run(module):
-    return lambda params, x: module.apply({"params": params}, x)
+    return jax.jit(lambda params, x: module.apply({"params": params}, x))
+
+
+RUN_VIT = _run(ViT())
 
 
 def _smaller_vit(small):
@@ -160,7 +120,7 @@ def _smaller_vit(small):
 
 
 def test_heads_and_columns_of_a_vit(vit):
-    groups = discover_units(_run(ViT()), vit, IMAGES)
+    groups = discover_units(RUN_VIT, vit, IMAGES)
     expected = {
         "block0/qkv/kernel": ("heads", 3),
         "block0/up/kernel": ("columns", 7),
@@ -174,14 +134,14 @@ def test_heads_and_columns_of_a_vit(vit):
         ("block0/qkv/kernel", 1, {"width": 4, "repeat": 3}),
     )
     assert groups[0] == UnitGroup(name="block0/qkv/kernel", kind="heads", count=3, slices=fused)
-    small = assert_masked_equals_shrunk(_run(ViT()), _smaller_vit, vit, groups, IMAGES)
+    small = assert_masked_equals_shrunk(RUN_VIT, _smaller_vit, vit, groups, IMAGES)
     assert small["block0"]["qkv"]["kernel"].shape == (10, 3 * 2 * 4)
     assert small["block1"]["attention"]["out"]["kernel"].shape == (1, 4, 10)
 
 
 def test_the_hidden_width_of_a_vit(vit):
     """Shrunk, it is the smaller module on slices made by hand: every axis of length 10."""
-    (stream,) = discover_units(_run(ViT()), vit, IMAGES, kinds=["hidden"])
+    (stream,) = discover_units(RUN_VIT, vit, IMAGES, kinds=["hidden"])
     assert (stream.name, stream.count) == ("patches/kernel", 10)
     left = np.array([0, 2, 3, 5, 6, 9])
 
@@ -193,10 +153,10 @@ def test_the_hidden_width_of_a_vit(vit):
     small = shrink(vit, [stream], {stream.name: np.isin(np.arange(10), left)})
     expected = jax.tree.map(by_hand, vit)
     jax.tree.map(np.testing.assert_array_equal, small, expected)
-    assert jax.jit(_smaller_vit(small))(small, IMAGES).shape == (2, 5)
+    assert jax.eval_shape(_smaller_vit(small), small, IMAGES).shape == (2, 5)
     # Gates are on all that writes: without its writers the stream is zero.
     masked = mask_units(vit, [stream], {stream.name: np.zeros(10, bool)})
-    np.testing.assert_array_equal(jax.jit(_run(ViT()))(masked, IMAGES), np.tile(masked["head"]["bias"], (2, 1)))
+    np.testing.assert_array_equal(RUN_VIT(masked, IMAGES), np.tile(masked["head"]["bias"], (2, 1)))
 
 
 # A ResNet with BatchNorm: shortcuts with and without kernels, depthwise and grouped convolutions, squeeze and excite,
@@ -211,7 +171,6 @@ WIDTHS = {
 class Net(nn.Module):
     widths: Any
     groups: int = 2
-    flat: bool = False
 
     def conv(self, name, x, size=3, *, strides=1, groups=1):
         conv = nn.Conv(self.widths[name], (size, size), strides, feature_group_count=groups, name=name)
@@ -229,24 +188,23 @@ class Net(nn.Module):
         squeezed = nn.relu(nn.Dense(self.widths["squeeze"], name="squeeze")(y.mean((1, 2))))
         y = y * nn.sigmoid(nn.Dense(self.widths["excite"], name="excite")(squeezed))[:, None, None]
         x = self.conv("last", jnp.concatenate([x, y], axis=-1), 1)
-        return nn.Dense(4, name="head")(x.reshape(len(x), -1) if self.flat else x.mean((1, 2)))
+        return nn.Dense(4, name="head")(x.mean((1, 2))) + nn.Dense(4, name="flat")(x.reshape(len(x), -1))
 
 
 def _run_net(module):
-    return lambda variables, x: module.apply(variables, x)
+    return jax.jit(lambda variables, x: module.apply(variables, x))
 
 
-def _smaller_net(small, *, flat=False):
+def _smaller_net(small):
     kernels = {name: leaf["kernel"].shape for name, leaf in small["params"].items() if "kernel" in leaf}
     widths = {name: shape[-1] for name, shape in kernels.items()}
-    return _run_net(Net(widths, kernels["before"][-1] // kernels["in_groups"][2], flat))
+    return _run_net(Net(widths, kernels["before"][-1] // kernels["in_groups"][2]))
 
 
-@pytest.mark.parametrize("flat", [False, True])
-def test_channels_of_a_resnet(flat):
+def test_channels_of_a_resnet():
     """A residual stream under BatchNorm is a group like any other: nothing sums over its channels."""
-    run = _run_net(Net(WIDTHS, flat=flat))
-    params = draw(jax.eval_shape(Net(WIDTHS, flat=flat).init, jax.random.key(0), IMAGES))
+    run = _run_net(Net(WIDTHS))
+    params = draw(jax.eval_shape(Net(WIDTHS).init, jax.random.key(0), IMAGES))
     groups = discover_units(run, params, IMAGES)
     assert {group.name: (group.kind, group.count) for group in groups} == {
         "params/stem/kernel": ("channels", 6),
@@ -263,9 +221,10 @@ def test_channels_of_a_resnet(flat):
     assert (beside.offset, beside.width, beside.gated) == (9, 2, True)
     assert parts["params/before/kernel", 3].width == 4
     assert {part.path for part in before.gated} == {"params/last/kernel", "params/squeeze/kernel"}
-    resized = functools.partial(_smaller_net, flat=flat)
-    small = assert_masked_equals_shrunk(run, resized, params, groups, IMAGES)
-    assert small["params"]["head"]["kernel"].shape == (3 * (2 * 3 if flat else 1), 4)
+    last = {(part.path, part.axis): part for part in groups[-1].slices}
+    assert last["params/flat/kernel", 0].repeat == 2 * 3
+    small = assert_masked_equals_shrunk(run, _smaller_net, params, groups, IMAGES)
+    assert small["params"]["flat"]["kernel"].shape == (2 * 3 * 3, 4)
     assert small["batch_stats"]["stem_norm"]["var"].shape == (4,)
     assert small["params"]["depthwise"]["kernel"].shape == (3, 3, 1, 4)
 
@@ -348,19 +307,19 @@ TOKENS = np.array([[3, 9, 4, 7, 1], [8, 2, 6, 0, 0]])
 @pytest.mark.parametrize(("gqa", "tied"), [("repeat", True), ("grouped", False), ("jax.nn", False)])
 def test_units_of_a_llama(gqa, tied):
     """A key and value head goes with all query heads of its group."""
-    params, apply = _llama_params(tied=tied), functools.partial(llama, gqa=gqa)
+    params, apply = _llama_params(tied=tied), jax.jit(functools.partial(llama, gqa=gqa))
     groups = discover_units(apply, params, TOKENS, kinds=["heads", "columns", "hidden"])
     assert_same(groups, _llama_units(tied), params)
     plain = [group for group in groups if group.kind != "hidden"]
     assert [(group.name, group.kind) for group in plain] == [
         (group.name, group.kind) for group in _llama_units(tied)[:-1]
     ]
-    small = assert_masked_equals_shrunk(apply, lambda small: apply, params, plain, TOKENS)
-    assert small["layers"][0]["q"].shape == (10, 2 * 2 * HEAD)
+    if gqa == "grouped":
+        small = assert_masked_equals_shrunk(apply, lambda small: apply, params, plain, TOKENS)
+        assert small["layers"][0]["q"].shape == (10, 2 * 2 * HEAD)
     stream = next(group for group in groups if group.kind == "hidden")
     left = np.array([0, 2, 3, 5, 6, 9])
-    small = shrink(params, groups, {stream.name: np.isin(np.arange(10), left)})
-    by_hand = jax.tree.map(lambda leaf: leaf, params)
+    small, by_hand = shrink(params, groups, {stream.name: np.isin(np.arange(10), left)}), jax.tree.map(np.array, params)
     for (path, axis), _ in owned(_llama_units(tied)[-1], params):
         *parents, name = path.split("/")
         tree = by_hand
@@ -388,6 +347,7 @@ def test_units_of_an_nnx_mlp():
     graph, state = nnx.split(Mlp(nnx.Rngs(0)))
     state = draw(state)
 
+    @jax.jit
     def apply(state, x):
         return nnx.merge(graph, state)(x)
 

@@ -60,8 +60,8 @@ def discover_units(
         kinds: which units to return.
 
     Returns:
-        Groups in the order in which the model runs, named as the leaf that first writes their units; those of a leaf
-        that has several are numbered.
+        Groups in the order in which the model runs. Those of a group lie side by side in every leaf, in one order. It
+        is named as the leaf that first writes its units; where there are several of one leaf, `#` and a number follow.
 
     Raises:
         ValueError: an unknown kind; there are no units of these kinds: lists what every axis is.
@@ -93,11 +93,12 @@ def discover_units(
     groups = _named([group for family in _families(coupled) for group in _groups(family, paths)])
     wanted = [group for group in groups if group.kind in kinds]
     if not wanted:
-        others = ", ".join(sorted({repr(group.kind) for group in groups})) or "none"
-        lines = "".join(f"\n  {path!r}: {reason}" for path, reason in _reasons(coupled, paths).items())
-        raise ValueError(f"There are no units of the kinds {', '.join(map(repr, kinds))}; of others: {others}.{lines}")
+        lines = "".join(f"\n  {path!r}: {reason}" for path, reason in _reasons(coupled, paths, groups).items())
+        raise ValueError(
+            f"There are no units of the kinds {', '.join(map(repr, kinds))}. The leaves:{lines or ' none'}"
+        )
     warn_left_out(
-        _reasons(coupled, paths, expected=False),
+        _reasons(coupled, paths, groups, expected=False),
         "`discover_units` takes no units of",
         advice="Describe them by hand, as `UnitGroup`, if they matter.",
         stacklevel=2,
@@ -152,7 +153,7 @@ def _families(coupled: CoupledAxes) -> list[_Family]:
         family[units] = numbers + np.unique(keys, return_inverse=True)[1]
         numbers = int(family[units].max()) + 1
     parts: dict[int, dict[tuple[int, int], _Part]] = {}
-    writers: dict[int, tuple[int, int]] = {}
+    writers: dict[int, tuple[int, int, int]] = {}
     kinds: dict[int, str] = {}
     for place, (units, counts, positions, first_read, first_written) in owned.items():
         for number in np.unique(family[units]).tolist():
@@ -162,9 +163,10 @@ def _families(coupled: CoupledAxes) -> list[_Family]:
             part = _Part(indices, bool(first_read[here].min() < _NEVER), step < _NEVER)
             parts.setdefault(number, {})[place] = part
             kinds[number] = _kind(flags, int(units[here][0]))
-            writers[number] = min(writers.get(number, (_NEVER, 0)), (step, place[0]))
-    order = sorted(parts, key=lambda number: (writers[number][0], number))
-    return [_Family(kinds[number], writers[number][1], parts[number]) for number in order]
+            first = step, int(indices.min()), place[0]
+            writers[number] = min(writers.get(number, first), first)
+    ordered = sorted(parts, key=lambda number: writers[number])
+    return [_Family(kinds[number], writers[number][2], parts[number]) for number in ordered]
 
 
 def _marked(coupled: CoupledAxes, name: str, *, of_classes: bool) -> Int[np.ndarray, " indices"]:
@@ -233,23 +235,29 @@ def _named(groups: Sequence[UnitGroup]) -> list[UnitGroup]:
     return named
 
 
-def _reasons(coupled: CoupledAxes, paths: Sequence[str], *, expected: bool = True) -> dict[str, str]:
-    """Why axes have no units, by leaf.
+def _reasons(
+    coupled: CoupledAxes, paths: Sequence[str], groups: Sequence[UnitGroup], *, expected: bool = True
+) -> dict[str, str]:
+    """What is said of the axes of each leaf.
 
     Args:
         coupled: the axes.
         paths: of the leaves.
-        expected: also what is in the nature of the model.
+        groups: of all kinds.
+        expected: also what is in the nature of the model. Otherwise, only why axes stay that are not followed.
     """
+    kinds = {(part.path, part.axis): group.kind for group in groups for part in group.slices}
     texts: dict[str, list[str]] = {}
     for (leaf, axis), indices in coupled.axes.items():
+        kind = kinds.get((paths[leaf], axis))
         for reason in coupled.classes.reasons(indices):
-            if reason is None and expected:
-                texts.setdefault(paths[leaf], []).append(
-                    f"axis {axis}: nothing reads it, or its units are of other kinds"
-                )
-            elif reason is not None and (expected or not reason.expected):
-                texts.setdefault(paths[leaf], []).append(f"axis {axis}: {reason.text}")
+            if reason is not None and (expected or not reason.expected):
+                text = reason.text
+            elif reason is None and expected:
+                text = f"its units are of the kind {kind!r}" if kind else "no parameter writes it, or none reads it"
+            else:
+                continue
+            texts.setdefault(paths[leaf], []).append(f"axis {axis}: {text}")
     return {path: "; ".join(each) for path, each in texts.items()}
 
 
