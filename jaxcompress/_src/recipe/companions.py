@@ -1,4 +1,4 @@
-"""The files beside a model's weights: its tokenizer, and what sentence-transformers reads."""
+"""The files beside a model's weights: its tokenizer, and what generation and sentence-transformers read."""
 
 import json
 import os
@@ -11,12 +11,18 @@ from jaxcompress._src.recipe.gguf_tokenizer import TOKENIZER_FILES, write_tokeni
 from jaxcompress._src.recipe.heads import SentencePooling
 
 _MODULES = "modules.json"
-_COMPANIONS = (  # what a tokenizer and sentence-transformers read beside the weights
+_COMPANIONS = (  # what a tokenizer, generation and sentence-transformers read beside the weights
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
     "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
+    "generation_config.json",
     _MODULES,
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
@@ -51,7 +57,7 @@ def sentence_pooling(directory: str | os.PathLike[str]) -> SentencePooling:
 
 
 def companion_files(directory: str | os.PathLike[str]) -> tuple[PurePath, ...]:
-    """Tokenizer and pooling files beside a model, relative to its directory.
+    """Tokenizer, generation and pooling files beside a model, relative to its directory.
 
     Raises:
         ValueError: modules.json is damaged, or names a folder outside of the directory.
@@ -65,7 +71,7 @@ def companion_files(directory: str | os.PathLike[str]) -> tuple[PurePath, ...]:
 
 
 def copy_companions(source: Path, directory: Path) -> None:
-    """Copies the tokenizer and pooling files of a model, and removes those that another model left behind.
+    """Copies the companion files of a model, and removes those that another model left behind.
 
     Of a GGUF file, its tokenizer is written as files.
     """

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from jaxcompress._src.models.families import max_tokens
 from jaxcompress._src.models.family import Config
 from jaxcompress._src.models.hf.config import read_config
 from jaxcompress._src.models.hf.gguf import is_gguf
 from jaxcompress._src.recipe.gguf_tokenizer import write_tokenizer
 from jaxcompress._src.recipe.text import Texts
+
+_TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))  # files of which one set is enough
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +45,10 @@ def tokenize(directory: Path, texts: Texts, *, max_length: int | None = None, co
     """Tokenizes with the tokenizer that lies in a Hugging Face directory.
 
     Args:
-        directory: with tokenizer.json or vocab.txt.
+        directory: with tokenizer.json, vocab.txt, or vocab.json and merges.txt.
         texts: the rows.
         max_length: longer rows are cut to so many tokens, the special ones included. By default the model's own limit:
-            `max_position_embeddings` of its config or `model_max_length` of the tokenizer, the smaller one.
+            the positions that its config has for tokens or `model_max_length` of the tokenizer, the smaller one.
         config: of the model; by default that of the directory's config.json.
 
     Returns:
@@ -58,7 +61,7 @@ def tokenize(directory: Path, texts: Texts, *, max_length: int | None = None, co
     """
     tokenizer = _tokenizer(directory)
     model: Config = read_config(directory) if config is None else config
-    most = min(model.max_position_embeddings, tokenizer.model_max_length)
+    most = min(max_tokens(model), tokenizer.model_max_length)
     least = tokenizer.num_special_tokens_to_add() + 1
     limit = most if max_length is None else max_length
     if not least <= limit <= most:
@@ -88,9 +91,9 @@ def tokenize(directory: Path, texts: Texts, *, max_length: int | None = None, co
 
 def has_tokenizer(directory: Path) -> bool:
     """Whether there are files that `tokenize` can read, or a GGUF file, which holds a tokenizer."""
-    return (is_gguf(directory) and directory.is_file()) or any(
-        (directory / name).is_file() for name in ("tokenizer.json", "vocab.txt")
-    )
+    if is_gguf(directory):
+        return directory.is_file()
+    return any(all((directory / name).is_file() for name in names) for names in _TOKENIZERS)
 
 
 def row_widths(tokens: Tokens, *, most: int | None = None) -> tuple[int, ...]:
@@ -211,7 +214,9 @@ def batch(tokens: Tokens, rows: np.ndarray, *, width: int) -> dict[str, Any]:
 
 def _tokenizer(directory: Path) -> Any:
     if not has_tokenizer(directory):
-        raise FileNotFoundError(f"{str(directory)!r} has neither tokenizer.json nor vocab.txt.")
+        raise FileNotFoundError(
+            f"{str(directory)!r} has neither tokenizer.json nor vocab.txt nor vocab.json and merges.txt."
+        )
     if is_gguf(directory):
         with tempfile.TemporaryDirectory() as temporary:
             write_tokenizer(directory, Path(temporary))
