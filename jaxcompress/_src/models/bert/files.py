@@ -3,8 +3,10 @@
 from collections.abc import Mapping
 
 from jaxcompress._src.models.bert.config import BertConfig
+from jaxcompress._src.models.bert.parameters import head_shapes
 from jaxcompress._src.models.hf.checks import check_layers, without_tied_head
-from jaxcompress._src.models.hf.names import StoredTensor
+from jaxcompress._src.models.hf.names import StoredTensor, flax_parameters
+from jaxcompress._src.models.leaves import listed
 
 _WORDS = "embeddings/word_embeddings/embedding"
 
@@ -17,13 +19,23 @@ def check_tensors(tensors: Mapping[str, StoredTensor], config: BertConfig) -> di
         config: of the model.
 
     Raises:
-        ValueError: there are more or fewer layers than `config` says, or the decoder is not tied to the embedding.
+        ValueError: there are more or fewer layers than `config` says, the head is there in part, or the decoder is not
+            tied to the embedding.
     """
     weights, variant = dict(tensors), config.variant
     check_layers(weights, rf"{variant.layers}/(\d+)/", config.num_hidden_layers, variant.settings["num_hidden_layers"])
     if (bias := weights.pop(f"{variant.decoder}/bias", None)) is not None:
         weights.setdefault(variant.decoder_bias, bias)
+    _check_whole_head(weights, config)
     return without_tied_head(weights, _WORDS, head=variant.decoder) if config.head == "masked_lm" else weights
+
+
+def _check_whole_head(weights: Mapping[str, StoredTensor], config: BertConfig) -> None:
+    """A head that is there in part is damaged, not new, even if whole layers of it are missing."""
+    head = {path: name for path, (_, name, *_) in flax_parameters(head_shapes(config)).items()}
+    missing = [name for path, name in head.items() if path not in weights]
+    if 0 < len(missing) < len(head):
+        raise ValueError(f"missing tensors: {listed(missing)}.")
 
 
 def unloadable(config: BertConfig) -> str:

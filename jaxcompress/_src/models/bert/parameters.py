@@ -20,25 +20,25 @@ def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
         >>> parameter_shapes(config)["encoder/layer/1/attention/self/query/kernel"]
         (32, 8)
     """
-    hidden, variant = config.hidden_size, config.variant
     shapes = _embedding_shapes(config)
     for layer in range(config.num_hidden_layers):
         shapes |= _layer_shapes(config, layer)
     if config.has_pooler:
-        shapes |= _dense("pooler/dense", hidden, hidden)
-    if config.head == "encoder":
-        return shapes
-    shapes = {prefixed(path, config): shape for path, shape in shapes.items()}
+        shapes |= _dense("pooler/dense", config.hidden_size, config.hidden_size)
+    return {prefixed(path, config): shape for path, shape in shapes.items()} | head_shapes(config)
+
+
+def head_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the head, by path; a plain encoder has none."""
+    hidden, variant, shapes = config.hidden_size, config.variant, {}
     if config.head == "sequence_classification":
-        *inner, last = variant.classifier
-        for path in inner:
+        for path in variant.classifier[:-1]:
             shapes |= _dense(path, hidden, hidden)
-        return shapes | _dense(last, hidden, config.num_labels)
-    return shapes | {
-        **_dense(variant.transform, hidden, hidden),
-        **_norm(variant.transform_norm, hidden),
-        variant.decoder_bias: (config.vocab_size,),
-    }
+        return shapes | _dense(variant.classifier[-1], hidden, config.num_labels)
+    if config.head == "masked_lm":
+        shapes = _dense(variant.transform, hidden, hidden) | _norm(variant.transform_norm, hidden)
+        return shapes | {variant.decoder_bias: (config.vocab_size,)}
+    return shapes
 
 
 def prefixed(path: str, config: BertConfig) -> str:
