@@ -5,10 +5,11 @@ from typing import Any
 
 from jaxcompress._src.models.bert.config import BertConfig
 from jaxcompress._src.models.bert.variants import VARIANTS
-from jaxcompress._src.models.config_checks import MOST_LAYERS, check_count
+from jaxcompress._src.models.config_checks import check_count
 from jaxcompress._src.models.hf.settings import (
     DERIVED,
     OWN_KEY,
+    check_mapping,
     check_sizes,
     check_supported,
     head_by_architecture,
@@ -60,7 +61,9 @@ def bert_config(settings: Mapping[str, Any], head: str | None) -> BertConfig:
     variant = VARIANTS[model_type]
     check_supported(settings, _UNSUPPORTED)
     keys = {name: variant.settings[name] for name in _SIZES}
-    check_sizes(settings, tuple(keys.values()), may_be_zero=tuple(keys[name] for name in _UNEVEN))
+    zero = tuple(keys[name] for name in _UNEVEN)
+    check_sizes(settings, tuple(keys.values()), layers=keys["num_hidden_layers"], may_be_zero=zero)
+    check_mapping(_PRUNED, settings.get(_PRUNED))
     head = head if head is not None else head_by_architecture(settings.get("architectures"), variant.heads)
     if head == "masked_lm" and not settings.get(_TIED, True):
         raise ValueError(f"`{_TIED}` is False; only a decoder tied to the word embedding is supported.")
@@ -118,13 +121,9 @@ def _layer_sizes(settings: Mapping[str, Any], fields: Mapping[str, Any]) -> dict
     ours, heads = settings.get(OWN_KEY) or {}, fields["num_attention_heads"]
     sizes: dict[str, Any] = {}
     if pruned := settings.get(_PRUNED):
-        if (
-            not heads
-            or not isinstance(pruned, Mapping)
-            or not all(isinstance(indices, list) for indices in pruned.values())
-        ):
+        if not heads or not all(isinstance(indices, list) for indices in pruned.values()):
             raise ValueError(f"`{_PRUNED}` must map layers to lists of heads, got {pruned!r:.80}.")
         sizes["head_size"] = fields["hidden_size"] // heads
-        layers = range(min(fields["num_hidden_layers"], MOST_LAYERS))  # the config refuses more
+        layers = range(fields["num_hidden_layers"])
         sizes["num_attention_heads"] = tuple(heads - len(pruned.get(str(i), ())) for i in layers)
     return sizes | {name: ours[name] for name in (*_UNEVEN, "head_size", "pooling") if name in ours}

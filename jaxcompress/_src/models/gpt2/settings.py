@@ -64,7 +64,7 @@ def gpt2_config(settings: Mapping[str, Any], head: str | None) -> GPT2Config:
         128
     """
     check_supported(settings, _UNSUPPORTED)
-    check_sizes(settings, tuple(_SIZES), may_be_zero=("n_head",))
+    check_sizes(settings, tuple(_SIZES), layers="n_layer", may_be_zero=("n_head",))
     known = {*_SIZES, *_OPTIONAL, *_UNSUPPORTED, *DERIVED, "n_inner", "n_ctx"}
     extra = settings.get(OWN_KEY) or {}
     sizes = {name: settings[key] for key, name in _SIZES.items()} | {"intermediate_size": settings.get("n_inner")}

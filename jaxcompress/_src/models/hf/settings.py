@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxcompress._src.models.config_checks import MOST_LAYERS
 from jaxcompress._src.models.family import Head
 
 OWN_KEY = "jaxcompress"
@@ -79,18 +80,30 @@ def label_options(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"num_labels": len(labels) or settings.get("num_labels", 2), "id2label": names}
 
 
-def check_sizes(settings: Mapping[str, Any], names: Sequence[str], *, may_be_zero: Sequence[str]) -> None:
-    """Raises where sizes are missing or out of range, and where what is ours is no mapping."""
+def check_sizes(settings: Mapping[str, Any], names: Sequence[str], *, layers: str, may_be_zero: Sequence[str]) -> None:
+    """Raises where sizes are missing or out of range, and where what is ours is no mapping.
+
+    Args:
+        settings: the parsed `config.json`.
+        names: of the sizes.
+        layers: name of the number of layers.
+        may_be_zero: names of sizes that may be 0.
+    """
     if absent := [name for name in names if name not in settings]:
         raise ValueError(f"these sizes are missing: {', '.join(absent)}.")
     for name in names:
         least = 0 if name in may_be_zero else 1
-        most = 2**31 - 1
+        most = MOST_LAYERS if name == layers else 2**31 - 1
         value = settings[name]
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise ValueError(f"`{name}` must be an int in [{least}, {most}], got {value!r:.80}.")
-    if not isinstance(settings.get(OWN_KEY) or {}, Mapping):
-        raise ValueError(f"`{OWN_KEY}` must be a mapping, got {settings[OWN_KEY]!r:.80}.")
+    check_mapping(OWN_KEY, settings.get(OWN_KEY))
+
+
+def check_mapping(name: str, value: Any) -> None:
+    """Raises where a setting is no mapping, nor empty."""
+    if not isinstance(value or {}, Mapping):
+        raise ValueError(f"`{name}` must be a mapping, got {value!r:.80}.")
 
 
 def check_supported(settings: Mapping[str, Any], supported: Mapping[str, Any]) -> None:

@@ -68,7 +68,9 @@ def llama_config(settings: Mapping[str, Any], head: str | None) -> LlamaConfig:
     """
     model_type = settings["model_type"]
     check_supported(settings, _UNSUPPORTED)
-    check_sizes(settings, _REQUIRED, may_be_zero=("num_attention_heads", "intermediate_size"))
+    check_sizes(
+        settings, _REQUIRED, layers="num_hidden_layers", may_be_zero=("num_attention_heads", "intermediate_size")
+    )
     known = {*_REQUIRED, *_OPTIONAL, *_ROPE, *_BIASES, *_WINDOWS, *_UNSUPPORTED, *DERIVED}
     known |= {"num_key_value_heads", "head_dim"}
     whole = {**_DEFAULTS[model_type], **settings}
