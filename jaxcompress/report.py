@@ -6,4 +6,5 @@ from jaxcompress._src.report.latency import compare_latency as compare_latency
 from jaxcompress._src.report.latency import latency as latency
 from jaxcompress._src.report.paired import agreement as agreement
 from jaxcompress._src.report.paired import paired_difference as paired_difference
+from jaxcompress._src.report.perplexity import perplexity as perplexity
 from jaxcompress._src.report.size import size_report as size_report
