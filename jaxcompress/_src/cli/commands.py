@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxcompress._src.checkpoint.read import read_manifest
 from jaxcompress._src.cli.figures import compare_logits, compare_tokens, compare_vectors
+from jaxcompress._src.cli.language_models import language_model_figures
 from jaxcompress._src.cli.paths import check_output_directory, check_output_file
 from jaxcompress._src.cli.screen import Screen
 from jaxcompress._src.models.families import config_of, family_of, head_of, resized
@@ -100,7 +101,14 @@ def run_evaluate(
     labels = _labels(screen, loaded, texts, data)
     if other is not None:
         _check_comparable(loaded, other, texts, data)
-    elif outputs is None and labels is None:
+    if head_of(loaded.module).causal:
+        if outputs is not None:
+            raise ValueError(f"--outputs is not for {head_of(loaded.module).description}: it has none for a row.")
+        figures = language_model_figures(screen, loaded, other, texts, window=max_length)
+        screen.table(str(model), ("figure", "value"), [(name, _written(value)) for name, value in figures.items()])
+        screen.result(figures)
+        return
+    if outputs is None and labels is None:
         screen.note("There is nothing to measure: give --against, or a classifier and a column `label`.")
     tokens, others = _token_pair(screen, loaded, other, texts, max_length, data)
     figures: dict[str, Any] = {"rows": len(tokens), "rows_cut": tokens.cut, "max_length": tokens.max_length}

@@ -38,12 +38,14 @@ class Head:
             from which a vector for each text is pooled.
         architectures: classes of Hugging Face that have this head; the first is written.
         outputs: names of the outputs that a distillation can compare, beside `hidden_states`.
+        causal: whether tokens are those that come next: what is given at a position has not seen the one after it.
     """
 
     description: str
     answer: Answer
     architectures: tuple[str, ...]
     outputs: tuple[str, ...] = ()
+    causal: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -74,12 +74,7 @@ def tokenize(directory: Path, texts: Texts, *, max_length: int | None = None, co
         shortened = _ids(directory, tokenizer, [texts.texts[at] for at in long], truncation=True, max_length=limit)
         for at, row in zip(long, shortened, strict=True):
             ids[at] = row
-    largest = max(map(max, ids))
-    if largest >= model.vocab_size:
-        raise ValueError(
-            f"The tokenizer in {str(directory)!r} gives the token {largest}, and the model has only "
-            f"{model.vocab_size} (`vocab_size`): they do not belong together."
-        )
+    _check_vocabulary(ids, model, directory)
     return Tokens(
         ids=tuple(map(tuple, ids)),
         labels=texts.labels,
@@ -87,6 +82,41 @@ def tokenize(directory: Path, texts: Texts, *, max_length: int | None = None, co
         max_length=limit,
         cut=len(long),
     )
+
+
+def whole_rows(directory: Path, texts: Texts, *, config: Config) -> Tokens:
+    """As `tokenize`, with rows of any length: for what reads them window by window.
+
+    Raises:
+        FileNotFoundError: the directory has no tokenizer.
+        ValueError: the tokenizer's files are damaged, or a token is not in the model's vocabulary.
+    """
+    tokenizer = _tokenizer(directory)
+    ids = _ids(directory, tokenizer, texts.texts)
+    _check_vocabulary(ids, config, directory)
+    return Tokens(ids=tuple(map(tuple, ids)), labels=texts.labels, pad_id=tokenizer.pad_token_id or 0)
+
+
+def decode(directory: Path, ids: Sequence[int]) -> str:
+    """Token ids as text, without special tokens.
+
+    Raises:
+        FileNotFoundError: the directory has no tokenizer.
+        ValueError: the tokenizer's files are damaged.
+    """
+    return _tokenizer(directory).decode(list(ids), skip_special_tokens=True)
+
+
+def in_windows(tokens: Tokens, size: int) -> Tokens:
+    """Every row cut into pieces of `size` tokens, the last of which may be shorter; pieces have no labels.
+
+    Example:
+        >>> rows = Tokens(ids=((1, 2, 3), (4,)), labels=np.zeros(2, np.int32), pad_id=0)
+        >>> in_windows(rows, 2).ids
+        ((1, 2), (3,), (4,))
+    """
+    ids = tuple(row[start : start + size] for row in tokens.ids for start in range(0, len(row), size))
+    return dataclasses.replace(tokens, ids=ids, labels=np.full(len(ids), -100, np.int32), max_length=size)
 
 
 def has_tokenizer(directory: Path) -> bool:
@@ -210,6 +240,15 @@ def batch(tokens: Tokens, rows: np.ndarray, *, width: int) -> dict[str, Any]:
         ids[i, : len(ids_of_row)] = ids_of_row
         mask[i, : len(ids_of_row)] = 1
     return {"input_ids": ids, "attention_mask": mask, "labels": tokens.labels[rows], "row": rows.astype(np.int32)}
+
+
+def _check_vocabulary(ids: Sequence[Sequence[int]], model: Config, directory: Path) -> None:
+    largest = max((token for row in ids for token in row), default=0)
+    if largest >= model.vocab_size:
+        raise ValueError(
+            f"The tokenizer in {str(directory)!r} gives the token {largest}, and the model has only "
+            f"{model.vocab_size} (`vocab_size`): they do not belong together."
+        )
 
 
 def _tokenizer(directory: Path) -> Any:

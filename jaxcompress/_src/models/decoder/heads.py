@@ -41,7 +41,11 @@ def decoder_heads(plain: str, language_model: str, classifier: str) -> dict[str,
     return {
         "decoder": Head(description="a plain decoder", answer="vector", architectures=(plain,)),
         "causal_lm": Head(
-            description="a causal language model", answer="tokens", architectures=(language_model,), outputs=("logits",)
+            description="a causal language model",
+            answer="tokens",
+            architectures=(language_model,),
+            outputs=("logits",),
+            causal=True,
         ),
         "sequence_classification": Head(
             description="a classifier",
