@@ -19,5 +19,8 @@ from jaxcompress._src.distillation.state_losses import cosine_states as cosine_s
 from jaxcompress._src.distillation.state_losses import hidden_states as hidden_states
 from jaxcompress._src.distillation.student import select_layers as select_layers
 from jaxcompress._src.distillation.taps import tap as tap
+from jaxcompress._src.distillation.teacher_cache import read_teacher_outputs as read_teacher_outputs
+from jaxcompress._src.distillation.teacher_cache import write_teacher_outputs as write_teacher_outputs
+from jaxcompress._src.distillation.top_logits import top_k_targets as top_k_targets
 from jaxcompress._src.distillation.train_state import TrainState as TrainState
 from jaxcompress._src.distillation.train_step import make_train_step as make_train_step

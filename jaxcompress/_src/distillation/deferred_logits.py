@@ -61,8 +61,8 @@ class DeferredLogits:
     def __jax_array__(self) -> jax.Array:
         """Raises an error: what needs an array would compute all logits."""
         raise TypeError(
-            "Deferred logits are no array. What takes them: `soft_targets`, `hard_labels`, `next_token_labels` and "
-            "`argmax_agreement`."
+            "Deferred logits are no array. What takes them: `soft_targets`, `hard_labels`, `next_token_labels`, "
+            "`top_k_targets` and `argmax_agreement`."
         )
 
     @property
@@ -85,8 +85,8 @@ def deferred_logits(
 ) -> DeferredLogits:
     """The logits `hidden @ kernel + bias`, to be returned by an `apply` in the place of logits that would be too large.
 
-    `soft_targets`, `hard_labels`, `next_token_labels` and `argmax_agreement` take them as they take logits, of the
-    student, the teacher or both. They compute a block of classes at a time, forward and backward, so
+    `soft_targets`, `hard_labels`, `next_token_labels`, `top_k_targets` and `argmax_agreement` take them as they take
+    logits, of the student, the teacher or both. They compute a block of classes at a time, forward and backward, so
     that memory beyond hidden states and head is that of a few blocks, positions x `block_size`, and the head is
     multiplied twice more. Values and gradients, by hidden states and head, are those of the logits in full.
 
@@ -191,7 +191,8 @@ def logits_cross_entropy(logits: Logits, labels: Int[Array, "*n"], *, smoothing:
     """`cross_entropy` of logits that may be deferred."""
     if not isinstance(logits, DeferredLogits):
         return cross_entropy(logits, labels, smoothing=smoothing)
-    picked, normalizer, total = looked_up(logits, labels[..., None])
+    picked, others, total = looked_up(logits, labels[..., None])
+    normalizer = jnp.logaddexp(picked[..., 0], others)
     hit = normalizer - picked[..., 0]
     return (1.0 - smoothing) * hit + smoothing * (normalizer - total / logits.classes) if smoothing else hit
 
@@ -201,18 +202,27 @@ def logits_argmax(logits: Logits) -> Int[Array, "*n"]:
     return on_auto_axes(_argmax)(logits) if isinstance(logits, DeferredLogits) else logits.argmax(axis=-1)
 
 
+def logits_top_k(logits: Logits, k: int) -> tuple[Float[Array, "*n k"], Int[Array, "*n k"]]:
+    """The largest logits, and their classes, in descending order; of logits that may be deferred, no gradient."""
+    if isinstance(logits, DeferredLogits):
+        return on_auto_axes(functools.partial(_top_k, k))(logits)
+    values, classes = jax.lax.top_k(logits, k)
+    return values, classes
+
+
 def looked_up(
-    logits: DeferredLogits, classes: Int[Array, "*n k"]
+    logits: Logits, classes: Int[Array, "*n k"]
 ) -> tuple[Float[Array, "*n k"], Float[Array, "*n"], Float[Array, "*n"]]:
-    """Logits of some classes, the logarithm of the sum of exp(logit) over all classes, and the sum of all logits.
+    """The logits of some classes, the logarithm of the sum of exp(logit) over all others, and the sum of all logits.
 
     Args:
-        logits: deferred.
-        classes: for each position; those outside of the vocabulary give NaN.
+        logits: may be deferred.
+        classes: different ones at each position; those outside of the vocabulary give NaN.
     """
-    known = (classes >= 0) & (classes < logits.classes)
-    picked, normalizer, total = on_auto_axes(_looked_up)(logits, classes)
-    return jnp.where(known, picked, jnp.nan), normalizer, total
+    known = (classes >= 0) & (classes < logits.shape[-1])
+    look_up: Callable[..., Any] = _looked_up if isinstance(logits, DeferredLogits) else _looked_up_in_full
+    picked, others, total = on_auto_axes(look_up)(logits, classes)
+    return jnp.where(known, picked, jnp.nan), others, total
 
 
 class _Block(NamedTuple):
@@ -303,6 +313,19 @@ def _argmax(logits: DeferredLogits) -> jax.Array:
     return _over_blocks(logits, (rows - jnp.inf, jnp.zeros_like(rows, jnp.int32)), body)[1]
 
 
+def _top_k(k: int, logits: DeferredLogits) -> tuple[jax.Array, jax.Array]:
+    def body(carry: tuple[jax.Array, jax.Array], block: _Block) -> tuple[jax.Array, jax.Array]:
+        columns = _columns(logits, block.start, logits.block_size)
+        columns = jnp.where(_beside(block.is_new, columns), columns, -jnp.inf)
+        numbers = jnp.broadcast_to(block.start + jnp.arange(logits.block_size), columns.shape)
+        # The ones before come first: of equal logits, `top_k` takes the first.
+        values, places = jax.lax.top_k(jnp.concatenate([carry[0], columns], axis=-1), k)
+        return values, jnp.take_along_axis(jnp.concatenate([carry[1], numbers], axis=-1), places, axis=-1)
+
+    none = jnp.repeat(jnp.full_like(logits.hidden[..., :1], -jnp.inf, logits.dtype), k, axis=-1)
+    return _over_blocks(logits, (none, jnp.zeros_like(none, jnp.int32)), body)
+
+
 def _no_exponentials(logits: DeferredLogits) -> tuple[jax.Array, jax.Array]:
     """Where a sum of exp(logit) begins: (largest logit, sum relative to it)."""
     rows = jnp.zeros_like(logits.hidden[..., 0], logits.dtype)
@@ -379,11 +402,11 @@ def _looked_up_forward(logits: DeferredLogits, classes: jax.Array) -> tuple[Any,
     def body(carry: Any, block: _Block) -> Any:
         picked, sums, total = carry
         columns = _columns(logits, block.start, logits.block_size)
-        new = jnp.where(_beside(block.is_new, columns), columns, -jnp.inf)
-        total = total + jnp.where(_beside(block.is_new, columns), columns, 0.0).sum(axis=-1)
+        is_new = _beside(block.is_new, columns)
         inside, places = _places(classes, block.start, logits.block_size)
+        others = jnp.where(is_new, _without(columns, inside, places), -jnp.inf)
         picked = jnp.where(inside, jnp.take_along_axis(columns, places, axis=-1), picked)
-        return picked, _with_exponentials(sums, new), total
+        return picked, _with_exponentials(sums, others), total + jnp.where(is_new, columns, 0.0).sum(axis=-1)
 
     sums = _no_exponentials(logits)
     picked, sums, total = _over_blocks(logits, (jnp.zeros_like(classes, logits.dtype), sums, sums[1]), body)
@@ -392,16 +415,17 @@ def _looked_up_forward(logits: DeferredLogits, classes: jax.Array) -> tuple[Any,
 
 def _looked_up_backward(residuals: Any, cotangents: Any) -> tuple[DeferredLogits, None]:
     logits, classes, normalizer = residuals
-    of_picked, of_normalizer, of_total = cotangents
+    of_picked, of_others, of_total = cotangents
 
     def of_columns(start: jax.Array) -> jax.Array:
         columns = _columns(logits, start, logits.block_size)
         inside, places = _places(classes, start, logits.block_size)
         _, pull = jax.vjp(lambda columns: jnp.take_along_axis(columns, places, axis=-1), columns)
-        probabilities = jnp.exp(columns - normalizer[..., None])
-        return (
-            of_normalizer[..., None] * probabilities + pull(jnp.where(inside, of_picked, 0.0))[0] + of_total[..., None]
-        )
+        others = _without(columns, inside, places)
+        # Where all classes were looked up, the normalizer is -inf, too.
+        shares = jnp.where(others == -jnp.inf, 0.0, jnp.exp(others - normalizer[..., None]))
+        of_columns = of_others[..., None] * shares + pull(jnp.where(inside, of_picked, 0.0))[0]
+        return of_columns + of_total[..., None]
 
     return _gradient(logits, of_columns), None
 
@@ -409,10 +433,28 @@ def _looked_up_backward(residuals: Any, cotangents: Any) -> tuple[DeferredLogits
 _looked_up.defvjp(_looked_up_forward, _looked_up_backward)
 
 
+def _looked_up_in_full(logits: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    inside, places = _places(classes, jnp.int32(0), logits.shape[-1])
+    total = logits.sum(axis=-1)
+    # Of no logits, logsumexp has no derivative.
+    others = (
+        jax.nn.logsumexp(_without(logits, inside, places), axis=-1)
+        if classes.shape[-1] < logits.shape[-1]
+        else jnp.full_like(total, -jnp.inf)
+    )
+    return jnp.take_along_axis(logits, places, axis=-1), others, total
+
+
 def _places(classes: jax.Array, start: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Which classes are in a block, and where in it."""
     places = classes - start
     return (places >= 0) & (places < size), jnp.clip(places, 0, size - 1)
+
+
+def _without(columns: jax.Array, inside: jax.Array, places: jax.Array) -> jax.Array:
+    """The logits with -inf in some places."""
+    beyond = jnp.where(inside, places, columns.shape[-1])
+    return jnp.put_along_axis(columns, beyond, -jnp.inf, axis=-1, inplace=False, mode="drop")
 
 
 def _beside(is_new: Bool[Array, " c"], columns: Float[Array, "*n c"]) -> Bool[Array, "*_ c"]:

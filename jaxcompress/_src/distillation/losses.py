@@ -32,6 +32,7 @@ from jaxcompress._src.distillation.outputs import (
     position_mask,
     zero_masked,
 )
+from jaxcompress._src.distillation.top_logits import TopLogits
 
 
 def soft_targets(
@@ -251,8 +252,13 @@ def argmax_agreement(*, output: str = "logits", mask: str | None = "attention_ma
     """
 
     def figure(student: Outputs, teacher: Outputs, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
-        s, t = logits_pair(student, teacher, output)
-        same = logits_argmax(s) == logits_argmax(t)
+        t = named(teacher, output, "teacher")
+        if isinstance(t, TopLogits):
+            s, choice = logits_of(student, output, "student"), jnp.asarray(t.indices)[..., 0]
+        else:
+            s, t = logits_pair(student, teacher, output)
+            choice = logits_argmax(t)
+        same = logits_argmax(s) == choice
         return masked_sum(same.astype(jnp.float32), position_mask(batch, mask, same.shape))
 
     return figure
