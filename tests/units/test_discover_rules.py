@@ -95,7 +95,12 @@ def ragged_experts(p, x):
 
 def looked_up_experts(p, x, chosen):
     inner = jax.nn.gelu(jnp.einsum("td,tdf->tf", x, p["up"][chosen]))
-    return jnp.einsum("tf,tfd->td", inner, p["down"][chosen])
+    return jnp.einsum("tf,tfd->td", inner, -p["down"][chosen])
+
+
+def embedded(p, x, ids):
+    """The kernel that reads the table is gated, and not the table."""
+    return x[:, :3] + (p["head"].T @ p["table"][ids].T).T
 
 
 def shuffled(p, x):
@@ -205,6 +210,12 @@ CASES = {
         {"up": (3, 4, 6), "down": (3, 6, 2)},
         {"up": (6, {"up 2": None, "down 1*": None})},
         (jnp.array([0, 1, 2, 0, 1]),),
+    ),
+    "embedded": Case(
+        embedded,
+        {"head": (6, 3), "table": (9, 6)},
+        {"table": (6, {"table 1": None, "head 0*": None})},
+        (jnp.array([0, 8, 2, 0, 1]),),
     ),
     "shuffled": Case(shuffled, UP | DOWN, {"up": (2, {"up 1": (0, 3, 1), "down 0*": (0, 1, 3)})}),
     "single head": Case(

@@ -220,6 +220,8 @@ class Coupling:
         readers = [gates for value, axis in ends if (gates := value.gates(axis))]
         if readers:
             self.mark("read", readers[0])
+            for written in readers[1:]:
+                self.mark("written", written)
         elif any(value.axes[axis] is None for value, axis in ends):
             self.mark("reduced", [live[summed]])
         else:

@@ -45,6 +45,8 @@ def _opaque(coupling: Coupling, eqn: Any, values: Sequence[Value]) -> list[Value
 
 
 def _elementwise(coupling: Coupling, eqn: Any, values: Sequence[Value]) -> list[Value] | None:
+    if eqn.primitive.name in ("neg", "name") or is_cast(eqn):
+        return list(values)
     (shape,) = _shapes(eqn)
     data = any(value.data for value in values)
     if data:
@@ -76,14 +78,12 @@ def _terms(eqn: Any, values: Sequence[Value]) -> Any:
     name = eqn.primitive.name
     if any(value.data for value in values):
         return None
-    if name in ("neg", "name") or is_cast(eqn):
-        return values[0].terms
     if name in ("add", "sub", "add_any"):
         known = [value.terms for value in values if value.terms is not None]
         return tuple(itertools.chain(*known)) if len(known) == len(values) else None
     if name == "mul":
         return _products(values[0], values[1], [(axis, axis) for axis in range(len(values[0].shape))])
-    return values[0].terms if name == "div" and values[1].terms is None else None
+    return values[0].terms if name == "div" else None
 
 
 def _products(left: Value, right: Value, sources: Sequence[tuple[int | None, int | None]]) -> Any:
@@ -203,6 +203,8 @@ def _reduce(coupling: Coupling, eqn: Any, values: Sequence[Value]) -> list[Value
     if eqn.primitive.name in ("argmax", "argmin"):
         coupling.pin(along, Reason(f"`{eqn.primitive.name}` counts its entries"))
     coupling.mark("reduced", along)
+    if value.data:
+        coupling.mark_written(value, [axis for axis in range(len(value.shape)) if axis not in summed])
     (shape,) = _shapes(eqn)
     axes = tuple(along for axis, along in enumerate(value.axes) if axis not in summed)
     return [Value(shape, axes, data=value.data)]
@@ -240,7 +242,7 @@ def _concatenate(coupling: Coupling, eqn: Any, values: Sequence[Value]) -> list[
         coupling.classes.fixed(value.shape[place], JOINED) if (along := value.axes[place]) is None else along
         for value in values
     ]
-    axes[place] = np.concatenate(pieces) if shape[place] > 1 else pieces[0][:0]
+    axes[place] = np.concatenate(pieces)
     terms, at = [], 0
     for value in values:
         for term in value.terms or ():
@@ -393,20 +395,17 @@ def _gather(coupling: Coupling, eqn: Any, values: Sequence[Value]) -> list[Value
     _put(axes, looped, indices.axes[:-1])
     for axis, other in zip(batched, numbers.start_indices_batching_dims, strict=True):
         axes[looped[other]] = coupling.united((operand.axes[axis], axes[looped[other]]))
-    kept, passing = [axis for axis in range(len(operand.shape)) if axis not in (*rows, *batched)], [*batched]
+    kept = [axis for axis in range(len(operand.shape)) if axis not in (*rows, *batched)]
+    sources: list[int | None] = [None] * len(shape)
     for place, axis in zip(numbers.offset_dims, kept, strict=True):
         if eqn.params["slice_sizes"][axis] == operand.shape[axis]:
-            axes[place] = operand.axes[axis]
-            passing.append(axis)
+            axes[place], sources[place] = operand.axes[axis], axis
         else:
             coupling.pin([operand.axes[axis]], PART)
             axes[place] = coupling.fixed(shape[place], PART)
-    coupling.mark_written(operand, passing)
-    sources = dict(zip(numbers.offset_dims, kept, strict=True))
     terms = None
     if operand.terms is not None:
-        chosen = [sources[k] if sources.get(k) in passing else None for k in range(len(shape))]
-        terms = tuple(tuple(None if k is None else term[k] for k in chosen) for term in operand.terms)
+        terms = tuple(tuple(None if k is None else term[k] for k in sources) for term in operand.terms)
     return [Value(shape, tuple(axes), terms, operand.data or indices.data)]
 
 

@@ -106,6 +106,24 @@ def discover_units(
     return tuple(wanted)
 
 
+class _Owned(NamedTuple):
+    """Who owns the indices of one axis of a leaf that may go.
+
+    Attributes:
+        units: the classes that do.
+        counts: how many indices each of them owns.
+        indices: these, unit by unit.
+        read: when those of a unit are first read.
+        written: when they are first written.
+    """
+
+    units: Int[np.ndarray, " units"]
+    counts: Int[np.ndarray, " units"]
+    indices: Int[np.ndarray, " n"]
+    read: Int[np.ndarray, " units"]
+    written: Int[np.ndarray, " units"]
+
+
 class _Part(NamedTuple):
     """What the units of a family own of one axis of a leaf."""
 
@@ -130,43 +148,56 @@ class _Family(NamedTuple):
 
 def _families(coupled: CoupledAxes) -> list[_Family]:
     """In the order in which they are written."""
-    classes = coupled.classes
-    read, written = (_marked(coupled, name, of_classes=False) for name in ("read", "written"))
-    flags = {name: _marked(coupled, name, of_classes=True) < _NEVER for name in ("reduced", "heads", "channels")}
-    family = np.zeros(classes.size, np.int64)
-    for flag in flags.values():
-        family = 2 * family + flag
-    numbers, owned = 1 << len(flags), {}
-    for place, indices in coupled.axes.items():
-        positions = np.flatnonzero(~classes.is_pinned(indices))
-        if not len(positions):
-            continue
-        roots = classes.find(indices[positions])
-        order = np.argsort(roots, kind="stable")
-        units, starts, counts = np.unique(roots[order], return_index=True, return_counts=True)
-        entries = indices[positions[order]]
-        first_read, first_written = (np.minimum.reduceat(mark[entries], starts) for mark in (read, written))
-        owned[place] = units, counts, positions[order], first_read, first_written
-        # Units of one family stay in one as long as they agree on every axis.
-        uses = 2 * (first_read < _NEVER) + (first_written < _NEVER)
-        keys = (family[units] * (len(indices) + 1) + counts) * 4 + uses
-        family[units] = numbers + np.unique(keys, return_inverse=True)[1]
-        numbers = int(family[units].max()) + 1
+    flags = {name: _marked(coupled, name, of_classes=True) < _NEVER for name in _KIND_OF}
+    owned = _owned(coupled)
+    numbers = _family_numbers(owned, list(flags.values()))
     parts: dict[int, dict[tuple[int, int], _Part]] = {}
     writers: dict[int, tuple[int, int, int]] = {}
     kinds: dict[int, str] = {}
-    for place, (units, counts, positions, first_read, first_written) in owned.items():
-        for number in np.unique(family[units]).tolist():
-            here = family[units] == number
-            indices = positions[np.repeat(here, counts)].reshape(here.sum(), -1)
-            step = int(first_written[here].min())
-            part = _Part(indices, bool(first_read[here].min() < _NEVER), step < _NEVER)
-            parts.setdefault(number, {})[place] = part
-            kinds[number] = _kind(flags, int(units[here][0]))
-            first = step, int(indices.min()), place[0]
+    for place, each in owned.items():
+        for number in np.unique(numbers[each.units]).tolist():
+            here = numbers[each.units] == number
+            indices = each.indices[np.repeat(here, each.counts)].reshape(here.sum(), -1)
+            read, written = (int(first[here].min()) for first in (each.read, each.written))
+            parts.setdefault(number, {})[place] = _Part(indices, read < _NEVER, written < _NEVER)
+            first = written, int(indices.min()), place[0]
             writers[number] = min(writers.get(number, first), first)
+            unit = each.units[here][0]
+            kinds[number] = next((kind for name, kind in _KIND_OF.items() if flags[name][unit]), "columns")
     ordered = sorted(parts, key=lambda number: writers[number])
     return [_Family(kinds[number], writers[number][2], parts[number]) for number in ordered]
+
+
+def _owned(coupled: CoupledAxes) -> dict[tuple[int, int], _Owned]:
+    classes, owned = coupled.classes, {}
+    read, written = (_marked(coupled, name, of_classes=False) for name in ("read", "written"))
+    for place, along in coupled.axes.items():
+        indices = np.flatnonzero(~classes.is_pinned(along))
+        if not len(indices):
+            continue
+        units = classes.find(along[indices])
+        order = np.argsort(units, kind="stable")
+        units, starts, counts = np.unique(units[order], return_index=True, return_counts=True)
+        entries = along[indices[order]]
+        first = [np.minimum.reduceat(mark[entries], starts) for mark in (read, written)]
+        owned[place] = _Owned(units, counts, indices[order], *first)
+    return owned
+
+
+def _family_numbers(
+    owned: Mapping[tuple[int, int], _Owned], flags: Sequence[Bool[np.ndarray, " indices"]]
+) -> Int[np.ndarray, " indices"]:
+    """The number of the family of every class: it is split, axis by axis, where its units differ."""
+    numbers = np.zeros(len(flags[0]), np.int64)
+    for flag in flags:
+        numbers = 2 * numbers + flag
+    following = 1 << len(flags)
+    for each in owned.values():
+        uses = 2 * (each.read < _NEVER) + (each.written < _NEVER)
+        keys = (numbers[each.units] * (each.counts.max() + 1) + each.counts) * 4 + uses
+        numbers[each.units] = following + np.unique(keys, return_inverse=True)[1]
+        following = int(numbers[each.units].max()) + 1
+    return numbers
 
 
 def _marked(coupled: CoupledAxes, name: str, *, of_classes: bool) -> Int[np.ndarray, " indices"]:
@@ -176,11 +207,6 @@ def _marked(coupled: CoupledAxes, name: str, *, of_classes: bool) -> Int[np.ndar
         indices = indices[indices >= 0]
         first[coupled.classes.find(indices) if of_classes else indices] = step
     return first
-
-
-def _kind(flags: Mapping[str, Bool[np.ndarray, " indices"]], root: int) -> str:
-    names = {"reduced": "hidden", "heads": "heads", "channels": "channels"}
-    return next((names[name] for name, flag in flags.items() if flag[root]), "columns")
 
 
 def _groups(family: _Family, paths: Sequence[str]) -> Iterator[UnitGroup]:
@@ -262,3 +288,5 @@ def _reasons(
 
 
 _NEVER = np.iinfo(np.int64).max
+_KIND_OF = {"reduced": "hidden", "heads": "heads", "channels": "channels"}
+"""What happens to the units -> their kind; the first of these counts."""
