@@ -3,10 +3,12 @@
 from jaxcompress._src.distillation.attention_losses import attention_probabilities as attention_probabilities
 from jaxcompress._src.distillation.attention_losses import attention_scores as attention_scores
 from jaxcompress._src.distillation.attention_losses import relations as relations
+from jaxcompress._src.distillation.averages import averaged as averaged
 from jaxcompress._src.distillation.deferred_logits import deferred_logits as deferred_logits
 from jaxcompress._src.distillation.divergences import forward_kl as forward_kl
 from jaxcompress._src.distillation.divergences import jensen_shannon as jensen_shannon
 from jaxcompress._src.distillation.divergences import reverse_kl as reverse_kl
+from jaxcompress._src.distillation.loss_scale import DynamicLossScale as DynamicLossScale
 from jaxcompress._src.distillation.losses import argmax_agreement as argmax_agreement
 from jaxcompress._src.distillation.losses import binary_targets as binary_targets
 from jaxcompress._src.distillation.losses import hard_labels as hard_labels

@@ -1,12 +1,13 @@
 """The backward pass of one step: from a batch to all gradients, in one piece or in micro-batches."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxcompress._src.distillation.collections import (
     Collections,
@@ -15,6 +16,7 @@ from jaxcompress._src.distillation.collections import (
     new_collections,
     with_collections,
 )
+from jaxcompress._src.distillation.loss_scale import DynamicLossScale, current_scale, unscaled
 from jaxcompress._src.distillation.micro_batches import accumulate, added, scaled, split_batch
 from jaxcompress._src.distillation.objective import (
     Apply,
@@ -26,6 +28,7 @@ from jaxcompress._src.distillation.objective import (
     teacher_outputs,
 )
 from jaxcompress._src.distillation.outputs import LossFn
+from jaxcompress._src.distillation.remat import rematerialized
 from jaxcompress._src.distillation.train_state import TrainState
 from jaxcompress._src.execution.execute import execute
 from jaxcompress._src.transforms import pullback
@@ -49,6 +52,10 @@ class Setup:
     mutable: tuple[str, ...]
     micro_batches: int
     metrics: Mapping[str, LossFn] | None
+    master_dtype: DTypeLike | None
+    ema: float | None
+    loss_scale: float | DynamicLossScale | None
+    remat: Callable[..., Any] | None
 
 
 class Backward(NamedTuple):
@@ -57,8 +64,8 @@ class Backward(NamedTuple):
     Attributes:
         loss: of the task, without penalty.
         figures: by name.
-        stage_grads: what `update` takes.
-        grads: of the parameters, and of the transform's trainable state.
+        stage_grads: what `update` takes; with a loss scale, in float32 at least.
+        grads: of the parameters, and of the transform's trainable state; with a loss scale, in float32 at least.
         collections: new values of mutable leaves.
     """
 
@@ -80,22 +87,28 @@ def backward_pass(
     """The loss at what the transform makes of the parameters, with the penalty, and all gradients from one pass."""
     trainable, fixed = state.transform_state
     effective, pull = pullback(setup.transform, state.params, state.transform_state, key=apply_key)
-    (loss, figures, of_effective), collections = _of_task(setup, state, effective, teacher_params, batch, student_key)
+    scale = current_scale(setup.loss_scale, state.loss_scale)
+    (loss, figures, of_effective), collections = _of_task(
+        setup, state, effective, teacher_params, batch, student_key, scale
+    )
 
     def penalty(loss: jax.Array, params: Params, trainable: Any) -> tuple[jax.Array, jax.Array]:
         value = setup.transform.penalty(TransformState(trainable, fixed), params, loss=loss)
         value = jnp.asarray(value, loss.dtype)
-        return value, value
+        return _times(value, scale), value
 
     # The penalty may look at raw parameters and trainable state directly, beside the loss at the effective ones.
     price, (of_loss, *direct) = gradients(penalty, loss, state.params, trainable)
-    stage_grads, *pulled = pull(scaled(of_effective, 1.0 + of_loss))
+    stage_grads, *pulled = pull(scaled(of_effective, 1.0 + (of_loss if scale is None else of_loss / scale)))
+    grads = added(tuple(pulled), tuple(direct))
+    if scale is not None:
+        stage_grads, grads = unscaled((stage_grads, grads), scale)
     once = jnp.ones((), jnp.float32)
     return Backward(
         loss=loss,
         figures=figures | {"loss": (loss + price, once), "penalty": (price, once)},
         stage_grads=stage_grads,
-        grads=added(tuple(pulled), tuple(direct)),
+        grads=grads,
         collections=collections,
     )
 
@@ -107,20 +120,22 @@ def _of_task(
     teacher_params: Params,
     batch: Mapping[str, Any],
     key: jax.Array,
+    scale: jax.Array | None,
 ) -> tuple[tuple[jax.Array, Metrics, Params], Collections]:
-    """The loss of the whole batch, the figures and the gradient by the effective parameters; the collections."""
+    """The loss of the whole batch, the figures and the (scaled) gradient by effective parameters; the collections."""
+    student_apply = setup.student_apply if setup.remat is None else rematerialized(setup.student_apply, setup.remat)
 
     def objective(
         effective: Params, batch: Mapping[str, Any], key: jax.Array, counts: Mapping[str, jax.Array] | None
     ) -> tuple[jax.Array, tuple[jax.Array, Metrics, Metrics, Collections]]:
         teacher = teacher_outputs(setup.teacher_apply, teacher_params, batch)
-        student = execute(setup.student_apply)(effective, batch, key=key, train=True)
+        student = execute(student_apply)(effective, batch, key=key, train=True)
         outputs = ReadOutputs(student)
         loss, figures = task_loss(setup.losses, state.step, outputs, teacher, batch, counts)
         others = reported(setup.metrics, outputs.constant(), teacher, batch)
         check_all_read(outputs, setup.mutable)
         collections = new_collections(effective, student, setup.mutable) if setup.mutable else {}
-        return loss, (loss, figures, others, collections)
+        return _times(loss, scale), (loss, figures, others, collections)
 
     def one(batch: Mapping[str, Any], key: jax.Array, collections: Collections, counts: Any = None) -> tuple[Any, Any]:
         (loss, figures, others, collections), (grads,) = gradients(
@@ -149,6 +164,10 @@ def _of_task(
         jax.tree.map(jnp.zeros_like, partition_trainable(effective)[0]),
     )
     return accumulate(lambda part, key, own: one(whole(part), key, own, counts), zeros, parts, keys, start)
+
+
+def _times(value: jax.Array, scale: jax.Array | None) -> jax.Array:
+    return value if scale is None else value * scale
 
 
 def trained_gradients(setup: Setup, params: Params, backward: Backward) -> tuple[Any, ...]:

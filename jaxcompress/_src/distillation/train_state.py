@@ -27,6 +27,9 @@ class TrainState(NamedTuple):
         transform_optimizer_state: for the float leaves of `transform_state.trainable`.
         step: int32 scalar, number of steps done, skipped ones included.
         key: typed; split at every step.
+        masters: wide copies of trained leaves of `params`, which are their casts, with `master_dtype`; else empty.
+        ema: `Averages` of what is trained, with `ema`; else empty.
+        loss_scale: of a `DynamicLossScale`; else empty.
     """
 
     params: Params
@@ -35,6 +38,9 @@ class TrainState(NamedTuple):
     transform_optimizer_state: Any
     step: jax.Array
     key: jax.Array
+    masters: Params = ()
+    ema: Any = ()
+    loss_scale: Any = ()
 
 
 def copy_of(tree: Any) -> Any:

@@ -6,9 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
+from jaxcompress._src.distillation.averages import first_averages, next_averages
 from jaxcompress._src.distillation.backward import Setup, backward_pass, trained_gradients
 from jaxcompress._src.distillation.collections import check_mutable, immutable, with_collections
+from jaxcompress._src.distillation.loss_scale import DynamicLossScale, current_scale, first_scale, next_scale
+from jaxcompress._src.distillation.masters import masters_of, narrowed, renewed, widened
 from jaxcompress._src.distillation.objective import Apply, Metrics
 from jaxcompress._src.distillation.outputs import LossFn
 from jaxcompress._src.distillation.train_state import (
@@ -40,6 +44,10 @@ def make_train_step(
     mutable: Sequence[str] = (),
     micro_batches: int = 1,
     metrics: Mapping[str, LossFn] | None = None,
+    master_dtype: DTypeLike | None = None,
+    ema: float | None = None,
+    loss_scale: float | DynamicLossScale | None = None,
+    remat: Callable[..., Any] | None = None,
 ) -> tuple[Callable[..., TrainState], Callable[..., tuple[TrainState, Metrics]]]:
     """Functions that start and continue the training of a student, while a transform compresses it.
 
@@ -74,6 +82,19 @@ def make_train_step(
             go from part to part. Counts of losses must not depend on the parameters.
         metrics: name -> a function like a loss, reported only. By default `argmax_agreement` as "agreement", if both
             models have `logits`.
+        master_dtype: such as `jnp.float32` beside parameters in bfloat16: `state.masters` holds a copy of every trained
+            leaf that is narrower. The optimizer and `project` act on those; `state.params`, which models and the rest
+            of the transform see, which `finalize` takes and mutable collections are a part of, are their casts.
+        ema: decay d in [0, 1) of averages of what is trained, masters and `transform_state.trainable` included, in
+            `state.ema`: after n steps that were not skipped, (1 - d) / (1 - dⁿ) Σ dⁿ⁻ⁱ pᵢ, for which `averaged(state)`
+            is what `finalize` takes. They lie where their weights do.
+        loss_scale: for parameters in float16: the loss is multiplied by it in the backward pass, so that small
+            gradients do not become 0, and gradients are divided by it, in float32, before the transform and the
+            optimizer see them. A number, or a `DynamicLossScale`, which a step that is not finite makes smaller.
+        remat: a policy, such as those of `jax.checkpoint_policies`, of what the student keeps for the backward pass;
+            the rest is computed twice. It holds for the bodies of scans over layers or, without any, for the student
+            as a whole: there `save_only_these_names("block")` keeps what it has named `checkpoint_name(x, "block")`.
+            None: the student is run as it is, with the `jax.checkpoint` or `nn.remat` that it may have inside.
 
     Returns:
         `(init_state, step)`.
@@ -83,12 +104,14 @@ def make_train_step(
 
         `step(state, teacher_params, batch) -> (state, metrics)` is jitted and donates `state`. `metrics` has a (sum,
         count) for every loss (unweighted) and every metric, and, with count 1, "penalty", "loss" (all that is
-        minimised) and "skipped" (1 if the step was; its other figures are as they were found, NaN say).
+        minimised), "skipped" (1 if the step was; its other figures are as they were found, NaN say) and, with a
+        `loss_scale`, "loss_scale".
 
     Raises:
-        ValueError: no losses, or a name twice, or `micro_batches` below 1; from `init_state`: a transform with
-            trainable state, but no `transform_optimizer`; a mutable collection that the parameters lack; from `step`:
-            collections that are lost or do not fit, a batch that cannot be split.
+        ValueError: no losses, or a name twice, or a number out of range; from `init_state`: a transform with trainable
+            state, but no `transform_optimizer`; a mutable collection that the parameters lack; a `master_dtype` that no
+            trained leaf is narrower than; from `step`: collections that are lost or do not fit, a batch that cannot be
+            split.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -114,10 +137,13 @@ def make_train_step(
         mutable=tuple(mutable),
         micro_batches=micro_batches,
         metrics=metrics,
+        master_dtype=master_dtype,
+        ema=ema,
+        loss_scale=loss_scale,
+        remat=remat,
     )
     _check_names(setup)
-    if micro_batches < 1:
-        raise ValueError(f"`micro_batches` must be at least 1, got {micro_batches}.")
+    _check_numbers(setup)
 
     def init_state(params: Params, *, key: jax.Array, statistics: Any = None) -> TrainState:
         return _init(setup, params, key, statistics)
@@ -139,13 +165,18 @@ def _init(setup: Setup, params: Params, key: jax.Array, statistics: Any) -> Trai
     inner, _ = partition_trainable(transform_state.trainable)
     if jax.tree.leaves(inner) and setup.transform_optimizer is None:
         raise ValueError("The transform has trainable state: `transform_optimizer` is needed.")
+    masters = () if setup.master_dtype is None else copy_of(masters_of(params, setup.master_dtype, setup.trainable))
+    trained, _ = partition_trainable(widened(params, masters), select=setup.trainable)
     state = TrainState(
         params=params,
         transform_state=transform_state,
-        optimizer_state=copy_of(setup.optimizer.init(partition_trainable(params, select=setup.trainable)[0])),
+        optimizer_state=copy_of(setup.optimizer.init(trained)),
         transform_optimizer_state=copy_of(_transform_optimizer(setup).init(inner)),
         step=jnp.zeros((), jnp.int32),
         key=key,
+        masters=masters,
+        ema=() if setup.ema is None else first_averages(trained, inner),
+        loss_scale=first_scale(setup.loss_scale),
     )
     return placed(state)
 
@@ -158,27 +189,45 @@ def _step(
     transform, figures, grads = setup.transform, backward.figures, backward.grads
     total = figures["loss"][0]
 
-    params, optimizer_state = _optimize(
-        setup.optimizer, grads[0], state.params, state.optimizer_state, total, setup.trainable
-    )
-    params = with_collections(params, backward.collections)
+    # Where there are masters, `raw` holds them, and `params` their casts.
+    raw = widened(state.params, state.masters)
+    raw, optimizer_state = _optimize(setup.optimizer, grads[0], raw, state.optimizer_state, total, setup.trainable)
+    raw = with_collections(raw, backward.collections)
     trainable, transform_optimizer_state = _optimize(
         _transform_optimizer(setup), grads[1], state.transform_state.trainable, state.transform_optimizer_state, total
     )
     transform_state = TransformState(trainable, state.transform_state.fixed)
+    params = narrowed(raw, state.masters, state.params)
     transform_state, fresh = checked_update(
         transform, backward.stage_grads, transform_state, params, key=update_key, loss=backward.loss
     )
-    params, transform_state = checked_project(transform, params, transform_state)
-    optimizer_state = reset_moments(
-        setup.optimizer, optimizer_state, fresh, partition_trainable(params, select=setup.trainable)[0]
+    raw, transform_state = checked_project(transform, raw, transform_state)
+    trained, _ = partition_trainable(raw, select=setup.trainable)
+    new = TrainState(
+        params=narrowed(raw, state.masters, state.params),
+        transform_state=transform_state,
+        optimizer_state=reset_moments(setup.optimizer, optimizer_state, fresh, trained),
+        transform_optimizer_state=transform_optimizer_state,
+        step=state.step + 1,
+        key=next_key,
+        masters=renewed(state.masters, raw),
+        ema=_averages(setup, state, trained, transform_state),
     )
-    new = TrainState(params, transform_state, optimizer_state, transform_optimizer_state, state.step + 1, next_key)
-    new = matched_to(new, state)
     skipped = ~are_finite(total, *trained_gradients(setup, state.params, backward))
-    after = unless(skipped, new._replace(step=(), key=()), state._replace(step=(), key=()))
-    figures |= {"skipped": (skipped.astype(jnp.float32), jnp.ones((), jnp.float32))}
-    return after._replace(step=new.step, key=new.key), figures
+    new = matched_to(new._replace(loss_scale=next_scale(setup.loss_scale, state.loss_scale, skipped)), state)
+    always = {"step": (), "key": (), "loss_scale": ()}
+    after = unless(skipped, new._replace(**always), state._replace(**always))
+    once = jnp.ones((), jnp.float32)
+    figures |= {"skipped": (skipped.astype(jnp.float32), once)}
+    scale = current_scale(setup.loss_scale, state.loss_scale)
+    figures |= {} if scale is None else {"loss_scale": (scale, once)}
+    return after._replace(step=new.step, key=new.key, loss_scale=new.loss_scale), figures
+
+
+def _averages(setup: Setup, state: TrainState, trained: Params, transform_state: TransformState) -> Any:
+    if setup.ema is None:
+        return ()
+    return next_averages(state.ema, trained, partition_trainable(transform_state.trainable)[0], setup.ema)
 
 
 def _optimize(
@@ -190,7 +239,9 @@ def _optimize(
     select: Selector | None = None,
 ) -> tuple[Params, Any]:
     trainable, rest = partition_trainable(params, select=select)
-    grads = jax.tree.map(lambda x, g: x if is_unselected(x) else g, trainable, grads, is_leaf=is_unselected)
+    grads = jax.tree.map(
+        lambda x, g: x if is_unselected(x) else g.astype(x.dtype), trainable, grads, is_leaf=is_unselected
+    )
     # Some optimizers (line searches, reduce-on-plateau) want the loss; the wrapper hides it from the others.
     updates, state = optax.with_extra_args_support(optimizer).update(grads, state, trainable, value=loss)
     return combine(optax.apply_updates(trainable, updates), rest), state
@@ -203,9 +254,19 @@ def _transform_optimizer(setup: Setup) -> optax.GradientTransformation:
 def _check_names(setup: Setup) -> None:
     if not setup.losses:
         raise ValueError("`losses` is empty: there is nothing to minimise.")
-    taken = {"loss", "penalty", "skipped", *(setup.metrics or {})}
-    if len(taken) < 3 + len(setup.metrics or {}) or taken & set(setup.losses):
+    taken = {"loss", "penalty", "skipped", "loss_scale"}
+    metrics = set(setup.metrics or {})
+    if metrics & taken or (metrics | taken) & set(setup.losses):
         raise ValueError(
-            f"Losses {list(setup.losses)} and metrics {list(setup.metrics or {})} need names of their own, "
-            "other than 'loss', 'penalty' and 'skipped'."
+            f"Losses {list(setup.losses)} and metrics {list(metrics)} need names of their own, other than "
+            f"{', '.join(map(repr, sorted(taken)))}."
         )
+
+
+def _check_numbers(setup: Setup) -> None:
+    if setup.micro_batches < 1:
+        raise ValueError(f"`micro_batches` must be at least 1, got {setup.micro_batches}.")
+    if setup.ema is not None and not 0 <= setup.ema < 1:
+        raise ValueError(f"`ema` must be in [0, 1), got {setup.ema}.")
+    if isinstance(setup.loss_scale, int | float) and not 0 < setup.loss_scale < float("inf"):
+        raise ValueError(f"`loss_scale` must be positive, got {setup.loss_scale}.")
