@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxcompress import schedules as schedules
     from jaxcompress import structured as structured
     from jaxcompress import trace as trace
+    from jaxcompress import training as training
     from jaxcompress import tree as tree
 
 __version__ = "0.1.0"

@@ -81,6 +81,15 @@ def gather_count(count: int) -> list[int]:
     return [count] if jax.process_count() == 1 else [int(number) for number in _gather(np.array(count, np.int32))]
 
 
+def gather_bytes(content: bytes) -> list[bytes]:
+    """Some bytes of each process, in their order."""
+    if jax.process_count() == 1:
+        return [content]
+    lengths = gather_count(len(content))
+    rows = _gather(np.frombuffer(content.ljust(max(1024, 1 << max(lengths).bit_length())), np.uint8))
+    return [row.tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
+
+
 def to_host(array: Any) -> np.ndarray:
     """The whole array, in every process, whatever its sharding."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:

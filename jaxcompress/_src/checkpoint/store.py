@@ -37,13 +37,13 @@ def write_arrays(directory: str, arrays: Mapping[str, Any]) -> None:
     import orbax.checkpoint as ocp
 
     try:
-        with _without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
+        with without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(directory, dict(arrays))
             checkpointer.wait_until_finished()
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as err:
-        raise _as_os_error(directory, err) from None
+        raise as_os_error(directory, err) from None
 
 
 def read_arrays(directory: str, targets: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def read_arrays(directory: str, targets: Mapping[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     try:
-        with _without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
+        with without_tracebacks(), ocp.StandardCheckpointer() as checkpointer:
             _check_stored(directory, checkpointer.metadata(directory).item_metadata, targets)
             arrays = checkpointer.restore(directory, dict(targets))
     except (CheckpointError, MemoryError, jax.errors.JaxRuntimeError):
@@ -75,13 +75,22 @@ def read_arrays(directory: str, targets: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             f"Orbax cannot read the arrays in {directory!r}: {type(err).__name__}: {err}. Restore them from a copy."
         ) from err
+    return checked_arrays(directory, arrays, targets)
+
+
+def checked_arrays(directory: str, arrays: Mapping[str, Any], targets: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays, if their shapes and dtypes are those of the targets.
+
+    Raises:
+        CheckpointError: one is another; names it.
+    """
     for name, target in targets.items():
         _check_array(directory, name, arrays[name], target)
-    return arrays
+    return dict(arrays)
 
 
 @contextlib.contextmanager
-def _without_tracebacks() -> Iterator[None]:
+def without_tracebacks() -> Iterator[None]:
     """Orbax logs a traceback for every thread that fails, and then raises the same error."""
     logger, silence = logging.getLogger("absl"), _of_orbax
     logger.addFilter(silence)
@@ -95,7 +104,8 @@ def _of_orbax(record: logging.LogRecord) -> bool:
     return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _as_os_error(directory: str, err: Exception) -> OSError:
+def as_os_error(directory: str, err: Exception) -> OSError:
+    """What Orbax raised, as the error of the file system that it is, in one line."""
     if isinstance(err, OSError):
         return err
     # TensorStore says the number of the error, but raises ValueError.

@@ -20,21 +20,7 @@ def describe_structure(tree: Any) -> tuple[StructureNode, list[tuple[tuple[Any, 
         TypeError: a key cannot be stored; names the container.
     """
     leaves: list[tuple[tuple[Any, ...], Any]] = []
-
-    def visit(value: Any, path: tuple[Any, ...]) -> StructureNode:
-        container = None if is_compressed(value) else container_of(value)
-        if container is None:
-            leaves.append((path, value))
-            return StructureNode(kind="leaf", leaf=len(leaves) - 1)
-        _check_keys(container, path)
-        return StructureNode(
-            kind=container.kind,
-            opaque=container.opaque,
-            static=container.static,
-            children=tuple((key, visit(child, (*path, key))) for key, child in container.children),
-        )
-
-    return visit(tree, ()), leaves
+    return _describe_node(tree, (), leaves), leaves
 
 
 def rebuild_structure(node: StructureNode, leaves: Sequence[Any]) -> Any:
@@ -93,6 +79,22 @@ def order_like(manifest: Manifest, like: Any) -> tuple[Any, list[int]]:
     for at, (_, leaf) in zip(order, keyed, strict=True):
         _check_like(manifest.leaves[at], leaf)
     return treedef, order
+
+
+# No inner function of `describe_structure`: one that calls itself is a cycle, which would hold the leaves, large arrays
+# on devices, until the garbage collector comes by.
+def _describe_node(value: Any, path: tuple[Any, ...], leaves: list[tuple[tuple[Any, ...], Any]]) -> StructureNode:
+    container = None if is_compressed(value) else container_of(value)
+    if container is None:
+        leaves.append((path, value))
+        return StructureNode(kind="leaf", leaf=len(leaves) - 1)
+    _check_keys(container, path)
+    return StructureNode(
+        kind=container.kind,
+        opaque=container.opaque,
+        static=container.static,
+        children=tuple((key, _describe_node(child, (*path, key), leaves)) for key, child in container.children),
+    )
 
 
 def _check_keys(container: Container, path: tuple[Any, ...]) -> None:
