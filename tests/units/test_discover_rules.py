@@ -42,6 +42,19 @@ def interleaved_gates(p, x):
     return (h[:, ::2] * jax.nn.silu(h[:, 1::2])) @ p["down"]
 
 
+def gates_by_index(p, x):
+    """An order that the program fixes, and zeros behind, which nobody can take away."""
+    h = x @ p["up"]
+    h = h[:, np.array([0, 2, 4])] * jnp.take(h, jnp.array([1, 3, 5]), axis=1)
+    return jnp.pad(h, ((0, 0), (1, 1))) @ p["down"]
+
+
+def updated_in_place(p, x):
+    """Rows are written into a cache, whose other rows are zeros."""
+    cache = jnp.zeros((7, p["up"].shape[1]))
+    return jax.lax.dynamic_update_slice(cache, x @ p["up"], (2, 0)) @ p["down"]
+
+
 def side_by_side(p, x):
     """Of the ones in between nothing is known that could go."""
     h = jnp.concatenate([x @ p["a"], jnp.ones((5, 1)), jnp.flip(x, 1) @ p["b"]], axis=-1)
@@ -157,6 +170,10 @@ CASES = {
     "interleaved gates": Case(
         interleaved_gates, UP | {"down": (3, 2)}, {"up": (3, {"up 1": (0, 2, 1), "down 0*": None})}
     ),
+    "gates by index": Case(
+        gates_by_index, UP | {"down": (5, 3)}, {"up": (3, {"up 1": (0, 2, 1), "down 0*": (1, 1, 1)})}
+    ),
+    "updated in place": Case(updated_in_place, UP | DOWN, {"up": (6, {"up 1": None, "down 0*": None})}),
     "side by side": Case(
         side_by_side,
         {"a": (4, 3), "b": (4, 2)} | DOWN,

@@ -367,26 +367,19 @@ def _dynamic_update_slice(coupling: Coupling, eqn: Any, values: Sequence[Value])
     value, update, *_ = values
     cut = [axis for axis, n in enumerate(update.shape) if n != value.shape[axis]]
     coupling.pin((each.axes[axis] for each in (value, update) for axis in cut), PART)
-    axes: list[Along] = []
-    for axis, n in enumerate(value.shape):
-        along = coupling.united((value.axes[axis], update.axes[axis])) if axis not in cut else coupling.fixed(n, PART)
-        axes.append(along)
-    if any(each.data for each in values):
-        coupling.mark_written(value, range(len(value.shape)))
-        coupling.mark_written(update, range(len(value.shape)))
-    return [Value(value.shape, tuple(axes), data=any(each.data for each in values))]
+    for each in (value, update):
+        coupling.mark_written(each, range(len(value.shape)))
+    axes = tuple(
+        coupling.fixed(n, PART) if axis in cut else coupling.united((value.axes[axis], update.axes[axis]))
+        for axis, n in enumerate(value.shape)
+    )
+    return [Value(value.shape, axes, data=any(each.data for each in values))]
 
 
 def _gather(coupling: Coupling, eqn: Any, values: Sequence[Value]) -> list[Value]:
     (operand, indices), numbers, (shape,) = values, eqn.params["dimension_numbers"], _shapes(eqn)
     if (order := _known_order(eqn, operand, indices)) is not None:
-        # The same entries in an order that the program fixes: a re-arrangement.
-        row = numbers.start_index_map[0]
-        taken = _selected(coupling, operand, {row: order})
-        sources = [axis for axis in range(len(operand.shape)) if axis != row]
-        sources.insert(next(k for k in range(len(shape)) if k not in numbers.offset_dims), row)
-        terms = None if taken.terms is None else tuple(tuple(term[k] for k in sources) for term in taken.terms)
-        return [Value(shape, tuple(taken.axes[k] for k in sources), terms, taken.data)]
+        return [_reordered(coupling, eqn, operand, order)]
     rows = [int(axis) for axis in numbers.collapsed_slice_dims]
     batched = [int(axis) for axis in numbers.operand_batching_dims]
     coupling.pin((operand.axes[axis] for axis in rows), ROWS)
@@ -420,6 +413,17 @@ def _known_order(eqn: Any, operand: Value, indices: Value) -> Indices | None:
         return None
     order = indices.facts.constant()[:, 0].astype(np.int64)
     return order if order.size and order.min() >= 0 and order.max() < operand.shape[rows[0]] else None
+
+
+def _reordered(coupling: Coupling, eqn: Any, operand: Value, order: Indices) -> Value:
+    """A gather of entries in an order that the program fixes: a re-arrangement."""
+    numbers, (shape,) = eqn.params["dimension_numbers"], _shapes(eqn)
+    row = numbers.start_index_map[0]
+    taken = _selected(coupling, operand, {row: order})
+    axes = [axis for axis in range(len(operand.shape)) if axis != row]
+    axes.insert(next(k for k in range(len(shape)) if k not in numbers.offset_dims), row)
+    terms = None if taken.terms is None else tuple(tuple(term[k] for k in axes) for term in taken.terms)
+    return Value(shape, tuple(taken.axes[k] for k in axes), terms, taken.data)
 
 
 def _unchanged(coupling: Coupling, eqn: Any, values: Sequence[Value]) -> list[Value]:
