@@ -118,7 +118,7 @@ def test_what_a_head_has_is_distilled_and_what_it_lacks_is_said(run, heads, rows
 
 
 @pytest.mark.parametrize("head", ["encoder", "masked_lm", "sequence_classification"])
-@pytest.mark.parametrize("name", packaged_recipes())
+@pytest.mark.parametrize("name", sorted({*packaged_recipes()} - {"demo-smollm2"}))  # that one is for a decoder
 def test_the_recipes_of_the_library_fit_every_head(heads, head, name):
     steps, loaded = recipe.read_recipe(name), recipe.load_model(heads[head])
     check_selections(steps, loaded.params)

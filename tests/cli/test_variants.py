@@ -24,7 +24,6 @@ RECIPES = {
         "[[quantize]]\nselect = '.*/(kernel|embedding)'\nbits = 4\n"
     ),
     "distilbert": (
-        "[[prune]]\nselect = 'distilbert/transformer/.*/kernel'\nsparsity = 0.5\n"
         "[[quantize]]\nselect = 'distilbert/transformer/.*/kernel'\nbits = 4\n"
         "[distil]\nepochs = 1\nlearning_rate = 1e-3\nbatch_size = 2\nsoft_targets = 1\npooled = 1\nhidden = 1\n"
     ),
@@ -58,7 +57,7 @@ def test_compressed_compared_and_inspected(run, directories, tmp_path, variant):
     model, out, data, outputs = directories[variant], tmp_path / "out", tmp_path / "rows.csv", tmp_path / "logits.npz"
     data.write_text("\n".join(["text,label", *(f"{row},{i % 2}" for i, row in enumerate(ROWS))]))
     (tmp_path / "recipe.toml").write_text(RECIPES[variant])
-    options = ["--data", data] if "distil]" in RECIPES[variant] else []
+    options = ["--data", data] if "[distil]" in RECIPES[variant] else []
     code, _, stderr = run("compress", model, "--recipe", tmp_path / "recipe.toml", "--out", out, *options)
     assert code == 0, stderr
     files = {path.name for path in model.iterdir()} - {"config.json", "model.safetensors"}
@@ -96,7 +95,7 @@ def _texts():
 @pytest.mark.parametrize("variant", RECIPES)
 def test_the_recipes_of_the_library_fit(directories, variant):
     params = recipe.load_model(directories[variant]).params
-    for name in packaged_recipes():
+    for name in {*packaged_recipes()} - {"demo-smollm2"}:  # that one is for a decoder
         check_selections(recipe.read_recipe(name), params)
 
 
