@@ -1,1 +1,1 @@
-"""BERT in Flax, whose sizes may differ from layer to layer."""
+"""BERT and its variants RoBERTa, XLM-RoBERTa and DistilBERT in Flax, whose sizes may differ from layer to layer."""

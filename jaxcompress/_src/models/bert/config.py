@@ -38,10 +38,10 @@ class BertConfig:
         intermediate_size: FFN width of each layer; an int is repeated for every layer. 0 works as 0 heads do.
         head_size: width of one head. If not given, `hidden_size` over the heads, which must be the same everywhere.
         max_position_embeddings: rows of the position embedding.
-        position_offset: position of the first token. If not given 0, and for a RoBERTa 2: as there, positions are then
-            counted over the tokens of `attention_mask`, and padding has the position before the first.
+        position_offset: position of the first token. If not given 0, and for a RoBERTa 2 (`pad_token_id + 1` in files):
+            its positions are counted over the tokens of `attention_mask`, and padding has the position before the first.
         type_vocab_size: rows of the token type embedding. If not given 2, and for a DistilBERT, which has none, 0.
-        hidden_act: `gelu` (exact, erf), `gelu_new` (tanh) or `relu`.
+        hidden_act: `gelu` (exact, erf), `gelu_new` or `gelu_pytorch_tanh` (tanh), `relu` or `silu`.
         layer_norm_eps: added to the variance in every LayerNorm; of a DistilBERT always 1e-12.
         hidden_dropout_prob: dropout on embeddings and sublayer outputs.
         attention_probs_dropout_prob: dropout on attention probabilities.
@@ -64,6 +64,9 @@ class BertConfig:
         ... )
         >>> config.num_attention_heads, config.intermediate_size, config.head_size
         ((4, 4), (64, 48), 8)
+        >>> roberta = dataclasses.replace(config, model_type="roberta", max_position_embeddings=514, position_offset=2)
+        >>> roberta.max_tokens
+        512
 
     References:
         Devlin et al. 2018, https://arxiv.org/abs/1810.04805. RoBERTa: Liu et al. 2019,

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxcompress._src.models.family import Head
 
-BERT_SETTINGS: Mapping[str, str] = MappingProxyType(
+_BERT_KEYS: Mapping[str, str] = MappingProxyType(
     {
         name: name
         for name in (
@@ -29,7 +29,7 @@ BERT_SETTINGS: Mapping[str, str] = MappingProxyType(
 )
 """Field of a `BertConfig` -> its key in `config.json`."""
 
-DISTILBERT_SETTINGS: Mapping[str, str] = MappingProxyType(
+_DISTILBERT_KEYS: Mapping[str, str] = MappingProxyType(
     {
         "vocab_size": "vocab_size",
         "hidden_size": "dim",
@@ -136,7 +136,7 @@ BERT = Variant(
     transform_norm="cls/predictions/transform/LayerNorm",
     decoder="cls/predictions/decoder",
     decoder_bias="cls/predictions/bias",
-    settings=BERT_SETTINGS,
+    settings=_BERT_KEYS,
     defaults={"type_vocab_size": 2, "position_offset": 0},
     fixed={"position_offset": 0},
 )
@@ -150,7 +150,7 @@ ROBERTA = Variant(
     transform_norm="lm_head/layer_norm",
     decoder="lm_head/decoder",
     decoder_bias="lm_head/bias",
-    settings=BERT_SETTINGS,
+    settings=_BERT_KEYS,
     defaults={"type_vocab_size": 2, "position_offset": 2},
     fixed={},
 )
@@ -174,7 +174,7 @@ DISTILBERT = Variant(
     transform_norm="vocab_layer_norm",
     decoder="vocab_projector",
     decoder_bias="vocab_projector/bias",
-    settings=DISTILBERT_SETTINGS,
+    settings=_DISTILBERT_KEYS,
     defaults={"type_vocab_size": 0, "position_offset": 0, "classifier_dropout": 0.2},
     fixed={"type_vocab_size": 0, "position_offset": 0, "layer_norm_eps": 1e-12},
 )

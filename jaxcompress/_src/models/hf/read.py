@@ -46,10 +46,11 @@ def from_pretrained(
 
     Args:
         directory: where the files are; or path of a file that ends in `.gguf`.
-        head: of BERT "encoder", "sequence_classification" or "masked_lm", of decoders "decoder", "causal_lm" or
-            "sequence_classification"; by default, what `config.json` says.
+        head: of BERT and its variants "encoder", "sequence_classification" or "masked_lm", of decoders "decoder",
+            "causal_lm" or "sequence_classification"; by default, what `config.json` says.
         num_labels: outputs of the classifier; by default, what `config.json` says.
-        pooling: of BERT "cls" or "mean", see `BertConfig`; by default, what `config.json` says, or else "cls".
+        pooling: of BERT and its variants "cls" or "mean", see `BertConfig`; by default, what `config.json` says, or
+            else "cls".
         key: for the weights of a new head.
         dtype: of the module's computation. Parameters keep the dtype they are stored in.
 
