@@ -39,7 +39,7 @@ class BertConfig:
         head_size: width of one head. If not given, `hidden_size` over the heads, which must be the same everywhere.
         max_position_embeddings: rows of the position embedding.
         position_offset: position of the first token. If not given 0, and for a RoBERTa 2 (`pad_token_id + 1` in files):
-            its positions are counted over the tokens of `attention_mask`, and padding has the position before the first.
+            its positions are counted over the tokens of `attention_mask`, and padding has the one before the first.
         type_vocab_size: rows of the token type embedding. If not given 2, and for a DistilBERT, which has none, 0.
         hidden_act: `gelu` (exact, erf), `gelu_new` or `gelu_pytorch_tanh` (tanh), `relu` or `silu`.
         layer_norm_eps: added to the variance in every LayerNorm; of a DistilBERT always 1e-12.
