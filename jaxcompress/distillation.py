@@ -19,6 +19,7 @@ from jaxcompress._src.distillation.projections import least_squares as least_squ
 from jaxcompress._src.distillation.state_losses import batch_similarities as batch_similarities
 from jaxcompress._src.distillation.state_losses import cosine_states as cosine_states
 from jaxcompress._src.distillation.state_losses import hidden_states as hidden_states
+from jaxcompress._src.distillation.student import layer_map as layer_map
 from jaxcompress._src.distillation.student import select_layers as select_layers
 from jaxcompress._src.distillation.taps import tap as tap
 from jaxcompress._src.distillation.teacher_cache import read_teacher_outputs as read_teacher_outputs

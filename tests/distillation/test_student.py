@@ -7,8 +7,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from jaxcompress._src.distillation.student import layer_map
-from jaxcompress.distillation import select_layers
+from jaxcompress.distillation import layer_map, select_layers
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(1, 1), (1, 12), (5, 12), (12, 12), (4, 24)])

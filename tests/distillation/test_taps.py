@@ -94,10 +94,16 @@ class _Net(nn.Module):
     def __call__(self, x):
         shared = nn.Dense(4, name="shared")
         x = nn.relu(shared(shared(x)))
-        return nn.Dense(2, name="head")(x), {"pooled": x.mean(axis=0)}
+        return _Head(name="head")(x)[0]
 
     def both(self, x):
-        return self(x)[0]
+        return self(x)
+
+
+class _Head(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x), {"pooled": x.mean(axis=0)}
 
 
 def test_outputs_of_linen_modules():
@@ -105,10 +111,10 @@ def test_outputs_of_linen_modules():
     _, captured = _Net().apply(variables, X, capture_intermediates=True, mutable=["intermediates"])
     inside = captured["intermediates"]
     outputs = tap(lambda v, x: {"y": _Net().apply(v, x, method="both")}, ".*")(variables, X)
-    assert list(outputs) == ["y", "shared", "shared[1]", "head", "both"]
+    assert list(outputs) == ["y", "shared", "shared[1]", "head/Dense_0", "head:0", "head:1/pooled", "both"]
     np.testing.assert_array_equal(outputs["shared"], inside["shared"]["__call__"][0])
     np.testing.assert_array_equal(outputs["shared[1]"], inside["shared"]["__call__"][1])
-    np.testing.assert_array_equal(outputs["head"], inside["head"]["__call__"][0])
+    np.testing.assert_array_equal(outputs["head:1/pooled"], inside["head"]["__call__"][0][1]["pooled"])
 
 
 def test_outputs_of_linen_modules_under_scan_and_remat():

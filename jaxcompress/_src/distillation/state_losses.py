@@ -31,9 +31,9 @@ def hidden_states(
     """Mean over the features of (student - teacher)², summed over unmasked positions and over pairs of layers.
 
     Args:
-        pairs: (student layer, teacher layer): places in the output, which is a sequence of states or an array with a
-            leading layer axis. `ClosestLayers` chooses them at each step. None: the output is one array itself (a
-            pooled vector, say).
+        pairs: (student layer, teacher layer), such as `layer_map` gives: places in the output, which is a sequence of
+            states or an array with a leading layer axis. `ClosestLayers` chooses them at each step. None: the output is
+            one array itself (a pooled vector, say).
         output: its name in the outputs of both; states are (batch, positions, features) or (batch, features), any float
             dtype; the arithmetic is float32.
         mask: entry of the batch, (batch, positions), nonzero where positions count; used only for states with

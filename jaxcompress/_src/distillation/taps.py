@@ -26,7 +26,8 @@ def tap(apply: Callable[..., Any], taps: str | Mapping[str, str]) -> Callable[..
     Tensors have names:
 
     - what Flax modules return, Linen's or NNX's: the path of the module, such as `encoder/layer/0/attention`. Of other
-      methods than `__call__`, the path and the method. Of several results, `/` and the place of each in the result.
+      methods than `__call__`, the path and the method. Of several results, `:` and the place of each, such as
+      `encoder/layer/0:0`.
       The outermost module is left out: it returns the outputs.
     - what `jax.ad_checkpoint.checkpoint_name(x, name)` marks: the name.
 
@@ -215,7 +216,7 @@ def _tagged(result: Any, path: Sequence[Any], method: str) -> Any:
     name = "/".join(map(str, [*path, *([] if method == "__call__" else [method])]))
 
     def tag(keys: Any, leaf: Any) -> Any:
-        full = "/".join(filter(None, (name, path_string(keys) if keys else "")))
+        full = f"{name}:{path_string(keys)}" if keys else name
         return checkpoint_name(leaf, full) if name and isinstance(leaf, jax.Array) else leaf
 
     # Other nodes, such as modules of NNX, are handed on as they are.
