@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import jaxcompress as jc
 from jaxcompress._src.arrays.packed import pack
 from jaxcompress.arrays import QuantizedArray, component_shardings
 from jaxcompress.checkpoint import restore, save
+from jaxcompress.training import Checkpoints, fit
 
 
 def mesh() -> Mesh:
@@ -61,8 +63,8 @@ def apply(params: Any, batch: Any, *, key: Any, train: bool) -> dict[str, jax.Ar
     return {"logits": batch["x"] @ params["kernel"] + params["bias"][None]}
 
 
-def train(mesh: Mesh, seed: int = 0) -> Any:
-    """The state after a step of distillation, with learned quantization inside."""
+def begin(mesh: Mesh, seed: int = 0) -> tuple[Any, Any]:
+    """The first state of a distillation with learned quantization inside, and `(state, batch) -> (state, metrics)`."""
     params = weights(mesh)
     init_state, step = jc.distillation.make_train_step(
         apply,
@@ -72,10 +74,55 @@ def train(mesh: Mesh, seed: int = 0) -> Any:
         transform=jc.quantization.lsq(jc.quantization.QuantSpec(bits=4)),
         transform_optimizer=optax.sgd(1e-3),
     )
-    x = np.eye(16, dtype=np.float32)
-    batch = {"x": spread(x, NamedSharding(mesh, P("data")))}
-    state = init_state(params, key=jax.random.key(seed))
-    return step(state, params, batch)[0]
+    return init_state(params, key=jax.random.key(seed)), lambda state, batch: step(state, params, batch)
+
+
+def batches(mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
+    while True:
+        yield {"x": spread(np.eye(16, dtype=np.float32), NamedSharding(mesh, P("data")))}
+
+
+def train(mesh: Mesh, seed: int = 0) -> Any:
+    """The state after a step."""
+    state, step = begin(mesh, seed)
+    return step(state, next(batches(mesh)))[0]
+
+
+def run(mesh: Mesh, path: Path, batches: Iterator[Any], figures: list[Any]) -> Any:
+    """The state after six steps, begun at the last checkpoint."""
+    state, step = begin(mesh)
+    with Checkpoints(path, config={"bits": 4}, keep_last=3, keep_best=1) as checkpoints:
+        return fit(
+            state,
+            step,
+            batches,
+            steps=6,
+            checkpoints=checkpoints,
+            save_every=2,
+            log_every=2,
+            sinks=[lambda *line: figures.append(line)],
+        )[0]
+
+
+def check_run(mesh: Mesh, path: Path) -> None:
+    """One process gets SIGTERM, and both stop after the same step; what is left is done by another run."""
+    number, figures = jax.process_index(), []
+
+    def stopped() -> Iterator[Any]:
+        for at, batch in enumerate(batches(mesh)):
+            if at == 2 and number == 1:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    with fails(SystemExit, str(128 + signal.SIGTERM)):
+        run(mesh, path, stopped(), figures)
+    # What one process got in its third step, both know after the fourth.
+    assert sorted(int(step.name) for step in path.iterdir() if step.name.isdigit()) == [2, 4]
+    run(mesh, path, batches(mesh), figures)
+    # The first process writes figures.
+    assert [step for step, _ in figures] == ([] if number else [2, 4, 6])
+    with Checkpoints(path, config={"bits": 3}) as checkpoints, fails(ValueError, "`bits` is 4 there, and 3 here"):
+        checkpoints.restore(begin(mesh)[0])
 
 
 def main(number: int, address: str, folder: Path) -> None:
@@ -89,6 +136,7 @@ def main(number: int, address: str, folder: Path) -> None:
         save(folder / storage, tree, metadata={"process": number}, overwrite=True, storage=storage)
         check_restored(folder / storage, grid, tree)
     save(folder / "state", train(grid))
+    check_run(grid, folder / "run")
     check_errors(folder, grid)
 
 
@@ -144,7 +192,7 @@ def check_errors(folder: Path, mesh: Mesh) -> None:
 
 
 @contextlib.contextmanager
-def fails(error: type[Exception], message: str) -> Iterator[None]:
+def fails(error: type[BaseException], message: str) -> Iterator[None]:
     try:
         yield
     except error as err:

@@ -1,6 +1,7 @@
 """Two JAX processes of four devices each do what one of eight does: train, save, restore, and fail together."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import several_processes
 
 from jaxcompress.checkpoint import restore
+from jaxcompress.training import Checkpoints
 
 SCRIPT = Path(several_processes.__file__)
 SECONDS = 240
@@ -59,12 +61,22 @@ def test_the_saved_tree_is_that_of_one_process(folder, assert_same, storage):
 def test_the_trained_state_is_that_of_one_process(folder):
     expected = several_processes.train(several_processes.mesh())
     found, _ = restore(folder / "state", like=expected)
-    for path, new in jax.tree_util.tree_leaves_with_path(found):
-        old = expected
-        for key in path:
-            old = (
-                old[key.key] if hasattr(key, "key") else old[key.idx] if hasattr(key, "idx") else getattr(old, key.name)
-            )
+    check_close(found, expected)
+
+
+def test_a_run_goes_on_in_one_process_as_in_two(folder, tmp_path):
+    """Two processes were stopped, and went on to the end; one restores what they left in the middle and at the end."""
+    mesh = several_processes.mesh()
+    expected = several_processes.run(mesh, tmp_path / "run", several_processes.batches(mesh), [])
+    with Checkpoints(folder / "run", config={"bits": 4}, keep_last=3, keep_best=1) as checkpoints:
+        assert checkpoints.steps() == [2, 4, 6]
+        check_close(checkpoints.restore(expected)[0], expected)
+    shutil.copytree(folder / "run" / "2", tmp_path / "again" / "2")
+    check_close(several_processes.run(mesh, tmp_path / "again", several_processes.batches(mesh), []), expected)
+
+
+def check_close(found, expected):
+    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         if jax.numpy.issubdtype(new.dtype, jax.dtypes.prng_key):
             new, old = jax.random.key_data(new), jax.random.key_data(old)
         assert (new.shape, new.dtype) == (old.shape, old.dtype), path
@@ -72,4 +84,12 @@ def test_the_trained_state_is_that_of_one_process(folder):
 
 
 def test_nothing_is_left_behind(folder):
-    assert sorted(path.name for path in folder.iterdir()) == ["damaged", "entropy", "log0", "log1", "orbax", "state"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "damaged",
+        "entropy",
+        "log0",
+        "log1",
+        "orbax",
+        "run",
+        "state",
+    ]

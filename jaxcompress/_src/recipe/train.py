@@ -1,7 +1,6 @@
 """Training loops over tokenized texts: fine-tuning, and distillation with a transform inside."""
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +23,7 @@ from jaxcompress._src.recipe.heads import (
 from jaxcompress._src.recipe.progress import Progress, Silent
 from jaxcompress._src.recipe.steps import Training
 from jaxcompress._src.recipe.tokens import Tokens, row_widths, training_batches
+from jaxcompress._src.training.fit import fit
 from jaxcompress._src.transforms import identity
 from jaxcompress._src.types import Params, Selector, Transform
 
@@ -146,15 +146,19 @@ def train(
         trainable=trainable,
     )
     state = init_state(params, key=jax.random.key(training.seed))
+    batches = (_with_teacher(batch, cached) for batch in _batches(tokens, training))
     with (progress or Silent()).task(name, total) as task:
-        for batch in itertools.islice(_batches(tokens, training), total):
-            state, metrics = step(state, teacher, _with_teacher(batch, cached))
-            loss = float(metrics["loss"][0])
-            if not np.isfinite(loss):
-                raise ValueError(f"{name}: the loss became {loss} at step {int(state.step)}; lower `learning_rate`.")
-            if float(metrics["skipped"][0]):
-                raise ValueError(f"{name}: a gradient is NaN or Inf at step {int(state.step)}; lower `learning_rate`.")
-            task.advance(loss=loss)
+        try:
+            state, _ = fit(
+                state,
+                lambda state, batch: step(state, teacher, batch),
+                batches,
+                steps=total,
+                log_every=1,
+                sinks=[lambda _, figures: task.advance(loss=figures["loss"])],
+            )
+        except FloatingPointError as err:
+            raise ValueError(f"{name}: {err}; lower `learning_rate`.") from err
     return state.params, state.transform_state
 
 
