@@ -178,7 +178,7 @@ def placed(params: Any, grid: Mesh) -> Any:
 def read_teacher(path: Path | None, *, quick: bool) -> tuple[Any, Any]:
     if path is not None:
         return from_pretrained(path)
-    sizes = (128, 32, 4, 4) if quick else (50_304, 768, 12, 12)
+    sizes = (128, 32, 2, 2) if quick else (50_304, 768, 12, 12)
     config = GPT2Config(
         vocab_size=sizes[0], hidden_size=sizes[1], num_hidden_layers=sizes[2], num_attention_heads=sizes[3],
         max_position_embeddings=64 if quick else 1024, head="causal_lm",

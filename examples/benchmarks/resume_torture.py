@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     kills = 3 if arguments.quick else arguments.kills
-    steps = 60 if arguments.quick else 300
+    steps = 40 if arguments.quick else 300
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as directory:
         whole, run, stopped = (Path(directory) / name for name in ("whole", "run", "stopped"))
@@ -74,8 +74,9 @@ def main() -> None:
         differing += difference(whole, run) + (code != 0)
         status, _ = watched(stopped, steps, signal.SIGTERM, seconds / 3)
         saved = last_step(stopped)
-        code, _ = watched(stopped, steps)
-        differing += difference(whole, stopped) + (code != 0)
+        if not arguments.quick:
+            code, _ = watched(stopped, steps)
+            differing += difference(whole, stopped) + (code != 0)
     figures = {
         "steps": steps,
         "kills": len(found),
