@@ -2,6 +2,7 @@
 
 from jaxcompress._src.lowrank.factors import compress_factors as compress_factors
 from jaxcompress._src.lowrank.gates import rank_gates as rank_gates
+from jaxcompress._src.lowrank.lora import lora as lora
 from jaxcompress._src.lowrank.ranks import budget as budget
 from jaxcompress._src.lowrank.ranks import energy as energy
 from jaxcompress._src.lowrank.ranks import parameter_share as parameter_share

@@ -94,6 +94,15 @@ TABLE: dict[str, Row] = {
     "rank gates": Row(
         make=lambda: lowrank.rank_gates(strength=0.01, drop_rate=0.4), zeros=0.0, trains=True, exact=False
     ),
+    "LoRA": Row(
+        make=lambda: lowrank.lora(rank=3, alpha=6.0, train=jc.tree.by_path(".*bias")),
+        trains=True,
+        exact=False,
+        rate=0.1,
+    ),
+    "LoRA, factors": Row(
+        make=lambda: lowrank.lora(rank=3, store="factors", select=KERNELS), trains=True, rate=0.1, variant=True
+    ),
     "hard concrete gates": Row(
         make=lambda: gates.hard_concrete([UNITS], penalty=lambda_penalty(10.0, examples=100)),
         zeros=0.5,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxcompress._src.tree.maps import map_with_path
 from jaxcompress._src.tree.partition import combine, partition_trainable
 from jaxcompress._src.tree.unselected import is_unselected
-from jaxcompress._src.types import Params, Transform, TransformState, is_compressed
+from jaxcompress._src.types import Params, Selector, Transform, TransformState, is_compressed
 
 PullBack = Callable[[Params], tuple[Any, Params, Any]]
 """`grads_of_effective -> (stage_grads, grads_params, grads_trainable)`."""
@@ -32,7 +32,7 @@ def chain(*transforms: Transform) -> Transform:
     The order matters: prune before quantizing. Where a stage takes `params` for reading (`init`, `penalty`, `update`),
     it gets its deterministic input: what the stages before it return at `key=None`, in `update` with their new states.
     `project` and `finalize` hand `params` on from stage to stage. Keys are split, one for each stage; penalties are
-    added; a weight is fresh when any stage says so.
+    added; a weight is fresh, and a leaf frozen, when any stage says so.
 
     Args:
         *transforms: in the order of application. Chains among them are taken apart; none at all gives `identity()`.
@@ -58,6 +58,7 @@ def chain(*transforms: Transform) -> Transform:
         project=_chain_project(stages),
         finalize=_chain_finalize(stages),
         stages=stages,
+        frozen=_chain_frozen(stages),
     )
 
 
@@ -103,6 +104,27 @@ def pullback(
         return tuple(reversed(of_stages)), grads, tuple(reversed(of_trainable))
 
     return params, pull
+
+
+def trained_leaves(transform: Transform, select: Selector | None) -> Selector | None:
+    """The leaves of a selector (by default all) that a transform has not frozen.
+
+    Example:
+        >>> some = identity()._replace(frozen=lambda params: {"a": True, "b": False})
+        >>> (trained_leaves(some, None) or identity)({"a": 1, "b": 2})
+        {'a': False, 'b': True}
+    """
+    frozen = transform.frozen
+    if frozen is None:
+        return select
+
+    def marks(params: Params) -> Params:
+        selected = map_with_path(lambda *_: True, params) if select is None else select(params)
+        return map_with_path(
+            lambda _, _leaf, mark, frozen_mark: bool(mark) and not frozen_mark, params, selected, frozen(params)
+        )
+
+    return marks
 
 
 def checked_init(transform: Transform, params: Params, *, key: jax.Array | None, statistics: Any) -> TransformState:
@@ -250,6 +272,15 @@ def _chain_finalize(stages: tuple[Transform, ...]) -> Callable[..., Params]:
         return params
 
     return finalize
+
+
+def _chain_frozen(stages: tuple[Transform, ...]) -> Selector | None:
+    selectors = [stage.frozen for stage in stages if stage.frozen is not None]
+
+    def frozen(params: Params) -> Params:
+        return map_with_path(lambda _path, _leaf, *marks: any(marks), params, *(select(params) for select in selectors))
+
+    return frozen if selectors else None
 
 
 def _join_states(states: list[TransformState]) -> TransformState:

@@ -146,6 +146,7 @@ class Transform(NamedTuple):
         finalize: `(params, state) -> params` with compressed or smaller leaves; outside `jit`; accepts leaves that an
             earlier stage compressed.
         stages: the parts of a chain, in order; empty for anything else.
+        frozen: a selector of raw leaves that no optimizer may change, and that need no moments; None: there are none.
     """
 
     init: Callable[..., TransformState]
@@ -155,3 +156,4 @@ class Transform(NamedTuple):
     project: Callable[..., tuple[Params, TransformState]]
     finalize: Callable[..., Params]
     stages: tuple["Transform", ...] = ()
+    frozen: Selector | None = None

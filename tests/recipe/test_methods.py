@@ -166,7 +166,8 @@ def test_every_transform_runs_in_one_training(model, tokens, recipe_of):
     read = recipe_of(text + DISTIL + CALIBRATE)
     trained = {step.name for _, step in read.steps}
     assert trained == {name for entries in METHODS.values() for name, row in entries.items() if row.trains} - {
-        "hard_concrete"
+        "hard_concrete",
+        "lora",
     }
     # Three steps are too few for the gates to close.
     with pytest.warns(jc.schedules.UnfinishedScheduleWarning, match="open directions"):
@@ -182,6 +183,25 @@ def test_every_transform_runs_in_one_training(model, tokens, recipe_of):
     factorized = leaves["bert/pooler/dense/kernel"]
     assert 0 < np.abs(factorized - _leaves(model[1])["bert/pooler/dense/kernel"]).max() < 0.1
     assert isinstance(leaves["classifier/kernel"], CodebookArray)
+
+
+def test_factors_are_trained_beside_quantized_weights(model, tokens, recipe_of):
+    """A training of its own: everything but the factors is frozen."""
+    quantized, plain = KERNELS[0], KERNELS[-1]
+    text = f"[[quantize]]\nselect = '{quantized}'\nbits = 4\nfrozen = true\n"
+    text += f"[[lowrank]]\nmethod = 'lora'\nselect = '{quantized}|{plain}'\nrank = 2\nalpha = 4.0\n"
+    dense, leaves = _leaves(model[1]), _leaves(recipe.compress(recipe_of(text + DISTIL), *model, tokens))
+    assert isinstance(leaves[quantized], LowRankArray)
+    assert isinstance(leaves[quantized].residual, QuantizedArray)
+    for path, leaf in dense.items():
+        if path not in (quantized, plain):
+            np.testing.assert_array_equal(leaves[path], leaf, err_msg=path)
+    change = np.linalg.svd(np.asarray(leaves[plain], np.float64) - dense[plain], compute_uv=False)
+    assert change[0] > 1e-6
+    assert change[2] < 1e-6 + 1e-3 * change[0]
+    pruned = f"[[prune]]\nselect = '{plain}'\nsparsity = 0.5\n" + text
+    with pytest.raises(ValueError, match=r"is in \[\[prune\]\] 1, and \[\[lowrank\]\] 1, 'lora', would give its zeros"):
+        recipe.compress(recipe_of(pruned + DISTIL), *model, tokens)
 
 
 # Options; half of the weights become zero.
@@ -315,7 +335,7 @@ def test_units_are_taken_out(model, tokens, recipe_of, method):
 RUN = {
     "shrink": SHRINKING,
     "prune": [*PRUNING_TRANSFORMS, *ONE_SHOT_PRUNING, "tune_masked"],
-    "lowrank": [*LOW_RANK, "compress_factors", "rank_gates"],
+    "lowrank": [*LOW_RANK, "compress_factors", "rank_gates", "lora"],
     "quantize": [
         *QUANTIZATION_TRANSFORMS, *ROUNDING, "smooth", "correct_biases", "quantize_inputs", "learned_rounding",
     ],

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcompress._src.arrays.sharding import spec_entries
 from jaxcompress._src.distillation.placement import put
 from jaxcompress._src.tree.checks import is_traced
-from jaxcompress._src.tree.maps import map_with_path
-from jaxcompress._src.tree.paths import path_string
+from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, TransformState, exportable, is_compressed
 
@@ -64,43 +64,63 @@ def placed(state: TrainState) -> TrainState:
     """The state with everything on the mesh of the parameters, if they have one.
 
     What belongs to a leaf of the parameters (its path ends like the leaf's, its shape is the same: scores, masks,
-    moments) lies where the leaf does; of the rest, what lies on no particular device is replicated. A step returns all
-    its leaves on the mesh: what started elsewhere would be compiled once more.
+    moments) lies where the leaf does. So do parts of it, along the axes that they have: shapes with 1 in place of some
+    axes, perhaps with further axes behind (scales of whole axes, the factors of `lora`). Of the rest, what lies on no
+    particular device is replicated. A step returns all its leaves on the mesh: what started elsewhere would be compiled
+    once more.
     """
-    arrays = jax.tree_util.tree_flatten_with_path(state.params)[0]
+    arrays = leaves_with_paths(state.params, is_leaf=_never)
     if any(is_traced(leaf) for _, leaf in arrays):
         return state
-    owners = {path_string(keys): leaf for keys, leaf in arrays}
-    mesh = next((x.sharding.mesh for x in owners.values() if isinstance(x.sharding, jax.sharding.NamedSharding)), None)
+    owners = {path: (leaf.shape, leaf.sharding) for path, leaf in arrays}
+    for path, leaf in leaves_with_paths(state.params):
+        if is_compressed(leaf) and (sharding := _sharding_of(leaf)) is not None:
+            owners[path] = (leaf.shape, sharding)
+    mesh = next((known.mesh for _, known in owners.values() if isinstance(known, NamedSharding)), None)
     if mesh is None:
         return state
-    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
 
-    def place(keys: Any, leaf: jax.Array) -> jax.Array:
-        owner = _owner(path_string(keys), leaf, owners)
-        if owner is None:
+    def place(path: str, leaf: Any) -> jax.Array:
+        sharding = _inherited(path, leaf, owners)
+        if sharding is None:
             return leaf if leaf.committed else put(leaf, replicated)
-        return leaf if leaf.sharding == owner.sharding else put(leaf, owner.sharding)
+        return leaf if leaf.sharding == sharding else put(leaf, sharding)
 
-    return jax.tree_util.tree_map_with_path(place, state)
+    return map_with_path(place, state, is_leaf=_never)
 
 
-def matched_to(new: Any, old: Any) -> Any:
-    """`new` with strongly typed leaves that lie where those before did, checked against the state before the step.
+def shardings_of(state: TrainState) -> tuple[NamedSharding | None, ...]:
+    """Where the leaves of a state lie, as a static argument of the step; empty where none is on a mesh."""
+    leaves = jax.tree.leaves(state)
+    shardings = [None if is_traced(leaf) else getattr(leaf, "sharding", None) for leaf in leaves]
+    named = tuple(_canonical(each) if isinstance(each, NamedSharding) else None for each in shardings)
+    return named if any(each is not None for each in named) else ()
+
+
+def matched_to(new: TrainState, old: TrainState, shardings: tuple[NamedSharding | None, ...]) -> TrainState:
+    """`new` with strongly typed leaves, checked against the state before the step, that lie where those before did.
+
+    Args:
+        new: after the step.
+        old: before it.
+        shardings: from `shardings_of`, of `old`.
 
     Raises:
         ValueError: a leaf changed its shape or dtype, which would be traced anew at every step.
     """
+    structure = jax.tree.structure(old)
 
-    def check(path: str, leaf: Any, before: jax.Array) -> jax.Array:
+    def check(path: str, leaf: Any, before: jax.Array, sharding: NamedSharding | None) -> jax.Array:
         leaf = jnp.asarray(leaf)
         if leaf.shape != before.shape or leaf.dtype != before.dtype:
             raise ValueError(
                 f"A step changed {path!r} from {before.dtype}{list(before.shape)} to {leaf.dtype}{list(leaf.shape)}."
             )
-        return _alike(jnp.asarray(leaf, dtype=leaf.dtype), before)
+        return _alike(jnp.asarray(leaf, dtype=leaf.dtype), before, sharding)
 
-    return map_with_path(check, new, old, is_leaf=_never)
+    places = structure.unflatten(shardings or [None] * structure.num_leaves)
+    return map_with_path(check, new, old, places, is_leaf=_never)
 
 
 def unless(skipped: jax.Array, new: Any, old: Any) -> Any:
@@ -148,24 +168,48 @@ def reset_moments(optimizer: optax.GradientTransformation, state: Any, fresh: An
     )
 
 
-def _owner(path: str, leaf: jax.Array, owners: dict[str, Any]) -> Any:
-    """The leaf of the parameters that a leaf of the state belongs to, or None."""
+@functools.lru_cache(maxsize=4096)
+def _canonical(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding as a step returns it: otherwise its second call would be traced anew."""
+    entries = [entry[0] if isinstance(entry, tuple) and len(entry) == 1 else entry or None for entry in sharding.spec]
+    while entries and entries[-1] is None:
+        entries.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*entries), memory_kind=sharding.memory_kind)
+
+
+def _inherited(path: str, leaf: jax.Array, owners: dict[str, tuple[tuple[int, ...], Any]]) -> Any:
+    """The sharding that a leaf of the state takes from the leaf of the parameters that it belongs to, or None."""
     parts = path.split("/")
     for start in range(len(parts)):
-        owner = owners.get("/".join(parts[start:]))
-        if owner is not None and owner.shape == leaf.shape:
-            return owner
+        shape, sharding = owners.get("/".join(parts[start:]), (None, None))
+        if shape == leaf.shape:
+            return sharding
+        if shape is None or leaf.ndim < len(shape) or not isinstance(sharding, NamedSharding):
+            continue
+        if any(size not in (1, whole) for size, whole in zip(leaf.shape, shape, strict=False)):
+            continue
+        entries = zip(leaf.shape, shape, spec_entries(sharding, len(shape)), strict=False)
+        cut = [entry if size == whole else None for size, whole, entry in entries]
+        return NamedSharding(sharding.mesh, PartitionSpec(*cut)) if any(cut) else None
     return None
 
 
-def _alike(leaf: jax.Array, before: jax.Array) -> jax.Array:
+def _sharding_of(leaf: Any) -> NamedSharding | None:
+    """Of a compressed leaf as a whole: that of its largest part with its axes."""
+    parts = [part for part in jax.tree.leaves(leaf) if part.ndim == leaf.ndim]
+    largest = max(parts, key=lambda part: part.size, default=None)
+    return largest.sharding if largest is not None and isinstance(largest.sharding, NamedSharding) else None
+
+
+def _alike(leaf: jax.Array, before: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     """`leaf`, sharded as another array: a step that moved its state would be compiled once more."""
     if not is_traced(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
-    sharding = jax.typeof(before).sharding
-    if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
-        return jax.sharding.reshard(leaf, sharding)
-    return shard_alike(leaf, before)[0]
+    explicit = jax.typeof(before).sharding
+    if jax.sharding.AxisType.Explicit in explicit.mesh.axis_types:
+        return jax.sharding.reshard(leaf, explicit)
+    # Not `shard_alike`: JAX lowers it once for each shape, so that all leaves of one shape would get one sharding.
+    return leaf if sharding is None else jax.lax.with_sharding_constraint(leaf, sharding)
 
 
 def _never(_: Any) -> bool:

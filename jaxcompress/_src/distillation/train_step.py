@@ -22,9 +22,10 @@ from jaxcompress._src.distillation.train_state import (
     matched_to,
     placed,
     reset_moments,
+    shardings_of,
     unless,
 )
-from jaxcompress._src.transforms import checked_init, checked_project, checked_update, identity
+from jaxcompress._src.transforms import checked_init, checked_project, checked_update, identity, trained_leaves
 from jaxcompress._src.tree.partition import combine, partition_trainable
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState
@@ -71,7 +72,7 @@ def make_train_step(
         transform: the technique; several in a `chain`. The loss that its `penalty` and `update` see is without penalty.
         transform_optimizer: for `transform_state.trainable`.
         trainable: which leaves of the parameters to train; by default all. The others keep their bits (unless the
-            transform's `project` changes them), and have no moments.
+            transform's `project` changes them), and have no moments, as those that the transform freezes (`lora`).
         mutable: names of collections that the student renews itself, such as `("batch_stats",)` of Flax's `BatchNorm`:
             entries of the parameters (`{"params": ..., "batch_stats": ...}`) that it also returns, as outputs of the
             same names. The step keeps what is returned; no optimizer touches them. Transforms see them as part of the
@@ -102,7 +103,8 @@ def make_train_step(
         `init_state(params, *, key, statistics=None) -> TrainState` copies every leaf and keeps its sharding, so that
         the first step deletes nothing that the caller still holds.
 
-        `step(state, teacher_params, batch) -> (state, metrics)` is jitted and donates `state`. `metrics` has a (sum,
+        `step(state, teacher_params, batch) -> (state, metrics)` is jitted (with `step.lower`), donates `state` and
+        leaves it where it lies. `metrics` has a (sum,
         count) for every loss (unweighted) and every metric, and, with count 1, "penalty", "loss" (all that is
         minimised), "skipped" (1 if the step was; its other figures are as they were found, NaN say) and, with a
         `loss_scale`, "loss_scale".
@@ -133,7 +135,7 @@ def make_train_step(
         losses={name: entry if isinstance(entry, tuple) else (1.0, entry) for name, entry in losses.items()},
         transform=transform,
         transform_optimizer=transform_optimizer,
-        trainable=immutable(tuple(mutable), trainable),
+        trainable=immutable(tuple(mutable), trained_leaves(transform, trainable)),
         mutable=tuple(mutable),
         micro_batches=micro_batches,
         metrics=metrics,
@@ -148,10 +150,26 @@ def make_train_step(
     def init_state(params: Params, *, key: jax.Array, statistics: Any = None) -> TrainState:
         return _init(setup, params, key, statistics)
 
-    def step(state: TrainState, teacher_params: Params, batch: Mapping[str, Any]) -> tuple[TrainState, Metrics]:
-        return _step(setup, state, teacher_params, batch)
+    def step(state: TrainState, teacher_params: Params, batch: Mapping[str, Any], shardings: Any) -> Any:
+        return _step(setup, state, teacher_params, batch, shardings)
 
-    return init_state, jax.jit(step, donate_argnums=0)
+    return init_state, _Step(jax.jit(step, donate_argnums=0, static_argnums=3))
+
+
+class _Step:
+    """A jitted step that leaves its state where it lies."""
+
+    def __init__(self, jitted: Any) -> None:
+        self._jitted = jitted
+
+    def __call__(
+        self, state: TrainState, teacher_params: Params, batch: Mapping[str, Any]
+    ) -> tuple[TrainState, Metrics]:
+        return self._jitted(state, teacher_params, batch, shardings_of(state))
+
+    def lower(self, state: TrainState, teacher_params: Params, batch: Mapping[str, Any]) -> Any:
+        """As `lower` of functions by `jax.jit`; arguments may be abstract."""
+        return self._jitted.lower(state, teacher_params, batch, shardings_of(state))
 
 
 def _init(setup: Setup, params: Params, key: jax.Array, statistics: Any) -> TrainState:
@@ -182,7 +200,7 @@ def _init(setup: Setup, params: Params, key: jax.Array, statistics: Any) -> Trai
 
 
 def _step(
-    setup: Setup, state: TrainState, teacher_params: Params, batch: Mapping[str, Any]
+    setup: Setup, state: TrainState, teacher_params: Params, batch: Mapping[str, Any], shardings: Any
 ) -> tuple[TrainState, Metrics]:
     next_key, apply_key, student_key, update_key = jax.random.split(state.key, 4)
     backward = backward_pass(setup, state, teacher_params, batch, apply_key, student_key)
@@ -214,7 +232,7 @@ def _step(
         ema=_averages(setup, state, trained, transform_state),
     )
     skipped = ~are_finite(total, *trained_gradients(setup, state.params, backward))
-    new = matched_to(new._replace(loss_scale=next_scale(setup.loss_scale, state.loss_scale, skipped)), state)
+    new = matched_to(new._replace(loss_scale=next_scale(setup.loss_scale, state.loss_scale, skipped)), state, shardings)
     always = {"step": (), "key": (), "loss_scale": ()}
     after = unless(skipped, new._replace(**always), state._replace(**always))
     once = jnp.ones((), jnp.float32)

@@ -10,6 +10,7 @@ from jaxcompress._src.clustering.cluster import cluster
 from jaxcompress._src.clustering.transform import trained_codebooks
 from jaxcompress._src.lowrank.factors import compress_factors
 from jaxcompress._src.lowrank.gates import rank_gates
+from jaxcompress._src.lowrank.lora import lora
 from jaxcompress._src.lowrank.residual import with_residual
 from jaxcompress._src.lowrank.svd import activation_svd, fisher_svd, svd
 from jaxcompress._src.pruning.gradual import gradual
@@ -122,6 +123,7 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
         "fisher_svd": _method(fisher_svd),
         "with_residual": _method(with_residual),
         "compress_factors": _method(compress_factors),
+        "lora": _method(lora, gives_values=False),
         "rank_gates": _method(
             rank_gates, statistics=lambda evidence, params, select, _: evidence.statistics(params, select)
         ),

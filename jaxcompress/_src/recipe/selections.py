@@ -29,13 +29,14 @@ def check_selections(recipe: Recipe, params: Params) -> None:
         for path in _paths(name, step, params):
             if step.stage == "prune":
                 pruned[path] = (name, step)
-            elif step.stage != "shrink" and step.method.gives_values:
-                if path in owners:
+            elif step.stage != "shrink":
+                if step.method.gives_values and path in owners:
                     raise ValueError(
                         f"Leaf {path!r} is in {owners[path]} and in {name}; only one can give it its values."
                     )
-                owners[path] = name
-                if path in pruned:
+                if step.method.gives_values:
+                    owners[path] = name
+                if path in pruned and (step.method.gives_values or not step.method.keeps_zeros):
                     _check_zeros(path, *pruned[path], name, step)
 
 
