@@ -29,7 +29,7 @@ def _squared(student, teacher, batch):
     return jnp.square(student["y"] - 1.0).sum(), student["y"].size
 
 
-def _make(**options):
+def _make(*, ema: float | None = 0.75, **options):
     return make_train_step(
         _apply,
         None,
@@ -37,7 +37,8 @@ def _make(**options):
         losses={"y": _squared},
         trainable=exclude(by_path("frozen")),
         mutable=("stats",),
-        **{"ema": 0.75} | options,
+        ema=ema,
+        **options,
     )
 
 
