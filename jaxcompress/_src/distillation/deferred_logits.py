@@ -88,7 +88,8 @@ def deferred_logits(
     `soft_targets`, `hard_labels`, `next_token_labels`, `top_k_targets` and `argmax_agreement` take them as they take
     logits, of the student, the teacher or both. They compute a block of classes at a time, forward and backward, so
     that memory beyond hidden states and head is that of a few blocks, positions x `block_size`, and the head is
-    multiplied twice more. Values and gradients, by hidden states and head, are those of the logits in full.
+    multiplied twice more. Values and gradients, by hidden states and head, are those of the logits in full. The default
+    metric of a train step, the agreement, is one more forward pass over the head: `metrics={}` leaves it out.
 
     Args:
         hidden: the states before the head, (batch, positions, features) or (batch, features), any float dtype; products
