@@ -13,7 +13,7 @@ def check_count(name: str, value: Any, *, minimum: int) -> None:
         raise ValueError(f"`{name}` must be an int of at least {minimum}, got {value!r}.")
 
 
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     """Raises where an option is none of `choices`."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(repr, choices))}, got {value!r}.")

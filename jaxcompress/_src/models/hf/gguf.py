@@ -171,7 +171,7 @@ def _half_split(rows: np.ndarray, heads: int) -> np.ndarray:
 
 
 def _of_layer(sizes: Any, number: int | None) -> int:
-    return int(sizes[number]) if isinstance(sizes, list) and number is not None else int(sizes)
+    return int(sizes if number is None or not isinstance(sizes, list) else sizes[number])
 
 
 def _llama_settings(metadata: _Metadata) -> dict[str, Any]:

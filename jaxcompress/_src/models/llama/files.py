@@ -33,7 +33,7 @@ def _foreign(config: LlamaConfig) -> list[str]:
         "qwen2": [(True, False, False)],
         "qwen3": [(a, a, False) for a in (False, True)],
     }[config.model_type]
-    windows = set(config.sliding_window) - {None}
+    windows = {window for window in config.sliding_window if window is not None}
     reasons = []
     if biases not in possible:
         reasons.append(f"a {config.model_type!r} has no such biases: (qkv, output, FFN) = {biases}")

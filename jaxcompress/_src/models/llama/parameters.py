@@ -18,7 +18,7 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         (32, 16)
     """
     hidden = config.hidden_size
-    shapes = {"embed_tokens/embedding": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens/embedding": (config.vocab_size, hidden)}
     for layer in range(config.num_hidden_layers):
         shapes |= _layer_shapes(config, layer)
     shapes["norm/weight"] = (hidden,)

@@ -154,7 +154,8 @@ def _rope(settings: Mapping[str, Any], most: int) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": rope_scaling(scaling, most)}
 
 
-def _sliding_window(settings: Mapping[str, Any]) -> tuple[int | None, ...] | int | None:
+def _sliding_window(settings: Mapping[str, Any]) -> Any:
+    """Of each layer, or one for all."""
     window, layers = settings.get("sliding_window"), settings["num_hidden_layers"]
     if settings["model_type"] == "llama" or window is None:
         return None
