@@ -113,6 +113,18 @@ def test_the_order_of_keys_does_not_matter(tmp_path):
     assert_same(restored, state)
 
 
+def test_a_donated_state_makes_room_for_the_restored_one(tmp_path):
+    state = jax.tree.map(jnp.copy, train_state())
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+        with pytest.raises(CheckpointError):
+            checkpoints.restore(state._replace(params={}), donate=True)
+        assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+        restored, _ = checkpoints.restore(state, donate=True)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    assert_same(restored, train_state())
+
+
 def test_the_state_may_be_donated_when_save_returns(tmp_path):
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     state = jnp.zeros((256, 256))

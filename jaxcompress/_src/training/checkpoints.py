@@ -145,13 +145,15 @@ class Checkpoints:
         }
         self._steps.write(step, arrays, content, {name: float(value) for name, value in (figures or {}).items()})
 
-    def restore(self, state: Any, *, step: int | None = None) -> tuple[Any, StepInfo]:
+    def restore(self, state: Any, *, step: int | None = None, donate: bool = False) -> tuple[Any, StepInfo]:
         """The state of a step.
 
         Args:
             state: one like it, such as that at the beginning of the run: its structure, shapes and dtypes are checked,
                 and its leaves tell where those of the result lie. It may be on another mesh.
             step: of which; by default the last.
+            donate: delete the arrays of `state` before those of the checkpoint are read, so that there is memory for
+                one state only.
 
         Returns:
             `(state, info)`.
@@ -167,7 +169,12 @@ class Checkpoints:
         step = steps[-1] if step is None else step
         manifest, live = self._describe(state)
         content = together(lambda: self._read_checked(step, manifest))
-        arrays = self._steps.read_arrays(step, {name: _target(array) for name, array in live.items()})
+        targets = {name: _target(array) for name, array in live.items()}
+        if donate:
+            for leaf in jax.tree.leaves(state):
+                if isinstance(leaf, jax.Array):
+                    leaf.delete()
+        arrays = self._steps.read_arrays(step, targets)
         arrays = {name: _placed(array, live[name]) for name, array in arrays.items()}
         arrays |= _empty(manifest, arrays)
         treedef, order = order_like(manifest, state)

@@ -46,7 +46,8 @@ def fit(
     With several JAX processes, all of them call it alike, each with its batches.
 
     Args:
-        state: where a run begins, such as a `TrainState`; given away, as `step` donates it.
+        state: where a run begins, such as a `TrainState`. It is given away: a step may donate it, and a run that goes
+            on from a checkpoint deletes its arrays, so that there is memory for one state only.
         step: such as that of `distillation.make_train_step`, with the teacher bound:
             `lambda state, batch: step(state, teacher, batch)`.
         batches: one for each step, from the beginning of the run on. When a run goes on, they are skipped, or set with
@@ -95,7 +96,7 @@ def fit(
     done = 0
     if checkpoints is not None and checkpoints.steps():
         done = _check_done(checkpoints, steps)
-        state, info = checkpoints.restore(state)
+        state, info = checkpoints.restore(state, donate=True)
         data.go_to(info.progress["data"])
         totals.from_json(info.progress["totals"])
     with StopRequests() if checkpoints is not None else contextlib.nullcontext() as requests:
