@@ -82,6 +82,26 @@ def batches(mesh: Mesh) -> Iterator[dict[str, jax.Array]]:
         yield {"x": spread(np.eye(16, dtype=np.float32), NamedSharding(mesh, P("data")))}
 
 
+class Places:
+    """Batches that tell their place, as iterators of Grain do; in each process another."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches, self.at, self.begun = batches, 100 * jax.process_index(), None
+
+    def __iter__(self) -> "Places":
+        return self
+
+    def __next__(self) -> Any:
+        self.at += 1
+        return next(self._batches)
+
+    def get_state(self) -> dict[str, int]:
+        return {"at": self.at}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        self.at = self.begun = state["at"]
+
+
 def train(mesh: Mesh, seed: int = 0) -> Any:
     """The state after a step."""
     state, step = begin(mesh, seed)
@@ -115,10 +135,12 @@ def check_run(mesh: Mesh, path: Path) -> None:
             yield batch
 
     with fails(SystemExit, str(128 + signal.SIGTERM)):
-        run(mesh, path, stopped(), figures)
+        run(mesh, path, Places(stopped()), figures)
     # What one process got in its third step, both know after the fourth.
     assert sorted(int(step.name) for step in path.iterdir() if step.name.isdigit()) == [2, 4]
-    run(mesh, path, batches(mesh), figures)
+    places = Places(batches(mesh))
+    run(mesh, path, places, figures)
+    assert (places.begun, places.at) == (100 * number + 4, 100 * number + 6)
     # The first process writes figures.
     assert [step for step, _ in figures] == ([] if number else [2, 4, 6])
     with Checkpoints(path, config={"bits": 3}) as checkpoints, fails(ValueError, "`bits` is 4 there, and 3 here"):

@@ -72,6 +72,9 @@ def test_a_run_goes_on_in_one_process_as_in_two(folder, tmp_path):
         assert checkpoints.steps() == [2, 4, 6]
         check_close(checkpoints.restore(expected)[0], expected)
     shutil.copytree(folder / "run" / "2", tmp_path / "again" / "2")
+    with pytest.raises(ValueError, match="the places in the data of 2 processes, and there are 1"):
+        several_processes.run(mesh, tmp_path / "again", several_processes.Places(several_processes.batches(mesh)), [])
+    # Batches without a place of their own are counted.
     check_close(several_processes.run(mesh, tmp_path / "again", several_processes.batches(mesh), []), expected)
 
 

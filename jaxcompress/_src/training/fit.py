@@ -111,7 +111,7 @@ def fit(
             log.add(done, interval, evaluated)
             if checkpoints is None or requests is None:
                 continue
-            stop = requests.agreed()
+            stop = requests.agreed(metrics)
             if last or stop or done % save_every == 0:
                 figures = log.flush()
                 if not stop:

@@ -26,12 +26,15 @@ class StopRequests:
         self._handlers: dict[int, Any] = {}
         self._agreement = _Agreement() if jax.process_count() > 1 else None
 
-    def agreed(self) -> int:
+    def agreed(self, step: Any) -> int:
         """The number of a signal that some process received, or 0: the same in all processes.
 
-        With several processes, all of them call it equally often; what one has received, all know one call later.
+        With several processes, all of them call it after every step; what one has received, all know one call later.
+
+        Args:
+            step: arrays that the step under way returned.
         """
-        agreed = self._received if self._agreement is None else self._agreement.exchange(self._received)
+        agreed = self._received if self._agreement is None else self._agreement.exchange(self._received, step)
         self._obeyed = self._obeyed or agreed != 0
         return agreed
 
@@ -71,15 +74,21 @@ class _Agreement:
     """The largest of a number of each process, without waiting for the step under way."""
 
     def __init__(self) -> None:
-        first = {device.process_index: device for device in reversed(jax.devices())}
-        mesh = Mesh(np.array([first[process] for process in sorted(first)]), "processes")
-        self._sharding = NamedSharding(mesh, P("processes"))
+        mesh = Mesh(np.array(jax.devices()), "devices")
+        self._sharding = NamedSharding(mesh, P("devices"))
         self._largest = jax.jit(lambda numbers: numbers.max(), out_shardings=NamedSharding(mesh, P()))
         self._pending: jax.Array | None = None
 
-    def exchange(self, number: int) -> int:
+    def exchange(self, number: int, step: Any) -> int:
         """The largest of the numbers of the call before."""
+        # A CPU runs programs side by side, and their messages to other processes get mixed up; accelerators run them
+        # one after the other.
+        in_order = jax.default_backend() != "cpu"
+        if not in_order:
+            jax.block_until_ready(step)
         pending = self._pending
-        numbers = jax.make_array_from_process_local_data(self._sharding, np.array([number], np.int32))
-        self._pending = self._largest(numbers)
+        local = np.full(len(self._sharding.addressable_devices), number, np.int32)
+        self._pending = self._largest(jax.make_array_from_process_local_data(self._sharding, local))
+        if not in_order:
+            jax.block_until_ready(self._pending)
         return 0 if pending is None else int(np.asarray(pending))
