@@ -16,6 +16,7 @@ from jaxcompress._src.distillation.losses import next_token_labels as next_token
 from jaxcompress._src.distillation.losses import soft_targets as soft_targets
 from jaxcompress._src.distillation.pairs import ClosestLayers as ClosestLayers
 from jaxcompress._src.distillation.projections import least_squares as least_squares
+from jaxcompress._src.distillation.sharding_rules import shard_by_rules as shard_by_rules
 from jaxcompress._src.distillation.state_losses import batch_similarities as batch_similarities
 from jaxcompress._src.distillation.state_losses import cosine_states as cosine_states
 from jaxcompress._src.distillation.state_losses import hidden_states as hidden_states

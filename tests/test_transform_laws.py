@@ -1,6 +1,7 @@
 """The laws of the contract, on every transform there is."""
 
 import functools
+import re
 import warnings
 
 import jax
@@ -19,6 +20,7 @@ from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import TransformState, is_compressed
 from jaxcompress.arrays import InputQuantizedArray, LowRankArray, QuantizedArray
 from jaxcompress.checkpoint import restore, save
+from jaxcompress.distillation import shard_by_rules
 from jaxcompress.quantization import QuantSpec, quantization_aware, quantize
 from jaxcompress.schedules import UnfinishedScheduleWarning
 from jaxcompress.tree import by_path, leaves_with_paths
@@ -215,17 +217,22 @@ def test_state_is_strongly_typed_and_survives_a_checkpoint(name, tmp_path):
     _assert_same(found["state"], inner)
 
 
-def test_one_and_eight_devices_agree(name):
+@pytest.mark.parametrize("axes", ["data", "fsdp", "data x tensor"])
+def test_one_and_eight_devices_agree(name, axes):
+    """The step is compiled once, ahead: it would refuse a state that does not stay where it lies."""
     if TABLE[name].variant:
         return
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    shape, spec = {"data": ((8, 1), P()), "fsdp": ((8, 1), P(None, "data")), "data x tensor": ((4, 2), P("tensor"))}[
+        axes
+    ]
+    mesh = jax.make_mesh(shape, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     _, alone, _ = trained(name)
-    split, whole, rows = (NamedSharding(mesh, spec) for spec in (P(None, "data"), P(), P("data")))
+    rows, texts = NamedSharding(mesh, P("data")), []
 
     def place(tree):
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, split if leaf.ndim > 1 else whole), tree)
+        return shard_by_rules(tree, mesh, [(".*kernel", spec), (".*bias", P())])
 
-    _, spread, traces = run(TABLE[name], place, lambda tree: jax.device_put(tree, rows))
+    _, spread, traces = run(TABLE[name], place, lambda tree: jax.device_put(tree, rows), texts)
     assert traces == 1
     assert len(spread.params["first"]["kernel"].sharding.device_set) == 8
     for x, y in zip(
@@ -234,3 +241,22 @@ def test_one_and_eight_devices_agree(name):
         strict=True,
     ):
         np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(x, np.float32), rtol=1e-4, atol=1e-5)
+    if axes == "fsdp":
+        _check_shares(spread.transform_state)
+        _check_gathers(name, texts[0])
+
+
+def _check_shares(state):
+    """Vectors over units, ranks and tables are whole; everything else is shared out."""
+    leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.size > 24]
+    share = sum(leaf.addressable_shards[0].data.nbytes for leaf in leaves)
+    assert share <= (1 / 8 + 0.02) * sum(leaf.nbytes for leaf in leaves)
+
+
+def _check_gathers(name, text):
+    """Gathered are the two kernels that the model multiplies with, no mask, score or code."""
+    gathers = re.findall(r"= (\w+)\[([\d,]*)\]\S* all-gather\(", text)
+    large = [(kind, shape) for kind, shape in gathers if np.prod([int(n) for n in shape.split(",") if n]) >= 16 * 24]
+    assert {kind for kind, _ in gathers} <= {"f32", "u32", "s32"}
+    assert set(large) <= {("f32", "16,24"), ("f32", "24,16")}
+    assert len(large) <= (4 if name == "gradual, then codebooks" else 2)

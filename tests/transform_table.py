@@ -213,10 +213,21 @@ def batch() -> dict[str, jax.Array]:
     return {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(np.sin(np.tile(x, 2)[:, : SHAPE[1]] * 2), jnp.float32)}
 
 
-def run(row: Row, place: Callable[[Any], Any] = lambda tree: tree, place_batch: Any = None) -> tuple[Any, Any, int]:
+def run(
+    row: Row,
+    place: Callable[[Any], Any] = lambda tree: tree,
+    place_batch: Any = None,
+    texts: list[str] | None = None,
+) -> tuple[Any, Any, int]:
     """`(transform, train state, traces)` after `STEPS` donated steps with momentum and weight decay.
 
     Not Adam: it makes whole steps out of gradients that are rounding errors, which differ with the number of devices.
+
+    Args:
+        row: of the table.
+        place: puts parameters on devices.
+        place_batch: puts batches on devices.
+        texts: gets the HLO of the step, which is then compiled ahead: it refuses a state that lies elsewhere.
     """
     traces = []
 
@@ -238,6 +249,9 @@ def run(row: Row, place: Callable[[Any], Any] = lambda tree: tree, place_batch: 
     )
     state = init_state(place(params()), key=jax.random.key(3), statistics=row.statistics())
     inputs = (place_batch or place)(batch())
+    if texts is not None:
+        step = step.lower(state, None, inputs).compile()
+        texts.append(step.as_text())
     for _ in range(STEPS):
         state, _ = step(state, None, inputs)
     return transform, state, len(traces)

@@ -66,7 +66,8 @@ def averaged(state: TrainState) -> tuple[Params, TransformState]:
 
 def first_averages(params: Params, trainable: Any) -> Averages:
     """The averages before the first step: copies of the initial values."""
-    return Averages(*copy_of(jax.tree.map(_wide, (params, trainable))), jnp.zeros((), jnp.int32))
+    values = copy_of(jax.tree.map(_wide, (params, trainable)))
+    return Averages(params=values[0], trainable=values[1], count=jnp.zeros((), jnp.int32))
 
 
 def next_averages(averages: Averages, params: Params, trainable: Any, decay: float) -> Averages:
@@ -78,7 +79,8 @@ def next_averages(averages: Averages, params: Params, trainable: Any, decay: flo
     def step(average: jax.Array, leaf: jax.Array) -> jax.Array:
         return average + weight.astype(average.dtype) * (leaf.astype(average.dtype) - average)
 
-    return Averages(*jax.tree.map(step, averages[:2], (params, trainable)), count)
+    values = jax.tree.map(step, averages[:2], (params, trainable))
+    return Averages(params=values[0], trainable=values[1], count=count)
 
 
 def _wide(leaf: jax.Array) -> jax.Array:

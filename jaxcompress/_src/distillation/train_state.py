@@ -1,6 +1,7 @@
 """The state of a train step: made once, donated at every step."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcompress._src.arrays.sharding import spec_entries
+from jaxcompress._src.arrays.sharding import spec_entries, ways
 from jaxcompress._src.distillation.placement import put
 from jaxcompress._src.tree.checks import is_traced
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
@@ -65,7 +66,8 @@ def placed(state: TrainState) -> TrainState:
 
     What belongs to a leaf of the parameters (its path ends like the leaf's, its shape is the same: scores, masks,
     moments) lies where the leaf does. So do parts of it, along the axes that they have: shapes with 1 in place of some
-    axes, perhaps with further axes behind (scales of whole axes, the factors of `lora`). Of the rest, what lies on no
+    axes, perhaps with further axes behind (scales of whole axes, the factors of `lora`, which are cut along the axis
+    they have where the leaf is cut along another). Of the rest, what lies on no
     particular device is replicated. A step returns all its leaves on the mesh: what started elsewhere would be compiled
     once more.
     """
@@ -188,10 +190,21 @@ def _inherited(path: str, leaf: jax.Array, owners: dict[str, tuple[tuple[int, ..
             continue
         if any(size not in (1, whole) for size, whole in zip(leaf.shape, shape, strict=False)):
             continue
-        entries = zip(leaf.shape, shape, spec_entries(sharding, len(shape)), strict=False)
-        cut = [entry if size == whole else None for size, whole, entry in entries]
+        entries = spec_entries(sharding, len(shape))
+        cut = [entry if size == whole else None for size, whole, entry in zip(leaf.shape, shape, entries, strict=False)]
+        if leaf.ndim > len(shape):
+            cut = _moved(leaf.shape, cut, [entry for entry in entries if entry not in cut], sharding)
         return NamedSharding(sharding.mesh, PartitionSpec(*cut)) if any(cut) else None
     return None
+
+
+def _moved(shape: Sequence[int], cut: list[Any], dropped: list[Any], sharding: NamedSharding) -> list[Any]:
+    """Mesh axes of which a factor lacks the array axis go to one that it has: it would lie whole on every device."""
+    for entry in dropped:
+        free = (axis for axis, known in enumerate(cut) if known is None and shape[axis] % ways(sharding, entry) == 0)
+        if (axis := next(free, None)) is not None:
+            cut[axis] = entry
+    return cut
 
 
 def _sharding_of(leaf: Any) -> NamedSharding | None:
