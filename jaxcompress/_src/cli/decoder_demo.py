@@ -50,7 +50,7 @@ def run_decoder_demo(screen: Screen, *, recipe: str | None, out: Path | None) ->
     config = config_of(module)
     train = whole_rows(file, _texts(list(corpus.train.values())[:: len(corpus.train) // 32]), config=config)
     windows = in_windows(train, _WINDOW)
-    held_out = _texts([text[:_CHARACTERS].rpartition(" ")[0] for text in corpus.held_out.values()])
+    held_out = _texts([text[:_CHARACTERS].rpartition(" ")[0] for text in list(corpus.held_out.values())[::3]])
     compressed = compress(steps, module, dense, windows, progress=screen)
     path = save_compressed(out, module, compressed, source=file, recipe=steps, overwrite=True)
     figures = _figures(screen, file, module, dense, compressed, held_out, path)
