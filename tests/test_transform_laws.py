@@ -259,4 +259,5 @@ def _check_gathers(name, text):
     large = [(kind, shape) for kind, shape in gathers if np.prod([int(n) for n in shape.split(",") if n]) >= 16 * 24]
     assert {kind for kind, _ in gathers} <= {"f32", "u32", "s32"}
     assert set(large) <= {("f32", "16,24"), ("f32", "24,16")}
+    # Where tables begin in mid-training, they are fitted to weights as a whole, once.
     assert len(large) <= (4 if name == "gradual, then codebooks" else 2)
