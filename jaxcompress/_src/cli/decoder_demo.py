@@ -115,7 +115,7 @@ def _speed(module: nn.Module, dense: Params, compressed: Params, prompt: Tokens)
     """One row, token by token; both models compiled, measured in turn."""
 
     def run(params: Params) -> jax.Array:
-        return generate(module, params, prompt.ids, max_new_tokens=_NEW_TOKENS).tokens
+        return generate(module, params, np.array(prompt.ids), max_new_tokens=_NEW_TOKENS).tokens
 
     return compare_latency(
         {"dense": lambda: run(dense), "compressed": lambda: run(compressed)}, baseline="dense", repeats=5
@@ -123,7 +123,7 @@ def _speed(module: nn.Module, dense: Params, compressed: Params, prompt: Tokens)
 
 
 def _continuation(file: Path, module: nn.Module, params: Params, prompt: Tokens) -> str:
-    tokens, lengths = generate(module, params, prompt.ids, max_new_tokens=_NEW_TOKENS)
+    tokens, lengths = generate(module, params, np.array(prompt.ids), max_new_tokens=_NEW_TOKENS)
     return decode(file, np.asarray(tokens)[0, : int(lengths[0])].tolist())
 
 

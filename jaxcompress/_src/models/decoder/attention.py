@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress._src.models.decoder.cache import Cache, Rows
+from jaxcompress._src.tree.checks import is_traced
 
 
 class Attention(NamedTuple):
@@ -169,7 +170,7 @@ def _check_room(ids: jax.Array, cache: Cache) -> None:
     if cache.mask.shape[:-1] != ids.shape[:-1]:
         raise ValueError(f"The cache is of rows {cache.mask.shape[:-1]}, `input_ids` of {ids.shape[:-1]}.")
     # What is compiled does not know how many places are taken; a cache that is full would lose its last tokens.
-    taken = 0 if isinstance(cache.length, jax.core.Tracer) else int(cache.length)
+    taken = 0 if is_traced(cache.length) else int(cache.length)
     if taken + ids.shape[-1] > cache.capacity:
         raise ValueError(
             f"The cache has {cache.capacity} places, of which {taken} are taken: {ids.shape[-1]} more tokens do not "
