@@ -13,6 +13,14 @@ import pytest
 from jaxcompress.training import Checkpoints, fit, jsonl
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell starts jobs in the background with SIGINT ignored, and the tests with them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @jax.jit
 def step(state, batch):
     """Momentum on a least-squares problem, with noise from a key."""
