@@ -219,6 +219,8 @@ def _damaged(path):
         (lambda w: w.add_tensor("blk.0.ffn_gate_exps.weight", np.ones((2, 2), np.float32)), "'blk.0.ffn_gate_exps.w"),
         (lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), "'rope_freqs.weight' that is not known"),
         (lambda w: w.kv_data[0].pop("llama.attention.head_count"), "no field `llama.attention.head_count`"),
+        (lambda w: w.add_sliding_window(8), "has a sliding window of 8 tokens; none is supported"),
+        (lambda w: [w.add_key_length(8), w.add_rope_dimension_count(4)], "turns 4 of the 8 features of a head"),
         (lambda w: w.add_rope_scaling_type(gguf.RopeScalingType.YARN), "no field `llama.rope.scaling.factor`"),
     ],
 )

@@ -1,6 +1,7 @@
 """Texts as tokens: tokenizing up to the model's limit, batches of few shapes."""
 
 import dataclasses
+import functools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -251,15 +252,22 @@ def _check_vocabulary(ids: Sequence[Sequence[int]], model: Config, directory: Pa
         )
 
 
+@functools.lru_cache(maxsize=1)
+def _gguf_tokenizer(file: Path, changed: int) -> Any:
+    """Kept, because reading the metadata of a file takes seconds."""
+    del changed
+    with tempfile.TemporaryDirectory() as temporary:
+        write_tokenizer(file, Path(temporary))
+        return _tokenizer(Path(temporary))
+
+
 def _tokenizer(directory: Path) -> Any:
     if not has_tokenizer(directory):
         raise FileNotFoundError(
             f"{str(directory)!r} has neither tokenizer.json nor vocab.txt nor vocab.json and merges.txt."
         )
     if is_gguf(directory):
-        with tempfile.TemporaryDirectory() as temporary:
-            write_tokenizer(directory, Path(temporary))
-            return _tokenizer(Path(temporary))
+        return _gguf_tokenizer(directory, directory.stat().st_mtime_ns)
     from transformers import AutoTokenizer
 
     try:

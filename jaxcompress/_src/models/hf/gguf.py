@@ -102,12 +102,22 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     for tensor in reader.tensors:
         name, number = _name(tensor.name, architecture, path)
         arrays[name] = _array(tensor, name, number, architecture, metadata, path)
+    _check_read(metadata, path)
     settings = architecture.settings(metadata)
     embedding = arrays.get(f"{architecture.names['token_embd']}.weight")
     if embedding is None:
         raise ValueError(f"{str(path)!r} has no tensor `token_embd.weight`.")
     tied = "lm_head.weight" not in arrays or np.array_equal(arrays["lm_head.weight"], embedding)
     return settings | {"vocab_size": embedding.shape[0], "tie_word_embeddings": tied}, arrays
+
+
+def _check_read(metadata: _Metadata, path: Path) -> None:
+    """Raises for what changes the computation and is not read: it would be left out without a word."""
+    if window := metadata.get("attention.sliding_window"):
+        raise ValueError(f"{str(path)!r} has a sliding window of {window} tokens; none is supported in GGUF files.")
+    turned, size = metadata.get("rope.dimension_count"), metadata.get("attention.key_length")
+    if turned is not None and size is not None and turned != size:
+        raise ValueError(f"{str(path)!r} turns {turned} of the {size} features of a head; only all are supported.")
 
 
 def read_gguf_tokenizer(path: Path) -> dict[str, Any]:
