@@ -1,6 +1,7 @@
 """What is saved can be read back, is named as PyTorch names it, and never leaves half a file."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -11,6 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from jaxcompress._src.models.hf import write as _hf_write
+from jaxcompress._src.models.hf.shards import INDEX
 from jaxcompress.models import from_pretrained, make_module, save_pretrained
 
 HEADS = ("encoder", "sequence_classification", "masked_lm")
@@ -132,6 +134,73 @@ def test_saving_replaces_an_older_model(uneven_config, draw_params, assert_same_
         save_pretrained(tmp_path, module, params, uneven=True)
     assert_same_params(from_pretrained(tmp_path)[1], params)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "vocab.txt"]
+
+
+def _weights(directory):
+    return sorted(path.name for path in directory.iterdir() if path.name.startswith("model"))
+
+
+def test_shards_are_those_of_transformers(uneven_config, draw_params, assert_same_params, tmp_path):
+    module, params = make_module(uneven_config), draw_params(uneven_config)
+    save_pretrained(tmp_path / "one", module, params, uneven=True)
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    limit = max(array.nbytes for array in whole.values()) - 1
+    save_pretrained(tmp_path / "many", module, params, uneven=True, max_shard_size=limit)
+    files = _weights(tmp_path / "many")
+    count = len(files) - 1
+    assert count > 2
+    assert files == [*(f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)), INDEX]
+    index = json.loads((tmp_path / "many" / INDEX).read_text())
+    assert index["metadata"] == {"total_size": sum(array.nbytes for array in whole.values())}
+    shards = {file: load_file(tmp_path / "many" / file) for file in files[:-1]}
+    assert index["weight_map"] == {name: file for file, shard in shards.items() for name in shard}
+    sizes = [sum(array.nbytes for array in shard.values()) for shard in shards.values()]
+    # Only what is larger has a file of its own, and no two neighbours would have gone into one.
+    assert all(size <= limit or len(shard) == 1 for size, shard in zip(sizes, shards.values(), strict=True))
+    assert all(sum(pair) > limit for pair in itertools.pairwise(sizes))
+    for file in shards:
+        assert (tmp_path / "many" / file).stat().st_mode == (tmp_path / "many" / INDEX).stat().st_mode
+        with safe_open(tmp_path / "many" / file, "numpy") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    assert_same_params(from_pretrained(tmp_path / "many")[1], params)
+
+
+@pytest.mark.parametrize(("before", "after"), [("5GB", "2KB"), ("2KB", "5GB"), ("2KB", "3KB"), ("2KB", "2KB")])
+def test_weights_of_an_older_model_are_not_read(
+    uneven_config, draw_params, assert_same_params, tmp_path, before, after
+):
+    module, params = make_module(uneven_config), draw_params(uneven_config, seed=1)
+    save_pretrained(tmp_path / "new", module, params, uneven=True, max_shard_size=after)
+    save_pretrained(tmp_path / "old", module, draw_params(uneven_config), uneven=True, max_shard_size=before)
+    save_pretrained(tmp_path / "old", module, params, uneven=True, max_shard_size=after)
+    assert _weights(tmp_path / "old") == _weights(tmp_path / "new")
+    assert_same_params(from_pretrained(tmp_path / "old")[1], params)
+
+
+def test_a_failure_between_shards_leaves_no_mixture(uneven_config, draw_params, tmp_path, monkeypatch):
+    module, moved = make_module(uneven_config), []
+    save_pretrained(tmp_path, module, draw_params(uneven_config), uneven=True, max_shard_size="2KB")
+
+    def replace(source, target):
+        if len(moved) == 2:
+            raise OSError("disk full")
+        moved.append(target)
+        source.rename(target)
+
+    monkeypatch.setattr(_hf_write.os, "replace", replace)
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(tmp_path, module, draw_params(uneven_config, seed=1), uneven=True, max_shard_size="2KB")
+    with pytest.raises(FileNotFoundError, match="There are no weights"):
+        from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, -1, "5", "5 lightyears", "GB", "0KB", 1.5])
+def test_a_shard_size_that_is_none(uneven_config, draw_params, tmp_path, size):
+    with pytest.raises(Exception, match="max_shard_size"):
+        save_pretrained(
+            tmp_path / "new", make_module(uneven_config), draw_params(uneven_config), uneven=True, max_shard_size=size
+        )
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,8 @@ from flax import serialization, traverse_util
 from safetensors import SafetensorError, safe_open
 
 from jaxcompress._src.models.hf.names import Parameter, StoredTensor, bare_name, bare_path
+from jaxcompress._src.models.hf.shards import INDEX, SAFETENSORS
 
-SAFETENSORS = "model.safetensors"
-
-_INDEX = "model.safetensors.index.json"
 _MSGPACK = "flax_model.msgpack"
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5")
 _FLOATS = ("float32", "float16", "bfloat16")
@@ -37,7 +35,7 @@ def read_tensors(directory: Path, parameters: Mapping[str, Parameter], *, prefix
     """
     if (directory / SAFETENSORS).is_file():
         return from_torch(_read_safetensors(directory / SAFETENSORS), parameters, prefix=prefix)
-    if (directory / _INDEX).is_file():
+    if (directory / INDEX).is_file():
         return from_torch(_read_shards(directory), parameters, prefix=prefix)
     if (directory / _MSGPACK).is_file():
         turned = {bare_path(path, prefix) for path, parameter in parameters.items() if parameter.flax_transposed}
@@ -84,15 +82,15 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_shards(directory: Path) -> dict[str, np.ndarray]:
-    files = _weight_map(directory / _INDEX)
+    files = _weight_map(directory / INDEX)
     arrays: dict[str, np.ndarray] = {}
     for file in sorted(set(files.values())):
         if not (directory / file).is_file():
-            raise FileNotFoundError(f"Shard {file!r}, named in {_INDEX}, is not in {str(directory)!r}.")
+            raise FileNotFoundError(f"Shard {file!r}, named in {INDEX}, is not in {str(directory)!r}.")
         arrays |= _read_safetensors(directory / file)
     for name, file in files.items():
         if name not in arrays:
-            raise ValueError(f"Tensor {name!r} is not in shard {file!r} of {str(directory)!r}, where {_INDEX} puts it.")
+            raise ValueError(f"Tensor {name!r} is not in shard {file!r} of {str(directory)!r}, where {INDEX} puts it.")
     return arrays
 
 
@@ -121,7 +119,7 @@ def _read_msgpack(path: Path) -> dict[str, Any]:
 
 
 def _no_weights(directory: Path) -> str:
-    wanted = f"{SAFETENSORS}, {_INDEX} or {_MSGPACK}"
+    wanted = f"{SAFETENSORS}, {INDEX} or {_MSGPACK}"
     for name in _PICKLES:
         if (directory / name).is_file():
             return (

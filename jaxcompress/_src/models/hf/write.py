@@ -3,40 +3,54 @@
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from jaxcompress._src.models.families import config_of, family_of
 from jaxcompress._src.models.hf.config import config_to_huggingface
 from jaxcompress._src.models.hf.names import Parameter
-from jaxcompress._src.models.hf.tensors import SAFETENSORS
+from jaxcompress._src.models.hf.shards import INDEX, SAFETENSORS, files_of_tensors, is_shard, size_in_bytes
 from jaxcompress._src.models.leaves import check_parameters, flatten_params
 from jaxcompress._src.types import Params
 
 
 def save_pretrained(
-    directory: str | os.PathLike[str], module: nn.Module, params: Params, *, uneven: bool = False
+    directory: str | os.PathLike[str],
+    module: nn.Module,
+    params: Params,
+    *,
+    uneven: bool = False,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Writes `config.json` and `model.safetensors`, with the names and the orientation of PyTorch.
 
+    Larger models are written as shards, `model-00001-of-00003.safetensors` and so on, with an index of which holds
+    what, `model.safetensors.index.json`. Weights of an older model in the same directory, in one file or in shards, are
+    removed.
+
     transformers loads them as the class of the head. It knows one shape for all layers: as many heads as make up
     `hidden_size`, and one FFN width. Pooling by mean is for `from_pretrained` alone. Files are complete before they
-    take the place of older ones. Tokenizer files are left to the caller.
+    take the place of older ones; where shards take that of shards, there is no index until all are there, so that those
+    of two models are never read together. Tokenizer files are left to the caller.
 
     Args:
         directory: made if there is none; other files in it stay.
         module: of `make_module` or `from_pretrained`.
         params: its plain parameters. Their dtypes are kept: float32, float16, bfloat16.
         uneven: write shapes that transformers cannot load too; `from_pretrained` reads them back.
+        max_shard_size: bytes of the tensors in one file, as a number or with a unit, "5GB", "500MB" (powers of 1,000).
+            A tensor that is larger has a file of its own.
 
     Raises:
         ValueError: a leaf is compressed, or does not fit the module's config; the message names it. Or the layers have
-            a shape that transformers cannot load, without `uneven`; the message names the layers.
+            a shape that transformers cannot load, without `uneven`; the message names the layers. `max_shard_size` is
+            no size.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -68,36 +82,64 @@ def save_pretrained(
             f"transformers cannot load this shape: {reason}. Save it with `uneven=True`, for "
             "`jaxcompress.models.from_pretrained` alone, or with `jaxcompress.checkpoint`."
         )
-    tensors = {parameters[path].tensor: _stored(path, leaf, parameters[path]) for path, leaf in leaves.items()}
-    settings = config_to_huggingface(config) | {"torch_dtype": _common_dtype(tensors)}
-    _write(Path(directory), tensors, settings)
+    limit = size_in_bytes(max_shard_size)
+    for path, leaf in leaves.items():
+        if jnp.dtype(leaf.dtype).name not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"Leaf {path!r} is {leaf.dtype}; only float32, float16 and bfloat16 can be saved.")
+    paths = {parameters[path].tensor: path for path in leaves}
+    sizes = {name: leaves[path].size * leaves[path].dtype.itemsize for name, path in paths.items()}
+    settings = config_to_huggingface(config) | {"torch_dtype": _common_dtype(leaves)}
+
+    def tensor(name: str) -> np.ndarray:
+        return _stored(leaves[paths[name]], parameters[paths[name]])
+
+    files = files_of_tensors(sizes, limit)
+    texts = {"config.json": settings}
+    if SAFETENSORS not in files:
+        places = {name: file for file, names in files.items() for name in names}
+        texts = {INDEX: {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}, **texts}
+    _write(Path(directory), files, tensor, texts)
 
 
-def _stored(path: str, leaf: Any, parameter: Parameter) -> np.ndarray:
+def _stored(leaf: Any, parameter: Parameter) -> np.ndarray:
     array = np.asarray(leaf)
-    if array.dtype.name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"Leaf {path!r} is {array.dtype.name}; only float32, float16 and bfloat16 can be saved.")
     # Contiguous: safetensors writes the memory of an array, whatever its strides say.
     return np.ascontiguousarray(array.T if parameter.transposed else array)
 
 
-def _common_dtype(tensors: Mapping[str, np.ndarray]) -> str:
-    names = {array.dtype.name for array in tensors.values()}
+def _common_dtype(leaves: Mapping[str, Any]) -> str:
+    names = {jnp.dtype(leaf.dtype).name for leaf in leaves.values()}
     return names.pop() if len(names) == 1 else "float32"
 
 
-def _write(directory: Path, tensors: dict[str, np.ndarray], settings: dict[str, Any]) -> None:
+def _write(
+    directory: Path,
+    files: Mapping[str, Sequence[str]],
+    tensor: Callable[[str], np.ndarray],
+    texts: Mapping[str, dict[str, Any]],
+) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     # Inside the directory, because a rename is atomic within one file system only.
     with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as temporary:
-        weights, config = Path(temporary, SAFETENSORS), Path(temporary, "config.json")
-        save_file(tensors, weights, metadata={"format": "pt"})
-        config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        weights.chmod(config.stat().st_mode)  # safetensors makes files that nobody else can read
-        for path in (weights, config):
-            _sync(path)
-        for path in (weights, config):
-            os.replace(path, directory / path.name)
+        for file, text in texts.items():
+            Path(temporary, file).write_text(json.dumps(text, indent=2) + "\n", encoding="utf-8")
+        for file, names in files.items():
+            # One file at a time: the copies of its tensors are let go before the next.
+            save_file({name: tensor(name) for name in names}, Path(temporary, file), metadata={"format": "pt"})
+            # safetensors makes files that nobody else can read.
+            Path(temporary, file).chmod(Path(temporary, "config.json").stat().st_mode)
+        for file in (*files, *texts):
+            _sync(Path(temporary, file))
+        older = {path.name for path in directory.iterdir() if is_shard(path.name) or path.name in (INDEX, SAFETENSORS)}
+        if INDEX in texts:
+            (directory / INDEX).unlink(missing_ok=True)
+        for file in (*files, *texts):
+            if file == "config.json" and INDEX in texts:
+                # One file is read before an index: an older one goes before it would have the config of this model.
+                (directory / SAFETENSORS).unlink(missing_ok=True)
+            os.replace(Path(temporary, file), directory / file)
+    for file in older - {*files, *texts}:
+        (directory / file).unlink(missing_ok=True)
     _sync(directory)
 
 
