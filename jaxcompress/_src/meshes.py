@@ -87,12 +87,12 @@ def transform_on_auto_axes(factory: Callable[P, T]) -> Callable[P, T]:
     return make
 
 
-def on_auto_axes_as(shardings: Sequence[Any], fn: Callable[..., R], *args: Any) -> R:
+def on_auto_axes_as(shardings: Sequence[NamedSharding], fn: Callable[..., R], *args: Any) -> R:
     """`fn(*args)`, computed on Auto axes, with outputs of given shardings.
 
     Args:
-        shardings: one `NamedSharding` for each array that comes out, such as `jax.typeof(x).sharding`. Arrays without
-            an entry are replicated.
+        shardings: one for each array that comes out, of a mesh with axes of either type. Arrays without an entry are
+            replicated if the mesh has Explicit axes, and otherwise as the compiler has it.
         fn: as for `on_auto_axes`.
         *args: of `fn`.
 
@@ -105,7 +105,9 @@ def on_auto_axes_as(shardings: Sequence[Any], fn: Callable[..., R], *args: Any) 
     """
     mesh = explicit_mesh(args)
     if mesh is None:
-        return fn(*args)
+        leaves, treedef = jax.tree.flatten(fn(*args))
+        constrained = map(jax.lax.with_sharding_constraint, leaves, shardings)
+        return treedef.unflatten([*constrained, *leaves[len(shardings) :]])
     with jax.sharding.use_abstract_mesh(_auto_axes(mesh)):
         results = fn(*jax.tree.map(_entering, args))
     whole = [NamedSharding(mesh, PartitionSpec(*[None] * leaf.ndim)) for leaf in jax.tree.leaves(results)]
@@ -178,6 +180,63 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_fitted(mesh, spec, leaf.shape))
 
 
+def shared_mesh(tree: Any) -> Mesh | None:
+    """The mesh of the first array of a tree that is on one; None without one, and of what is being traced.
+
+    Example:
+        >>> shared_mesh({"w": jax.numpy.ones(3)}) is None
+        True
+    """
+    return next((mesh for leaf in jax.tree.leaves(tree) if (mesh := _any_mesh_of(leaf)) is not None), None)
+
+
+def spread(mesh: Mesh, shape: Sequence[int], *, stack: int = 0) -> NamedSharding:
+    """The sharding that cuts one axis of an array over as many devices as divide it.
+
+    Args:
+        mesh: of the devices.
+        shape: of the array.
+        stack: number of its first axes that stay whole.
+
+    Returns:
+        Of the axes that can be cut as often, the first one is; an array that no device count divides is replicated.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("data",))
+        >>> spread(mesh, (3, 8, 8), stack=1).spec
+        P(None, 'data', None)
+    """
+    cuts = {axis: _dividing_axes(mesh, shape[axis]) for axis in range(stack, len(shape))}
+    most = max(cuts, key=lambda axis: _ways(mesh, cuts[axis]), default=None)
+    return NamedSharding(
+        mesh, PartitionSpec(*[cuts[axis] or None if axis == most else None for axis in range(len(shape))])
+    )
+
+
+def sharded_like(new: Any, old: Any) -> Any:
+    """A leaf, with the sharding of the one that it replaces.
+
+    Args:
+        new: a plain or compressed array; each part with the axes of the leaf takes the entries that divide it (a group
+            of weights that share a scale may lie on several devices), and any other part is replicated.
+        old: an array of the same shape. If it is on no mesh, but `new` is, that becomes replicated.
+
+    Example:
+        >>> sharded_like(jax.numpy.ones(2), jax.numpy.zeros(2)).tolist()
+        [1.0, 1.0]
+    """
+    mesh = shared_mesh((old, new))
+    if mesh is None:
+        return new
+    spec = old.sharding.spec if _any_mesh_of(old) is not None else PartitionSpec()
+
+    def place(part: Any) -> Any:
+        entries = spec if part.ndim == len(new.shape) else PartitionSpec()
+        return jax.device_put(part, _fitted(mesh, entries, part.shape))
+
+    return jax.tree.map(place, new)
+
+
 def explicit_mesh(tree: Any) -> AbstractMesh | None:
     """The mesh of the first array of a tree that has Explicit axes; None without one.
 
@@ -196,6 +255,12 @@ def _mesh_of(leaf: Any) -> AbstractMesh | None:
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
         return None
     return mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+
+
+def _any_mesh_of(leaf: Any) -> Mesh | None:
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, core.Tracer) or not isinstance(leaf.sharding, NamedSharding):
+        return None
+    return leaf.sharding.mesh if isinstance(leaf.sharding.mesh, Mesh) else None
 
 
 def _concrete_mesh(leaf: Any) -> Mesh | None:
@@ -282,7 +347,7 @@ def _shardings(results: Any, arguments: Any, mesh: AbstractMesh) -> list[NamedSh
     return [of(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(results)]
 
 
-def _fitted(mesh: AbstractMesh, spec: Any, shape: Sequence[int]) -> NamedSharding:
+def _fitted(mesh: AbstractMesh | Mesh, spec: Any, shape: Sequence[int]) -> NamedSharding:
     """A sharding of an array, without the entries that do not divide it."""
     sizes = dict(zip(mesh.axis_names, mesh.axis_sizes, strict=True))
     entries = itertools.islice(itertools.chain(spec, itertools.repeat(None)), len(shape))
@@ -295,3 +360,16 @@ def _dividing(entry: Any, size: int, sizes: dict[str, int]) -> Any:
     for name in entry if isinstance(entry, tuple) else () if entry is None else (entry,):
         ways *= sizes[name]
     return entry if size % ways == 0 else None
+
+
+def _dividing_axes(mesh: Mesh, size: int) -> tuple[str, ...]:
+    """As many axes of a mesh as divide an axis of an array, one after another."""
+    names: tuple[str, ...] = ()
+    for name in mesh.axis_names:
+        if size and size % _ways(mesh, (*names, name)) == 0:
+            names = (*names, name)
+    return names
+
+
+def _ways(mesh: Mesh, names: Sequence[str]) -> int:
+    return math.prod(mesh.shape[name] for name in names)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcompress._src.calibration.control_flow import CONTROL
 from jaxcompress._src.calibration.rows import (
@@ -51,6 +52,7 @@ class Interpreter:
         totals: the sums so far.
         mask: weights of rows, or None.
         active: None: every group is gathered. Otherwise, for each group, the stack entry to gather, `ALL` or `NONE`.
+        shardings: of the sums on a mesh, for each group.
         count: number of streams, 1 or 2.
         note: told about every use.
         refuse: told the number of a leaf whose inputs cannot be gathered, and why; None: that is an error.
@@ -60,6 +62,7 @@ class Interpreter:
     totals: Totals
     mask: Any = None
     active: Any = None
+    shardings: Mapping[int, Any] = dataclasses.field(default_factory=dict)
     count: int = 1
     note: Callable[[Use], None] = lambda use: None
     refuse: Callable[[int, str], None] | None = None
@@ -118,35 +121,38 @@ class Interpreter:
         signature = rows.signature and (rows.signature, tap.layout.stack_axes)
         self.note(Use(origin.leaf, self.place, signature, rows, other.identity))
         share, first = tap.shares.get(self.place, (1.0, True))
-        if tap.group is None or not share:
+        group = tap.group
+        if group is None or not share:
             return
 
-        def add(
-            total: Any, mask: Any, offset: Any, only: Any, factors: Any, streams: Any, sizes: Any, multiples: Any
-        ) -> Any:
+        def summed(like: Any, mask: Any, factors: Any, streams: Any, sizes: Any, multiples: Any) -> InputStatistics:
             weights = row_weights(mask, rows.row_shape)
             streamed = [rows.matrix(jnp.asarray(x), factors, stream) for stream, x in enumerate(streams)]
             if sizes is None:
-                more, stacked = statistics_of(streamed[-1], weights, total, dense=streamed[0]), len(rows.stack_shape)
+                more, stacked = statistics_of(streamed[-1], weights, like, dense=streamed[0]), len(rows.stack_shape)
             else:
                 # One after another: a copy of the rows for each expert would take that many times their memory.
                 runs = members(sizes, math.prod(rows.row_shape))
-                more, stacked = jax.lax.map(lambda w: statistics_of(streamed[-1], w, total, dense=streamed[0]), runs), 1
+                more, stacked = jax.lax.map(lambda w: statistics_of(streamed[-1], w, like, dense=streamed[0]), runs), 1
             flat = jax.tree.map(lambda part: part.reshape(len(rows.entries), *part.shape[stacked:]), more)
             if rows.multiples is not None:
                 often = [share * rows.multiples.mean_square(multiples, stream) for stream in (0, len(streamed) - 1)]
                 flat = weigh(flat, often)
             elif share != 1:
                 flat = weigh(flat, (share,))
-            return add_at(total, flat if first else only_products(flat), rows.entries, offset, only)
+            return flat if first else only_products(flat)
 
         def added(total: InputStatistics, only: Any) -> InputStatistics:
             factors = [scale.arrays for scale in rows.scales]
             multiples = () if rows.multiples is None else rows.multiples.arrays
-            traced = self.mask, rows.offset, only, factors, matrices(), rows.sizes, multiples
-            return on_auto_axes_as([], add, total, *traced)
+            traced = self.mask, factors, matrices(), rows.sizes, multiples
+            shardings = self._shardings(group)
+            # Whole, before it is cut like the sums: otherwise devices would be given all rows of a cut of the inputs.
+            whole = [NamedSharding(each.mesh, PartitionSpec()) for each in shardings]
+            more = on_auto_axes_as(whole, summed, total, *traced)
+            return on_auto_axes_as(shardings, add_at, total, more, rows.entries, rows.offset, only)
 
-        self._add(tap.group, rows, added)
+        self._add(group, rows, added)
 
     def look_up(self, origin: Origin, table: np.ndarray, ids: jax.Array) -> None:
         """Counts the rows of a table that are looked up; `table` has the leaf's row for each entry of the axis."""
@@ -165,7 +171,11 @@ class Interpreter:
             rows = jnp.zeros_like(total.rows).at[places].add(weights, mode="drop")
             return add_statistics(total, LookupCounts(count=weights.sum(), rows=rows))
 
-        self._add(tap.group, None, lambda total, only: on_auto_axes_as([], add, total, self.mask, ids))
+        shardings = self._shardings(tap.group)
+        self._add(tap.group, None, lambda total, only: on_auto_axes_as(shardings, add, total, self.mask, ids))
+
+    def _shardings(self, group: int) -> list[NamedSharding]:
+        return jax.tree.leaves(self.shardings.get(group))
 
     def _add(self, group: int, rows: Rows | None, add: Callable[[Any, Any], Any]) -> None:
         due, only = None, None

@@ -12,7 +12,7 @@ from jaxcompress._src.calibration.flat_program import FlatProgram, variables
 from jaxcompress._src.calibration.leaf_part import meet
 from jaxcompress._src.calibration.segments import Model, Segments, by_shape, segments_of
 from jaxcompress._src.calibration.sites import Operand, Repeated, Site, sites_of
-from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.meshes import on_auto_axes, sharded_like, shared_mesh
 from jaxcompress._src.types import Params, plain
 
 
@@ -111,9 +111,13 @@ class Stop:
         """Sets the kernel (D, O) and the bias (O,) that the last model goes on with; None: it stays."""
         for part, matrix in ((self.kernel, kernel), (self.bias, bias)):
             if part is not None and matrix is not None:
-                leaf = self._models[-1].leaves[part.path]
-                matrix = jnp.asarray(matrix, jnp.result_type(leaf.dtype))
-                self._models[-1].put(part.path, part.entry, part.array(matrix, leaf.shape))
+                model = self._models[-1]
+                leaf = model.leaves[part.path]
+                array = part.array(jnp.asarray(matrix, jnp.result_type(leaf.dtype)), leaf.shape)
+                if shared_mesh((leaf, array)) is not None:
+                    # What runs on it has been compiled for the sharding of the dense kernel.
+                    array = sharded_like(array, plain(model.part(part.path, part.entry)))
+                model.put(part.path, part.entry, array)
 
 
 class _Cut(NamedTuple):

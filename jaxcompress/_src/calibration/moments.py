@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Float64, Int
 
 from jaxcompress._src.calibration.layer_by_layer import Rows
-from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.meshes import on_auto_axes, shared_mesh
 
 # Rows of several batches are summed at once: the shapes of batches, and which of their rows count, then ask for few
 # compilations.
@@ -94,7 +94,8 @@ def moments(
     """
     total, lost = None, None
     for group, counted in _groups(path, pairs, weights):
-        more = _sums(group, *_counting(counted), kernel, bias)
+        places, counts = _counting(counted, apart=shared_mesh(group) is not None)
+        more = _sums(group, places, counts, kernel, bias)
         # What rounding loses of a sum over many groups is added to the next one.
         total, lost = (more, None) if total is None else _added(total, lost, more)
     if total is None:
@@ -184,7 +185,9 @@ def _groups(
             raise ValueError(f"`row_mask` gives {len(weight)} entries; the input of {path!r} has {rows} rows.")
         if weight is not None and not (weight != 0).any():
             continue
-        if group and sum(len(other.inputs) for _, other in group) + rows > _ROWS:
+        # Rows that several devices hold are not put behind one another: they would have to change places.
+        apart = shared_mesh(pair) is not None
+        if group and (apart or sum(len(other.inputs) for _, other in group) + rows > _ROWS):
             yield group, counted
             group, counted = [], []
         group.append(pair)
@@ -193,11 +196,20 @@ def _groups(
         yield group, counted
 
 
-def _counting(counted: list[Any]) -> tuple[Int[np.ndarray, " n"] | None, Float[np.ndarray, " n"] | None]:
-    """Which rows count, and what; None where all count alike."""
+def _counting(
+    counted: list[Any], *, apart: bool
+) -> tuple[Int[np.ndarray, " n"] | None, Float[np.ndarray, " n"] | None]:
+    """Which rows count, and what; None where all are looked at, and where all count alike.
+
+    Args:
+        counted: the weights of the rows of each batch, and their number.
+        apart: the rows lie on several devices, and stay there.
+    """
     if all(weight is None for weight, _ in counted):
         return None, None
     weights = np.concatenate([np.ones(rows, np.float32) if weight is None else weight for weight, rows in counted])
+    if apart:
+        return None, weights
     places = np.flatnonzero(weights != 0)
     # One of few numbers, so that groups of the same shapes share a compilation.
     step = -(-len(weights) // 16)
@@ -219,10 +231,10 @@ def _sums(
         if any(part is None for part in parts):
             return jnp.float32(0)
         whole = jnp.concatenate(parts).astype(jnp.float32)
-        if places is None:
+        if weights is None:
             return whole
         # Not a product with the weights alone: what does not count may be NaN.
-        return jnp.where((counts > 0)[:, None], whole[places], 0.0)
+        return jnp.where((counts > 0)[:, None], whole if places is None else whole[places], 0.0)
 
     rows = sum(len(other.inputs) for _, other in group)
     counts = jnp.ones(rows, jnp.float32) if weights is None else jnp.asarray(weights)

@@ -9,12 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.interpreters import partial_eval
+from jax.sharding import Mesh
 
 from jaxcompress._src.calibration.interpret import Interpreter
 from jaxcompress._src.calibration.parts import repeated_uses
-from jaxcompress._src.calibration.statistics import LookupCounts, Statistic, Statistics, empty_statistics
+from jaxcompress._src.calibration.statistics import (
+    LookupCounts,
+    Statistic,
+    Statistics,
+    empty_statistics,
+    statistics_shardings,
+)
 from jaxcompress._src.calibration.values import Tap, Totals, Use, Value
-from jaxcompress._src.meshes import replicated_beside
+from jaxcompress._src.meshes import shared_mesh
 from jaxcompress._src.trace.facts import Facts
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.trace.layouts import layouts
@@ -78,8 +85,7 @@ class Program:
 
     def zero(self, group: int) -> Statistics:
         """Empty sums of one group."""
-        zeros = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), self.groups[group].empty)
-        return replicated_beside(zeros, [leaf for _, leaf in self.leaves])
+        return jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), self.groups[group].empty)
 
     def tree(self, entries: Mapping[int, Any], blank: Any) -> Params:
         """A tree with entries at some leaves."""
@@ -177,7 +183,7 @@ def _uses(
 
     run = _runner(model, taps, row_mask, 1, note, refuse)
     dynamic, static = split_arrays(inputs)
-    jax.eval_shape(lambda arrays, dynamic: run({}, (arrays,), dynamic, static, None), model.arrays, dynamic)
+    jax.eval_shape(lambda arrays, dynamic: run({}, (arrays,), dynamic, static), model.arrays, dynamic)
     reached = {use.leaf for use in uses.values()}
     for number in taps:
         if number not in reached:
@@ -232,11 +238,15 @@ def _empty(leaf: Any, tap: Tap, statistics: Sequence[Statistic], cross: bool) ->
 
 
 def _step(model: _Model, taps: Mapping[int, Tap], row_mask: RowMask | None, streams: int) -> Callable[..., Totals]:
-    run = jax.jit(_runner(model, taps, row_mask, streams, lambda use: None, None), static_argnums=3, donate_argnums=0)
+    run = _runner(model, taps, row_mask, streams, lambda use: None, None)
+    compiled = jax.jit(run, static_argnums=(3, 5), donate_argnums=0)
 
     def step(totals: Totals, trees: tuple[Params, ...], inputs: tuple[Any, ...], active: Any = None) -> Totals:
         dynamic, static = split_arrays(inputs)
-        return run(totals, tuple(split_arrays(tree)[0] for tree in trees), dynamic, static, active)
+        mesh = shared_mesh((trees, dynamic))
+        if mesh is not None:
+            totals = {number: jax.device_put(each, statistics_shardings(each, mesh)) for number, each in totals.items()}
+        return compiled(totals, tuple(split_arrays(tree)[0] for tree in trees), dynamic, static, active, mesh)
 
     return step
 
@@ -249,7 +259,14 @@ def _runner(
     note: Callable[[Use], None],
     refuse: Callable[[int, str], None] | None,
 ) -> Callable[..., Totals]:
-    def run(totals: Totals, trees: tuple[list[Any], ...], dynamic: list[Any], static: Any, active: Any) -> Totals:
+    def run(
+        totals: Totals,
+        trees: tuple[list[Any], ...],
+        dynamic: list[Any],
+        static: Any,
+        active: Any = None,
+        mesh: Mesh | None = None,
+    ) -> Totals:
         inputs = static.filled(dynamic)
         mask = None if row_mask is None else row_mask(*inputs)
         logical = [[plain(leaf) for leaf in leaves] for leaves in trees]
@@ -263,8 +280,10 @@ def _runner(
             else Value(leaves[-1:], Facts(data=False))
             for number, leaves in zip(model.static.numbers, zip(*logical, strict=True), strict=True)
         ]
-        totals = replicated_beside(totals, (trees, dynamic))
-        interpreter = Interpreter(taps, dict(totals), mask=mask, active=active, count=streams, note=note, refuse=refuse)
+        shardings = {} if mesh is None else {n: statistics_shardings(each, mesh) for n, each in totals.items()}
+        interpreter = Interpreter(
+            taps, dict(totals), mask, active, shardings=shardings, count=streams, note=note, refuse=refuse
+        )
         interpreter.run(Body(live, closed.consts), [*values, *(Value((x,)) for x in dynamic)])
         return interpreter.totals
 

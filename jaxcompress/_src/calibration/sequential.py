@@ -25,7 +25,7 @@ from jaxcompress._src.calibration.leaf_part import entry_of, with_entry
 from jaxcompress._src.calibration.program import Group, Program, RowMask, build
 from jaxcompress._src.calibration.statistics import STATISTICS, Statistic, uninformed
 from jaxcompress._src.calibration.values import ALL, NONE
-from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.meshes import on_auto_axes, sharded_like
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.tree.paths import entry_name
 from jaxcompress._src.tree.unselected import Unselected, is_unselected
@@ -198,7 +198,8 @@ class _Progress:
 
     def result(self) -> Params:
         for number, entries in self._entries.items():
-            self._kept[number] = _stacked(self.program.leaves[number][0], entries, len(self._plain[number]))
+            leaf = _stacked(self.program.leaves[number][0], entries, len(self._plain[number]))
+            self._kept[number] = sharded_like(leaf, self._plain[number])
         return self.program.treedef.unflatten(self._kept)
 
     def never_reached(self) -> dict[str, str]:
@@ -249,7 +250,8 @@ class _Progress:
                 )
             self._entries.setdefault(number, {})[entry] = leaf
             leaf = leaf.materialize()
-        self._plain[number] = self._kept[number] = with_entry(self._plain[number], ((axis, entry),), leaf)
+        stack = with_entry(self._plain[number], ((axis, entry),), leaf)
+        self._plain[number] = self._kept[number] = sharded_like(stack, self._plain[number])
 
 
 @on_auto_axes

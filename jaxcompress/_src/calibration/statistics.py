@@ -13,10 +13,12 @@ from typing import Any, ClassVar, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from jaxcompress._src.calibration.histogram import Histogram, add_histograms, empty_histogram, histogram_of
+from jaxcompress._src.meshes import spread
 from jaxcompress._src.types import exportable
 
 Statistic = Literal["gram", "squared_sum", "absolute_sum", "absolute_max", "histogram"]
@@ -103,6 +105,32 @@ def empty_statistics(
         shapes["cross"] = (*stack, width, width)
     parts = {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes.items()}
     return InputStatistics(count=jnp.zeros(tuple(stack), jnp.float32), histogram=histogram, **parts)
+
+
+def statistics_shardings(statistics: Statistics, mesh: Mesh) -> Statistics:
+    """How statistics lie on a mesh: products of two inputs are cut along their rows, everything else is replicated.
+
+    Args:
+        statistics: arrays, or their abstract forms.
+        mesh: of the devices.
+
+    Returns:
+        The same structure with a `NamedSharding` for each array.
+
+    Example:
+        >>> mesh = jax.make_mesh((1,), ("data",))
+        >>> statistics_shardings(empty_statistics((), 4, ("gram",)), mesh).gram.spec
+        P('data', None)
+    """
+    whole = jax.tree.map(lambda part: spread(mesh, part.shape, stack=len(part.shape)), statistics)
+    if isinstance(statistics, LookupCounts):
+        return whole
+    products = {
+        name: spread(mesh, part.shape, stack=len(part.shape) - 2)
+        for name in ("gram", "cross")
+        if (part := getattr(statistics, name)) is not None
+    }
+    return dataclasses.replace(whole, **products)
 
 
 def uninformed(like: InputStatistics) -> InputStatistics:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32
 
-from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.meshes import on_auto_axes, sharded_like
 from jaxcompress._src.pruning.counts import check_counting, sparsity_by_path
 from jaxcompress._src.pruning.leaf_info import LeafInfo, leaf_infos
 from jaxcompress._src.pruning.patterns import NOfM, Pattern, Unstructured, unstructured
@@ -25,6 +25,7 @@ from jaxcompress._src.solvers.runs import keep_in_runs
 from jaxcompress._src.tree.maps import with_leaves
 from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.matrices import CalibratedLeaf, calibrated_leaves
+from jaxcompress._src.weights.side_by_side import solve_leaves
 from jaxcompress._src.weights.unseen import Unseen, check_unseen, warn_unseen
 
 _UNSTRUCTURED = unstructured()
@@ -67,6 +68,9 @@ def sparsegpt(
     first become those that come closest to the dense outputs on the inputs that the leaf will really get,
 
         T = argmin ||X T - Y W||² + ridge mean(diag XᵀX) ||T - W||².
+
+    On a mesh (params, or the statistics of sharded batches) every device prunes another stack entry or leaf, whole, and
+    leaves come back with the sharding that they had.
 
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
@@ -119,11 +123,15 @@ def sparsegpt(
     if group_size is not None and group_size < block_size:
         block_size = -(-block_size // group_size) * group_size
     rule = _Rule(pattern, block_size, scope, counting, unseen, quantize_column, start_group, group_size)
-    leaves: dict[str, Any] = {}
-    info: dict[str, LeafInfo] = {}
-    for entry in entries:
-        leaves[entry.path], leaf_info = _prune(entry, shares[entry.path], damping, ridge, rule)
-        info |= leaf_info
+    pruned = solve_leaves(
+        entries,
+        lambda entry: _parts(entry, shares[entry.path], damping, ridge, rule),
+        _solve,
+        _pruned_leaf,
+        options=(rule,),
+    )
+    leaves = {entry.path: leaf for entry, (leaf, _) in zip(entries, pruned, strict=True)}
+    info = {name: leaf_info for _, infos in pruned for name, leaf_info in infos.items()}
     warn_unseen({entry.path: entry.unseen for entry in entries}, _FALLBACKS[unseen])
     return with_leaves(params, leaves), info
 
@@ -167,9 +175,8 @@ def _check_options(pattern: Pattern, damping: float, ridge: float, block_size: i
         raise ValueError(f"`scope` must be one of {get_args(RankingScope)}, got {scope!r}.")
 
 
-def _prune(
-    entry: CalibratedLeaf, sparsity: float, damping: float, ridge: float, rule: _Rule
-) -> tuple[jax.Array, dict[str, LeafInfo]]:
+def _parts(entry: CalibratedLeaf, sparsity: float, damping: float, ridge: float, rule: _Rule) -> dict[str, Any]:
+    """What `_solve` is given of a leaf."""
     if isinstance(rule.pattern, NOfM) and not np.isclose(sparsity, rule.pattern.allowed):
         raise ValueError(f"The pattern implies a `sparsity` of {rule.pattern.allowed:g}, got {sparsity:g}.")
     weights = entry.matrices
@@ -180,8 +187,13 @@ def _prune(
         damping=np.float32(damping),
         ridge=np.float32(ridge),
     )
-    solved, errors = _solve(weights, entry.gram, entry.cross, entry.count, numbers, rule, entry.layout.groups)
-    pruned = entry.leaf(solved.weights).astype(entry.weight.dtype)
+    repeated = jax.tree.map(lambda number: np.broadcast_to(number, (entry.stack, *number.shape)), numbers)
+    return {"weights": weights, "gram": entry.gram, "cross": entry.cross, "count": entry.count, "numbers": repeated}
+
+
+def _pruned_leaf(entry: CalibratedLeaf, solution: Any) -> tuple[jax.Array, dict[str, LeafInfo]]:
+    solved, errors = solution
+    pruned = sharded_like(entry.leaf(solved.weights).astype(entry.weight.dtype), entry.weight)
     return pruned, leaf_infos(entry, pruned, errors, damping=solved.damping, retries=solved.retries)
 
 
@@ -194,21 +206,10 @@ def _counts_by_block(depth: int, width: int, sparsity: float, rule: _Rule) -> np
     return np.diff([round(sparsity * end) for end in ends]).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("rule", "groups"))
-def _solve(
-    weights: Float32[Array, "S D R"],
-    gram: Float32[Array, "S D D"],
-    cross: Float32[Array, "S D D"] | None,
-    count: Float32[Array, " S"],
-    numbers: _Numbers,
-    rule: _Rule,
-    groups: int,
-) -> tuple[_Solved, dict[str, Float32[Array, " E"]]]:
-    def one(parts: Any) -> tuple[_Solved, Array]:
-        return _solve_matrix(*parts, numbers=numbers, rule=rule)
-
-    solved, targets = jax.lax.map(one, (weights, gram, cross, count))
-    masked = jnp.where(solved.weights == 0, 0.0, targets)
+@functools.partial(jax.jit, static_argnames=("groups", "rule"))
+def _solve(parts: dict[str, Any], groups: int, rule: _Rule) -> tuple[_Solved, dict[str, Float32[Array, " E"]]]:
+    solved, targets = jax.lax.map(lambda part: _solve_matrix(**part, rule=rule), parts)
+    gram, masked = parts["gram"], jnp.where(solved.weights == 0, 0.0, targets)
     before = output_errors(gram, targets, masked, groups=groups)
     return solved, {"error_before": before, "error": output_errors(gram, targets, solved.weights, groups=groups)}
 
@@ -218,7 +219,6 @@ def _solve_matrix(
     gram: Float32[Array, "D D"],
     cross: Float32[Array, "D D"] | None,
     count: Float32[Array, ""],
-    *,
     numbers: _Numbers,
     rule: _Rule,
 ) -> tuple[_Solved, Float32[Array, "D R"]]:

@@ -4,14 +4,15 @@ Shape letters: S stack entries, D inputs, R outputs.
 """
 
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32
+from jaxtyping import Array, Bool
 
-from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.meshes import on_auto_axes, sharded_like
 from jaxcompress._src.pruning.counts import sparsity_by_path
 from jaxcompress._src.pruning.leaf_info import LeafInfo, leaf_infos
 from jaxcompress._src.pruning.patterns import NOfM, Pattern, Unstructured, unstructured
@@ -25,6 +26,7 @@ from jaxcompress._src.tree.maps import leaves_by_path, map_with_path, with_leave
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.matrices import CalibratedLeaf, calibrated_leaves
+from jaxcompress._src.weights.side_by_side import solve_leaves
 from jaxcompress._src.weights.unseen import warn_unseen
 
 _UNSTRUCTURED = unstructured()
@@ -44,8 +46,8 @@ def tune_masked(
 
     argmin over W' of ||X W - X W'||² + λ mean(diag) ||W - W'||², with W' = 0 where the mask is not set. Where the
     statistics have `cross`, X W' comes close to the outputs of the dense model instead, and W' to weights T that do so
-    without a mask; see `sparsegpt`. Weights of inputs that are 0 in every row stay as
-    they are, where the mask keeps them.
+    without a mask; see `sparsegpt`. Weights of inputs that are 0 in every row stay as they are, where the mask keeps
+    them. On a mesh every device solves another stack entry or leaf, as in `sparsegpt`.
 
     Args:
         params: the *dense* weights: what was pruned is needed.
@@ -81,14 +83,13 @@ def tune_masked(
         return map_with_path(lambda _, __, mask: not is_unselected(mask), params, masks)
 
     entries = calibrated_leaves(params, statistics, needs="gram", select=masked, layouts=layouts)
-    by_path = leaves_by_path(masks)
-    leaves, info = {}, {}
+    by_path, matrices = leaves_by_path(masks), {}
     for entry in entries:
         mask = by_path[entry.path]
         if mask.shape != entry.weight.shape:
             raise ValueError(f"Leaf {entry.path!r} has shape {entry.weight.shape}, its mask {mask.shape}.")
-        leaves[entry.path], leaf_info = _tuned(entry, entry.matrix(mask), damping, ridge)
-        info |= leaf_info
+        matrices[entry.path] = entry.matrix(mask)
+    leaves, info = _tuned(entries, matrices, damping, ridge)
     warn_unseen({entry.path: entry.unseen for entry in entries}, "masked without an update")
     return with_leaves(params, leaves), info
 
@@ -110,7 +111,8 @@ def alps(
 
     Costs several times what `sparsegpt` does, and leaves about a quarter less output error: masks are not decided
     input by input, and the last update is exact. Inputs that are 0 in every row count as much as the others do on
-    average, so that their weights are ranked by magnitude.
+    average, so that their weights are ranked by magnitude. On a mesh every device solves another stack entry or leaf,
+    as in `sparsegpt`.
 
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
@@ -148,21 +150,14 @@ def alps(
         raise ValueError(f"`iterations` must be at least 0, got {iterations}.")
     entries = calibrated_leaves(params, statistics, needs="gram", select=select, layouts=layouts)
     shares = sparsity_by_path(sparsity, entries, pattern)
-    leaves, info = {}, {}
-    for entry in entries:
-        dropped = np.int32(round(shares[entry.path] * entry.weight.size / max(entry.stack, 1)))
-        masks = _masks(
-            entry.matrices,
-            entry.gram,
-            entry.cross,
-            entry.count,
-            dropped,
-            np.float32(damping),
-            np.float32(ridge),
-            _Search(pattern, iterations),
-        )
-        leaves[entry.path], leaf_info = _tuned(entry, masks, damping, ridge)
-        info |= leaf_info
+
+    def parts(entry: CalibratedLeaf) -> dict[str, Any]:
+        dropped = round(shares[entry.path] * entry.weight.size / max(entry.stack, 1))
+        return _parts(entry, damping, ridge) | {"dropped": np.full(entry.stack, dropped, np.int32)}
+
+    found = solve_leaves(entries, parts, _masks, lambda _, masks: masks, options=(_Search(pattern, iterations),))
+    masks = {entry.path: mask for entry, mask in zip(entries, found, strict=True)}
+    leaves, info = _tuned(entries, masks, damping, ridge)
     warn_unseen({entry.path: entry.unseen for entry in entries}, "ranked by magnitude")
     return with_leaves(params, leaves), info
 
@@ -172,65 +167,71 @@ class _Search(NamedTuple):
     iterations: int
 
 
-@functools.partial(jax.jit, static_argnames="search")
-def _masks(
-    weights: Float32[Array, "S D R"],
-    gram: Float32[Array, "S D D"],
-    cross: Float32[Array, "S D D"] | None,
-    count: Float32[Array, " S"],
-    dropped: Any,
-    damping: Any,
-    ridge: Any,
-    search: _Search,
-) -> Bool[Array, "S D R"]:
-    def keep(scores: Any) -> Any:
-        if isinstance(search.pattern, NOfM):
-            return keep_in_runs(scores, search.pattern.n, search.pattern.m, axis=0)
-        return keep_largest([scores], dropped)[0]
+def _parts(entry: CalibratedLeaf, damping: float, ridge: float) -> dict[str, Any]:
+    """What a solver is given of a leaf."""
+    numbers = {
+        name: np.full(entry.stack, value, np.float32) for name, value in (("damping", damping), ("ridge", ridge))
+    }
+    return {"weights": entry.matrices, "gram": entry.gram, "cross": entry.cross, "count": entry.count, **numbers}
 
-    def one(parts: Any) -> Any:
-        weights, gram, cross, count = parts
-        least_squares = problem(weights, gram, cross, count, ridge)
-        hessian = damped(least_squares.hessian, damping).hessian
+
+@functools.partial(jax.jit, static_argnames=("groups", "search"))
+def _masks(parts: dict[str, Any], groups: int, search: _Search) -> Bool[Array, "S D R"]:
+    del groups  # each is searched by itself
+
+    def one(part: dict[str, Any]) -> Any:
+        def keep(scores: Any) -> Any:
+            if isinstance(search.pattern, NOfM):
+                return keep_in_runs(scores, search.pattern.n, search.pattern.m, axis=0)
+            return keep_largest([scores], part["dropped"])[0]
+
+        least_squares = problem(part["weights"], part["gram"], part["cross"], part["count"], part["ridge"])
+        hessian = damped(least_squares.hessian, part["damping"]).hessian
         return alternating_mask(least_squares.targets, hessian, keep, iterations=search.iterations)
 
-    return jax.lax.map(one, (weights, gram, cross, count))
+    return jax.lax.map(one, parts)
 
 
 def _tuned(
-    entry: CalibratedLeaf, masks: Bool[Array, "S D R"], damping: float, ridge: float
-) -> tuple[jax.Array, dict[str, LeafInfo]]:
-    parts = entry.matrices, entry.gram, entry.cross, entry.count
-    most = int(masks.sum(axis=1).max(initial=0))
-    # Few different sizes, so that few are compiled.
-    most = min(-(-most // 64) * 64, masks.shape[1])
-    tuned, figures, errors = _tune(*parts, masks, np.float32(damping), np.float32(ridge), most, entry.layout.groups)
-    leaf = entry.leaf(tuned).astype(entry.weight.dtype)
+    entries: Sequence[CalibratedLeaf], masks: Mapping[str, Bool[Array, "S D R"]], damping: float, ridge: float
+) -> tuple[dict[str, jax.Array], dict[str, LeafInfo]]:
+    """The leaves, and what happened to them; each mask as matrices."""
+    by_most: dict[int, list[CalibratedLeaf]] = {}
+    for entry in entries:
+        mask = masks[entry.path]
+        # Few different sizes, so that few are compiled.
+        most = min(-(-int(mask.sum(axis=1).max(initial=0)) // 64) * 64, mask.shape[1])
+        by_most.setdefault(most, []).append(entry)
+
+    def parts(entry: CalibratedLeaf) -> dict[str, Any]:
+        return _parts(entry, damping, ridge) | {"mask": masks[entry.path]}
+
+    tuned: dict[str, tuple[jax.Array, dict[str, LeafInfo]]] = {}
+    for most, alike in by_most.items():
+        outcomes = solve_leaves(alike, parts, _tune, _tuned_leaf, options=(most,))
+        tuned |= {entry.path: outcome for entry, outcome in zip(alike, outcomes, strict=True)}
+    leaves = {entry.path: tuned[entry.path][0] for entry in entries}
+    return leaves, {name: info for entry in entries for name, info in tuned[entry.path][1].items()}
+
+
+def _tuned_leaf(entry: CalibratedLeaf, solution: Any) -> tuple[jax.Array, dict[str, LeafInfo]]:
+    weights, figures, errors = solution
+    leaf = sharded_like(entry.leaf(weights).astype(entry.weight.dtype), entry.weight)
     return leaf, leaf_infos(entry, leaf, errors, **figures)
 
 
-@functools.partial(jax.jit, static_argnames=("most", "groups"))
-def _tune(
-    weights: Float32[Array, "S D R"],
-    gram: Float32[Array, "S D D"],
-    cross: Float32[Array, "S D D"] | None,
-    count: Float32[Array, " S"],
-    masks: Bool[Array, "S D R"],
-    damping: Any,
-    ridge: Any,
-    most: int,
-    groups: int,
-) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-    def one(parts: Any) -> Any:
-        weights, gram, cross, count, mask = parts
-        least_squares = problem(weights, gram, cross, count, ridge)
-        hessian, share, retries = damped(least_squares.hessian, damping)
+@functools.partial(jax.jit, static_argnames=("groups", "most"))
+def _tune(parts: dict[str, Any], groups: int, most: int) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+    def one(part: dict[str, Any]) -> Any:
+        least_squares = problem(part["weights"], part["gram"], part["cross"], part["count"], part["ridge"])
+        hessian, share, retries = damped(least_squares.hessian, part["damping"])
         # One output at a time: on the CPU, XLA has been seen to wait forever for batches of factorizations in a loop.
-        tuned = masked_least_squares(least_squares.targets, hessian, mask, most=most, batch_size=1)
-        plain = jnp.where(mask, least_squares.targets, 0.0)
+        tuned = masked_least_squares(least_squares.targets, hessian, part["mask"], most=most, batch_size=1)
+        plain = jnp.where(part["mask"], least_squares.targets, 0.0)
         return not_worse(tuned, plain, least_squares.targets, hessian), least_squares.targets, share, retries
 
-    tuned, targets, share, retries = jax.lax.map(one, (weights, gram, cross, count, masks))
-    before = output_errors(gram, targets, jnp.where(masks, targets, 0.0), groups=groups)
+    gram = parts["gram"]
+    tuned, targets, share, retries = jax.lax.map(one, parts)
+    before = output_errors(gram, targets, jnp.where(parts["mask"], targets, 0.0), groups=groups)
     errors = {"error_before": before, "error": output_errors(gram, targets, tuned, groups=groups)}
     return tuned, {"damping": share, "retries": retries}, errors

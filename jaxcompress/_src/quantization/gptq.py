@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.meshes import on_auto_axes, sharded_like
 from jaxcompress._src.quantization.gptq_matrix import GroupScales, Order, Rule, Solved, check_rule, gptq_matrix
 from jaxcompress._src.quantization.leaf_matrix import (
     MATRIX,
@@ -31,6 +31,7 @@ from jaxcompress._src.tree.maps import with_leaves
 from jaxcompress._src.types import Params, Selector
 from jaxcompress._src.weights.infos import entry_infos
 from jaxcompress._src.weights.matrices import CalibratedLeaf, TableLeaf, calibrated_leaves_and_tables
+from jaxcompress._src.weights.side_by_side import solve_leaves
 from jaxcompress._src.weights.unseen import Unseen, check_unseen, warn_unseen
 
 
@@ -60,8 +61,10 @@ def gptq(
 
         T = argmin ||X T - Y W||² + ridge mean(diag XᵀX) ||T - W||².
 
-    Tables that are looked up (`LookupCounts`) are
-    rounded to nearest: their rows do not make up for one another.
+    Tables that are looked up (`LookupCounts`) are rounded to nearest: their rows do not make up for one another.
+
+    On a mesh (params, or the statistics of sharded batches) every device rounds another stack entry or leaf, whole, and
+    leaves come back with the sharding that they had, their codes and scales where it divides those.
 
     Args:
         params: the tree; compressed leaves count as the arrays they stand for.
@@ -108,29 +111,41 @@ def gptq(
     check_rule(rule, damping, ridge)
     check_unseen(unseen)
     entries = calibrated_leaves_and_tables(params, statistics, needs="gram", select=select, layouts=layouts)
-    leaves, infos, unseen_inputs = {}, {}, {}
-    for entry in fitting(entries, spec, select):
+    fitted = fitting(entries, spec, select)
+    for entry in fitted:
         check_blocks(entry, spec)
-        if isinstance(entry, TableLeaf):
-            leaves[entry.path], info = _nearest_table(entry, spec, range_search)
-        else:
-            leaves[entry.path], info = _quantize(entry, ridge, damping, unseen, rule)
-            unseen_inputs[entry.path] = entry.unseen
-        infos |= info
-    warn_unseen(unseen_inputs, FALLBACKS[unseen])
-    return with_leaves(params, leaves), infos
-
-
-def _quantize(
-    entry: CalibratedLeaf, ridge: float, damping: float, unseen: Unseen, rule: Rule
-) -> tuple[Any, dict[str, RoundingInfo]]:
-    gram, cross = (
-        None if part is None else with_whole_groups(entry, part, rule.spec, 1, 2) for part in (entry.gram, entry.cross)
+    kernels = [entry for entry in fitted if isinstance(entry, CalibratedLeaf)]
+    outcomes = {
+        entry.path: _nearest_table(entry, spec, range_search) for entry in fitted if isinstance(entry, TableLeaf)
+    }
+    rounded_kernels = solve_leaves(
+        kernels,
+        functools.partial(_parts, ridge=ridge, damping=damping, spec=spec),
+        _solve,
+        functools.partial(_rounded_leaf, spec=spec),
+        options=(unseen == "zero", rule),
     )
-    parts = with_whole_groups(entry, entry.matrices, rule.spec, 1), gram, cross, entry.count
-    numbers = np.float32(ridge), np.float32(damping)
-    solved, errors = _solve(parts, *numbers, unseen == "zero", rule, entry.layout.groups)
-    leaf = stored(entry, solved.codes, solved.scale, solved.zero_point, rule.spec)
+    outcomes |= {kernel.path: outcome for kernel, outcome in zip(kernels, rounded_kernels, strict=True)}
+    infos = {name: info for entry in fitted for name, info in outcomes[entry.path][1].items()}
+    warn_unseen({kernel.path: kernel.unseen for kernel in kernels}, FALLBACKS[unseen])
+    return with_leaves(params, {path: leaf for path, (leaf, _) in outcomes.items()}), infos
+
+
+def _parts(entry: CalibratedLeaf, *, ridge: float, damping: float, spec: QuantSpec) -> dict[str, Any]:
+    """What `_solve` is given of a leaf."""
+    gram, cross = (
+        None if part is None else with_whole_groups(entry, part, spec, 1, 2) for part in (entry.gram, entry.cross)
+    )
+    numbers = {
+        name: np.full(entry.stack, value, np.float32) for name, value in (("ridge", ridge), ("damping", damping))
+    }
+    weights = with_whole_groups(entry, entry.matrices, spec, 1)
+    return {"weights": weights, "gram": gram, "cross": cross, "count": entry.count, **numbers}
+
+
+def _rounded_leaf(entry: CalibratedLeaf, solution: Any, *, spec: QuantSpec) -> tuple[Any, dict[str, RoundingInfo]]:
+    solved, errors = solution
+    leaf = sharded_like(stored(entry, solved.codes, solved.scale, solved.zero_point, spec), entry.weight)
     return leaf, entry_infos(
         entry,
         functools.partial(RoundingInfo.of, leaf),
@@ -141,17 +156,19 @@ def _quantize(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("zero_unseen", "rule", "groups"))
+@functools.partial(jax.jit, static_argnames=("groups", "zero_unseen", "rule"))
 def _solve(
-    parts: Any, ridge: Any, damping: Any, zero_unseen: bool, rule: Rule, groups: int
+    parts: dict[str, Any], groups: int, zero_unseen: bool, rule: Rule
 ) -> tuple[Solved, dict[str, Float32[Array, " E"]]]:
-    def one(parts: Any) -> Any:
-        weights, gram, cross, count = parts
-        targets, hessian, _ = problem(weights, gram, cross, count, ridge, zero_unseen=zero_unseen)
+    def one(part: dict[str, Any]) -> Any:
+        weights, ridge = part["weights"], part["ridge"]
+        targets, hessian, _ = problem(
+            weights, part["gram"], part["cross"], part["count"], ridge, zero_unseen=zero_unseen
+        )
         nearest = rounded(weights, *block_scales(weights, rule.spec, MATRIX), rule.spec)
-        return gptq_matrix(targets, hessian, damping, rule), targets, nearest
+        return gptq_matrix(targets, hessian, part["damping"], rule), targets, nearest
 
-    gram = parts[1]
+    gram = parts["gram"]
     solved, targets, nearest = jax.lax.map(one, parts)
     before = output_errors(gram, targets, nearest, groups=groups)
     return solved, {"error_before": before, "error": output_errors(gram, targets, solved.weights, groups=groups)}
@@ -173,7 +190,7 @@ def _nearest_table(
     matrix = with_whole_groups(table, table.matrices, spec, 1)
     scale, zero_point, codes, before, after = _nearest_rows(matrix[0], table.counts.rows, spec, range_search)
     zero_point = None if zero_point is None else zero_point[None]
-    leaf = stored(table, codes[None], scale[None], zero_point, spec)
+    leaf = sharded_like(stored(table, codes[None], scale[None], zero_point, spec), table.weight)
     errors = {"error_before": before[None], "error": after[None]}
     return leaf, entry_infos(table, functools.partial(RoundingInfo.of, leaf), errors=errors)
 

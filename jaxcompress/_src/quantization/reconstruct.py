@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32
 
 from jaxcompress._src.arrays.quantized import QuantizedArray
@@ -18,7 +19,7 @@ from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
 from jaxcompress._src.calibration.leaf_part import LeafPart, entry_of
 from jaxcompress._src.calibration.moments import Moments, flat_weights, moments, pooled, relative_error
 from jaxcompress._src.calibration.sites import kernels_at_work
-from jaxcompress._src.meshes import on_auto_axes
+from jaxcompress._src.meshes import on_auto_axes, sharded_like, shared_mesh, spread
 from jaxcompress._src.quantization.blocks import PARTIAL, cut
 from jaxcompress._src.quantization.fake_quant import fake_quantize_array
 from jaxcompress._src.quantization.gptq_matrix import GroupScales, Order, Rule, Solved, check_rule, gptq_matrix
@@ -73,6 +74,10 @@ def reconstruct(
     which least squares give; then T is rounded by GPTQ in the metric Σ x xᵀ (about the mean, if the bias b' is free),
     and `refine` rounds of least-squares scales and coordinate descent follow. So a sublayer also makes up for the
     errors in the residual stream that it adds to. Both models run side by side, once.
+
+    On a mesh, batches that are sharded stay so wherever the model stops: each device sums up its rows, a batch at a
+    time, and rounds its share of a kernel's outputs (all, where devices do not divide them). Leaves come back with
+    the sharding that they had, their codes and scales where it divides those.
 
     Args:
         apply: `(params, *inputs) -> outputs`; kernels may be on either side of their matmul (`x @ w`, `w @ x`). The
@@ -251,11 +256,21 @@ def _matrix_layout(layout: LeafLayout) -> LeafLayout:
 
 
 @on_auto_axes
-@functools.partial(jax.jit, static_argnames="fit")
 def _rounded(weight: Float[Array, "..."], bias: Float[Array, " R"], sums: Moments, fit: _Fit) -> tuple[_Rounded, Any]:
     """One kernel, in the shape of its entry, rounded, and the weights (D, R) that it stands for."""
+    return _round(weight, bias, sums, fit, shared_mesh((weight, sums)))
+
+
+@functools.partial(jax.jit, static_argnames=("fit", "mesh"))
+def _round(
+    weight: Float[Array, "..."], bias: Float[Array, " R"], sums: Moments, fit: _Fit, mesh: Mesh | None
+) -> tuple[_Rounded, Any]:
     kernel, spec = MatrixLeaf(path="", weight=weight, layout=fit.layout), fit.rule.spec
     dense = kernel.matrix(weight)[0].astype(jnp.float32)
+    if mesh is not None:
+        # Outputs do not depend on one another: each device rounds some, by the whole matrix that weighs their errors.
+        dense = jax.lax.with_sharding_constraint(dense, spread(mesh, dense.shape, stack=1))
+        sums = jax.lax.with_sharding_constraint(sums, NamedSharding(mesh, PartitionSpec()))
     targets, hessian, marks = _problem(sums, dense, fit)
     whole = with_whole_groups(kernel, targets, spec, 0)
     metric = with_whole_groups(kernel, hessian, spec, 0, 1)
@@ -273,6 +288,11 @@ def _rounded(weight: Float[Array, "..."], bias: Float[Array, " R"], sums: Moment
         "retries": solved.retries,
     }
     values = bias.astype(jnp.float32) + shift
+    if mesh is not None:
+        replicated = NamedSharding(mesh, PartitionSpec())
+        values, marks, figures, weights = jax.lax.with_sharding_constraint(
+            (values, marks, figures, weights), replicated
+        )
     return _Rounded(solved.codes, solved.scale, solved.zero_point, values, marks, figures), weights
 
 
@@ -331,7 +351,7 @@ def _fitted_biases(params: Params, visited: Sequence[_Visited]) -> dict[str, jax
         if each.bias is not None:
             path = each.bias.path
             changed[path] = each.bias.put(changed.get(path, leaves[path]), each.rounded.values)
-    return {path: jnp.asarray(leaf) for path, leaf in changed.items()}
+    return {path: sharded_like(jnp.asarray(leaf), leaves[path]) for path, leaf in changed.items()}
 
 
 def _assembled(
@@ -341,7 +361,8 @@ def _assembled(
     leaves = {}
     for path, kernel in kernels.items():
         entries = sorted((each for each in visited if each.kernel.path == path), key=lambda each: each.kernel.entry)
-        leaves[path] = _stored(kernel, [each.rounded for each in entries], rules[path].spec)
+        leaf = _stored(kernel, [each.rounded for each in entries], rules[path].spec)
+        leaves[path] = sharded_like(leaf, kernel.weight)
     info = {}
     for each in visited:
         figures = {name: value.item() for name, value in each.rounded.figures.items()}
@@ -350,6 +371,7 @@ def _assembled(
     return leaves, info
 
 
+@on_auto_axes
 def _stored(kernel: MatrixLeaf, parts: Sequence[Solved | _Rounded], spec: QuantSpec) -> QuantizedArray:
     """The leaf of the codes of all of its stack entries."""
     codes, scale = jnp.stack([part.codes for part in parts]), jnp.stack([part.scale for part in parts])
