@@ -1,5 +1,6 @@
 """Number formats against float64, `ml_dtypes`, and brute force."""
 
+import dataclasses
 import math
 
 import jax
@@ -297,6 +298,13 @@ def test_traced_bits_are_static_bits(convention, symmetric):
         own = QuantSpec(bits=bits, convention=convention, symmetric=symmetric)
         np.testing.assert_array_equal(traced(w, jnp.float32(bits)), fake_quantize_array(w, own, LAYOUT))
     assert len(traces) == 1
+
+
+def test_traced_bits_choose_the_mse_range():
+    w, spec = jnp.asarray(weights()), QuantSpec(bits=2, range_rule="mse", convention="narrow")
+    own = dataclasses.replace(spec, bits=4)
+    traced = jax.jit(lambda w, bits: fake_quantize_array(w, spec, LAYOUT, bits=bits))(w, jnp.float32(4))
+    np.testing.assert_array_equal(traced, fake_quantize_array(w, own, LAYOUT))
 
 
 BAD = {

@@ -216,6 +216,31 @@ def test_targets_that_undo_earlier_errors_come_closer_to_the_dense_model():
     np.testing.assert_array_equal(gptq(alone, statistics, spec, **PUBLISHED)[0]["up"].codes(), first.codes())
 
 
+@pytest.mark.parametrize("spec", [SPEC, QuantSpec(bits=4)])
+def test_one_program_reconstructs_at_all_bits(spec):
+    params, rows = {"kernel": PARAMS["kernel"]}, jnp.asarray(X, jnp.float32)
+    compiled = []
+
+    def listen(event, duration, **details):
+        if event.endswith("backend_compile_duration") and details.get("fun_name") == "jit(_rounded)":
+            compiled.append(duration)
+
+    published = {"targets": "weights", "bias": False, **PUBLISHED}
+    statistics = input_statistics(lambda p, x: x @ p["kernel"], params, [(rows,)])
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for bits in (2, 3, 5):
+            at = dataclasses.replace(spec, bits=bits)
+            found, _ = reconstruct(lambda p, x: x @ p["kernel"], params, [(rows,)], at, **published)
+            expected = gptq(params, statistics, at, **PUBLISHED)[0]["kernel"]
+            np.testing.assert_array_equal(found["kernel"].codes(), expected.codes())
+            np.testing.assert_allclose(found["kernel"].scale, expected.scale, rtol=1e-6)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    # None, where it is compiled already.
+    assert len(compiled) <= 1
+
+
 def test_reconstruction_names_what_it_cannot_do():
     params, rows = _layers(), jnp.ones((3, 12))
     with pytest.raises(ValueError, match="`batches` is empty"):

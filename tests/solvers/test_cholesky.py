@@ -25,7 +25,7 @@ def test_factors_are_those_of_numpy():
     assert int(upper.retries) == 0
 
 
-@pytest.mark.parametrize("depth", [128, 129, 300, 515])
+@pytest.mark.parametrize("depth", [128, 129, 300, 515, 770])
 def test_factors_of_several_blocks(depth):
     hessian = _hessian(depth, 2 * depth)
     damped = hessian + 0.05 * np.diag(hessian).mean() * np.eye(depth)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Float64, Int
+from jaxtyping import Array, Float, Float32, Float64, Int
 
 from jaxcompress._src.calibration.layer_by_layer import Rows
 from jaxcompress._src.meshes import on_auto_axes, shared_mesh
@@ -100,7 +100,7 @@ def moments(
         total, lost = (more, None) if total is None else _added(total, lost, more)
     if total is None:
         raise ValueError(f"`row_mask` leaves no row of the input of {path!r}.")
-    if not bool(_all_finite(total)):
+    if not np.isfinite(np.asarray(_squares(total.gram, total.square, total.energy))).all():
         raise ValueError(f"What goes into {path!r}, or what is added to its output, holds NaN or Inf.")
     return total
 
@@ -245,14 +245,17 @@ def _sums(
     gaps = _product(y - x, kernel) + (s - r)
     outputs = jnp.where((counts > 0)[:, None], written - r - bias[None], 0.0)
     weighted = x * counts[:, None]
+    # As one product: each sum over a vector of its own would be several small kernels.
+    per_row = [jnp.ones_like(counts), jnp.square(gaps).sum(axis=1), jnp.square(outputs).sum(axis=1)]
+    count, square, energy = _product(jnp.stack(per_row), counts)
     return Moments(
-        count=counts.sum(),
+        count=count,
         inputs=weighted.sum(axis=0),
         gaps=_product(counts, gaps),
         gram=_gram(weighted, x),
         cross=_product(weighted.T, gaps),
-        square=_product(counts, jnp.square(gaps).sum(axis=1)),
-        energy=_product(counts, jnp.square(outputs).sum(axis=1)),
+        square=square,
+        energy=energy,
     )
 
 
@@ -277,8 +280,11 @@ def _added(total: Moments, lost: Moments | None, more: Moments) -> tuple[Moments
 
 
 @jax.jit
-def _all_finite(sums: Moments) -> Bool[Array, ""]:
-    return jnp.stack([jnp.isfinite(part).all() for part in jax.tree.leaves(sums)]).all()
+def _squares(
+    gram: Float32[Array, "D D"], square: Float32[Array, ""], energy: Float32[Array, ""]
+) -> Float32[Array, "3"]:
+    """Sums of squares: where they are finite, all moments are, by the inequality of Cauchy and Schwarz."""
+    return jnp.stack([jnp.trace(gram), square, energy])
 
 
 def _product(left: Any, right: Any) -> jax.Array:

@@ -20,6 +20,7 @@ from jaxcompress._src.solvers.columns import solve_columns, solve_groups
 from jaxcompress._src.solvers.descent import coordinate_descent, least_squares_scales
 from jaxcompress._src.solvers.hessian import check_damping
 from jaxcompress._src.solvers.outputs import not_worse, unit_of
+from jaxcompress._src.solvers.rows import row
 
 Order = Literal["natural", "activation"]
 """In which order the inputs of a leaf are rounded: as they are stored, or those of most energy first."""
@@ -72,7 +73,9 @@ def check_rule(rule: Rule, damping: float, ridge: float) -> None:
         )
 
 
-def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], damping: Any, rule: Rule) -> Solved:
+def gptq_matrix(
+    targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], damping: Any, rule: Rule, *, bits: Any = None
+) -> Solved:
     """Codes W' that make tr((T - W')ᵀ H (T - W')) small.
 
     Args:
@@ -80,24 +83,25 @@ def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], 
         hessian: H, with a positive diagonal.
         damping: share of the mean diagonal that is added to H; grows until H can be factored.
         rule: the options.
+        bits: of integers, where they are traced instead of those of `rule.spec`; whole numbers in [2, 8].
     """
     spec, importance = rule.spec, jnp.diagonal(hessian)
     by_energy = rule.order == "activation"
     order = jnp.argsort(-importance, stable=True) if by_energy else jnp.arange(len(importance))
     factor = inverse_factor(hessian[order][:, order], damping)
     if rule.group_scales == "updated" and spec.group_size is not None:
-        weights, (scale, zero_point) = _with_updated_groups(targets, factor.factor, importance, rule)
+        weights, (scale, zero_point) = _with_updated_groups(targets, factor.factor, importance, rule, bits)
     else:
-        scale, zero_point = searched_scales(targets, spec, MATRIX, rule.range_search, importance[:, None])
-        column = _round_input(scale, zero_point, targets.shape[0], spec)
+        scale, zero_point = searched_scales(targets, spec, MATRIX, rule.range_search, importance[:, None], bits=bits)
+        round_input = _round_input(scale, zero_point, order, spec, bits)
         solution = solve_columns(
             targets[order],
             factor.factor,
             block_size=rule.block_size,
-            quantize_column=lambda w, _, i: column(w, order[jnp.minimum(i, len(order) - 1)]),
+            quantize_column=lambda w, _, i: round_input(w, i),
         )
         weights = jnp.zeros_like(solution).at[order].set(solution)
-    nearest = rounded(targets, scale, zero_point, spec)
+    nearest = rounded(targets, scale, zero_point, spec, bits=bits)
     if not rule.refine:
         # Published GPTQ stays what it is, but for inputs that are linearly dependent and hardly damped.
         risky = (factor.retries > 0) | (jnp.asarray(damping) < _LITTLE)
@@ -105,8 +109,8 @@ def gptq_matrix(targets: Float32[Array, "D R"], hessian: Float32[Array, "D D"], 
     else:
         weights = not_worse(weights, nearest, targets, hessian)
         whole = hessian + factor.damping * importance.mean() * jnp.eye(len(importance), dtype=jnp.float32)
-        weights, scale = refined(weights, scale, zero_point, targets, whole, spec, rule.refine)
-    codes = round_to_codes(weights, scale, zero_point, spec)
+        weights, scale = refined(weights, scale, zero_point, targets, whole, spec, rule.refine, bits=bits)
+    codes = round_to_codes(weights, scale, zero_point, spec, bits=bits)
     return Solved(codes, scale, zero_point, weights, factor.damping, factor.retries)
 
 
@@ -118,6 +122,8 @@ def refined(
     hessian: Float32[Array, "D D"],
     spec: QuantSpec,
     rounds: int,
+    *,
+    bits: Any = None,
 ) -> tuple[Float32[Array, "D R"], Array]:
     """Least-squares scales for the codes, then coordinate descent of the codes, in turn; no output gets worse.
 
@@ -131,6 +137,7 @@ def refined(
         hessian: H, damped.
         spec: gives the codes.
         rounds: how often.
+        bits: of integers, where they are traced.
     """
     depth, width = weights.shape
     unit = unit_of(targets)
@@ -143,12 +150,13 @@ def refined(
         weights, scale, before = state
         fitted, start = scale, weights
         if fits:
-            values = values_of(weights, scale, zero_point, spec)
+            values = values_of(weights, scale, zero_point, spec, bits=bits)
             best_scales = least_squares_scales(values, targets, hessian, scale.astype(jnp.float32))
             usable = jnp.isfinite(best_scales) & (best_scales > jnp.finfo(jnp.float32).tiny)
             fitted = jnp.where(usable, cast_scale(jnp.where(usable, best_scales, 1.0), spec), scale)
             start = values * jnp.repeat(fitted.astype(jnp.float32), depth // len(fitted), axis=0)
-        start, slope = coordinate_descent(start, targets, hessian, _round_input(fitted, zero_point, depth, spec))
+        round_input = _round_input(fitted, zero_point, jnp.arange(depth), spec, bits)
+        start, slope = coordinate_descent(start, targets, hessian, round_input)
         after = loss(start, slope)
         better = after < before
         scale = jnp.where(better[None] if fits else True, fitted, scale)
@@ -159,20 +167,26 @@ def refined(
     return weights, scale
 
 
-def _round_input(scale: Array, zero_point: Array | None, depth: int, spec: QuantSpec) -> Any:
-    """The nearest weights that can be stored, for all outputs of one input."""
-    size = depth // scale.shape[0]
-    zeros = None if zero_point is None else jnp.broadcast_to(zero_point, scale.shape)
+def _round_input(scale: Array, zero_point: Array | None, order: Int[Array, " D"], spec: QuantSpec, bits: Any) -> Any:
+    """The nearest weights that can be stored, for all outputs of one input, by its place in an order."""
+    # Laid out for every input: a loop that computes which group a row is of, for each of its entries, is slow.
+    groups = order // (len(order) // scale.shape[0])
+    scales = scale[groups]
+    zeros = None if zero_point is None else jnp.broadcast_to(zero_point, scale.shape)[groups]
 
     def column(w: Any, index: Any) -> Any:
-        group = index // size
-        return rounded(w[None], scale[group][None], None if zeros is None else zeros[group][None], spec)[0]
+        zero_row = None if zeros is None else row(zeros, index)[None]
+        return rounded(w[None], row(scales, index)[None], zero_row, spec, bits=bits)[0]
 
     return column
 
 
 def _with_updated_groups(
-    targets: Float32[Array, "D R"], factor: Float32[Array, "D D"], importance: Float32[Array, " D"], rule: Rule
+    targets: Float32[Array, "D R"],
+    factor: Float32[Array, "D D"],
+    importance: Float32[Array, " D"],
+    rule: Rule,
+    bits: Any,
 ) -> tuple[Array, tuple[Array, Array | None]]:
     size = rule.spec.group_size
     assert size is not None  # the caller looked
@@ -180,12 +194,13 @@ def _with_updated_groups(
 
     def start(w: Any, first: Any) -> Any:
         energies = jax.lax.dynamic_slice_in_dim(importance, first, size)[:, None]
-        scale, zero_point = searched_scales(w, spec, MATRIX, rule.range_search, energies)
+        scale, zero_point = searched_scales(w, spec, MATRIX, rule.range_search, energies, bits=bits)
         return scale[0], None if zero_point is None else jnp.broadcast_to(zero_point, scale.shape)[0]
 
     def column(w: Any, parameters: Any, _: Any) -> Any:
         scale, zero_point = parameters
-        return rounded(w[None], scale[None], None if zero_point is None else zero_point[None], spec)[0]
+        zero_row = None if zero_point is None else zero_point[None]
+        return rounded(w[None], scale[None], zero_row, spec, bits=bits)[0]
 
     # GroupScales beyond a block must be a multiple of it.
     block = rule.block_size

@@ -117,6 +117,12 @@ def with_whole_groups(
     return x
 
 
+def without_filling(entry: MatrixLeaf, x: Shaped[Array, "D R"], spec: QuantSpec) -> Shaped[Array, "d R"]:
+    """What `with_whole_groups` has put behind partial groups taken off again."""
+    whole = dataclasses.replace(entry, weight=padded(entry.weight, spec, entry.layout))
+    return entry.matrix(cropped(whole.leaf(x[None]), entry.weight.shape))[0]
+
+
 def check_blocks(entry: MatrixLeaf, spec: QuantSpec) -> None:
     """Raises, naming the leaf, when the blocks do not divide it, or when it has zeros that its format does not."""
     if not spec.number_format.has_zero and not is_traced(entry.weight) and bool((entry.weight == 0).any()):

@@ -66,6 +66,8 @@ def searched_scales(
     layout: LeafLayout,
     search: RangeSearch | None,
     importance: Float[Array, "d r"] | None = None,
+    *,
+    bits: Any = None,
 ) -> tuple[Float[Array, "..."], Num[Array, "..."] | None]:
     """`block_scales`, or the best of a grid of them.
 
@@ -75,12 +77,13 @@ def searched_scales(
         layout: gives the axes.
         search: the grid; None, and a format whose scale is no range: `block_scales`.
         importance: m, in a shape that broadcasts against `w`.
+        bits: of integers, where they are traced.
 
     Returns:
         As `block_scales`.
     """
     if search is None or not spec.number_format.has_range_search:
-        return block_scales(w, spec, layout)
+        return block_scales(w, spec, layout, bits=bits)
     both = search.two_sided and not spec.symmetric
     steps = search.grid_size * (2 if search.two_sided and not both else 1)
     shares = 1 - search.shrink * jnp.arange(steps) / steps
@@ -90,11 +93,11 @@ def searched_scales(
 
     unit, shape = unit_of(w), scale_shape(w.shape, spec, layout)
     axes = reduced_axes(w.shape, shape)
-    scales = scales_of_shares(w, spec, layout)
+    scales = scales_of_shares(w, spec, layout, bits=bits)
 
     def attempt(pair: Any) -> Any:
         scale, zero_point = scales(pair[0], pair[1])
-        lost = (jnp.abs(rounded(w, scale, zero_point, spec) - w) / unit) ** search.norm
+        lost = (jnp.abs(rounded(w, scale, zero_point, spec, bits=bits) - w) / unit) ** search.norm
         if search.weighted and importance is not None:
             lost = lost * importance
         return _sums(split_blocks(lost, shape), axes).reshape(shape), scale, zero_point

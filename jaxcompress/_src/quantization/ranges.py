@@ -49,7 +49,13 @@ def block_range(
 
 
 def least_error_range(
-    w: Float[Array, "..."], low: Float[Array, "..."], high: Float[Array, "..."], spec: QuantSpec, scales: Scales
+    w: Float[Array, "..."],
+    low: Float[Array, "..."],
+    high: Float[Array, "..."],
+    spec: QuantSpec,
+    scales: Scales,
+    *,
+    bits: Any = None,
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """The range, among those of `GRID`, of least Σ|w - q(w)|^p in each block; the widest of equal ones.
 
@@ -59,6 +65,7 @@ def least_error_range(
         high: the upper end of the full range.
         spec: format, and p as `error_norm`.
         scales: how a range becomes scales.
+        bits: of the codes, where they are traced.
     """
     if 0 in w.shape:
         return low, high
@@ -66,7 +73,7 @@ def least_error_range(
 
     def error(factor: Any) -> Array:
         scale, zero_point = scales(factor * low, factor * high)
-        codes = round_to_codes(w, scale, zero_point, spec)
+        codes = round_to_codes(w, scale, zero_point, spec, bits=bits)
         off = jnp.abs(dequantize(codes, scale, zero_point, levels=spec.levels) - w.astype(jnp.float32))
         blocks = split_blocks((off / unit) ** spec.error_norm, scale.shape)
         return blocks.sum(axis=reduced_axes(w.shape, scale.shape), keepdims=True).reshape(low.shape)

@@ -3,6 +3,7 @@
 Shape letters: D inputs of a kernel, R outputs.
 """
 
+import dataclasses
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32
 
-from jaxcompress._src.arrays.quantized import QuantizedArray
+from jaxcompress._src.arrays.quantized import QuantizedArray, dequantize
 from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
 from jaxcompress._src.calibration.leaf_part import LeafPart, entry_of
 from jaxcompress._src.calibration.moments import Moments, flat_weights, moments, pooled, relative_error
@@ -28,6 +29,7 @@ from jaxcompress._src.quantization.leaf_matrix import (
     plain_kernels,
     stored,
     with_whole_groups,
+    without_filling,
 )
 from jaxcompress._src.quantization.range_search import BEST_RANGES, RangeSearch
 from jaxcompress._src.quantization.rounding_info import FALLBACKS, RoundingInfo
@@ -156,8 +158,9 @@ def reconstruct(
             sums = moments(stop.kernel.name, stop.pairs(), *stop.weights(0), rows)
         free = bias and stop.bias is not None and not shared
         weight, layout = entry_of(kernels[path].weight, stop.kernel.entry), _matrix_layout(kernels[path].layout)
-        fit = _Fit(rules[path], layout, held, damping, free, unseen)
-        solved, weights = _rounded(weight, stop.weights(0)[1], sums, fit)
+        rule, bits = _without_bits(rules[path])
+        fit = _Fit(rule, layout, held, damping, free, unseen)
+        solved, weights = _rounded(weight, stop.weights(0)[1], sums, bits, fit)
         visited.append(_Visited(stop.kernel, stop.bias if free else None, solved))
         stop.replace(weights, solved.values if free else None)
     leaves, info = _assembled(kernels, rules, visited)
@@ -255,15 +258,25 @@ def _matrix_layout(layout: LeafLayout) -> LeafLayout:
     return LeafLayout(kind="matmul", input_axes=entry.input_axes, output_axes=entry.output_axes)
 
 
+def _without_bits(rule: Rule) -> tuple[Rule, np.float32 | None]:
+    """The rule and, apart, the bits of integers: traced, so that one program is compiled for all of them."""
+    spec = rule.spec
+    if spec.format != "int" or spec.bits == 1:
+        return rule, None
+    return rule._replace(spec=dataclasses.replace(spec, bits=2)), np.float32(spec.bits)
+
+
 @on_auto_axes
-def _rounded(weight: Float[Array, "..."], bias: Float[Array, " R"], sums: Moments, fit: _Fit) -> tuple[_Rounded, Any]:
+def _rounded(
+    weight: Float[Array, "..."], bias: Float[Array, " R"], sums: Moments, bits: Any, fit: _Fit
+) -> tuple[_Rounded, Any]:
     """One kernel, in the shape of its entry, rounded, and the weights (D, R) that it stands for."""
-    return _round(weight, bias, sums, fit, shared_mesh((weight, sums)))
+    return _round(weight, bias, sums, bits, fit, shared_mesh((weight, sums)))
 
 
 @functools.partial(jax.jit, static_argnames=("fit", "mesh"))
 def _round(
-    weight: Float[Array, "..."], bias: Float[Array, " R"], sums: Moments, fit: _Fit, mesh: Mesh | None
+    weight: Float[Array, "..."], bias: Float[Array, " R"], sums: Moments, bits: Any, fit: _Fit, mesh: Mesh | None
 ) -> tuple[_Rounded, Any]:
     kernel, spec = MatrixLeaf(path="", weight=weight, layout=fit.layout), fit.rule.spec
     dense = kernel.matrix(weight)[0].astype(jnp.float32)
@@ -275,10 +288,11 @@ def _round(
     whole = with_whole_groups(kernel, targets, spec, 0)
     metric = with_whole_groups(kernel, hessian, spec, 0, 1)
     # What fills up a partial group meets no input: its errors cost nothing, and nothing makes up for them.
-    metric = metric + jnp.diag(jnp.where(jnp.diag(metric) == 0, 1.0, 0.0))
-    solved = gptq_matrix(whole, metric, jnp.float32(fit.damping), fit.rule)
-    weights = kernel.matrix(_stored(kernel, [solved], spec).materialize())[0]
-    nearest = kernel.matrix(fake_quantize_array(weight, spec, fit.layout))[0].astype(jnp.float32)
+    filling = (jnp.diagonal(metric) == 0)[None] & jnp.eye(len(metric), dtype=bool)
+    solved = gptq_matrix(whole, jnp.where(filling, 1.0, metric), jnp.float32(fit.damping), fit.rule, bits=bits)
+    values = dequantize(solved.codes, solved.scale, solved.zero_point, levels=spec.levels, dtype=weight.dtype)
+    weights = without_filling(kernel, values, spec)
+    nearest = kernel.matrix(fake_quantize_array(weight, spec, fit.layout, bits=bits))[0].astype(jnp.float32)
     change, still = weights.astype(jnp.float32) - dense, jnp.zeros(dense.shape[1], jnp.float32)
     shift = (sums.gaps - _product(sums.inputs, change)) / sums.count if fit.free_bias else still
     figures = {
@@ -287,31 +301,31 @@ def _round(
         "damping": solved.damping,
         "retries": solved.retries,
     }
-    values = bias.astype(jnp.float32) + shift
+    biases = bias.astype(jnp.float32) + shift
     if mesh is not None:
         replicated = NamedSharding(mesh, PartitionSpec())
-        values, marks, figures, weights = jax.lax.with_sharding_constraint(
-            (values, marks, figures, weights), replicated
+        biases, marks, figures, weights = jax.lax.with_sharding_constraint(
+            (biases, marks, figures, weights), replicated
         )
-    return _Rounded(solved.codes, solved.scale, solved.zero_point, values, marks, figures), weights
+    return _Rounded(solved.codes, solved.scale, solved.zero_point, biases, marks, figures), weights
 
 
 def _problem(
     sums: Moments, dense: Float32[Array, "D R"], fit: _Fit
 ) -> tuple[Float32[Array, "D R"], Float32[Array, "D D"], Bool[Array, " D"]]:
     """Targets, the matrix that weighs their errors (its mean diagonal is 1), and which inputs are 0 in every row."""
-    raw, gram, cross = jnp.diag(sums.gram), sums.gram, sums.cross
+    raw, gram, cross = jnp.diagonal(sums.gram), sums.gram, sums.cross
     unseen = raw <= 0
     if fit.free_bias:
         gram = gram - jnp.outer(sums.inputs, sums.inputs) / sums.count
         cross = cross - jnp.outer(sums.inputs, sums.gaps) / sums.count
     # Inputs that never change leave rounding errors on a centred diagonal, or nothing.
-    constant = jnp.diag(gram) <= 1e-6 * raw
-    level = jnp.where(unseen.all(), 1.0, raw.sum() / jnp.maximum((~unseen).sum(), 1))
-    mean = jnp.where(constant, 0.0, jnp.diag(gram)).sum() / jnp.maximum((~constant).sum(), 1)
-    mean = jnp.where(constant.all(), level, mean)
-    hessian = jnp.where(constant[:, None] | constant[None], 0.0, gram / mean)
-    hessian = hessian + jnp.diag(jnp.where(constant, 1.0, 0.0))
+    centred = jnp.diagonal(gram)
+    constant = centred <= 1e-6 * raw
+    totals = jnp.stack([raw, ~unseen, jnp.where(constant, 0.0, centred), ~constant]).sum(axis=1)
+    level, mean = totals[::2] / jnp.maximum(totals[1::2], 1)
+    mean = jnp.where(totals[3] > 0, mean, jnp.where(totals[1] > 0, level, 1.0))
+    hessian = jnp.where(constant[:, None] | constant[None], jnp.eye(len(raw)), gram / mean)
     targets = dense
     if fit.ridge is not None:
         factor = damped_cholesky(hessian, fit.ridge).factor

@@ -38,17 +38,27 @@ def round_to_codes(
 
 
 def rounded(
-    w: Float[Array, "..."], scale: Shaped[Array, "..."], zero_point: Num[Array, "..."] | None, spec: QuantSpec
+    w: Float[Array, "..."],
+    scale: Shaped[Array, "..."],
+    zero_point: Num[Array, "..."] | None,
+    spec: QuantSpec,
+    *,
+    bits: Any = None,
 ) -> Float[Array, "..."]:
-    """The nearest weights that can be stored, in float32."""
-    return dequantize(round_to_codes(w, scale, zero_point, spec), scale, zero_point, levels=spec.levels)
+    """The nearest weights that can be stored, in float32; arguments as for `round_to_codes`."""
+    return dequantize(round_to_codes(w, scale, zero_point, spec, bits=bits), scale, zero_point, levels=spec.levels)
 
 
 def values_of(
-    w: Float[Array, "..."], scale: Shaped[Array, "..."], zero_point: Num[Array, "..."] | None, spec: QuantSpec
+    w: Float[Array, "..."],
+    scale: Shaped[Array, "..."],
+    zero_point: Num[Array, "..."] | None,
+    spec: QuantSpec,
+    *,
+    bits: Any = None,
 ) -> Float[Array, "..."]:
-    """What the codes of the nearest weights stand for before scaling."""
-    codes = round_to_codes(w, scale, zero_point, spec)
+    """What the codes of the nearest weights stand for before scaling; arguments as for `round_to_codes`."""
+    codes = round_to_codes(w, scale, zero_point, spec, bits=bits)
     return dequantize(codes, jnp.ones(scale.shape), zero_point, levels=spec.levels)
 
 

@@ -62,22 +62,24 @@ def block_scales(
 
     low, high = block_range(blocks, axes, spec)
     if spec.range_rule == "mse":
-        low, high = least_error_range(w, low, high, spec, scales)
+        low, high = least_error_range(w, low, high, spec, scales, bits=bits)
     return scales(low, high)
 
 
-def scales_of_shares(w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout) -> Callable[[Any, Any], Any]:
+def scales_of_shares(
+    w: Float[Array, "..."], spec: QuantSpec, layout: LeafLayout, *, bits: Any = None
+) -> Callable[[Any, Any], Any]:
     """`(p, q) -> block_scales` of the weights with the negative ones times p and the others times q, both positive.
 
     Where the range of a block is that of its extreme values, they are looked for once.
     """
     if spec.range_rule != "min-max" or not spec.number_format.uses_range:
-        return lambda p, q: block_scales(jnp.where(w < 0, p * w, q * w), spec, layout)
+        return lambda p, q: block_scales(jnp.where(w < 0, p * w, q * w), spec, layout, bits=bits)
     shape, bound = scale_shape(w.shape, spec, layout), _largest_magnitude(w.dtype, spec)
     low, high = block_range(split_blocks(w.astype(jnp.float32), shape), reduced_axes(w.shape, shape), spec)
 
     def scales(p: Any, q: Any) -> tuple[Array, Array | None]:
-        scale, zero_point = range_scales(limited(p * low, bound), limited(q * high, bound), spec)
+        scale, zero_point = range_scales(limited(p * low, bound), limited(q * high, bound), spec, bits=bits)
         return scale.reshape(shape), None if zero_point is None else zero_point.reshape(shape)
 
     return scales

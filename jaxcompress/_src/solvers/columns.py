@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jaxcompress._src.solvers.rows import row, rows, with_row, with_rows
+
 KeepBlock = Callable[[Any, Any, Any], Any]
 """`(weights (B, R), diagonal (B,), number of the block) -> bool (B, R)`: which to keep, decided when a block begins."""
 
@@ -19,7 +21,10 @@ KeepRun = Callable[[Any, Any], Any]
 """`(weights (m, R), diagonal (m,)) -> bool (m, R)`: which to keep of m inputs, decided when the first is reached."""
 
 QuantizeColumn = Callable[[Any, Any, Any], Any]
-"""`(weights (R,), parameters, number of the input) -> (R,)`: the nearest weights that can be stored."""
+"""`(weights (R,), parameters, number of the input) -> (R,)`: the nearest weights that can be stored.
+
+Inputs beyond D, which fill up the last block, are asked for, too; what is said about them is ignored.
+"""
 
 StartGroup = Callable[[Any, Any], Any]
 """`(weights (g, R), number of its first input) -> parameters` of the quantizer, from the weights as updated so far."""
@@ -189,15 +194,14 @@ def _solve(
     def block(state: Any, number: Int32[Array, ""]) -> Any:
         weights, parameters = state
         start = number * rules.block
-        part = jax.lax.dynamic_slice_in_dim(weights, start, rules.block)
-        rows = jax.lax.dynamic_slice_in_dim(factor, start, rules.block)
-        square = jax.lax.dynamic_slice_in_dim(rows, start, rules.block, axis=1)
+        part, factor_rows = rows(weights, start, rules.block), rows(factor, start, rules.block)
+        square = rows(factor_rows, start, rules.block, axis=1)
         if rules.start_group is not None and rules.block <= rules.group < depth:
             parameters = _renewed(rules, parameters, weights, start, start)
         (solved, errors, parameters), by_step = _solve_block(part, square, parameters, number, rules)
         # U is upper triangular: inputs before this block get exactly 0.
-        weights = weights - _product(rows.T, errors)
-        return (jax.lax.dynamic_update_slice_in_dim(weights, solved, start, 0), parameters), by_step
+        weights = weights - _product(factor_rows.T, errors)
+        return (with_rows(weights, solved, start), parameters), by_step
 
     blocks = jnp.arange(weights.shape[0] // rules.block)
     (weights, _), by_step = jax.lax.scan(block, (weights, parameters), blocks)
@@ -216,7 +220,7 @@ def _solve_block(
     These are what is left of them, and, apart, what each step had.
     """
     diagonal = jnp.diagonal(square)
-    mask = jnp.ones(weights.shape, bool)
+    mask = None if rules.keep_run is None else jnp.ones(weights.shape, bool)
     if rules.keep_block is not None:
         mask = rules.keep_block(weights, diagonal, number)
 
@@ -225,13 +229,12 @@ def _solve_block(
         begin, index = at * rules.step, number * rules.block + at * rules.step
         if rules.start_group is not None and rules.group < rules.block:
             parameters = _renewed(rules, parameters, weights, begin, index)
-        part_weights, part_mask = (jax.lax.dynamic_slice_in_dim(part, begin, rules.step) for part in (weights, mask))
-        rows = jax.lax.dynamic_slice_in_dim(square, begin, rules.step)
-        small = jax.lax.dynamic_slice_in_dim(rows, begin, rules.step, axis=1)
+        part_weights, square_rows = rows(weights, begin, rules.step), rows(square, begin, rules.step)
+        part_mask = None if mask is None else rows(mask, begin, rules.step)
+        small = rows(square_rows, begin, rules.step, axis=1)
         solved, part_errors = _solve_step(part_weights, part_mask, small, parameters, index, rules)
-        weights = weights - _product(rows.T, part_errors)
-        weights = jax.lax.dynamic_update_slice_in_dim(weights, solved, begin, 0)
-        return (weights, jax.lax.dynamic_update_slice_in_dim(errors, part_errors, begin, 0), parameters), parameters
+        weights = with_rows(weights - _product(square_rows.T, part_errors), solved, begin)
+        return (weights, with_rows(errors, part_errors, begin), parameters), parameters
 
     state = (weights, jnp.zeros_like(weights), parameters)
     return jax.lax.scan(step, state, jnp.arange(rules.block // rules.step))
@@ -239,7 +242,7 @@ def _solve_block(
 
 def _solve_step(
     weights: Float32[Array, "S R"],
-    mask: Bool[Array, "S R"],
+    mask: Bool[Array, "S R"] | None,
     square: Float32[Array, "S S"],
     parameters: Any,
     index: Int32[Array, ""],
@@ -247,19 +250,25 @@ def _solve_step(
 ) -> tuple[Float32[Array, "S R"], Float32[Array, "S R"]]:
     """Input after input."""
     diagonal = jnp.diagonal(square)
+    places = jnp.arange(rules.step)
+    inverse = jnp.where(diagonal > 0, 1 / jnp.where(diagonal > 0, diagonal, 1.0), 0.0)
 
     def column(i: Int32[Array, ""], state: Any) -> Any:
         weights, errors, mask = state
         if rules.keep_run is not None:
             decide = functools.partial(_run_kept, weights=weights, diagonal=diagonal, i=i, rules=rules)
             mask = jax.lax.cond(i % rules.run == 0, decide, _same, mask)
-        before = weights[i]
+        before = row(weights, i)
         solved = before if rules.quantize_column is None else rules.quantize_column(before, parameters, index + i)
-        solved = jnp.where(mask[i], solved, 0.0)
-        # Beyond the last input the diagonal is 0, and so is the error.
-        error = jnp.where(diagonal[i] > 0, (before - solved) / jnp.where(diagonal[i] > 0, diagonal[i], 1.0), 0.0)
-        weights = (weights - square[i][:, None] * error[None]).at[i].set(solved)
-        return weights, errors.at[i].set(error), mask
+        if mask is not None:
+            solved = jnp.where(row(mask, i), solved, 0.0)
+        # Beyond the last input the diagonal is 0, and so is the error, whatever the quantizer says.
+        scale = row(inverse, i)
+        error = jnp.where(scale > 0, (before - solved) * scale, 0.0)
+        # Not `with_row`: fused with the difference, it would not be vectorized.
+        updated = weights - row(square, i)[:, None] * error[None]
+        weights = jnp.where((places == i)[:, None], solved[None], updated)
+        return weights, with_row(errors, error, i), mask
 
     state = (weights, jnp.zeros_like(weights), mask)
     weights, errors, _ = jax.lax.fori_loop(0, rules.step, column, state)
@@ -268,8 +277,8 @@ def _solve_step(
 
 def _run_kept(mask: Array, *, weights: Array, diagonal: Array, i: Array, rules: _Rules) -> Array:
     assert rules.keep_run is not None  # the caller looked
-    run, before, scale = (jax.lax.dynamic_slice_in_dim(part, i, rules.run) for part in (weights, mask, diagonal))
-    return jax.lax.dynamic_update_slice_in_dim(mask, before & rules.keep_run(run, scale), i, 0)
+    run, before, scale = (rows(part, i, rules.run) for part in (weights, mask, diagonal))
+    return with_rows(mask, before & rules.keep_run(run, scale), i)
 
 
 def _first_parameters(weights: Array, rules: _Rules) -> Any:
@@ -283,7 +292,7 @@ def _renewed(rules: _Rules, parameters: Any, weights: Array, begin: Array, index
     padded = jnp.pad(weights, ((0, rules.group), (0, 0))) if rules.group > rules.block else weights
 
     def renew(_: Any) -> Any:
-        return start_group(jax.lax.dynamic_slice_in_dim(padded, begin, rules.group), index)
+        return start_group(rows(padded, begin, rules.group), index)
 
     return jax.lax.cond(index % rules.group == 0, renew, _same, parameters)
 

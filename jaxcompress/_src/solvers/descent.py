@@ -11,8 +11,13 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Float32
 
+from jaxcompress._src.solvers.rows import row, rows, with_row, with_rows
+
 RoundInput = Callable[[Any, Any], Any]
-"""`(weights (R,), number of the input) -> (R,)`: the nearest weights that can be stored."""
+"""`(weights (R,), number of the input) -> (R,)`: the nearest weights that can be stored.
+
+Inputs beyond D, which fill up the last block, are asked for, too; what is said about them is ignored.
+"""
 
 
 def coordinate_descent(
@@ -66,19 +71,22 @@ def coordinate_descent(
 
     def step(state: Any, start: Any) -> Any:
         weights, gradient = state
-        before, slope = (jax.lax.dynamic_slice_in_dim(part, start, block) for part in state)
-        rows = jax.lax.dynamic_slice_in_dim(hessian, start, block)
-        square = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
+        before, slope = (rows(part, start, block) for part in state)
+        part = rows(hessian, start, block)
+        square = rows(part, start, block, axis=1)
+        steps = 1 / jnp.diagonal(square)
 
         def one(i: Any, state: Any) -> Any:
             solved, slope = state
-            rounded = round_input(solved[i] - slope[i] / square[i, i], jnp.minimum(start + i, depth - 1))
-            change = jnp.where(start + i < depth, rounded - solved[i], 0.0)
-            return solved.at[i].add(change), slope + square[i][:, None] * change[None]
+            old = row(solved, i)
+            new = round_input(old - row(slope, i) * row(steps, i), start + i)
+            if padding:
+                new = jnp.where(start + i < depth, new, old)
+            return with_row(solved, new, i), slope + row(square, i)[:, None] * (new - old)[None]
 
         solved, _ = jax.lax.fori_loop(0, block, one, (before, slope))
-        gradient = gradient + _product(rows.T, solved - before)
-        return (jax.lax.dynamic_update_slice_in_dim(weights, solved, start, 0), gradient), None
+        gradient = gradient + _product(part.T, solved - before)
+        return (with_rows(weights, solved, start), gradient), None
 
     def sweep(state: Any, _: Any) -> Any:
         return jax.lax.scan(step, state, block * jnp.arange(len(weights) // block))[0], None
@@ -108,7 +116,7 @@ def least_squares_scales(
         damping: λ; holds what has no influence (a group of zeros) where it is.
 
     Returns:
-        The scales; they may be negative.
+        The scales; they may be negative. NaN for an output whose system rounding has made singular.
 
     Example:
         >>> values, targets = jnp.array([[1.0], [2.0]]), jnp.array([[2.0], [4.1]])
@@ -126,8 +134,8 @@ def least_squares_scales(
         return jnp.einsum("gsr,s->gr", x.reshape(groups, size, width), ones, precision=jax.lax.Precision.HIGHEST)
 
     def normal_row(_: Any, group: Any) -> Any:
-        part, rows = (jax.lax.dynamic_slice_in_dim(each, group * size, size) for each in (values, hessian))
-        return None, by_group(_product(rows.T, part) * values)
+        part, metric = (rows(each, group * size, size) for each in (values, hessian))
+        return None, by_group(_product(metric.T, part) * values)
 
     _, normal = jax.lax.scan(normal_row, None, jnp.arange(groups))
     right = by_group(values * _product(hessian, targets.astype(jnp.float32)))
@@ -136,7 +144,8 @@ def least_squares_scales(
     hold = jnp.asarray(damping, jnp.float32) * diagonal.mean(axis=1) + jnp.finfo(jnp.float32).tiny
     normal = normal + hold[:, None, None] * jnp.eye(groups, dtype=jnp.float32)[None]
     right = right + hold[:, None] * start.T
-    return jnp.linalg.solve(normal, right[..., None])[..., 0].T
+    factor = jnp.linalg.cholesky(normal, symmetrize_input=False)
+    return jax.scipy.linalg.cho_solve((factor, True), right[..., None])[..., 0].T
 
 
 def _product(left: Array, right: Array) -> Array:
