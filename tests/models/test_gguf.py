@@ -6,9 +6,10 @@ import gguf
 import jax
 import numpy as np
 import pytest
-from golden_weights import weights
 from safetensors.numpy import save_file
+from tiny_gguf import CONFIG, TOKENS, gguf_tensors, write_gguf
 
+from jaxcompress._src.models.decoder.rotary import RopeScaling
 from jaxcompress._src.models.hf.gguf import read_gguf
 from jaxcompress._src.recipe.directories import load_model, save_huggingface
 from jaxcompress._src.recipe.text import Texts
@@ -16,87 +17,6 @@ from jaxcompress._src.recipe.tokens import tokenize
 from jaxcompress.models import GPT2Config, LlamaConfig, from_pretrained, make_module
 
 IDS = np.array([[3, 9, 4, 7, 1]])
-TOKENS = ["<|end|>", "<|pad|>", *"abcdefghij", "Ġ", "ab", "Ġab", "1", "2"]
-LLAMA = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-CONFIG = LlamaConfig(
-    vocab_size=len(TOKENS),
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=64,
-    max_position_embeddings=32,
-    rms_norm_eps=1e-5,
-    rope_theta=1000.0,
-    tie_word_embeddings=True,
-)
-
-
-def _tensors(config):
-    """Of PyTorch, by name."""
-    from jaxcompress._src.models.families import family_of
-
-    parameters = family_of(config).parameters(config).values()
-    return weights({each.tensor: each.shape[::-1] if each.transposed else each.shape for each in parameters})
-
-
-def _interleaved(rows, heads):
-    """As llama.cpp wants queries and keys, whose features 2i and 2i + 1 turn together."""
-    size = len(rows) // heads
-    order = [head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
-    return rows[order]
-
-
-def _write(path, tensors, kinds, changes=()):
-    """The file; `kinds` are formats by the end of a name."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(32)
-    writer.add_embedding_length(32)
-    writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(1000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, *[1] * (len(TOKENS) - 2)])
-    writer.add_token_merges(["a b", "Ġ ab"])
-    writer.add_eos_token_id(0)
-    writer.add_pad_token_id(1)
-    for change in changes:
-        change(writer)
-    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
-    names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for i in range(2) for theirs, ours in LLAMA.items()}
-    stored = {}
-    for name, array in tensors.items():
-        parent, _, leaf = name.rpartition(".")
-        heads = {"q_proj": 4, "k_proj": 2}.get(parent.rpartition(".")[2])
-        array = array if heads is None else _interleaved(array, heads)
-        kind = next((kind for end, kind in kinds.items() if parent.endswith(end)), gguf.GGMLQuantizationType.F32)
-        data = gguf.quants.quantize(array, kind)
-        writer.add_tensor(f"{names[parent]}.{leaf}", data, raw_dtype=kind)
-        stored[name] = gguf.quants.dequantize(data, kind)
-        if heads is not None:
-            stored[name] = np.concatenate(
-                [part[np.r_[0 : len(part) : 2, 1 : len(part) : 2]] for part in np.split(stored[name], heads)]
-            )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return stored
 
 
 @pytest.fixture
@@ -108,7 +28,7 @@ def file(tmp_path):
         "down_proj": gguf.GGMLQuantizationType.Q4_0,
     }
     path = tmp_path / "tiny.gguf"
-    return path, _write(path, _tensors(CONFIG), kinds)
+    return path, write_gguf(path, gguf_tensors(CONFIG), kinds)
 
 
 def test_it_is_the_model_of_its_dequantized_blocks(file, assert_same_params, tmp_path):
@@ -137,7 +57,7 @@ def test_it_is_the_model_of_its_dequantized_blocks(file, assert_same_params, tmp
     # Rounding aside, it is the model that was written: queries and keys are back in their order.
     plain = make_module(CONFIG)
     logits = jax.jit(lambda p: plain.apply({"params": p}, IDS)["logits"])(params)
-    save_file(_tensors(CONFIG), directory / "model.safetensors")
+    save_file(gguf_tensors(CONFIG), directory / "model.safetensors")
     wanted = plain.apply({"params": from_pretrained(directory)[1]}, IDS)["logits"]
     assert np.abs(logits - wanted).max() < 0.2 * np.abs(wanted).max()
 
@@ -149,10 +69,10 @@ def test_an_untied_head_and_uneven_layers(tmp_path):
         num_key_value_heads=2,
         intermediate_size=(64, 32),
     )
-    tensors = _tensors(config)
+    tensors = gguf_tensors(config)
     path = tmp_path / "uneven.gguf"
     head = tensors.pop("lm_head.weight")
-    _write(
+    write_gguf(
         path,
         tensors,
         {},
@@ -169,7 +89,7 @@ def test_an_untied_head_and_uneven_layers(tmp_path):
 
 def test_gpt2_kernels_are_turned_back(tmp_path):
     config = GPT2Config(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-    tensors = _tensors(config)
+    tensors = gguf_tensors(config)
     path = tmp_path / "gpt2.gguf"
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(1)
@@ -209,6 +129,25 @@ def test_its_tokenizer_comes_along(file, tmp_path):
     assert from_pretrained(tmp_path / "plain")[0] == loaded.module
 
 
+def test_divisors_of_frequencies_are_the_scaling_of_llama_3(tmp_path):
+    """As `convert_hf_to_gguf.py` computes them, whose fields do not name the kind."""
+    divisors = []
+    for wavelength in 2 * np.pi * 4e5 ** (np.arange(0, 8, 2) / 8):
+        share = (8192 / wavelength - 1) / 3
+        between = 1 / ((1 - share) / 8 + share)
+        divisors.append(1.0 if wavelength < 2048 else 8.0 if wavelength > 8192 else between)
+    assert divisors[1] == 1 < divisors[2] < 8 == divisors[3]
+
+    def change(writer):
+        writer.kv_data[0]["llama.rope.freq_base"].value = 4e5
+        writer.add_tensor("rope_freqs.weight", np.array(divisors, np.float32))
+
+    path = tmp_path / "llama3.gguf"
+    write_gguf(path, gguf_tensors(CONFIG), {}, [change])
+    module, _ = from_pretrained(path)
+    assert module.config.rope_scaling == RopeScaling(kind="llama3", factor=8.0, original=8192)
+
+
 def _damaged(path):
     path.write_bytes(path.read_bytes()[:40])
 
@@ -217,7 +156,10 @@ def _damaged(path):
     ("change", "message"),
     [
         (lambda w: w.add_tensor("blk.0.ffn_gate_exps.weight", np.ones((2, 2), np.float32)), "'blk.0.ffn_gate_exps.w"),
-        (lambda w: w.add_tensor("rope_freqs.weight", np.ones(4, np.float32)), "'rope_freqs.weight' that is not known"),
+        (
+            lambda w: w.add_tensor("rope_freqs.weight", np.array([1, 2, 3, 4], np.float32)),
+            "are not the divisors of Llama 3.1 for heads of width 8 and a factor of 4;",
+        ),
         (lambda w: w.kv_data[0].pop("llama.attention.head_count"), "no field `llama.attention.head_count`"),
         (lambda w: w.add_sliding_window(8), "has a sliding window of 8 tokens; none is supported"),
         (lambda w: [w.add_key_length(8), w.add_rope_dimension_count(4)], "turns 4 of the 8 features of a head"),
@@ -226,7 +168,7 @@ def _damaged(path):
 )
 def test_what_is_not_known_is_named(tmp_path, change, message):
     path = tmp_path / "other.gguf"
-    _write(path, _tensors(CONFIG), {}, [change])
+    write_gguf(path, gguf_tensors(CONFIG), {}, [change])
     with pytest.raises(ValueError, match=message):
         read_gguf(path)
 

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxcompress._src.models.decoder.rotary import RopeScaling, frequencies, rope_settings
+
 _LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -37,6 +39,8 @@ _GPT2_NAMES = {
     "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
 }
+_SLOWED = "rope_freqs.weight"
+_LLAMA3_POSITIONS = 8192  # of the first training of every Llama 3
 
 
 class _Architecture(NamedTuple):
@@ -98,12 +102,17 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         known = ", ".join(_ARCHITECTURES)
         raise ValueError(f"{str(path)!r} is of architecture {metadata.architecture!r}; supported: {known}.")
     architecture = _ARCHITECTURES[metadata.architecture]
-    arrays = {}
+    arrays, slowed = {}, None
     for tensor in reader.tensors:
+        if architecture.turned and tensor.name == _SLOWED:
+            slowed = np.asarray(tensor.data, np.float64)
+            continue
         name, number = _name(tensor.name, architecture, path)
         arrays[name] = _array(tensor, name, number, architecture, metadata, path)
     _check_read(metadata, path)
     settings = architecture.settings(metadata)
+    if slowed is not None:
+        settings["rope_scaling"] = _llama3_scaling(slowed, settings, path)
     embedding = arrays.get(f"{architecture.names['token_embd']}.weight")
     if embedding is None:
         raise ValueError(f"{str(path)!r} has no tensor `token_embd.weight`.")
@@ -233,6 +242,19 @@ def _rope_scaling(metadata: _Metadata) -> dict[str, Any] | None:
         "factor": metadata.need("rope.scaling.factor"),
         **({} if original is None else {"original_max_position_embeddings": original}),
     }
+
+
+def _llama3_scaling(slowed: np.ndarray, settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What llama.cpp's converter has made such divisors of the frequencies from, which it does not write itself."""
+    scaling = RopeScaling(kind="llama3", factor=_short(slowed.max(initial=1.0)), original=_LLAMA3_POSITIONS)
+    width, base = settings["head_dim"], settings["rope_theta"]
+    expected = frequencies(width, base, None)[0] / frequencies(width, base, scaling)[0]
+    if slowed.shape != expected.shape or not np.allclose(slowed, expected, rtol=1e-3):
+        raise ValueError(
+            f"`{_SLOWED}` of {str(path)!r} are not the divisors of Llama 3.1 for heads of width {width} and a "
+            f"factor of {scaling.factor:g}; others are not supported."
+        )
+    return rope_settings(scaling) or {}
 
 
 def _short(number: float) -> float:
