@@ -1,5 +1,6 @@
 """Damped factors of good, singular and hopeless matrices."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,3 +55,11 @@ def test_a_hopeless_matrix_ends():
     found = damped_cholesky(jnp.full((2, 2), jnp.nan), 0.01)
     assert int(found.retries) == 16
     assert not np.isfinite(np.asarray(found.factor)).all()
+
+
+def test_solves_of_the_cpu_come_one_at_a_time():
+    """jaxlib shares out batches among the threads that the programs of several devices run on: all wait forever."""
+    lowered = jax.jit(inverse_factor).lower(jnp.eye(300), 0.0).as_text()
+    solves = [line for line in lowered.splitlines() if "strsm" in line]
+    assert solves
+    assert all('num_batch_dims = "0"' in line for line in solves), solves

@@ -104,7 +104,7 @@ def _lower_inverse(lower: Float32[Array, "D D"]) -> Float32[Array, "D D"]:
     whole = jnp.pad(lower, (0, count * size - depth)) + jnp.diag(jnp.arange(count * size) >= depth).astype(jnp.float32)
     blocks = _on_diagonal(whole, count)
     units = jnp.broadcast_to(jnp.eye(size, dtype=jnp.float32), blocks.shape)
-    blocks = jax.scipy.linalg.solve_triangular(blocks, units, lower=True)
+    blocks = jax.lax.platform_dependent(blocks, units, cpu=_solved_in_turn, default=_solved)
     while count > 1:
         count //= 2
         first, last = blocks[::2], blocks[1::2]
@@ -119,6 +119,16 @@ def _on_diagonal(matrix: Float32[Array, "D D"], count: int) -> Float32[Array, "N
     size = matrix.shape[0] // count
     blocks = matrix.reshape(count, size, count, size).transpose(0, 2, 1, 3)
     return blocks.reshape(count * count, size, size)[:: count + 1]
+
+
+def _solved(lower: Float32[Array, "N B B"], right: Float32[Array, "N B B"]) -> Float32[Array, "N B B"]:
+    return jax.scipy.linalg.solve_triangular(lower, right, lower=True)
+
+
+def _solved_in_turn(lower: Float32[Array, "N B B"], right: Float32[Array, "N B B"]) -> Float32[Array, "N B B"]:
+    # On the CPU, batches are shared out among the very threads that the programs of several devices run on: all of them
+    # then wait for one another.
+    return jax.lax.map(lambda block: _solved(block[0][None], block[1][None])[0], (lower, right))
 
 
 def _product(left: Array, right: Array) -> Array:
