@@ -1,4 +1,11 @@
-"""Training a small model on the outputs of a large one, compressing it on the way."""
+"""Training a small model on the outputs of a large one, compressing it on the way.
+
+A student may begin as a part of its teacher, for which `make_train_step` is the same:
+
+- fewer layers: `select_layers`, and `models.resized` for its module;
+- narrower layers: the heads, FFN columns or hidden features that matter most, as in the example of `models.resized`;
+- factors of low rank in the place of kernels, which are trained as they are: `lowrank.activation_svd` and its like.
+"""
 
 from jaxcompress._src.distillation.attention_losses import attention_probabilities as attention_probabilities
 from jaxcompress._src.distillation.attention_losses import attention_scores as attention_scores

@@ -1,5 +1,7 @@
 """Factors and rank gates in training."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,8 +22,8 @@ def normal(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def test_the_factors_of_a_bert_learn_to_do_what_it_did(bert_directory):
-    """Distilled from the dense model by a plain train step; the factors are what is trained."""
+def test_the_factors_of_a_bert_learn_to_do_what_it_did(bert_directory, tmp_path):
+    """Distilled from the dense model by a plain train step; the factors are what is trained, saved and restored."""
     module, dense = from_pretrained(bert_directory)
     kernels = jc.tree.by_path("bert/encoder/.*/kernel")
     dense = jax.tree.map(lambda leaf: 4 * leaf if leaf.ndim > 1 else leaf, dense)
@@ -43,9 +45,13 @@ def test_the_factors_of_a_bert_learn_to_do_what_it_did(bert_directory):
     logits = apply(dense, batch, key=None, train=False)["logits"]
     floor = -float(jnp.mean(jnp.sum(jax.nn.softmax(logits) * jax.nn.log_softmax(logits), axis=-1)))
     assert losses[-1] - floor < 0.2 * (losses[0] - floor)
-    leaves = zip(jc.tree.leaves_with_paths(student), jc.tree.leaves_with_paths(state.params), strict=True)
+    jc.checkpoint.save(tmp_path / "student", state.params)
+    restored, _ = jc.checkpoint.restore(tmp_path / "student")
     factored = 0
-    for (path, old), (_, new) in leaves:
+    trees = map(jc.tree.leaves_with_paths, (student, state.params, restored))
+    for (path, old), (_, new), (_, again) in zip(*trees, strict=True):
+        assert type(again) is type(new), path
+        jax.tree.map(functools.partial(np.testing.assert_array_equal, err_msg=path), again, new)
         if isinstance(old, LowRankArray):
             factored += 1
             assert isinstance(new, LowRankArray), path

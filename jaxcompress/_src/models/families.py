@@ -131,15 +131,24 @@ def resized(module: nn.Module, params: Params) -> nn.Module:
         ValueError: a leaf is missing, unknown, or disagrees with the others; the message names it.
 
     Example:
-        >>> import dataclasses, jax
+        A student of half the heads and columns of its teacher, those with the most Fisher information:
+
+        >>> import jax, jax.numpy as jnp
+        >>> from jaxcompress import structured
         >>> from jaxcompress.models import BertConfig
         >>> config = BertConfig(
-        ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+        ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        ...     head="sequence_classification",
         ... )
-        >>> smaller = dataclasses.replace(config, num_attention_heads=3, intermediate_size=(7,))
-        >>> ids = jax.ShapeDtypeStruct((1, 4), "int32")
-        >>> params = jax.eval_shape(make_module(smaller).init, jax.random.key(0), ids)["params"]
-        >>> resized(make_module(config), params).config == smaller
-        True
+        >>> module, ids, groups = make_module(config), jnp.array([[5, 3, 9], [2, 7, 4]]), unit_groups(config)
+        >>> params = jax.jit(module.init)(jax.random.key(0), ids)["params"]
+        >>> def loss(params, ids):
+        ...     return -jax.nn.log_softmax(module.apply({"params": params}, ids)["logits"])[:, 1].mean()
+        >>> scores = structured.fisher_unit_scores(structured.gate_gradients(loss, params, groups, [ids]))
+        >>> keep = structured.select_units(scores, groups, params, shape={"heads": 2, "columns": 32}).keep
+        >>> small = structured.shrink(params, groups, keep)
+        >>> student = resized(module, small)
+        >>> student.config.num_attention_heads, student.config.intermediate_size
+        ((2,), (32,))
     """
     return module.clone(config=family_of(module).resized_config(params, config_of(module)))
