@@ -1,5 +1,6 @@
 """SmolLM2-135M and Brown text out of registry packages, and how far a compressed model is from the dense one."""
 
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,23 +69,18 @@ class Distance:
     def __init__(self, task: Task, ids: np.ndarray) -> None:
         self._ids = ids
 
-        @jax.jit
-        def logs(params: Any, ids: Any) -> jax.Array:
-            return jax.nn.log_softmax(task.apply(params, ids[None])[0].astype(jnp.float32))
+        self._module = task.module
+        self._dense = [_log_probabilities(task.module, task.params, row) for row in ids]
 
-        @jax.jit
-        def figures(params: Any, ids: Any, dense: Any) -> tuple[jax.Array, jax.Array]:
-            own = logs(params, ids)
-            divergence = (jnp.exp(dense) * (dense - own)).sum(-1).mean()
-            return divergence, -jnp.take_along_axis(own[:-1], ids[1:, None], axis=-1).mean()
+    def __call__(self, params: Any, module: Any = None) -> dict[str, float]:
+        """KL(dense || params) in nats a token, its standard error over windows, and the perplexity.
 
-        self._figures = figures
-        self._dense = [logs(task.params, row) for row in ids]
-
-    def __call__(self, params: Any) -> dict[str, float]:
-        """KL(dense || params) in nats a token, its standard error over windows, and the perplexity."""
-        plain = jc.materialize(params)
-        rows = [self._figures(plain, ids, dense) for ids, dense in zip(self._ids, self._dense, strict=True)]
+        Args:
+            params: may have compressed leaves.
+            module: of these parameters; by default the dense one.
+        """
+        plain, module = jc.materialize(params), module or self._module
+        rows = [_figures(module, plain, ids, dense) for ids, dense in zip(self._ids, self._dense, strict=True)]
         divergence, loss = np.array(rows, np.float64).T
         error = divergence.std(ddof=1) / np.sqrt(len(divergence))
         return {
@@ -92,6 +88,18 @@ class Distance:
             "kl_error": round(float(error), 4),
             "perplexity": round(float(np.exp(loss.mean())), 2),
         }
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _log_probabilities(module: Any, params: Any, ids: Any) -> jax.Array:
+    return jax.nn.log_softmax(module.apply({"params": params}, ids[None])["logits"][0].astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _figures(module: Any, params: Any, ids: Any, dense: Any) -> tuple[jax.Array, jax.Array]:
+    log_probabilities = _log_probabilities(module, params, ids)
+    divergence = (jnp.exp(dense) * (dense - log_probabilities)).sum(-1).mean()
+    return divergence, -jnp.take_along_axis(log_probabilities[:-1], ids[1:, None], axis=-1).mean()
 
 
 def _ids(file: Path, texts: dict[str, str], module: Any) -> np.ndarray:
