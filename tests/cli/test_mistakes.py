@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import warnings
 
 import numpy as np
@@ -288,6 +289,20 @@ def test_a_pooling_that_is_not_known_is_named_where_sentences_are_compared(fails
     data = _write(tmp_path / "rows.csv", "text\ngood\nbad\n")
     line = fails("evaluate", encoder, "--data", data)
     assert "1_Pooling/config.json': sentence vectors by mean or first token are supported" in line
+
+
+def test_a_gguf_file_without_its_extra(fails, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    data = _write(tmp_path / "rows.csv", "text\ngood\n")
+    recipe = _write(tmp_path / "recipe.toml", INT8)
+    for arguments in (
+        ("inspect",),
+        ("evaluate", "--data", data),
+        ("compress", "--recipe", recipe, "--out", tmp_path / "x"),
+    ):
+        line = fails(arguments[0], tmp_path / "model.gguf", *arguments[1:])
+        assert "GGUF files need gguf: pip install 'jaxcompress[gguf]'" in line
 
 
 def test_a_failure_while_writing_leaves_no_folder(fails, model, tmp_path, monkeypatch):

@@ -147,6 +147,15 @@ QUANTIZE = "[[quantize]]\nselect = '.*'\nbits = 4\n"
         (f"{QUANTIZE}[save]\nstorage = 'zip'", r"\[save\]: `storage` must be 'orbax' or 'entropy', found 'zip'"),
         (f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 0.1", "At least one loss needs a positive weight"),
         (f"{QUANTIZE}[distil]\nepochs = 0\nlearning_rate = 0.1\nsoft_targets = 1", "`epochs` must be at least 1"),
+        (
+            f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1\nbatch_size = 9\nmicro_batches = 2",
+            r"\[distil\]: `micro_batches` must divide `batch_size`, 9, got 2",
+        ),
+        (f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1\nema = 1", r"`ema` must be in \[0, 1\)"),
+        (
+            f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1\nremat = 'all'",
+            "`remat` must be 'dots_saveable' or .*, found 'all'",
+        ),
         (f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = -1\nsoft_targets = 1", "`learning_rate` must be positive"),
         (
             f"{QUANTIZE}[distil]\nepochs = 1\nlearning_rate = 1\nsoft_targets = 1\ntemperature = 0",

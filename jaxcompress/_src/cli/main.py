@@ -23,6 +23,11 @@ def main() -> None:
     warnings.showwarning = _show_warning
     try:
         code = app(sys.argv[1:] or ["--help"], prog_name="jaxcompress", standalone_mode=False)
+    except ModuleNotFoundError as err:
+        # A package of an extra says so; any other that is missing is a fault.
+        if "jaxcompress[" not in str(err) or os.environ.get("JAXCOMPRESS_TRACEBACK"):
+            raise
+        _fail(_one_line(err))
     except (ValueError, OSError, AssetError) as err:
         if os.environ.get("JAXCOMPRESS_TRACEBACK"):
             raise

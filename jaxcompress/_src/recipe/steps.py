@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from jaxcompress._src.recipe.methods import METHODS, Method
 from jaxcompress._src.recipe.options import NEEDED, Option, at_steps, options_of, read_options
@@ -175,6 +175,10 @@ def _check_training(
         method.function(**at_steps(keywords, 100))
 
 
+Remat = Literal["dots_saveable", "dots_with_no_batch_dims_saveable", "nothing_saveable"]
+"""Policies of `jax.checkpoint_policies`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Training:
     """One training: fine-tuning or distillation, by AdamW with linear warm-up and cosine decay.
@@ -194,6 +198,17 @@ class Training:
         hidden: weight of the mean squared error of the hidden states of all layers.
         hard_labels: weight of the cross-entropy with the labels.
         seed: of order and dropout.
+        micro_batches: parts of a batch that are run one after another, to need less memory; must divide `batch_size`.
+        float32_masters: whether the optimizer acts on float32 copies of weights that are narrower, in bfloat16 say.
+        ema: decay, in [0, 1), of the averages of what is trained, which then are the result; 0: the last weights are.
+        loss_scale: what the loss is multiplied by in the backward pass, so that small gradients of weights in float16
+            do not become 0; 0: nothing.
+        dynamic_loss_scale: whether the scale follows the gradients, from `loss_scale` (by default 2¹⁵) on: steps whose
+            gradients are not finite are skipped, and halve it.
+        remat: what is kept for the backward pass, as a policy of `jax.checkpoint_policies`: outputs of matmuls
+            ("dots_saveable"), of those with weights ("dots_with_no_batch_dims_saveable"), or nothing
+            ("nothing_saveable"), which saves memory in models that scan over their layers; the rest is computed twice.
+            By default everything is.
     """
 
     epochs: int
@@ -209,13 +224,25 @@ class Training:
     hidden: float = 0.0
     hard_labels: float = 0.0
     seed: int = 0
+    micro_batches: int = 1
+    float32_masters: bool = False
+    ema: float = 0.0
+    loss_scale: float = 0.0
+    dynamic_loss_scale: bool = False
+    remat: Remat | None = None
 
     def __post_init__(self) -> None:
         """Checks the options."""
         check_numbers(self)
-        for name, value in (("epochs", self.epochs), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        for name in ("epochs", "batch_size", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.batch_size % self.micro_batches:
+            raise ValueError(f"`micro_batches` must divide `batch_size`, {self.batch_size}, got {self.micro_batches}.")
+        if not 0.0 <= self.ema < 1.0:
+            raise ValueError(f"`ema` must be in [0, 1), got {self.ema}.")
+        if not self.loss_scale >= 0:
+            raise ValueError(f"`loss_scale` must not be negative, got {self.loss_scale}.")
         if self.seed < 0:
             raise ValueError(f"`seed` must not be negative, got {self.seed}.")
         if not self.learning_rate > 0:

@@ -1,14 +1,18 @@
 """Training loops over tokenized texts: fine-tuning, and distillation with a transform inside."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
 
+from jaxcompress._src.distillation.averages import averaged
+from jaxcompress._src.distillation.loss_scale import DynamicLossScale
 from jaxcompress._src.distillation.losses import hard_labels, soft_targets
 from jaxcompress._src.distillation.outputs import LossFn
 from jaxcompress._src.distillation.state_losses import hidden_states
@@ -131,7 +135,8 @@ def train(
         The params and the transform's state.
 
     Raises:
-        ValueError: as `prepared`; or the loss became NaN or Inf.
+        ValueError: as `prepared`; `float32_masters` of weights of which none is narrower; or the loss became NaN or
+            Inf, with a dynamic loss scale in every step, or in as many as it takes to have none.
     """
     training = prepared(training, module, tokens)
     total = steps_of(training, tokens)
@@ -144,10 +149,21 @@ def train(
         transform=identity() if transform is None else transform,
         transform_optimizer=transform_optimizer or _optimizer(dataclasses.replace(training, weight_decay=0.0), total),
         trainable=trainable,
+        micro_batches=training.micro_batches,
+        master_dtype=jnp.float32 if training.float32_masters else None,
+        ema=training.ema or None,
+        loss_scale=_loss_scale(training),
+        remat=None if training.remat is None else getattr(jax.checkpoint_policies, training.remat),
     )
-    state = init_state(params, key=jax.random.key(training.seed))
+    try:
+        state = init_state(params, key=jax.random.key(training.seed))
+    except ValueError as err:
+        if training.float32_masters and "master_dtype" in str(err):
+            raise ValueError(f"{name}: `float32_masters` has nothing to do: {err}") from err
+        raise
     batches = (_with_teacher(batch, cached) for batch in _batches(tokens, training))
     with (progress or Silent()).task(name, total) as task:
+        skips = _Skips(training)
         try:
             state, _ = fit(
                 state,
@@ -155,11 +171,43 @@ def train(
                 batches,
                 steps=total,
                 log_every=1,
-                sinks=[lambda _, figures: task.advance(loss=figures["loss"])],
+                sinks=[lambda _, figures: task.advance(loss=figures["loss"]), skips],
+                non_finite="skip" if training.dynamic_loss_scale else "raise",
             )
+            skips.check_any_step_was_taken()
         except FloatingPointError as err:
             raise ValueError(f"{name}: {err}; lower `learning_rate`.") from err
-    return state.params, state.transform_state
+    return averaged(state) if training.ema else (state.params, state.transform_state)
+
+
+def _loss_scale(training: Training) -> float | DynamicLossScale | None:
+    if training.dynamic_loss_scale:
+        return DynamicLossScale(initial=training.loss_scale) if training.loss_scale else DynamicLossScale()
+    return training.loss_scale or None
+
+
+class _Skips:
+    """A sink that raises when steps are skipped for more than the loss scale."""
+
+    def __init__(self, training: Training) -> None:
+        scale = _loss_scale(training)
+        # As many as it takes to bring it down to its minimum, and two.
+        self._most = (
+            2 + math.log(scale.initial / scale.minimum, scale.factor) if isinstance(scale, DynamicLossScale) else 0
+        )
+        self._skipped = self._taken = 0
+
+    def __call__(self, step: int, figures: Mapping[str, float]) -> None:
+        was_skipped = figures["skipped"] > 0
+        self._skipped = self._skipped + 1 if was_skipped else 0
+        self._taken += not was_skipped
+        if self._skipped > self._most:
+            raise FloatingPointError(f"the loss or a gradient is NaN or Inf at any loss scale, at step {step}")
+
+    def check_any_step_was_taken(self) -> None:
+        """Raises if none was."""
+        if not self._taken:
+            raise FloatingPointError("the loss or a gradient was NaN or Inf in every step")
 
 
 def _optimizer(training: Training, steps: int) -> optax.GradientTransformation:
