@@ -12,7 +12,7 @@ trained for as many steps:
 Embeddings stay as they are. The table is of the test rows, each model against the teacher ("dense") on the same rows,
 with 95 % intervals; nothing was chosen by them.
 
-    python examples/distil_bert.py [--model FILE] [--epochs 2] [--rows test] [--quick]
+    python examples/distil_bert.py [--model FILE] [--epochs 1] [--out DIRECTORY] [--quick]
 
 The last line printed is JSON.
 """
@@ -34,7 +34,7 @@ from workbench import note
 
 import jaxcompress as jc
 from jaxcompress.distillation import select_layers
-from jaxcompress.models import resized
+from jaxcompress.models import from_pretrained, resized, save_pretrained
 from jaxcompress.recipe import Tokens, Training, predict, train
 
 LAYERS = r"bert/encoder/layer/(\d+)/.*"
@@ -47,10 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="encoder and classifier (safetensors); default: the demo's model")
     parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--rows", default="test", choices=("test", "validation"))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="for the students; those that it has are not trained again")
     parser.add_argument("--quick", action="store_true", help="few rows, one pass")
     arguments = parser.parse_args()
     task = load_task(arguments.model)
@@ -100,6 +101,9 @@ def students(task: Task, rows: Tokens, layers: list[int], arguments: argparse.Na
     taught = predict(task.module, task.params, rows, progress=Lines(), name="teacher")
 
     def trained(name: str, params: Any, losses: dict[str, Any]) -> tuple[nn.Module, Any]:
+        directory = arguments.out and arguments.out / name
+        if directory and directory.exists():
+            return from_pretrained(directory)
         training = Training(
             epochs=arguments.epochs,
             learning_rate=arguments.learning_rate,
@@ -109,13 +113,16 @@ def students(task: Task, rows: Tokens, layers: list[int], arguments: argparse.Na
             **losses,
         )
         options = {"trainable": NOT_EMBEDDINGS, "progress": Lines(), "name": name}
-        return module, train(module, params, rows, training, cached=taught, **options)[0]
+        params, _ = train(module, params, rows, training, cached=taught, **options)
+        if directory:
+            save_pretrained(directory, module, params)
+        return module, params
 
     return {
         "dense": (task.module, task.params),
         "untaught": (module, untaught),
         "distilled": trained("distilled", untaught, TEACHER),
-        "labels alone": trained("labels alone", untaught, LABELS),
+        "labels alone": trained("labels", untaught, LABELS),
         "outside": trained("outside", outside, LABELS),
     }
 
