@@ -57,6 +57,8 @@ def sequential(
     compressed as if its rows were the unit vectors, where every input counts the same, and a `trace.LeftOutWarning`
     names it.
 
+    On a mesh the statistics lie as those of `input_statistics`, and stacks come back with the sharding that they had.
+
     Args:
         apply: as for `input_statistics`.
         params: plain leaves, where selected.

@@ -42,7 +42,8 @@ def gptq_sequential(
     This is `calibration.sequential` with `gptq`: kernels that share their inputs are rounded together, layers of a scan
     one after another, and the batches run once for each of these groups. By default each kernel aims at the outputs
     that it has in the dense model, and so makes up for the errors before it. `reconstruct` goes further, with the
-    residual stream and biases; it needs kernels in plain matmuls, and this does not.
+    residual stream and biases; it needs kernels in plain matmuls, and this does not. On a mesh the kernels of a group
+    are rounded side by side, as in `gptq`: as many devices are busy as a group has kernels.
 
     Args:
         apply: `(params, *inputs) -> outputs`.
