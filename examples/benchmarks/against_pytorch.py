@@ -22,7 +22,13 @@ from collections.abc import Callable
 from typing import Any
 
 CONTESTANTS = ("ours", "by hand", "torch")
-BERT = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+BERT = {
+    "vocab_size": 30522,
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
 SMOLLM2 = {
     "vocab_size": 49152,
     "hidden_size": 576,
