@@ -85,6 +85,7 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
     distance = Distance(task, validation)
     steps = 10 if quick else stored(out / "steps.json", lambda: steps_in_time(module, untaught, outputs(), clock))
     init_state, step = train_step(module, steps, arguments.learning_rate)
+    every = steps if quick else max(1, steps // 5)
 
     def evaluate(state: Any) -> dict[str, float]:
         figures = distance(state.params, module)
@@ -98,11 +99,11 @@ def run(arguments: argparse.Namespace, out: Path) -> None:
             outputs(),
             steps=steps,
             checkpoints=checkpoints,
-            save_every=max(1, steps // 5),
+            save_every=every,
             log_every=max(1, steps // 40),
             sinks=[console(), jsonl(out / "log.jsonl")],
             evaluate=evaluate,
-            evaluate_every=max(1, steps // 5),
+            evaluate_every=every,
         )
     minutes = clock.save() / 60
     rows, length = (2, 64) if quick else (8, 256)
