@@ -80,7 +80,9 @@ def test_flags_tell_programs_apart():
     found, _ = reconstruct(_apply, {**ARRAYS, "function": jnp.tanh}, batches, SPEC, select=KERNELS)
     wanted, _ = reconstruct(_plain, ARRAYS, [(X,)], SPEC, select=KERNELS)
     # What the last kernel is fitted to has no part in what it is added to: both batches ask for the same.
-    np.testing.assert_allclose(found["down"].materialize(), wanted["down"].materialize(), rtol=1e-5)
+    np.testing.assert_array_equal(found["down"].codes(), wanted["down"].codes())
+    # Scales come from least squares over twice as many rows, in float32.
+    np.testing.assert_allclose(found["down"].materialize(), wanted["down"].materialize(), rtol=1e-4)
 
 
 def test_arrays_are_split_from_the_rest():
