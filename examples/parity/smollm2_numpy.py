@@ -40,7 +40,9 @@ def main() -> None:
     reference = logits(ids, weights, fields)
     module, params = from_pretrained(file)
     ours = np.asarray(module.apply({"params": params}, np.array([ids], np.int32))["logits"][0], np.float64)
-    theirs = tokenize(file, Texts((text,), None), max_length=arguments.tokens).ids[0]
+    theirs = tokenize(
+        file, Texts(texts=(text,), labels=np.array([-1], np.int32)), max_length=arguments.tokens, config=module.config
+    ).ids[0]
     prompt = encode(FRANCE, fields)
     after = module.apply({"params": params}, np.array([prompt], np.int32))["logits"][0, -1]
     figures = {
