@@ -100,18 +100,23 @@ def shardings_of(state: TrainState) -> tuple[NamedSharding | None, ...]:
     return named if any(each is not None for each in named) else ()
 
 
-def matched_to(new: TrainState, old: TrainState, shardings: tuple[NamedSharding | None, ...]) -> TrainState:
+def unflatten_shardings(state: TrainState, shardings: tuple[NamedSharding | None, ...]) -> TrainState:
+    """What `shardings_of` has found, in the structure of the state; None where a leaf is on no mesh."""
+    structure = jax.tree.structure(state)
+    return structure.unflatten(shardings or [None] * structure.num_leaves)
+
+
+def matched_to(new: TrainState, old: TrainState, places: TrainState) -> TrainState:
     """`new` with strongly typed leaves, checked against the state before the step, that lie where those before did.
 
     Args:
         new: after the step.
         old: before it.
-        shardings: from `shardings_of`, of `old`.
+        places: from `unflatten_shardings`, of `old`.
 
     Raises:
         ValueError: a leaf changed its shape or dtype, which would be traced anew at every step.
     """
-    structure = jax.tree.structure(old)
 
     def check(path: str, leaf: Any, before: jax.Array, sharding: NamedSharding | None) -> jax.Array:
         leaf = jnp.asarray(leaf)
@@ -121,13 +126,7 @@ def matched_to(new: TrainState, old: TrainState, shardings: tuple[NamedSharding 
             )
         return _alike(jnp.asarray(leaf, dtype=leaf.dtype), before, sharding)
 
-    places = structure.unflatten(shardings or [None] * structure.num_leaves)
     return map_with_path(check, new, old, places, is_leaf=_never)
-
-
-def unless(skipped: jax.Array, new: Any, old: Any) -> Any:
-    """`new`, or `old` where a step is skipped."""
-    return jax.tree.map(lambda x, y: jnp.where(skipped, y, x), new, old)
 
 
 def are_finite(*trees: Any) -> jax.Array:

@@ -9,7 +9,7 @@ import optax
 from jax.typing import DTypeLike
 
 from jaxcompress._src.distillation.averages import first_averages, next_averages
-from jaxcompress._src.distillation.backward import Setup, backward_pass, trained_gradients
+from jaxcompress._src.distillation.backward import Backward, Setup, backward_pass, trained_gradients
 from jaxcompress._src.distillation.collections import check_mutable, immutable, with_collections
 from jaxcompress._src.distillation.loss_scale import DynamicLossScale, current_scale, first_scale, next_scale
 from jaxcompress._src.distillation.masters import masters_of, narrowed, renewed, widened
@@ -23,7 +23,7 @@ from jaxcompress._src.distillation.train_state import (
     placed,
     reset_moments,
     shardings_of,
-    unless,
+    unflatten_shardings,
 )
 from jaxcompress._src.transforms import checked_init, checked_project, checked_update, identity, trained_leaves
 from jaxcompress._src.tree.partition import combine, partition_trainable
@@ -31,6 +31,8 @@ from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState
 
 _IDENTITY = identity()
+_BESIDE: dict[str, Any] = {"step": (), "key": (), "loss_scale": ()}
+"""What changes in a skipped step, too."""
 
 
 def make_train_step(
@@ -204,9 +206,29 @@ def _step(
 ) -> tuple[TrainState, Metrics]:
     next_key, apply_key, student_key, update_key = jax.random.split(state.key, 4)
     backward = backward_pass(setup, state, teacher_params, batch, apply_key, student_key)
-    transform, figures, grads = setup.transform, backward.figures, backward.grads
-    total = figures["loss"][0]
+    skipped = ~are_finite(backward.figures["loss"][0], *trained_gradients(setup, state.params, backward))
+    places = unflatten_shardings(state, shardings)
 
+    # A loop of one turn or of none: it renews its state in place. For a choice between the old and the new values, XLA
+    # copies the moments and holds the parameters twice; for a `cond`, it copies more.
+    def turn(carry: tuple[jax.Array, TrainState]) -> tuple[jax.Array, TrainState]:
+        new = _renewed(setup, carry[1], backward, update_key)
+        return jnp.zeros((), bool), matched_to(new, carry[1], places._replace(**_BESIDE))
+
+    _, after = jax.lax.while_loop(lambda carry: carry[0], turn, (~skipped, state._replace(**_BESIDE)))
+    after = after._replace(
+        step=state.step + 1, key=next_key, loss_scale=next_scale(setup.loss_scale, state.loss_scale, skipped)
+    )
+    once = jnp.ones((), jnp.float32)
+    figures = backward.figures | {"skipped": (skipped.astype(jnp.float32), once)}
+    scale = current_scale(setup.loss_scale, state.loss_scale)
+    figures |= {} if scale is None else {"loss_scale": (scale, once)}
+    return matched_to(after, state, places), figures
+
+
+def _renewed(setup: Setup, state: TrainState, backward: Backward, key: jax.Array) -> TrainState:
+    """The state after the optimizers, the transform's `update` and its `project`."""
+    transform, total, grads = setup.transform, backward.figures["loss"][0], backward.grads
     # Where there are masters, `raw` holds them, and `params` their casts.
     raw = widened(state.params, state.masters)
     raw, optimizer_state = _optimize(setup.optimizer, grads[0], raw, state.optimizer_state, total, setup.trainable)
@@ -217,29 +239,18 @@ def _step(
     transform_state = TransformState(trainable, state.transform_state.fixed)
     params = narrowed(raw, state.masters, state.params)
     transform_state, fresh = checked_update(
-        transform, backward.stage_grads, transform_state, params, key=update_key, loss=backward.loss
+        transform, backward.stage_grads, transform_state, params, key=key, loss=backward.loss
     )
     raw, transform_state = checked_project(transform, raw, transform_state)
     trained, _ = partition_trainable(raw, select=setup.trainable)
-    new = TrainState(
+    return state._replace(
         params=narrowed(raw, state.masters, state.params),
         transform_state=transform_state,
         optimizer_state=reset_moments(setup.optimizer, optimizer_state, fresh, trained),
         transform_optimizer_state=transform_optimizer_state,
-        step=state.step + 1,
-        key=next_key,
         masters=renewed(state.masters, raw),
         ema=_averages(setup, state, trained, transform_state),
     )
-    skipped = ~are_finite(total, *trained_gradients(setup, state.params, backward))
-    new = matched_to(new._replace(loss_scale=next_scale(setup.loss_scale, state.loss_scale, skipped)), state, shardings)
-    always = {"step": (), "key": (), "loss_scale": ()}
-    after = unless(skipped, new._replace(**always), state._replace(**always))
-    once = jnp.ones((), jnp.float32)
-    figures |= {"skipped": (skipped.astype(jnp.float32), once)}
-    scale = current_scale(setup.loss_scale, state.loss_scale)
-    figures |= {} if scale is None else {"loss_scale": (scale, once)}
-    return after._replace(step=new.step, key=new.key, loss_scale=new.loss_scale), figures
 
 
 def _averages(setup: Setup, state: TrainState, trained: Params, transform_state: TransformState) -> Any:
