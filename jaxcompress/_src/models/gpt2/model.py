@@ -15,6 +15,7 @@ from jaxcompress._src.models.decoder.attention import Attention, CacheWriter, Re
 from jaxcompress._src.models.decoder.cache import Cache
 from jaxcompress._src.models.decoder.heads import LogitsAt, check_head, last_token, named_attentions, selected
 from jaxcompress._src.models.gpt2.config import GPT2Config
+from jaxcompress._src.models.rows import on_rows
 
 
 class GPT2Model(nn.Module):
@@ -89,7 +90,8 @@ class GPT2Model(nn.Module):
 
     def decode(self, hidden: jax.Array) -> jax.Array:
         """(B, L, D) to (B, L, vocab_size), through the transposed word embedding."""
-        return self.wte.attend(hidden)
+        (logits,) = on_rows(hidden, self.wte.attend)
+        return logits
 
 
 class GPT2ForCausalLM(nn.Module):
@@ -125,7 +127,8 @@ class GPT2ForCausalLM(nn.Module):
             return outputs
         if self.config.tie_word_embeddings:
             return {"logits": model.decode(hidden), **outputs}
-        return {"logits": _dense(self.config.vocab_size, self, name="lm_head", use_bias=False)(hidden), **outputs}
+        (scores,) = on_rows(hidden, _dense(self.config.vocab_size, self, name="lm_head", use_bias=False))
+        return {"logits": scores, **outputs}
 
 
 class GPT2ForSequenceClassification(nn.Module):
@@ -211,7 +214,7 @@ class _Attention(nn.Module):
         self, hidden: jax.Array, allowed: jax.Array, writer: CacheWriter, *, deterministic: bool
     ) -> tuple[jax.Array, Attention]:
         width = self.heads * self.config.head_size
-        fused = _dense(3 * width, self, name="c_attn")(hidden)
+        (fused,) = on_rows(hidden, _dense(3 * width, self, name="c_attn"))
         query, key, value = (
             part.reshape(*part.shape[:-1], self.heads, self.config.head_size)
             for part in jnp.split(fused, (width, 2 * width), axis=-1)
@@ -219,7 +222,7 @@ class _Attention(nn.Module):
         keys, values = writer.layer(key, value)
         dropout = nn.Dropout(self.config.attn_pdrop, deterministic=deterministic)
         context, attention = attend(query, keys, values, allowed, dtype=self.dtype, dropout=dropout)
-        output = _dense(self.config.hidden_size, self, name="c_proj")(context)
+        (output,) = on_rows(context, _dense(self.config.hidden_size, self, name="c_proj"))
         return nn.Dropout(self.config.resid_pdrop)(output, deterministic=deterministic), attention
 
 
@@ -230,8 +233,9 @@ class _FFN(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, *, deterministic: bool) -> jax.Array:
-        inner = ACTIVATIONS[self.config.hidden_act](_dense(self.width, self, name="c_fc")(hidden))
-        output = _dense(self.config.hidden_size, self, name="c_proj")(inner)
+        (inner,) = on_rows(hidden, _dense(self.width, self, name="c_fc"))
+        inner = ACTIVATIONS[self.config.hidden_act](inner)
+        (output,) = on_rows(inner, _dense(self.config.hidden_size, self, name="c_proj"))
         return nn.Dropout(self.config.resid_pdrop)(output, deterministic=deterministic)
 
 

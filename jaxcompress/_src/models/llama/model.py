@@ -3,6 +3,7 @@
 Shape letters: B leading axes (a batch, usually; none is fine), L tokens, D hidden size, H heads.
 """
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ from jaxcompress._src.models.decoder.cache import Cache
 from jaxcompress._src.models.decoder.heads import LogitsAt, check_head, last_token, named_attentions, selected
 from jaxcompress._src.models.decoder.rotary import rotated, rotation
 from jaxcompress._src.models.llama.config import LlamaConfig
+from jaxcompress._src.models.rows import on_rows
 
 
 class LlamaModel(nn.Module):
@@ -84,7 +86,8 @@ class LlamaModel(nn.Module):
 
     def decode(self, hidden: jax.Array) -> jax.Array:
         """(B, L, D) to (B, L, vocab_size), through the transposed word embedding."""
-        return self.embed_tokens.attend(hidden)
+        (logits,) = on_rows(hidden, self.embed_tokens.attend)
+        return logits
 
 
 class LlamaForCausalLM(nn.Module):
@@ -123,7 +126,8 @@ class LlamaForCausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             return {"logits": model.decode(hidden), **outputs}
         head = _dense(self.config.vocab_size, False, self.config, self.dtype, name="lm_head")
-        return {"logits": head(hidden), **outputs}
+        (scores,) = on_rows(hidden, head)
+        return {"logits": scores, **outputs}
 
 
 class LlamaForSequenceClassification(nn.Module):
@@ -223,8 +227,7 @@ class _Attention(nn.Module):
         deterministic: bool,
     ) -> tuple[jax.Array, Attention]:
         queries, heads = self.config.num_attention_heads[self.index], self.config.num_key_value_heads[self.index]
-        query, key = self._project("q", hidden, queries), self._project("k", hidden, heads)
-        value = self._project("v", hidden, heads)
+        query, key, value = self._project(hidden, {"q": queries, "k": heads, "v": heads})
         if self.config.qk_norm:
             query = _Norm(self.config.rms_norm_eps, self.dtype, name="q_norm")(query)
             key = _Norm(self.config.rms_norm_eps, self.dtype, name="k_norm")(key)
@@ -233,12 +236,17 @@ class _Attention(nn.Module):
         query = rotated(query, turned)
         context, attention = attend(query, keys, values, allowed, dtype=self.dtype, dropout=dropout)
         width, bias = self.config.hidden_size, self.config.output_bias
-        return _dense(width, bias, self.config, self.dtype, name="o_proj")(context), attention
+        (output,) = on_rows(context, _dense(width, bias, self.config, self.dtype, name="o_proj"))
+        return output, attention
 
-    def _project(self, name: str, hidden: jax.Array, heads: int) -> jax.Array:
-        size = self.config.head_size
-        kernel = _dense(heads * size, self.config.qkv_bias, self.config, self.dtype, name=f"{name}_proj")
-        return kernel(hidden).reshape(*hidden.shape[:-1], heads, size)
+    def _project(self, hidden: jax.Array, heads: Mapping[str, int]) -> Iterator[jax.Array]:
+        """(B, L, heads, head_size) of each projection."""
+        size, bias = self.config.head_size, self.config.qkv_bias
+        layers = (
+            _dense(count * size, bias, self.config, self.dtype, name=f"{name}_proj") for name, count in heads.items()
+        )
+        projections = zip(on_rows(hidden, *layers), heads.values(), strict=True)
+        return (x.reshape(*hidden.shape[:-1], count, size) for x, count in projections)
 
 
 class _FFN(nn.Module):
@@ -248,12 +256,13 @@ class _FFN(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        gate, up = (
-            _dense(self.width, self.config.mlp_bias, self.config, self.dtype, name=name)(hidden)
-            for name in ("gate_proj", "up_proj")
-        )
-        down = _dense(self.config.hidden_size, self.config.mlp_bias, self.config, self.dtype, name="down_proj")
-        return down(ACTIVATIONS[self.config.hidden_act](gate) * up)
+        bias = self.config.mlp_bias
+        names = ("gate_proj", "up_proj")
+        layers = (_dense(self.width, bias, self.config, self.dtype, name=name) for name in names)
+        gate, up = on_rows(hidden, *layers)
+        down = _dense(self.config.hidden_size, bias, self.config, self.dtype, name="down_proj")
+        (output,) = on_rows(ACTIVATIONS[self.config.hidden_act](gate) * up, down)
+        return output
 
 
 class _Norm(nn.Module):
