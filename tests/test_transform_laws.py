@@ -240,7 +240,7 @@ def test_one_and_eight_devices_agree(name, axes):
         jax.tree.leaves((spread.params, spread.transform_state)),
         strict=True,
     ):
-        np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(x, np.float32), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(y, np.float32), np.asarray(x, np.float32), rtol=1e-5, atol=1e-5)
     if axes == "fsdp":
         _check_shares(spread.transform_state)
         _check_gathers(name, texts[0])
