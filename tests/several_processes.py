@@ -159,7 +159,18 @@ def main(number: int, address: str, folder: Path) -> None:
         check_restored(folder / storage, grid, tree)
     save(folder / "state", train(grid))
     check_run(grid, folder / "run")
+    check_tables(grid)
     check_errors(folder, grid)
+
+
+def check_tables(mesh: Mesh) -> None:
+    """Values shared by the weights of a leaf that no process has whole."""
+    kernel = weights(mesh)["kernel"]
+    transform = jc.clustering.trained_codebooks(jc.clustering.CodebookSpec(values=3))
+    many = transform.init({"kernel": kernel}, key=jax.random.key(0))
+    one = transform.init({"kernel": jnp.asarray(whole(kernel))}, key=jax.random.key(0))
+    for x, y in zip(jax.tree.leaves(many), jax.tree.leaves(one), strict=True):
+        np.testing.assert_array_equal(whole(x), y)
 
 
 def check_restored(path: Path, mesh: Mesh, tree: Any) -> None:

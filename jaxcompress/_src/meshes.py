@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import numpy as np
 from jax import core
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
@@ -188,6 +189,36 @@ def shared_mesh(tree: Any) -> Mesh | None:
         True
     """
     return next((mesh for leaf in jax.tree.leaves(tree) if (mesh := _any_mesh_of(leaf)) is not None), None)
+
+
+def on_whole_mesh(array: jax.Array, other: Any) -> jax.Array:
+    """An array, replicated on the mesh of another one, perhaps a compressed one; without a mesh it stays as it is.
+
+    Example:
+        >>> on_whole_mesh(jax.numpy.ones(1), jax.numpy.ones(2)).tolist()
+        [1.0]
+    """
+    mesh = shared_mesh(other)
+    return array if mesh is None else jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
+
+
+def to_host(array: Any) -> np.ndarray:
+    """The whole array, in every process, whatever its sharding."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def gathered(array: Any) -> Any:
+    """An array on devices of several processes as one of this process alone; any other one as it is.
+
+    Example:
+        >>> gathered(jax.numpy.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    return array if getattr(array, "is_fully_addressable", True) else jax.numpy.asarray(to_host(array))
 
 
 def spread(mesh: Mesh, shape: Sequence[int], *, stack: int = 0) -> NamedSharding:

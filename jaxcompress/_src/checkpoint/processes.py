@@ -5,7 +5,7 @@ With one process, which is the rule, every function here just calls what it is g
 
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -88,15 +88,6 @@ def gather_bytes(content: bytes) -> list[bytes]:
     lengths = gather_count(len(content))
     rows = _gather(np.frombuffer(content.ljust(max(1024, 1 << max(lengths).bit_length())), np.uint8))
     return [row.tobytes()[:length] for row, length in zip(rows, lengths, strict=True)]
-
-
-def to_host(array: Any) -> np.ndarray:
-    """The whole array, in every process, whatever its sharding."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
 
 
 def place(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:

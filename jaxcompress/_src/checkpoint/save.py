@@ -11,9 +11,10 @@ from jaxcompress._src.checkpoint.describe import describe, same_in_all_processes
 from jaxcompress._src.checkpoint.files import digests, file_names, regular_size
 from jaxcompress._src.checkpoint.manifest import FileRecord, Manifest, Storage
 from jaxcompress._src.checkpoint.manifest_file import MANIFEST_NAME, has_manifest, write_manifest
-from jaxcompress._src.checkpoint.processes import by_first, to_host, together
+from jaxcompress._src.checkpoint.processes import by_first, together
 from jaxcompress._src.checkpoint.store import write_arrays
 from jaxcompress._src.checkpoint.versions import Workspace, close_workspace, open_workspace, publish
+from jaxcompress._src.meshes import to_host
 
 
 def save(

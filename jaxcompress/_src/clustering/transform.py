@@ -13,7 +13,7 @@ from jaxcompress._src.clustering.cluster import store_codes
 from jaxcompress._src.clustering.fit import fit_tables, nearest_codes
 from jaxcompress._src.clustering.leaves import checked_importance, checked_leaf, checked_table, clusterable
 from jaxcompress._src.clustering.spec import CodebookSpec
-from jaxcompress._src.meshes import transform_on_auto_axes
+from jaxcompress._src.meshes import gathered, on_whole_mesh, transform_on_auto_axes
 from jaxcompress._src.schedules import warn_unfinished
 from jaxcompress._src.transforms import identity
 from jaxcompress._src.tree.checks import is_traced
@@ -115,7 +115,9 @@ def _init(spec: CodebookSpec, importance: Params | None, layouts_of: Any, params
 
     def fit(path: str, layout: Any, leaf: Any, weight: Any) -> Array:
         dense = checked_leaf(path, leaf, zero=spec.zero)
-        return fit_tables(dense, spec, spec.blocks(dense.shape, layout), _given(weight)).astype(jnp.float32)
+        blocks = spec.blocks(dense.shape, layout)
+        table = fit_tables(gathered(dense), spec, blocks, gathered(_given(weight))).astype(jnp.float32)
+        return on_whole_mesh(table, leaf)
 
     tables = map_selected(fit, layouts, params, h)
     codes = _assign(spec, tables, params, h)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcompress._src.checkpoint.processes import to_host
+from jaxcompress._src.meshes import to_host
 
 NonFinite = Literal["raise", "skip"]
 """What a step whose loss or gradients are NaN or Inf is: an error, or left out of all figures but "skipped"."""
