@@ -90,10 +90,14 @@ def kernel_bytes(params: Any) -> int:
 def pruned(model: Model, budget: float, text: Characters, steps: int) -> tuple[Any, Any]:
     """16 bits for each weight that is kept, and one for all."""
     del text, steps
-    density = (32 * budget - 1) / 16 - 0.005  # less what is padded
+    density = (32 * budget - 1) / 16
     statistics = jc.calibration.input_statistics(model.apply, model.params, model.batches, select=KERNELS)
-    sparse, _ = jc.pruning.sparsegpt(model.params, statistics, sparsity=1 - density, select=KERNELS)
-    return model.module, _on_kernels(lambda leaf: sparsify(leaf.astype(jnp.bfloat16), leaf != 0), sparse)
+    while True:
+        sparse, _ = jc.pruning.sparsegpt(model.params, statistics, sparsity=1 - density, select=KERNELS)
+        stored = _on_kernels(lambda leaf: sparsify(leaf.astype(jnp.bfloat16), leaf != 0), sparse)
+        if kernel_bytes(stored) <= budget * kernel_bytes(model.params):
+            return model.module, stored
+        density *= 0.98  # every kernel is padded to its fullest row
 
 
 def quantized(model: Model, budget: float, text: Characters, steps: int) -> tuple[Any, Any]:
