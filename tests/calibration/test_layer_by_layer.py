@@ -10,13 +10,18 @@ import pytest
 
 import jaxcompress as jc
 from jaxcompress._src.calibration.layer_by_layer import layer_by_layer
-from jaxcompress._src.calibration.sites import kernels_at_work
+from jaxcompress._src.calibration.sites import kernels_at_work, sites_of
+from jaxcompress.models import BertConfig, GPT2Config, LlamaConfig, make_module
 from jaxcompress.quantization import QuantSpec, correct_biases, reconstruct
 
 RNG = np.random.default_rng(5)
 X = jnp.asarray(RNG.normal(size=(6, 4)), jnp.float32)
 KERNEL, OTHER = (jnp.asarray(RNG.normal(size=(4, 4)), jnp.float32) for _ in "12")
 BIAS = jnp.asarray(RNG.normal(size=4), jnp.float32)
+SIZES = {
+    "vocab_size": 9, "hidden_size": 4, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 6,
+    "max_position_embeddings": 8,
+}  # fmt: skip
 
 
 def _sites(apply, paths, params, *inputs):
@@ -240,3 +245,55 @@ def test_a_turned_stack_that_is_rounded_to_whole_numbers_has_no_kernels():
     np.testing.assert_allclose(
         _sites(apply, ["v"], params, X)[0].inputs, np.tanh(np.tanh(X @ params["w"][1]) @ params["w"][0]), atol=1e-5
     )
+
+
+def _split_before_the_bias(p, x):
+    return x + ((x.reshape(6, 4) @ p["w"]).reshape(x.shape) + p["b"][None, None])
+
+
+def _split_after_the_bias(p, x):
+    return x + (x.reshape(6, 4) @ p["w"] + p["b"][None]).reshape(x.shape)
+
+
+def _merged_after_the_residual(p, x):
+    return (x @ p["w"] + x).reshape(6, 4) + p["b"][None]
+
+
+@pytest.mark.parametrize("layer", [_split_before_the_bias, _split_after_the_bias, _merged_after_the_residual])
+def test_leading_axes_that_are_merged_and_split_keep_bias_and_residual(layer):
+    params = {"w": KERNEL, "b": BIAS, "v": OTHER}
+    x = X.reshape(2, 3, 4)
+    first, last = _sites(lambda p, x: jnp.tanh(layer(p, x)) @ p["v"], ["w", "v"], params, x)
+    assert first.bias.path == "b"
+    np.testing.assert_array_equal(first.inputs, X)
+    np.testing.assert_array_equal(first.residual, X)
+    wanted = np.tanh(_product(X, KERNEL) + np.float64(BIAS) + np.float64(X))
+    np.testing.assert_allclose(last.inputs, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_split_into_heads_end_where_they_are():
+    """Outputs that are split are no rows of outputs any more: what is added to them is no residual of the kernel."""
+    apply = lambda p, x: jnp.tanh((x @ p["w"]).reshape(6, 2, 2) + x.reshape(6, 2, 2)).reshape(6, 4) @ p["v"]  # noqa: E731
+    assert [site.residual for site in _sites(apply, ["w", "v"], {"w": KERNEL, "v": OTHER}, X)] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("config", "writers"),
+    [
+        (BertConfig(**SIZES), {"attention/output/dense", "output/dense"}),
+        (BertConfig(**SIZES, model_type="distilbert"), {"attention/out_lin", "ffn/lin2"}),
+        (GPT2Config(**SIZES), {"attn/c_proj", "mlp/c_proj"}),
+        (LlamaConfig(**SIZES, num_key_value_heads=1), {"self_attn/o_proj", "mlp/down_proj"}),
+    ],
+    ids=lambda each: getattr(each, "model_type", ""),
+)
+def test_sublayers_of_every_family_write_to_the_residual_stream(config, writers):
+    """What makes up for the errors in that stream (`reconstruct`, `refit`) must find it."""
+    module, ids = make_module(config), jnp.zeros((2, 3), jnp.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), ids)["params"]
+    apply = lambda p, ids: module.apply({"params": p}, ids)  # noqa: E731
+    paths = [part.path for part in kernels_at_work(apply, params, ids)]
+    _, sites = sites_of(apply, params, (ids,), paths=paths)
+    added = {site.kernel.path for site in sites if site.residual is not None}
+    assert added == {path for path in paths if path.removesuffix("/kernel").endswith(tuple(writers))}
+    assert len(added) == 4

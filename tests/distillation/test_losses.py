@@ -213,6 +213,8 @@ def test_hard_labels_other_names_and_errors():
         hard_labels()({"scores": 0, "hidden": 0}, {}, batch)
     with pytest.raises(ValueError, match=r"'y' must have shape \(2, 4\) to fit the logits, got \(2,\)"):
         hard_labels(labels="y")(_outputs(_logits(2, 4, 3)), {}, batch)
+    with pytest.raises(ValueError, match="'y' must be classes, integers, got float32"):
+        hard_labels(labels="y")(_outputs(_logits(2, 3)), {}, {"y": jnp.array([0.0, 1.0])})
     with pytest.raises(ValueError, match="`smoothing` must be in"):
         hard_labels(smoothing=1.5)
 

@@ -85,6 +85,9 @@ def test_select_layers_errors():
         select_layers(params, r"layer/\d+/.*", [0])
     with pytest.raises(ValueError, match="must be a number, got 'bias'"):
         select_layers(params, r"layer/\d+/(.*)", [0])
+    for wrong in ([], [True, False], [0.5]):
+        with pytest.raises(ValueError, match=r"`layers` must be numbers of layers, at least one, got \["):
+            select_layers(params, r"layer/(\d+)/.*", wrong)
     with pytest.raises(ValueError, match="Layer 1 would become '0' at 'layer'"):
         select_layers(params, r"layer/([1-9])/.*", [1])
 

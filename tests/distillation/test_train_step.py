@@ -282,3 +282,26 @@ def test_errors_where_the_user_is():
     for names in ({"loss": soft_targets()}, {"agreement": soft_targets()}):
         with pytest.raises(ValueError, match="need names of their own"):
             make_train_step(_apply, _apply, optax.sgd(0.1), losses=names, metrics={"agreement": soft_targets()})
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1"])
+def test_a_weight_that_is_no_finite_number_is_named(weight):
+    """It would skip every step."""
+    with pytest.raises(ValueError, match="The weight of loss 'soft' must be a finite number or a schedule, got "):
+        make_train_step(_apply, _apply, optax.sgd(0.1), losses={"soft": (weight, soft_targets())})
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [
+        (jnp.zeros(()), r"\(\)"),
+        ((jnp.zeros((2, 3)), 1.0), r"\[\(2, 3\), \(\)\]"),
+        ((1.0, 2.0, 3.0), r"\[\(\), \(\), \(\)\]"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["losses", "metrics"])
+def test_what_is_no_sum_and_count_is_named(kind, result, found):
+    options = {"losses": {"soft": soft_targets()}, "metrics": None} | {kind: {"own": lambda *_: result}}
+    init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), **options)
+    with pytest.raises(ValueError, match=rf"'own' must return two scalars, \(sum, count\), got shapes {found}\."):
+        step(init_state(_params(), key=_key()), _params(1), {"x": X})

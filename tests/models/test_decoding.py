@@ -181,6 +181,7 @@ def test_drawing_follows_the_distribution(model, full):
         ({"top_k": 3}, "restrict what is drawn: give a `temperature` above 0"),
         ({"attention_mask": MASK[:, 1:]}, r"`attention_mask` must have the shape of `input_ids`, \(3, 6\), got"),
         ({"attention_mask": MASK * [[1], [0], [1]]}, "Row 1 of `input_ids` has no token"),
+        ({"stop_tokens": [2, 31]}, "`stop_tokens` has the token 31; `vocab_size` is 31"),
         ({"input_ids": IDS + 25}, "has the token 34; `vocab_size` is 31"),
         ({"input_ids": IDS.astype(float)}, r"must be integers \(rows, tokens\), got float64\[3, 6\]"),
         ({"cache_bits": 4}, "`bits` of a cache must be 8 or None, got 4"),

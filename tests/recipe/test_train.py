@@ -1,6 +1,7 @@
 """The loop of recipes: what it tells of its progress, and a loss that is NaN."""
 
 import contextlib
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +92,21 @@ def test_averages_are_the_result(small, plain):
 def test_masters_of_weights_that_are_wide_already(small):
     with pytest.raises(ValueError, match=r"`float32_masters` has nothing to do: .* the trained leaves are float32"):
         _trained(small, float32_masters=True)
+
+
+def test_rows_without_a_token(small):
+    """Nothing would be learnt, at a loss of 0."""
+    module, params, tokens = small
+    tokens = dataclasses.replace(tokens, ids=((),) * 8)
+    with pytest.raises(ValueError, match="None of the 8 rows to train on has a token: their texts are empty"):
+        train(module, params, tokens, Training(epochs=1, batch_size=4, learning_rate=1e-3, hard_labels=1.0))
+
+
+@pytest.mark.parametrize("rows", [7, 9])
+def test_outputs_of_a_teacher_on_other_rows(small, rows):
+    training = Training(epochs=1, batch_size=4, learning_rate=1e-3, soft_targets=1.0)
+    with pytest.raises(ValueError, match=f"`cached` has 'logits' of {rows} rows, and there are 8 to train on"):
+        train(*small, training, cached={"logits": np.zeros((rows, 2), np.float32)})
 
 
 def test_a_dynamic_loss_scale_that_does_not_help():

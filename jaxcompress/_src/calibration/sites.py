@@ -70,7 +70,8 @@ def sites_of(
     """The program of a model, and a site for every use of some kernels, in the order of the model.
 
     The layers of a scan over stacked kernels come one after another, each entry of a stack is a kernel of its own. A
-    kernel's site ends where something reads its output that is no addition of a bias or of a residual.
+    kernel's site ends where something reads its output that is no addition of a bias or of a residual; leading axes
+    may be merged and split on the way.
 
     Args:
         apply: `(params, *inputs) -> outputs`.
@@ -220,7 +221,7 @@ class _Output:
     """What a kernel writes while the program is traced, as long as nothing else reads it.
 
     Its axes are rows, then outputs; axis i of the value is the axis `axes[i]` of those. `use` counts the uses of the
-    kernel before this one, where each is a site. `residual` has the axes of the value.
+    kernel before this one, where each is a site. `residual` has the rows of the value, in the same order.
     """
 
     value: Any
@@ -246,6 +247,14 @@ class _Output:
         """Number of outputs."""
         shape = [self.value.shape[axis] for axis in self.order]
         return math.prod(shape[len(shape) - self.output_ndim :])
+
+    def keeps_rows(self, reshape: Any) -> bool:
+        """Whether only the axes of the rows are merged or split: the rows themselves, and their order, stay."""
+        before, after = self.value.shape, reshape.outvars[0].aval.shape
+        rows, kept = self.value.ndim - self.output_ndim, len(after) - self.output_ndim
+        if self.axes != tuple(range(self.value.ndim)) or reshape.params["dimensions"] is not None or kept < 0:
+            return False
+        return before[rows:] == after[kept:] and math.prod(before[:rows]) == math.prod(after[:kept])
 
     @property
     def key(self) -> Any:
@@ -281,6 +290,9 @@ class _Tracer(Flattening):
                 return [dataclasses.replace(first, axes=axes, value=value)]
             if is_float(eqn.params["new_dtype"]):
                 return [dataclasses.replace(first, value=value)]
+        if name == "reshape" and isinstance(first, _Output) and self.is_open(first) and first.keeps_rows(eqn):
+            value = bind(eqn, [first.value])[0]
+            return [dataclasses.replace(first, axes=tuple(range(value.ndim)), value=value)]
         return super().equation(eqn, values)
 
     def output(self, eqn: Any, values: list[Any]) -> _Output | None:

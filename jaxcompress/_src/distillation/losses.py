@@ -114,6 +114,8 @@ def hard_labels(
         logits = logits_of(student, output, "student")
         target = jnp.asarray(named(batch, labels, "batch"))
         _check_labels(labels, target.shape, logits.shape[:-1])
+        if not jnp.issubdtype(target.dtype, jnp.integer):
+            raise ValueError(f"{labels!r} must be classes, integers, got {target.dtype}.")
         keep = target != ignore
         logits, target = without_masked(logits, keep), jnp.where(keep, target, 0)
         terms = logits_cross_entropy(logits, target, smoothing=smoothing)

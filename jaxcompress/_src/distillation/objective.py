@@ -49,7 +49,7 @@ def task_loss(
     """
     total, figures = jnp.zeros((), jnp.float32), {}
     for name, (weight, loss) in losses.items():
-        figures[name] = _figure(loss(student, teacher, batch))
+        figures[name] = _figure(name, loss(student, teacher, batch))
         count = figures[name][1] if counts is None else counts[name]
         total = total + (weight(step) if callable(weight) else weight) * mean(figures[name][0], count)
     return total, figures
@@ -62,7 +62,7 @@ def reported(
     if metrics is None:
         mask = "attention_mask" if "attention_mask" in batch else None
         metrics = {"agreement": argmax_agreement(mask=mask)} if "logits" in student and "logits" in teacher else {}
-    return {name: _figure(figure(student, teacher, batch)) for name, figure in metrics.items()}
+    return {name: _figure(name, figure(student, teacher, batch)) for name, figure in metrics.items()}
 
 
 def gradients(objective: Callable[..., Any], *trees: Params) -> tuple[Any, tuple[Params, ...]]:
@@ -81,6 +81,9 @@ def gradients(objective: Callable[..., Any], *trees: Params) -> tuple[Any, tuple
     return others, grads
 
 
-def _figure(counted: tuple[ArrayLike, ArrayLike]) -> tuple[jax.Array, jax.Array]:
+def _figure(name: str, counted: tuple[ArrayLike, ArrayLike]) -> tuple[jax.Array, jax.Array]:
+    shapes = [jnp.shape(part) for part in counted] if isinstance(counted, tuple | list) else jnp.shape(counted)
+    if shapes != [(), ()]:
+        raise ValueError(f"The loss or metric {name!r} must return two scalars, (sum, count), got shapes {shapes}.")
     total, count = counted
     return jnp.asarray(total, jnp.float32), jnp.asarray(count, jnp.float32)

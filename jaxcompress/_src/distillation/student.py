@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 from jaxcompress._src.tree.maps import leaf_paths
@@ -56,12 +57,15 @@ def select_layers(params: Params, pattern: str, layers: Sequence[int]) -> Params
         A new tree; every set of layers that the pattern reaches is cut in the same way.
 
     Raises:
-        ValueError: nothing matches, or a layer does not exist.
+        ValueError: nothing matches, `layers` is empty or holds anything but numbers, or a layer does not exist.
 
     Example:
         >>> select_layers({"layer_0": {"w": "a"}, "layer_1": {"w": "b"}, "head": "c"}, r"layer_(\d+)/.*", [1])
         {'head': 'c', 'layer_0': {'w': 'b'}}
     """
+    # Flags, one for each layer, would pass as the layers 0 and 1.
+    if not len(layers) or not all(isinstance(layer, Integral) and not isinstance(layer, bool) for layer in layers):
+        raise ValueError(f"`layers` must be numbers of layers, at least one, got {layers!r:.80}.")
     layer_keys = _layer_keys(params, re.compile(pattern))
     for stack, keys in layer_keys.items():
         missing = sorted(set(layers) - {int(number) for _, number, _ in keys.values()})

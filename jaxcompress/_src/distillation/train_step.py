@@ -1,7 +1,8 @@
 """One step of distillation, with a compression technique inside the loss."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ from jaxcompress._src.distillation.train_state import (
     unflatten_shardings,
 )
 from jaxcompress._src.transforms import checked_init, checked_project, checked_update, identity, trained_leaves
+from jaxcompress._src.tree.checks import is_traced
 from jaxcompress._src.tree.partition import combine, partition_trainable
 from jaxcompress._src.tree.unselected import is_unselected
 from jaxcompress._src.types import Params, Schedule, Selector, Transform, TransformState
@@ -297,5 +299,10 @@ def _check_numbers(setup: Setup) -> None:
         raise ValueError(f"`micro_batches` must be at least 1, got {setup.micro_batches}.")
     if setup.ema is not None and not 0 <= setup.ema < 1:
         raise ValueError(f"`ema` must be in [0, 1), got {setup.ema}.")
+    for name, (weight, _) in setup.losses.items():
+        if callable(weight) or is_traced(weight):
+            continue
+        if not isinstance(weight, SupportsFloat) or not math.isfinite(weight):
+            raise ValueError(f"The weight of loss {name!r} must be a finite number or a schedule, got {weight!r}.")
     if isinstance(setup.loss_scale, int | float) and not 0 < setup.loss_scale < float("inf"):
         raise ValueError(f"`loss_scale` must be positive, got {setup.loss_scale}.")

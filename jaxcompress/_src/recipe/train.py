@@ -77,8 +77,8 @@ def prepared(
         `training` with its widths, and without impossible losses.
 
     Raises:
-        ValueError: too few rows, labels that are absent or that the model does not have, widths above its positions, or
-            no loss is left.
+        ValueError: too few rows, or all of them empty; labels that are absent or that the model does not have; widths
+            above its positions; or no loss is left.
     """
     training, left_out = possible_losses(training, head_of(module))
     _check_rows(module, tokens, training)
@@ -135,10 +135,14 @@ def train(
         The params and the transform's state.
 
     Raises:
-        ValueError: as `prepared`; `float32_masters` of weights of which none is narrower; or the loss became NaN or
-            Inf, with a dynamic loss scale in every step, or in as many as it takes to have none.
+        ValueError: as `prepared`; `cached` is of another number of rows; `float32_masters` of weights of which none is
+            narrower; or the loss became NaN or Inf, with a dynamic loss scale in every step, or in as many as it takes
+            to have none.
     """
     training = prepared(training, module, tokens)
+    for output, values in (cached or {}).items():
+        if len(values) != len(tokens):
+            raise ValueError(f"`cached` has {output!r} of {len(values)} rows, and there are {len(tokens)} to train on.")
     total = steps_of(training, tokens)
     hidden = training.hidden > 0
     init_state, step = make_train_step(
@@ -245,6 +249,8 @@ def _losses(training: Training, module: nn.Module) -> dict[str, tuple[float, Los
 def _check_rows(module: nn.Module, tokens: Tokens, training: Training) -> None:
     if len(tokens) < training.batch_size:
         raise ValueError(f"`batch_size` is {training.batch_size}, and there are only {len(tokens)} rows to train on.")
+    if not any(tokens.ids):
+        raise ValueError(f"None of the {len(tokens)} rows to train on has a token: their texts are empty.")
     if training.hard_labels:
         if not (tokens.labels >= 0).all():
             raise ValueError("`hard_labels` needs a label on every row; give a column `label` or set its weight to 0.")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress._src.models.activations import ACTIVATIONS
 from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.models.rows import on_rows
+from jaxcompress._src.models.rows import RowMatmul, TiedEmbed
 
 
 class Attention(NamedTuple):
@@ -26,10 +26,12 @@ class Attention(NamedTuple):
     probabilities: jax.Array
 
 
-def dense(features: int, config: BertConfig, dtype: Any, *, name: str | None = None) -> nn.Dense:
+def dense(
+    features: int, config: BertConfig, dtype: Any, *, name: str | None = None, matmul: RowMatmul | None = None
+) -> nn.Dense:
     """A dense layer with BERT's initialisation, which, unlike Flax's default, accepts 0 inputs."""
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(features, dtype=dtype, kernel_init=init, dot_general=matmul, name=name)
 
 
 def norm(config: BertConfig, dtype: Any, *, name: str | None = None) -> nn.LayerNorm:
@@ -63,12 +65,11 @@ class Embeddings(nn.Module):
 
     def attend(self, hidden: jax.Array) -> jax.Array:
         """(B, L, D) to (B, L, vocab_size): the tied decoder."""
-        (logits,) = on_rows(hidden, self.word_embeddings.attend)
-        return logits
+        return self.word_embeddings.attend(hidden)
 
-    def _embed(self, rows: int) -> nn.Embed:
+    def _embed(self, rows: int) -> TiedEmbed:
         init = nn.initializers.normal(self.config.initializer_range)
-        return nn.Embed(rows, self.config.hidden_size, dtype=self.dtype, embedding_init=init)
+        return TiedEmbed(rows, self.config.hidden_size, dtype=self.dtype, embedding_init=init)
 
 
 class Encoder(nn.Module):
@@ -156,8 +157,9 @@ class _BertIntermediate(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        (inner,) = on_rows(hidden, dense(self.width, self.config, self.dtype, name="dense"))
-        return ACTIVATIONS[self.config.hidden_act](inner)
+        return ACTIVATIONS[self.config.hidden_act](
+            dense(self.width, self.config, self.dtype, name="dense", matmul=RowMatmul())(hidden)
+        )
 
 
 class _BertOutput(nn.Module):
@@ -168,7 +170,7 @@ class _BertOutput(nn.Module):
 
     @nn.compact
     def __call__(self, inner: jax.Array, residual: jax.Array, *, deterministic: bool) -> jax.Array:
-        (output,) = on_rows(inner, dense(self.config.hidden_size, self.config, self.dtype, name="dense"))
+        output = dense(self.config.hidden_size, self.config, self.dtype, name="dense", matmul=RowMatmul())(inner)
         output = nn.Dropout(self.config.hidden_dropout_prob)(output, deterministic=deterministic)
         return norm(self.config, self.dtype, name="LayerNorm")(output + residual)
 
@@ -204,8 +206,9 @@ class _DistilBertAttention(nn.Module):
             hidden, bias, self.config, self.heads, self.dtype, names=names, deterministic=deterministic
         )
         # Unlike BERT, DistilBERT has no dropout here.
-        (output,) = on_rows(context, dense(self.config.hidden_size, self.config, self.dtype, name="out_lin"))
-        return output, attention
+        return dense(self.config.hidden_size, self.config, self.dtype, name="out_lin", matmul=RowMatmul())(
+            context
+        ), attention
 
 
 class _DistilBertFFN(nn.Module):
@@ -215,9 +218,10 @@ class _DistilBertFFN(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, *, deterministic: bool) -> jax.Array:
-        (inner,) = on_rows(hidden, dense(self.width, self.config, self.dtype, name="lin1"))
-        inner = ACTIVATIONS[self.config.hidden_act](inner)
-        (output,) = on_rows(inner, dense(self.config.hidden_size, self.config, self.dtype, name="lin2"))
+        inner = ACTIVATIONS[self.config.hidden_act](
+            dense(self.width, self.config, self.dtype, name="lin1", matmul=RowMatmul())(hidden)
+        )
+        output = dense(self.config.hidden_size, self.config, self.dtype, name="lin2", matmul=RowMatmul())(inner)
         return nn.Dropout(self.config.hidden_dropout_prob)(output, deterministic=deterministic)
 
 
@@ -243,7 +247,8 @@ def _attend(
         deterministic: no dropout.
     """
     width = heads * config.head_size
-    projections = on_rows(hidden, *(dense(width, config, dtype, name=name) for name in names))
+    matmul = RowMatmul()
+    projections = (dense(width, config, dtype, name=name, matmul=matmul)(hidden) for name in names)
     # Heads in front of tokens: XLA on a CPU multiplies such matrices faster than with the axes left where they are.
     query, key, value = (jnp.swapaxes(x.reshape(*x.shape[:-1], heads, config.head_size), -3, -2) for x in projections)
     # Scores and softmax are float32 whatever the dtype: bfloat16 has 8 bits, too few for a sum over many tokens.

@@ -111,6 +111,8 @@ def generate(
     config: Any = getattr(module, "config", None)
     if getattr(config, "head", None) != "causal_lm":
         raise ValueError(f"`generate` needs a causal language model of `jaxcompress.models`, got {module!r:.80}.")
+    if unknown := [token for token in sampling.stop_tokens if not 0 <= token < config.vocab_size]:
+        raise ValueError(f"`stop_tokens` has the token {unknown[0]}; `vocab_size` is {config.vocab_size}.")
     ids, mask = _checked_prompts(input_ids, attention_mask, config, max_new_tokens)
     return Generated(*_generated(module, params, ids, mask, jax.random.key(0) if key is None else key, sampling))
 

@@ -15,7 +15,7 @@ from jaxcompress._src.models.decoder.attention import Attention, CacheWriter, Re
 from jaxcompress._src.models.decoder.cache import Cache
 from jaxcompress._src.models.decoder.heads import LogitsAt, check_head, last_token, named_attentions, selected
 from jaxcompress._src.models.gpt2.config import GPT2Config
-from jaxcompress._src.models.rows import on_rows
+from jaxcompress._src.models.rows import RowMatmul, TiedEmbed
 
 
 class GPT2Model(nn.Module):
@@ -46,7 +46,7 @@ class GPT2Model(nn.Module):
     def setup(self) -> None:
         init = nn.initializers.normal(self.config.initializer_range)
         rows, positions, width = self.config.vocab_size, self.config.max_position_embeddings, self.config.hidden_size
-        self.wte = nn.Embed(rows, width, dtype=self.dtype, embedding_init=init)
+        self.wte = TiedEmbed(rows, width, dtype=self.dtype, embedding_init=init)
         self.wpe = nn.Embed(positions, width, dtype=self.dtype, embedding_init=init)
         self.dropout = nn.Dropout(self.config.embd_pdrop)
         self.h = _Layers(self.config, self.dtype)
@@ -90,8 +90,7 @@ class GPT2Model(nn.Module):
 
     def decode(self, hidden: jax.Array) -> jax.Array:
         """(B, L, D) to (B, L, vocab_size), through the transposed word embedding."""
-        (logits,) = on_rows(hidden, self.wte.attend)
-        return logits
+        return self.wte.attend(hidden)
 
 
 class GPT2ForCausalLM(nn.Module):
@@ -127,8 +126,10 @@ class GPT2ForCausalLM(nn.Module):
             return outputs
         if self.config.tie_word_embeddings:
             return {"logits": model.decode(hidden), **outputs}
-        (scores,) = on_rows(hidden, _dense(self.config.vocab_size, self, name="lm_head", use_bias=False))
-        return {"logits": scores, **outputs}
+        return {
+            "logits": _dense(self.config.vocab_size, self, name="lm_head", use_bias=False, matmul=RowMatmul())(hidden),
+            **outputs,
+        }
 
 
 class GPT2ForSequenceClassification(nn.Module):
@@ -214,7 +215,7 @@ class _Attention(nn.Module):
         self, hidden: jax.Array, allowed: jax.Array, writer: CacheWriter, *, deterministic: bool
     ) -> tuple[jax.Array, Attention]:
         width = self.heads * self.config.head_size
-        (fused,) = on_rows(hidden, _dense(3 * width, self, name="c_attn"))
+        fused = _dense(3 * width, self, name="c_attn", matmul=RowMatmul())(hidden)
         query, key, value = (
             part.reshape(*part.shape[:-1], self.heads, self.config.head_size)
             for part in jnp.split(fused, (width, 2 * width), axis=-1)
@@ -222,7 +223,7 @@ class _Attention(nn.Module):
         keys, values = writer.layer(key, value)
         dropout = nn.Dropout(self.config.attn_pdrop, deterministic=deterministic)
         context, attention = attend(query, keys, values, allowed, dtype=self.dtype, dropout=dropout)
-        (output,) = on_rows(context, _dense(self.config.hidden_size, self, name="c_proj"))
+        output = _dense(self.config.hidden_size, self, name="c_proj", matmul=RowMatmul())(context)
         return nn.Dropout(self.config.resid_pdrop)(output, deterministic=deterministic), attention
 
 
@@ -233,12 +234,13 @@ class _FFN(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, *, deterministic: bool) -> jax.Array:
-        (inner,) = on_rows(hidden, _dense(self.width, self, name="c_fc"))
-        inner = ACTIVATIONS[self.config.hidden_act](inner)
-        (output,) = on_rows(inner, _dense(self.config.hidden_size, self, name="c_proj"))
+        inner = ACTIVATIONS[self.config.hidden_act](_dense(self.width, self, name="c_fc", matmul=RowMatmul())(hidden))
+        output = _dense(self.config.hidden_size, self, name="c_proj", matmul=RowMatmul())(inner)
         return nn.Dropout(self.config.resid_pdrop)(output, deterministic=deterministic)
 
 
-def _dense(features: int, module: Any, *, name: str, use_bias: bool = True) -> nn.Dense:
+def _dense(
+    features: int, module: Any, *, name: str, use_bias: bool = True, matmul: RowMatmul | None = None
+) -> nn.Dense:
     init = nn.initializers.normal(module.config.initializer_range)
-    return nn.Dense(features, use_bias=use_bias, dtype=module.dtype, kernel_init=init, name=name)
+    return nn.Dense(features, use_bias=use_bias, dtype=module.dtype, kernel_init=init, dot_general=matmul, name=name)

@@ -3,7 +3,6 @@
 Shape letters: B leading axes (a batch, usually; none is fine), L tokens, D hidden size, H heads.
 """
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,7 +16,7 @@ from jaxcompress._src.models.decoder.cache import Cache
 from jaxcompress._src.models.decoder.heads import LogitsAt, check_head, last_token, named_attentions, selected
 from jaxcompress._src.models.decoder.rotary import rotated, rotation
 from jaxcompress._src.models.llama.config import LlamaConfig
-from jaxcompress._src.models.rows import on_rows
+from jaxcompress._src.models.rows import RowMatmul, TiedEmbed
 
 
 class LlamaModel(nn.Module):
@@ -45,7 +44,7 @@ class LlamaModel(nn.Module):
     def setup(self) -> None:
         init = nn.initializers.normal(self.config.initializer_range)
         rows, width = self.config.vocab_size, self.config.hidden_size
-        self.embed_tokens = nn.Embed(rows, width, dtype=self.dtype, embedding_init=init)
+        self.embed_tokens = TiedEmbed(rows, width, dtype=self.dtype, embedding_init=init)
         self.layers = _Layers(self.config, self.dtype)
         self.norm = _Norm(self.config.rms_norm_eps, self.dtype)
 
@@ -86,8 +85,7 @@ class LlamaModel(nn.Module):
 
     def decode(self, hidden: jax.Array) -> jax.Array:
         """(B, L, D) to (B, L, vocab_size), through the transposed word embedding."""
-        (logits,) = on_rows(hidden, self.embed_tokens.attend)
-        return logits
+        return self.embed_tokens.attend(hidden)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -125,9 +123,8 @@ class LlamaForCausalLM(nn.Module):
             return outputs
         if self.config.tie_word_embeddings:
             return {"logits": model.decode(hidden), **outputs}
-        head = _dense(self.config.vocab_size, False, self.config, self.dtype, name="lm_head")
-        (scores,) = on_rows(hidden, head)
-        return {"logits": scores, **outputs}
+        head = _dense(self.config.vocab_size, False, self.config, self.dtype, name="lm_head", matmul=RowMatmul())
+        return {"logits": head(hidden), **outputs}
 
 
 class LlamaForSequenceClassification(nn.Module):
@@ -227,7 +224,9 @@ class _Attention(nn.Module):
         deterministic: bool,
     ) -> tuple[jax.Array, Attention]:
         queries, heads = self.config.num_attention_heads[self.index], self.config.num_key_value_heads[self.index]
-        query, key, value = self._project(hidden, {"q": queries, "k": heads, "v": heads})
+        matmul = RowMatmul()
+        query, key = self._project("q", hidden, queries, matmul), self._project("k", hidden, heads, matmul)
+        value = self._project("v", hidden, heads, matmul)
         if self.config.qk_norm:
             query = _Norm(self.config.rms_norm_eps, self.dtype, name="q_norm")(query)
             key = _Norm(self.config.rms_norm_eps, self.dtype, name="k_norm")(key)
@@ -236,17 +235,12 @@ class _Attention(nn.Module):
         query = rotated(query, turned)
         context, attention = attend(query, keys, values, allowed, dtype=self.dtype, dropout=dropout)
         width, bias = self.config.hidden_size, self.config.output_bias
-        (output,) = on_rows(context, _dense(width, bias, self.config, self.dtype, name="o_proj"))
-        return output, attention
+        return _dense(width, bias, self.config, self.dtype, name="o_proj", matmul=RowMatmul())(context), attention
 
-    def _project(self, hidden: jax.Array, heads: Mapping[str, int]) -> Iterator[jax.Array]:
-        """(B, L, heads, head_size) of each projection."""
+    def _project(self, name: str, hidden: jax.Array, heads: int, matmul: RowMatmul) -> jax.Array:
         size, bias = self.config.head_size, self.config.qkv_bias
-        layers = (
-            _dense(count * size, bias, self.config, self.dtype, name=f"{name}_proj") for name, count in heads.items()
-        )
-        projections = zip(on_rows(hidden, *layers), heads.values(), strict=True)
-        return (x.reshape(*hidden.shape[:-1], count, size) for x, count in projections)
+        kernel = _dense(heads * size, bias, self.config, self.dtype, name=f"{name}_proj", matmul=matmul)
+        return kernel(hidden).reshape(*hidden.shape[:-1], heads, size)
 
 
 class _FFN(nn.Module):
@@ -256,13 +250,14 @@ class _FFN(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        bias = self.config.mlp_bias
-        names = ("gate_proj", "up_proj")
-        layers = (_dense(self.width, bias, self.config, self.dtype, name=name) for name in names)
-        gate, up = on_rows(hidden, *layers)
-        down = _dense(self.config.hidden_size, bias, self.config, self.dtype, name="down_proj")
-        (output,) = on_rows(ACTIVATIONS[self.config.hidden_act](gate) * up, down)
-        return output
+        matmul = RowMatmul()
+        gate, up = (
+            _dense(self.width, self.config.mlp_bias, self.config, self.dtype, name=name, matmul=matmul)(hidden)
+            for name in ("gate_proj", "up_proj")
+        )
+        width, bias = self.config.hidden_size, self.config.mlp_bias
+        down = _dense(width, bias, self.config, self.dtype, name="down_proj", matmul=RowMatmul())
+        return down(ACTIVATIONS[self.config.hidden_act](gate) * up)
 
 
 class _Norm(nn.Module):
@@ -279,6 +274,8 @@ class _Norm(nn.Module):
         return (normed * jnp.broadcast_to(jnp.asarray(weight, jnp.float32), normed.shape)).astype(self.dtype)
 
 
-def _dense(features: int, bias: bool, config: LlamaConfig, dtype: Any, *, name: str) -> nn.Dense:
+def _dense(
+    features: int, bias: bool, config: LlamaConfig, dtype: Any, *, name: str, matmul: RowMatmul | None = None
+) -> nn.Dense:
     init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=matmul, name=name)
