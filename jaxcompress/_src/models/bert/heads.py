@@ -12,9 +12,9 @@ from jax.typing import ArrayLike
 
 from jaxcompress._src.models.activations import ACTIVATIONS
 from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.models.bert.layers import dense, norm
+from jaxcompress._src.models.bert.layers import norm
 from jaxcompress._src.models.bert.model import BertModel
-from jaxcompress._src.models.rows import RowMatmul
+from jaxcompress._src.models.dense import dense
 
 
 class BertForSequenceClassification(nn.Module):
@@ -158,7 +158,7 @@ def _transform(
     hidden: jax.Array, config: BertConfig, dtype: Any, *, names: tuple[str, str], activation: str | None = None
 ) -> jax.Array:
     """What a masked language model does with hidden states before they are decoded: dense, activation, norm."""
-    hidden = dense(config.hidden_size, config, dtype, name=names[0], matmul=RowMatmul())(hidden)
+    hidden = dense(config.hidden_size, config, dtype, name=names[0])(hidden)
     hidden = ACTIVATIONS[activation or config.hidden_act](hidden)
     return norm(config, dtype, name=names[1])(hidden)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxcompress._src.models.activations import ACTIVATIONS
 from jaxcompress._src.models.bert.config import BertConfig
-from jaxcompress._src.models.rows import RowMatmul, TiedEmbed
+from jaxcompress._src.models.dense import RowMatmul, TiedEmbed, dense
 
 
 class Attention(NamedTuple):
@@ -24,14 +24,6 @@ class Attention(NamedTuple):
 
     scores: jax.Array
     probabilities: jax.Array
-
-
-def dense(
-    features: int, config: BertConfig, dtype: Any, *, name: str | None = None, matmul: RowMatmul | None = None
-) -> nn.Dense:
-    """A dense layer with BERT's initialisation, which, unlike Flax's default, accepts 0 inputs."""
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, dtype=dtype, kernel_init=init, dot_general=matmul, name=name)
 
 
 def norm(config: BertConfig, dtype: Any, *, name: str | None = None) -> nn.LayerNorm:
@@ -157,9 +149,7 @@ class _BertIntermediate(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        return ACTIVATIONS[self.config.hidden_act](
-            dense(self.width, self.config, self.dtype, name="dense", matmul=RowMatmul())(hidden)
-        )
+        return ACTIVATIONS[self.config.hidden_act](dense(self.width, self.config, self.dtype, name="dense")(hidden))
 
 
 class _BertOutput(nn.Module):
@@ -170,7 +160,7 @@ class _BertOutput(nn.Module):
 
     @nn.compact
     def __call__(self, inner: jax.Array, residual: jax.Array, *, deterministic: bool) -> jax.Array:
-        output = dense(self.config.hidden_size, self.config, self.dtype, name="dense", matmul=RowMatmul())(inner)
+        output = dense(self.config.hidden_size, self.config, self.dtype, name="dense")(inner)
         output = nn.Dropout(self.config.hidden_dropout_prob)(output, deterministic=deterministic)
         return norm(self.config, self.dtype, name="LayerNorm")(output + residual)
 
@@ -206,9 +196,7 @@ class _DistilBertAttention(nn.Module):
             hidden, bias, self.config, self.heads, self.dtype, names=names, deterministic=deterministic
         )
         # Unlike BERT, DistilBERT has no dropout here.
-        return dense(self.config.hidden_size, self.config, self.dtype, name="out_lin", matmul=RowMatmul())(
-            context
-        ), attention
+        return dense(self.config.hidden_size, self.config, self.dtype, name="out_lin")(context), attention
 
 
 class _DistilBertFFN(nn.Module):
@@ -218,10 +206,8 @@ class _DistilBertFFN(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, *, deterministic: bool) -> jax.Array:
-        inner = ACTIVATIONS[self.config.hidden_act](
-            dense(self.width, self.config, self.dtype, name="lin1", matmul=RowMatmul())(hidden)
-        )
-        output = dense(self.config.hidden_size, self.config, self.dtype, name="lin2", matmul=RowMatmul())(inner)
+        inner = ACTIVATIONS[self.config.hidden_act](dense(self.width, self.config, self.dtype, name="lin1")(hidden))
+        output = dense(self.config.hidden_size, self.config, self.dtype, name="lin2")(inner)
         return nn.Dropout(self.config.hidden_dropout_prob)(output, deterministic=deterministic)
 
 

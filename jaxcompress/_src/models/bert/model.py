@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxcompress._src.models.bert.config import BertConfig, Pooling
-from jaxcompress._src.models.bert.layers import Attention, Embeddings, Encoder, dense
+from jaxcompress._src.models.bert.layers import Attention, Embeddings, Encoder
+from jaxcompress._src.models.dense import dense
 
 
 class BertModel(nn.Module):

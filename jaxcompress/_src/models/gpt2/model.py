@@ -14,8 +14,8 @@ from jaxcompress._src.models.activations import ACTIVATIONS
 from jaxcompress._src.models.decoder.attention import Attention, CacheWriter, Reading, attend, reading
 from jaxcompress._src.models.decoder.cache import Cache
 from jaxcompress._src.models.decoder.heads import LogitsAt, check_head, last_token, named_attentions, selected
+from jaxcompress._src.models.dense import TiedEmbed, dense
 from jaxcompress._src.models.gpt2.config import GPT2Config
-from jaxcompress._src.models.rows import RowMatmul, TiedEmbed
 
 
 class GPT2Model(nn.Module):
@@ -127,7 +127,7 @@ class GPT2ForCausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             return {"logits": model.decode(hidden), **outputs}
         return {
-            "logits": _dense(self.config.vocab_size, self, name="lm_head", use_bias=False, matmul=RowMatmul())(hidden),
+            "logits": dense(self.config.vocab_size, self.config, self.dtype, name="lm_head", use_bias=False)(hidden),
             **outputs,
         }
 
@@ -155,7 +155,7 @@ class GPT2ForSequenceClassification(nn.Module):
         model = GPT2Model(self.config, self.dtype, name="transformer")
         outputs = model(input_ids, attention_mask, *args, **kwargs)
         pooled = last_token(outputs["last_hidden_state"], attention_mask)
-        score = _dense(self.config.num_labels, self, name="score", use_bias=False)
+        score = dense(self.config.num_labels, self.config, self.dtype, name="score", use_bias=False)
         return {"logits": score(pooled), "pooler_output": pooled, **outputs}
 
 
@@ -215,7 +215,7 @@ class _Attention(nn.Module):
         self, hidden: jax.Array, allowed: jax.Array, writer: CacheWriter, *, deterministic: bool
     ) -> tuple[jax.Array, Attention]:
         width = self.heads * self.config.head_size
-        fused = _dense(3 * width, self, name="c_attn", matmul=RowMatmul())(hidden)
+        fused = dense(3 * width, self.config, self.dtype, name="c_attn")(hidden)
         query, key, value = (
             part.reshape(*part.shape[:-1], self.heads, self.config.head_size)
             for part in jnp.split(fused, (width, 2 * width), axis=-1)
@@ -223,7 +223,7 @@ class _Attention(nn.Module):
         keys, values = writer.layer(key, value)
         dropout = nn.Dropout(self.config.attn_pdrop, deterministic=deterministic)
         context, attention = attend(query, keys, values, allowed, dtype=self.dtype, dropout=dropout)
-        output = _dense(self.config.hidden_size, self, name="c_proj", matmul=RowMatmul())(context)
+        output = dense(self.config.hidden_size, self.config, self.dtype, name="c_proj")(context)
         return nn.Dropout(self.config.resid_pdrop)(output, deterministic=deterministic), attention
 
 
@@ -234,13 +234,6 @@ class _FFN(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array, *, deterministic: bool) -> jax.Array:
-        inner = ACTIVATIONS[self.config.hidden_act](_dense(self.width, self, name="c_fc", matmul=RowMatmul())(hidden))
-        output = _dense(self.config.hidden_size, self, name="c_proj", matmul=RowMatmul())(inner)
+        inner = ACTIVATIONS[self.config.hidden_act](dense(self.width, self.config, self.dtype, name="c_fc")(hidden))
+        output = dense(self.config.hidden_size, self.config, self.dtype, name="c_proj")(inner)
         return nn.Dropout(self.config.resid_pdrop)(output, deterministic=deterministic)
-
-
-def _dense(
-    features: int, module: Any, *, name: str, use_bias: bool = True, matmul: RowMatmul | None = None
-) -> nn.Dense:
-    init = nn.initializers.normal(module.config.initializer_range)
-    return nn.Dense(features, use_bias=use_bias, dtype=module.dtype, kernel_init=init, dot_general=matmul, name=name)

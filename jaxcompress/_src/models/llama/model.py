@@ -15,8 +15,8 @@ from jaxcompress._src.models.decoder.attention import Attention, CacheWriter, Re
 from jaxcompress._src.models.decoder.cache import Cache
 from jaxcompress._src.models.decoder.heads import LogitsAt, check_head, last_token, named_attentions, selected
 from jaxcompress._src.models.decoder.rotary import rotated, rotation
+from jaxcompress._src.models.dense import RowMatmul, TiedEmbed, dense
 from jaxcompress._src.models.llama.config import LlamaConfig
-from jaxcompress._src.models.rows import RowMatmul, TiedEmbed
 
 
 class LlamaModel(nn.Module):
@@ -123,7 +123,7 @@ class LlamaForCausalLM(nn.Module):
             return outputs
         if self.config.tie_word_embeddings:
             return {"logits": model.decode(hidden), **outputs}
-        head = _dense(self.config.vocab_size, False, self.config, self.dtype, name="lm_head", matmul=RowMatmul())
+        head = dense(self.config.vocab_size, self.config, self.dtype, name="lm_head", use_bias=False)
         return {"logits": head(hidden), **outputs}
 
 
@@ -150,7 +150,7 @@ class LlamaForSequenceClassification(nn.Module):
         model = LlamaModel(self.config, self.dtype, name="model")
         outputs = model(input_ids, attention_mask, *args, **kwargs)
         pooled = last_token(outputs["last_hidden_state"], attention_mask)
-        score = _dense(self.config.num_labels, False, self.config, self.dtype, name="score")
+        score = dense(self.config.num_labels, self.config, self.dtype, name="score", use_bias=False)
         return {"logits": score(pooled), "pooler_output": pooled, **outputs}
 
 
@@ -235,11 +235,11 @@ class _Attention(nn.Module):
         query = rotated(query, turned)
         context, attention = attend(query, keys, values, allowed, dtype=self.dtype, dropout=dropout)
         width, bias = self.config.hidden_size, self.config.output_bias
-        return _dense(width, bias, self.config, self.dtype, name="o_proj", matmul=RowMatmul())(context), attention
+        return dense(width, self.config, self.dtype, name="o_proj", use_bias=bias)(context), attention
 
     def _project(self, name: str, hidden: jax.Array, heads: int, matmul: RowMatmul) -> jax.Array:
         size, bias = self.config.head_size, self.config.qkv_bias
-        kernel = _dense(heads * size, bias, self.config, self.dtype, name=f"{name}_proj", matmul=matmul)
+        kernel = dense(heads * size, self.config, self.dtype, name=f"{name}_proj", use_bias=bias, matmul=matmul)
         return kernel(hidden).reshape(*hidden.shape[:-1], heads, size)
 
 
@@ -252,11 +252,11 @@ class _FFN(nn.Module):
     def __call__(self, hidden: jax.Array) -> jax.Array:
         matmul = RowMatmul()
         gate, up = (
-            _dense(self.width, self.config.mlp_bias, self.config, self.dtype, name=name, matmul=matmul)(hidden)
+            dense(self.width, self.config, self.dtype, name=name, use_bias=self.config.mlp_bias, matmul=matmul)(hidden)
             for name in ("gate_proj", "up_proj")
         )
         width, bias = self.config.hidden_size, self.config.mlp_bias
-        down = _dense(width, bias, self.config, self.dtype, name="down_proj", matmul=RowMatmul())
+        down = dense(width, self.config, self.dtype, name="down_proj", use_bias=bias)
         return down(ACTIVATIONS[self.config.hidden_act](gate) * up)
 
 
@@ -272,10 +272,3 @@ class _Norm(nn.Module):
         wide = hidden.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.eps)
         return (normed * jnp.broadcast_to(jnp.asarray(weight, jnp.float32), normed.shape)).astype(self.dtype)
-
-
-def _dense(
-    features: int, bias: bool, config: LlamaConfig, dtype: Any, *, name: str, matmul: RowMatmul | None = None
-) -> nn.Dense:
-    init = nn.initializers.normal(config.initializer_range)
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=matmul, name=name)

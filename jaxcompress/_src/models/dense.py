@@ -11,6 +11,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxcompress._src.models.family import Config
+
 
 class RowMatmul:
     """`jax.lax.dot_general` for the `dot_general` of dense layers: of (B..., L, D) and a kernel (D, features).
@@ -39,6 +41,30 @@ class RowMatmul:
             self._read, self._rows = hidden, hidden.reshape(math.prod(leading), hidden.shape[-1])
         product = jax.lax.dot_general(self._rows, kernel, (((1,), (0,)), ((), ())), **options)
         return product.reshape(*leading, kernel.shape[1])
+
+
+def dense(
+    features: int,
+    config: Config,
+    dtype: Any,
+    *,
+    name: str | None = None,
+    use_bias: bool = True,
+    matmul: RowMatmul | None = None,
+) -> nn.Dense:
+    """A dense layer with the initialisation of a config, which, unlike Flax's default, accepts 0 inputs.
+
+    Args:
+        features: of its outputs.
+        config: gives the standard deviation.
+        dtype: of the computation.
+        name: of the module.
+        use_bias: whether it adds one.
+        matmul: shared with the layers that read the same value.
+    """
+    init = nn.initializers.normal(config.initializer_range)
+    matmul = RowMatmul() if matmul is None else matmul
+    return nn.Dense(features, use_bias=use_bias, dtype=dtype, kernel_init=init, dot_general=matmul, name=name)
 
 
 class TiedEmbed(nn.Embed):
