@@ -11,8 +11,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.models.family import Config
-
 
 class RowMatmul:
     """`jax.lax.dot_general` for the `dot_general` of dense layers: of (B..., L, D) and a kernel (D, features).
@@ -45,7 +43,7 @@ class RowMatmul:
 
 def dense(
     features: int,
-    config: Config,
+    config: Any,
     dtype: Any,
     *,
     name: str | None = None,
@@ -56,7 +54,7 @@ def dense(
 
     Args:
         features: of its outputs.
-        config: gives the standard deviation.
+        config: of a model; its `initializer_range` is the standard deviation.
         dtype: of the computation.
         name: of the module.
         use_bias: whether it adds one.
