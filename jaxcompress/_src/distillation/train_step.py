@@ -108,7 +108,7 @@ def make_train_step(
         the first step deletes nothing that the caller still holds.
 
         `step(state, teacher_params, batch) -> (state, metrics)` is jitted (with `step.lower`), donates `state` and
-        leaves it where it lies. `metrics` has a (sum,
+        leaves it where it lies. Derivatives of a whole step are forward-mode only (`jax.jvp`). `metrics` has a (sum,
         count) for every loss (unweighted) and every metric, and, with count 1, "penalty", "loss" (all that is
         minimised), "skipped" (1 if the step was; its other figures are as they were found, NaN say) and, with a
         `loss_scale`, "loss_scale".
