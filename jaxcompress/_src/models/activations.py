@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """X · Φ(x), in float32 at least, by erf, as PyTorch computes it.
+    """GELU, x · Φ(x), in float32 at least, by erf, as PyTorch computes it.
 
     `jax.nn.gelu` takes erfc, whose derivative XLA on a CPU evaluates in both of its branches: forward and backward take
     3.4 times as long. Below -3, where 1 + erf cancels, the result has an error of up to 1e-7 |x|.
