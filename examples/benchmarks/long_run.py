@@ -71,7 +71,7 @@ def main() -> None:
     found = {
         "steps": steps,
         "traces": len(TRACES),
-        "programs": step._cache_size(),
+        "programs": step._jitted._cache_size(),
         "arrays": [early[0], late[0]],
         "resident_mb": [round(early[1] / 1e6, 1), round(late[1] / 1e6, 1)],
         "growth_mb": round((late[1] - early[1]) / 1e6, 1),
