@@ -92,12 +92,13 @@ def pruned(model: Model, budget: float, text: Characters, steps: int) -> tuple[A
     del text, steps
     density = (32 * budget - 1) / 16
     statistics = jc.calibration.input_statistics(model.apply, model.params, model.batches, select=KERNELS)
-    while True:
+    while density > 0.01:
         sparse, _ = jc.pruning.sparsegpt(model.params, statistics, sparsity=1 - density, select=KERNELS)
         stored = _on_kernels(lambda leaf: sparsify(leaf.astype(jnp.bfloat16), leaf != 0), sparse)
         if kernel_bytes(stored) <= budget * kernel_bytes(model.params):
             return model.module, stored
         density *= 0.98  # every kernel is padded to its fullest row
+    raise _TooSmallError(f"A bit mask and a hundredth of the weights are more than {budget} of 32 bits.")
 
 
 def quantized(model: Model, budget: float, text: Characters, steps: int) -> tuple[Any, Any]:
