@@ -106,13 +106,13 @@ def unflatten_shardings(state: TrainState, shardings: tuple[NamedSharding | None
     return structure.unflatten(shardings or [None] * structure.num_leaves)
 
 
-def matched_to(new: Any, old: Any, places: Any) -> Any:
+def matched_to(new: TrainState, old: TrainState, places: TrainState) -> TrainState:
     """`new` with strongly typed leaves, checked against the state before the step, that lie where those before did.
 
     Args:
-        new: a state after the step, or parts of it.
-        old: the same before it.
-        places: from `unflatten_shardings`, the same of it.
+        new: after the step.
+        old: before it.
+        places: from `unflatten_shardings`, of `old`.
 
     Raises:
         ValueError: a leaf changed its shape or dtype, which would be traced anew at every step.

@@ -218,14 +218,15 @@ def _step(
         return jnp.zeros((), bool), matched_to(new, carry[1], places._replace(**_BESIDE))
 
     _, after = jax.lax.while_loop(lambda carry: carry[0], turn, (~skipped, state._replace(**_BESIDE)))
-    scaling = next_scale(setup.loss_scale, state.loss_scale, skipped)
-    beside = {"step": state.step + 1, "key": next_key, "loss_scale": scaling}
-    beside = matched_to(beside, *({name: getattr(tree, name) for name in beside} for tree in (state, places)))
+    after = after._replace(
+        step=state.step + 1, key=next_key, loss_scale=next_scale(setup.loss_scale, state.loss_scale, skipped)
+    )
     once = jnp.ones((), jnp.float32)
     figures = backward.figures | {"skipped": (skipped.astype(jnp.float32), once)}
     scale = current_scale(setup.loss_scale, state.loss_scale)
     figures |= {} if scale is None else {"loss_scale": (scale, once)}
-    return after._replace(**beside), figures
+    # Once more: what the loop's body asks for does not bind where the loop's result lies.
+    return matched_to(after, state, places), figures
 
 
 def _renewed(setup: Setup, state: TrainState, backward: Backward, key: jax.Array) -> TrainState:
