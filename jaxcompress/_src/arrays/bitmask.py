@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Integer, Shaped
 
 from jaxcompress._src.arrays.packed import PackedArray, pack, unpacked
-from jaxcompress._src.arrays.protocol import StoredArray, array_kind, describe_leaf, product_with_plain
+from jaxcompress._src.arrays.protocol import StoredArray, array_kind, describe_leaf, product_of_widened
 from jaxcompress._src.arrays.sharding import spec_entries, ways
 from jaxcompress._src.arrays.static_fields import INTS
 from jaxcompress._src.arrays.validate import require, validate_array
@@ -95,7 +95,7 @@ class BitmaskSparseArray(StoredArray):
 
     def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
         """The product of the plain array."""
-        return product_with_plain(self.materialize(), other, side, parameters)
+        return product_of_widened(self, other, side, parameters)
 
     def shardings(self, sharding: NamedSharding) -> Any:
         """Along stacked axes, and along rows into as many shards as it was built for."""
@@ -154,9 +154,28 @@ class BitmaskSparseArray(StoredArray):
 
 @functools.partial(jax.jit, inline=True)
 def _materialize(array: BitmaskSparseArray) -> Shaped[Array, "..."]:
-    values, mask = unpacked(array.values), array.index.materialize().astype(bool)
-    lead, (rows, columns), shards = mask.shape[:-2], mask.shape[-2:], values.shape[-2]
-    positions = array.starts[..., None] + jnp.cumsum(mask, axis=-1, dtype=jnp.int32) - 1
-    positions = positions.reshape(*lead, shards, rows // shards * columns)
-    taken = jnp.take_along_axis(values, positions, axis=-1, mode="clip").reshape(mask.shape)
-    return jnp.where(mask, taken, jnp.zeros((), taken.dtype)).reshape(array.shape)
+    values, bits = unpacked(array.values), array.index.data
+    lead, (rows, columns), shards = bits.shape[:-2], array.index.shape[-2:], values.shape[-2]
+    # Places are counted byte by byte, then within the byte: a cumulative sum over bits takes several times as long.
+    counts = jax.lax.population_count(bits)
+    places = jnp.arange(8, dtype=jnp.uint8).reshape(*(1,) * bits.ndim, 8)
+    below = (jnp.uint8(1) << places) - jnp.uint8(1)
+    within = jax.lax.population_count(bits[..., None] & below).astype(jnp.int32)
+    positions = (array.starts[..., None] + _counted_before(counts))[..., None] + within
+    mask = (bits[..., None] >> places) & jnp.uint8(1)
+    positions = positions.reshape(*lead, shards, -1)
+    taken = jnp.take_along_axis(values, positions, axis=-1, mode="clip")
+    plain = jnp.where(mask.astype(bool), taken.reshape(mask.shape), jnp.zeros((), taken.dtype))
+    return plain.reshape(*lead, rows, -1)[..., :columns].reshape(array.shape)
+
+
+def _counted_before(counts: Integer[Array, "... n"]) -> Integer[Array, "... n"]:
+    """The sum of all entries before each one, along the last axis."""
+    width, run = counts.shape[-1], 32
+    blocks = jnp.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(0, -width % run)])
+    blocks = blocks.reshape(*counts.shape[:-1], -1, run).astype(jnp.float32)
+    # Whole numbers, which float32 sums exactly; a matmul is the fastest cumulative sum of short runs.
+    within = (blocks @ jnp.triu(jnp.ones((run, run), jnp.float32), 1)).astype(jnp.int32)
+    totals = blocks.sum(-1).astype(jnp.int32)
+    before = within + (jnp.cumsum(totals, axis=-1) - totals)[..., None]
+    return before.reshape(*counts.shape[:-1], -1)[..., :width]

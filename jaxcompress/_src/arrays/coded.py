@@ -14,6 +14,7 @@ from jaxcompress._src.arrays.protocol import (
     StoredArray,
     can_unstack,
     describe_leaf,
+    product_of_widened,
     product_with_plain,
     slice_axis,
     transpose,
@@ -110,7 +111,7 @@ class CodedArray(StoredArray):
         """The product of the plain array: block by block for few tokens on the CPU, else whole."""
 
         def whole(leaf: Any, other: Any) -> jax.Array:
-            return product_with_plain(leaf.materialize(), other, side, parameters)
+            return product_of_widened(leaf, other, side, parameters)
 
         axis = self._block_axis(side, other, parameters)
         if axis is None:

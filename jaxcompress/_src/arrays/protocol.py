@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Integer
 
+from jaxcompress._src.arrays.ordering import widened_after
 from jaxcompress._src.arrays.static_fields import StaticField
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import is_compressed, plain
@@ -275,6 +276,11 @@ def product_of_stored(left: Any, right: Any, parameters: Mapping[str, Any]) -> A
     side = changes.index(True) if any(changes) else 0 if is_compressed(left) else 1
     leaf, other = (left, right) if side == 0 else (right, left)
     return call(leaf, "dot", plain(other), side, parameters)
+
+
+def product_of_widened(leaf: Any, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
+    """`lax.dot_general` of the plain array that a compressed one stands for, made just before it is needed."""
+    return product_with_plain(widened_after(leaf, other).materialize(), other, side, parameters)
 
 
 def product_with_plain(plain_leaf: Any, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
