@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Integer
 
 from jaxcompress._src.arrays.protocol import (
+    Multiply,
     StoredArray,
     array_kind,
     call,
@@ -88,6 +89,14 @@ def _decode_inputs(content: Any) -> Any:
     if name not in _QUANTIZERS:
         raise ValueError(f"no class {name!r} rounds inputs; there are {', '.join(_QUANTIZERS)}")
     return _QUANTIZERS[name].from_json(fields)
+
+
+IntegerProduct = Callable[[jax.Array, jax.Array, Any], jax.Array]
+"""`(left, right, dimension numbers) -> int32` product of int8 codes, exact."""
+
+
+def _integer_product(left: jax.Array, right: jax.Array, numbers: Any) -> jax.Array:
+    return jax.lax.dot_general(left, right, numbers, preferred_element_type=jnp.int32)
 
 
 @array_kind(inputs=StaticField(_encode_inputs, _decode_inputs))
@@ -192,25 +201,52 @@ class InputQuantizedArray(StoredArray):
     def _with_weight(self, weight: Any) -> Any:
         return None if weight is None else dataclasses.replace(self, weight=weight)
 
-    def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
+    multiplies_parts: ClassVar[bool] = True
+
+    def dot(
+        self,
+        other: jax.Array,
+        side: int,
+        parameters: Mapping[str, Any],
+        *,
+        multiply: Multiply = product,
+        integer_product: IntegerProduct | None = _integer_product,
+    ) -> jax.Array:
         """The product with the quantized input: in whole numbers where both sides are, otherwise on rounded floats.
 
         Integer codes on both sides, with one scale along the summed axes, are multiplied as int8 x int8 -> int32, which
         is exact; the result is scaled once. The derivatives are those of the matmul of rounded floats.
+
+        Args:
+            other: the input.
+            side: of this array.
+            parameters: of `lax.dot_general`.
+            multiply: what multiplies rounded floats with the weight.
+            integer_product: what multiplies the codes; None: nothing, even whole numbers are multiplied as floats.
         """
-        contracted, batch = parameters["dimension_numbers"]
-        arguments = (other, contracted[1 - side], *self.input_parameters(other.ndim, batch[1 - side]))
-        rounded: Any = self.inputs.rounded(*arguments)
+        rounded: Any = self.inputs.rounded(*self._input_arguments(other, side, parameters))
         weight: Any = self.weight
-        result = product(*((weight, rounded) if side == 0 else (rounded, weight)), parameters)
-        if not isinstance(weight, QuantizedArray):
+        result = multiply(*((weight, rounded) if side == 0 else (rounded, weight)), parameters)
+        if integer_product is None or not self.is_whole_product(other, side, parameters):
             return result
-        codes = self.inputs.codes(*arguments)
-        sides = (weight, contracted[side]), (codes, contracted[1 - side])
-        if not (all(_is_whole(*part) for part in sides) and _fits(weight, codes, contracted[side])):
-            return result
+        codes = self.inputs.codes(*self._input_arguments(other, side, parameters))
         # Without differentiation the float matmul has no use, and the compiler drops it.
-        return straight_through(_whole_dot(weight, codes, side, parameters).astype(result.dtype), result)
+        whole = _whole_dot(weight, codes, side, parameters, integer_product)
+        return straight_through(whole.astype(result.dtype), result)
+
+    def is_whole_product(self, other: Any, side: int, parameters: Mapping[str, Any]) -> bool:
+        """Whether `dot` multiplies whole numbers; `other` may be abstract."""
+        contracted, _ = parameters["dimension_numbers"]
+        if not _is_whole(self.weight, contracted[side]):
+            return False
+        arguments = jax.eval_shape(lambda other: self._input_arguments(other, side, parameters)[2:], other)
+        axes = contracted[1 - side]
+        codes = jax.eval_shape(lambda x, *ranges: self.inputs.codes(x, axes, *ranges), other, *arguments)
+        return _is_whole(codes, axes) and _fits(self.weight, codes, contracted[side])
+
+    def _input_arguments(self, other: Any, side: int, parameters: Mapping[str, Any]) -> tuple[Any, ...]:
+        contracted, batch = parameters["dimension_numbers"]
+        return other, contracted[1 - side], *self.input_parameters(other.ndim, batch[1 - side])
 
     def convolve(self, inputs: jax.Array, parameters: Mapping[str, Any]) -> Any:
         """The convolution of rounded inputs; None where the weight has none of its own."""
@@ -269,12 +305,18 @@ def _largest(array: QuantizedArray) -> int:
     return 2 ** (array.bits - 1) if array.zero_point is None else 255
 
 
-def _whole_dot(weight: QuantizedArray, codes: QuantizedArray, side: int, parameters: Mapping[str, Any]) -> jax.Array:
+def _whole_dot(
+    weight: QuantizedArray,
+    codes: QuantizedArray,
+    side: int,
+    parameters: Mapping[str, Any],
+    integer_product: IntegerProduct,
+) -> jax.Array:
     """Σ (a - z)(b - y) = Σ ab - z Σb - y Σa + n z y, times both scales."""
     first, second = (weight, codes) if side == 0 else (codes, weight)
     numbers = parameters["dimension_numbers"]
     (a, z), (b, y) = _centred(first), _centred(second)
-    total = jax.lax.dot_general(a, b, numbers, preferred_element_type=jnp.int32)
+    total = integer_product(a, b, numbers)
 
     def placed(part: jax.Array, side: int) -> jax.Array:
         return _in_output(part, side, numbers, (a.ndim, b.ndim))

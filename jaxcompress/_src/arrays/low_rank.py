@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from jaxcompress._src.arrays.protocol import (
+    Multiply,
     StoredArray,
     array_kind,
     can_unstack,
@@ -133,7 +134,11 @@ class LowRankArray(StoredArray):
             return None
         return dataclasses.replace(self, left=left, right=right, residual=residual)
 
-    def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array | None:
+    multiplies_parts: ClassVar[bool] = True
+
+    def dot(
+        self, other: jax.Array, side: int, parameters: Mapping[str, Any], *, multiply: Multiply = product
+    ) -> jax.Array | None:
         """Contracts `other` with the factor that has the contracted axes, then with the other one; adds the residual.
 
         Between the two, the product has the dtype of `other`. None where neither factor alone has the contracted axes,
@@ -148,9 +153,11 @@ class LowRankArray(StoredArray):
         shared |= dict(zip(batch[1 - side], batch[side], strict=True))
         names = [shared.get(axis, ("other", axis)) for axis in range(other.ndim)]
         wide = {**parameters, "preferred_element_type": jnp.promote_types(other.dtype, jnp.float32)}
-        thin = _contract(_Named(other, names), self._named(first, other.dtype), contracted[side], wide)
+        thin = _contract(_Named(other, names), self._named(first, other.dtype), contracted[side], wide, multiply)
         thin = thin._replace(array=thin.array.astype(other.dtype))
-        full = _contract(thin, self._named(second, other.dtype, but=self._axes_of(first)), (_RANK,), parameters)
+        full = _contract(
+            thin, self._named(second, other.dtype, but=self._axes_of(first)), (_RANK,), parameters, multiply
+        )
         free = [
             [axis for axis in range(self.ndim) if axis not in (*contracted[side], *batch[side])],
             [("other", axis) for axis in range(other.ndim) if axis not in (*contracted[1 - side], *batch[1 - side])],
@@ -159,7 +166,7 @@ class LowRankArray(StoredArray):
         if self.residual is None:
             return result
         operands = (self.residual, other) if side == 0 else (other, self.residual)
-        return result + product(*operands, parameters)
+        return result + multiply(*operands, parameters)
 
     def convolve(self, inputs: jax.Array, parameters: Mapping[str, Any]) -> jax.Array | None:
         """A convolution to `rank` features, then a matmul of those with the output features; adds the residual's own.
@@ -256,14 +263,16 @@ def _cast(factor: Any, dtype: Any) -> Any:
     return factor.materialize().astype(dtype) if stored is None else stored
 
 
-def _contract(left: _Named, right: _Named, over: Sequence[Hashable], parameters: Mapping[str, Any]) -> _Named:
+def _contract(
+    left: _Named, right: _Named, over: Sequence[Hashable], parameters: Mapping[str, Any], multiply: Multiply
+) -> _Named:
     """Sums over some names; names that both have otherwise run along."""
     both = [name for name in left.names if name in right.names and name not in over]
     numbers = tuple(
         (tuple(left.names.index(name) for name in names), tuple(right.names.index(name) for name in names))
         for names in (over, both)
     )
-    array = product(left.array, right.array, {**parameters, "dimension_numbers": numbers})
+    array = multiply(left.array, right.array, {**parameters, "dimension_numbers": numbers})
     rest = [name for side in (left, right) for name in side.names if name not in over and name not in both]
     return _Named(array, [*both, *rest])
 

@@ -57,6 +57,9 @@ class StoredArray:
     changes_inputs: ClassVar[bool] = False
     """Whether `dot` does more than to multiply, so that the plain array is no substitute in a matmul."""
 
+    multiplies_parts: ClassVar[bool] = False
+    """Whether `dot` takes `multiply`, by which it multiplies with its parts."""
+
     @property
     def ndim(self) -> int:
         """Number of logical axes."""
@@ -216,9 +219,9 @@ def _import_static(kind: ArrayKind, content: bytes) -> tuple[Any, ...]:
     return tuple(field.decode(fields[name]) for name, field in kind.static.items())
 
 
-def call(leaf: Any, method: str, *arguments: Any) -> Any:
+def call(leaf: Any, method: str, *arguments: Any, **keywords: Any) -> Any:
     """A method of a compressed array; classes that do not derive from `StoredArray` have its defaults, too."""
-    return getattr(type(leaf), method, getattr(StoredArray, method))(leaf, *arguments)
+    return getattr(type(leaf), method, getattr(StoredArray, method))(leaf, *arguments, **keywords)
 
 
 def changes_inputs(part: Any) -> bool:
@@ -261,6 +264,10 @@ def take_rows(part: Any, rows: Integer[Array, "..."]) -> Any:
     return plain(part)[rows] if taken is None else taken
 
 
+Multiply = Callable[[Any, Any, Mapping[str, Any]], jax.Array]
+"""`(left, right, parameters of lax.dot_general) -> product`, of plain or compressed operands."""
+
+
 def product(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Array:
     """`lax.dot_general` of arrays, from what is stored where the kind can do that."""
     result = product_of_stored(left, right, parameters) if is_compressed(left) or is_compressed(right) else None
@@ -272,10 +279,15 @@ def product_of_stored(left: Any, right: Any, parameters: Mapping[str, Any]) -> A
 
     Of two compressed operands, the one that changes its inputs or else the left one is asked; the other is plain.
     """
+    leaf, other, side = leaf_of_product(left, right)
+    return call(leaf, "dot", plain(other), side, parameters)
+
+
+def leaf_of_product(left: Any, right: Any) -> tuple[Any, Any, int]:
+    """The compressed operand that is asked for the product, the other one, and the side of the first."""
     changes = [changes_inputs(part) for part in (left, right)]
     side = changes.index(True) if any(changes) else 0 if is_compressed(left) else 1
-    leaf, other = (left, right) if side == 0 else (right, left)
-    return call(leaf, "dot", plain(other), side, parameters)
+    return (left, right, 0) if side == 0 else (right, left, 1)
 
 
 def product_of_widened(leaf: Any, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcompress._src.arrays.protocol import call, cast, product_of_stored, reshape, slice_axis, transpose
+from jaxcompress._src.arrays.protocol import call, cast, reshape, slice_axis, transpose
 from jaxcompress._src.arrays.sharding import component_shardings
 from jaxcompress._src.types import is_compressed
 
@@ -16,11 +16,6 @@ Rule = Callable[[Any, list[Any]], Sequence[Any] | None]
 
 def _one(result: Any) -> Sequence[Any] | None:
     return None if result is None else [result]
-
-
-def _dot_general(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    left, right = values
-    return _one(product_of_stored(left, right, eqn.params))
 
 
 def _conv(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
@@ -117,7 +112,6 @@ def _by_part(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 
 RULES: dict[str, Rule] = {
-    "dot_general": _dot_general,
     "conv_general_dilated": _conv,
     "gather": _gather,
     "transpose": _transpose,

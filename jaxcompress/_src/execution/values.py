@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxcompress._src.arrays.protocol import call, changes_inputs
+from jaxcompress._src.execution.kernels.choice import Multiplier
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import CompressedArray
 
@@ -67,9 +68,17 @@ Note = Callable[[Fallback], None]
 """Told about every fall-back."""
 
 
-def ignore(fallback: Fallback) -> None:
-    """A note that goes nowhere."""
-    del fallback
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What the interpreter is given besides the program.
+
+    Attributes:
+        multiply: products with compressed leaves.
+        note: told about fall-backs.
+    """
+
+    multiply: Multiplier
+    note: Note
 
 
 def plain(value: Any, primitive: str, note: Note) -> Any:

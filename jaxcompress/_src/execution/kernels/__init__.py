@@ -1,0 +1,1 @@
+"""Implementations of products with compressed leaves, and the choice among them."""
