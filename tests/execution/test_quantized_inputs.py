@@ -150,7 +150,7 @@ def test_sums_that_int32_does_not_hold_run_on_rounded_floats(weights, inputs, mo
     depth = most if terms == "most" else most + 1
     # Ones have the outermost codes of both sides.
     params = {"kernel": jnp.ones((depth, 1))}
-    apply = jax.jit(jc.execute(lambda p, x: x @ p["kernel"]))
+    apply = jax.jit(jc.execute(lambda p, x: x @ p["kernel"], kernels=()))
     stored, x = quantize_inputs(quantize(params, weights)[0], inputs)[0], jnp.ones((2, depth))
     np.testing.assert_allclose(apply(stored, x), depth, rtol=1e-5)
     assert ("tensor<2x1xi32>" in apply.lower(stored, x).as_text()) == (terms == "most")
