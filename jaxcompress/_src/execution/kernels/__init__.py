@@ -1,0 +1,1 @@
+"""Kernels that replace the plain products of compressed arrays."""
