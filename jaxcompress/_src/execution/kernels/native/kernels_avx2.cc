@@ -10,11 +10,12 @@ namespace jaxcompress {
 namespace {
 
 struct Avx2 {
-  static constexpr int kWidth = 8, kSums = 8;
+  static constexpr int kWidth = 8, kSums = 8, kMostRows = 4;
   using V = __m256;
   static V load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static V set1(float value) { return _mm256_set1_ps(value); }
+  static V first_lane(float value) { return _mm256_zextps128_ps256(_mm_set_ss(value)); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static float sum(V v) {
     __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -83,6 +84,7 @@ template <int kRows>
 void multiply(const Integer& p, const int16_t* panel, int64_t k0, int64_t pairs, int64_t m, int64_t n, int64_t columns) {
   __m256i sums[kRows][2];
   const int16_t* x[kRows];
+  JAXCOMPRESS_UNROLL
   for (int i = 0; i < kRows; ++i) {
     sums[i][0] = sums[i][1] = _mm256_setzero_si256();
     x[i] = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
@@ -90,12 +92,14 @@ void multiply(const Integer& p, const int16_t* panel, int64_t k0, int64_t pairs,
   for (int64_t k = 0; k < pairs; ++k) {
     const auto* w = reinterpret_cast<const __m256i*>(panel + k * 2 * kStrip);
     const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
+    JAXCOMPRESS_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const __m256i v = _mm256_set1_epi32(load_int32(x[i] + 2 * k));
       sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(w0, v));
       sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(w1, v));
     }
   }
+  JAXCOMPRESS_UNROLL
   for (int i = 0; i < kRows; ++i) {
     int32_t lanes[kStrip];
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sums[i][0]);
@@ -130,11 +134,13 @@ void dots(const Integer& p, int64_t m, int64_t n) {
     if (k + 16 > p.K) from = static_cast<const uint8_t*>(std::memcpy(tail, from, p.K - k));
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     const __m256i w = p.is_signed ? _mm256_cvtepi8_epi16(b) : _mm256_cvtepu8_epi16(b);
+    JAXCOMPRESS_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const auto* x = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k;
       sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
     }
   }
+  JAXCOMPRESS_UNROLL
   for (int i = 0; i < kRows; ++i) {
     __m128i a = _mm_add_epi32(_mm256_castsi256_si128(sums[i]), _mm256_extracti128_si256(sums[i], 1));
     a = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));

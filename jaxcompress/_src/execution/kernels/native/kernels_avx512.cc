@@ -10,11 +10,12 @@ namespace jaxcompress {
 namespace {
 
 struct Avx512 {
-  static constexpr int kWidth = 16, kSums = 16;
+  static constexpr int kWidth = 16, kSums = 16, kMostRows = 4;
   using V = __m512;
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static V set1(float value) { return _mm512_set1_ps(value); }
+  static V first_lane(float value) { return _mm512_zextps128_ps512(_mm_set_ss(value)); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(V v) { return _mm512_reduce_add_ps(v); }
   static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
@@ -45,6 +46,7 @@ constexpr int64_t kPanelInputs = 512;
 // Four rows of 64 codes as 64 quadruples, in order.
 inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, uint8_t* to) {
   __m512i r[4];
+  JAXCOMPRESS_UNROLL
   for (int i = 0; i < 4; ++i) r[i] = _mm512_xor_si512(flip, _mm512_loadu_si512(from + i * pitch));
   const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
   const __m512i c = _mm512_unpacklo_epi8(r[2], r[3]), d = _mm512_unpackhi_epi8(r[2], r[3]);
@@ -87,20 +89,26 @@ template <int kRows>
 void multiply(const Integer& p, const uint8_t* panel, int64_t k0, int64_t quadruples, int64_t m, int64_t n, int64_t columns) {
   __m512i sums[kRows][4];
   const int8_t* x[kRows];
+  JAXCOMPRESS_UNROLL
   for (int i = 0; i < kRows; ++i) {
     for (auto& sum : sums[i]) sum = _mm512_setzero_si512();
     x[i] = static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
   }
   for (int64_t k = 0; k < quadruples; ++k) {
     __m512i w[4];
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < 4; ++j) w[j] = _mm512_loadu_si512(panel + k * 4 * kStrip + 64 * j);
+    JAXCOMPRESS_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const __m512i v = _mm512_set1_epi32(load_int32(x[i] + 4 * k));
+      JAXCOMPRESS_UNROLL
       for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w[j], v);
     }
   }
+  JAXCOMPRESS_UNROLL
   for (int i = 0; i < kRows; ++i) {
     int32_t lanes[kStrip];
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < 4; ++j) _mm512_storeu_si512(lanes + 16 * j, sums[i][j]);
     add_to_row(p, m + i, n, columns, lanes, k0 == 0);
   }
@@ -136,13 +144,18 @@ void dots(const Integer& p, int64_t m, int64_t n) {
   for (int64_t k = 0; k < p.K; k += 64) {
     const __mmask64 mask = p.K - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (p.K - k)) - 1;
     __m512i x[kRows];
+    JAXCOMPRESS_UNROLL
     for (int i = 0; i < kRows; ++i) x[i] = _mm512_loadu_si512(static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k);
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < kOutputs; ++j) {
       const __m512i w = _mm512_xor_si512(flip, _mm512_maskz_loadu_epi8(mask, p.codes + (n + j) * p.K + k));
+      JAXCOMPRESS_UNROLL
       for (int i = 0; i < kRows; ++i) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w, x[i]);
     }
   }
+  JAXCOMPRESS_UNROLL
   for (int i = 0; i < kRows; ++i)
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < kOutputs; ++j) {
       const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
       add_to_row(p, m + i, n + j, 1, &sum, true);

@@ -8,7 +8,7 @@ namespace {
 
 template <int kLanes>
 struct Plain {
-  static constexpr int kWidth = kLanes, kSums = 4;
+  static constexpr int kWidth = kLanes, kSums = 4, kMostRows = kLanes == 1 ? 1 : 2;
   struct V {
     float lane[kLanes];
   };
@@ -21,6 +21,11 @@ struct Plain {
   static V set1(float value) {
     V v;
     for (float& lane : v.lane) lane = value;
+    return v;
+  }
+  static V first_lane(float value) {
+    V v = set1(0);
+    v.lane[0] = value;
     return v;
   }
   static V fma(V a, V b, V c) {

@@ -76,7 +76,9 @@ def _load() -> _Loaded:
     limit = _limit_of_environment()
     path = Path(__file__).with_name(file_name())
     if not path.exists():
-        return _Loaded(None, "the compiled library was not built when jaxcompress was installed")
+        recorded = path.with_name("why_missing.txt")
+        why = f": {recorded.read_text('utf-8').strip()}" if recorded.exists() else ""
+        return _Loaded(None, f"the compiled library was not built when jaxcompress was installed{why}")
     try:
         handle = ctypes.CDLL(str(path))
         for name in (WEIGHT_ONLY, INTEGER):

@@ -339,8 +339,9 @@ def _partitioned(product: Callable[..., Array], out_major: bool) -> Callable[...
         outputs = _without(_entry(result, 1), rows)
         inputs = _without(_without(_entry(codes, k), rows), outputs)
         ways = math.prod(mesh.shape[name] for name in _names(inputs))
-        cut = [part.shape[k] for part in (codes, *parameters) if part.shape[k] > 1]
-        if any(size % ways for size in cut) or x.shape[1] % (ways * codes.shape[k]) % codes.shape[k]:
+        # An odd number of inputs fills half of its last byte, so that shares of the bytes are not shares of the inputs.
+        sizes = [codes.shape[k], *(part.shape[k] for part in parameters if part.shape[k] > 1)]
+        if any(size % ways for size in sizes) or x.shape[1] % codes.shape[k]:
             inputs = None
 
         def sharding(*entries: Any) -> NamedSharding:
@@ -363,9 +364,8 @@ def _partitioned(product: Callable[..., Array], out_major: bool) -> Callable[...
         del mesh, results
         weights = []
         for i, operand in enumerate(operands[1:]):
-            shape = list(operand.type.shape) if hasattr(operand, "type") else list(operand.shape)
-            names = [f"k{i}", "n"] if not out_major else ["n", f"k{i}"]
-            if shape[n] == 1:
+            names = ["n", f"k{i}"] if out_major else [f"k{i}", "n"]
+            if operand.shape[n] == 1:
                 names[n] = f"one{i}"
             weights.append(" ".join(names))
         return f"m k, {', '.join(weights)} -> m n"
@@ -397,15 +397,15 @@ def _without(entry: Any, taken: Any) -> Any:
 # ---- the foreign calls
 
 
-def _call_weight_only(
-    storage: WeightOnlyFormat, x: Array, codes: Array, scale: Array, zero_point: Array | None = None
-) -> Array:
+def _call_weight_only(storage: WeightOnlyFormat, x: Array, codes: Array, *parameters: Array) -> Array:
     outputs = codes.shape[0 if storage.out_major else 1]
     call = jax.ffi.ffi_call(library.WEIGHT_ONLY, jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32))
     levels = np.zeros(16, np.float32)
     levels[: len(storage.levels or ())] = storage.levels or ()
     return call(
-        *(part for part in (x, codes, scale, zero_point) if part is not None),
+        x,
+        codes,
+        *parameters,
         packed=np.int32(storage.bits == 4),
         signed=np.int32(storage.signed),
         out_major=np.int32(storage.out_major),

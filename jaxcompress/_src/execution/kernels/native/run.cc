@@ -76,14 +76,13 @@ const WeightOnlyKernel& kernel_for(const WeightOnly& p) {
   return fits(kPortable) ? kPortable : kScalar;
 }
 
-// A multiple of 8 that divides the group.
+// In-major, blocks are 8 rows of bytes (4, where a group of nibbles is an odd multiple of 8): rows are often 4096 bytes
+// apart, so that the lines of more of them would evict one another from the first cache.
 int64_t block_of(const WeightOnly& p) {
   const int64_t group_size = p.K / p.groups;
   if (p.out_major) return group_size;
-  if (p.groups == 1) return 32;
-  for (const int64_t block : {group_size, int64_t{32}, int64_t{24}, int64_t{16}})
-    if (block <= 32 && group_size % block == 0) return block;
-  return 8;
+  const bool is_nibbles = p.kind == Codes::kNibbles || p.kind == Codes::kTable;
+  return is_nibbles && (p.groups == 1 || group_size % 16 == 0) ? 16 : 8;
 }
 
 std::vector<float> block_sums(const WeightOnly& p) {

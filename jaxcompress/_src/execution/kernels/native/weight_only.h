@@ -1,6 +1,7 @@
 // y = x · dequantized codes for float32 x, written once for all vector types.
 //
-// `Simd` is a vector type: `kWidth` lanes; load, store, set1, fma(a, b, c) = a b + c, sum of lanes; `Decoder<kind>`, whose
+// `Simd` is a vector type: `kWidth` lanes; load, store, set1, fma(a, b, c) = a b + c, sum of lanes, first_lane
+// (the others are 0); `Decoder<kind>`, whose
 // `bytes(p)` widens `kWidth` codes of a byte each and `nibbles(p, low, high)` those of `kWidth` bytes. Everything here
 // has internal linkage, because each translation unit is compiled for other instructions.
 #pragma once
@@ -46,17 +47,21 @@ inline void add_rows(const typename Simd::template Decoder<kind>& decoder, const
   for (int64_t r = 0; r < rows; ++r) {
     // The rows of the next block, which lie in other pages: the processor does not see them coming. Past the end of the
     // array this reads nothing.
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < kVectors; j += 64 / Simd::kWidth) Simd::prefetch(codes[j] + (r + rows) * pitch);
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < kVectors; ++j) {
       if constexpr (kIsNibbles<kind>) {
         V low, high;
         decoder.nibbles(codes[j] + r * pitch, low, high);
+        JAXCOMPRESS_UNROLL
         for (int m = 0; m < kRows; ++m) {
           sums[m][j] = Simd::fma(Simd::set1(x[m * x_pitch + 2 * r]), low, sums[m][j]);
           sums[m][j] = Simd::fma(Simd::set1(x[m * x_pitch + 2 * r + 1]), high, sums[m][j]);
         }
       } else {
         const V w = decoder.bytes(codes[j] + r * pitch);
+        JAXCOMPRESS_UNROLL
         for (int m = 0; m < kRows; ++m) sums[m][j] = Simd::fma(Simd::set1(x[m * x_pitch + r]), w, sums[m][j]);
       }
     }
@@ -84,16 +89,21 @@ struct Tile {
     constexpr int64_t per_byte = kIsNibbles<kind> ? 2 : 1;
     const int64_t k = block * p.block, count = least(p.block, p.K - k);
     const uint8_t* codes[kVectors];
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < kVectors; ++j) codes[j] = p.codes + k / per_byte * p.N + column(v + j);
     V sums[kRows][kVectors];
+    JAXCOMPRESS_UNROLL
     for (int i = 0; i < kRows; ++i)
+      JAXCOMPRESS_UNROLL
       for (int j = 0; j < kVectors; ++j) sums[i][j] = Simd::set1(0);
     add_rows<Simd, kind, kRows, kVectors>(decoder, p.inputs + (m0 + m) * p.inputs_pitch + k, p.inputs_pitch, codes, p.N,
                                           (count + per_byte - 1) / per_byte, sums);
     const int64_t blocks = (p.K + p.block - 1) / p.block;
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < kVectors; ++j) {
       const int64_t at = column(v + j) - begin;
       const V s = Simd::load(scale + at);
+      JAXCOMPRESS_UNROLL
       for (int i = 0; i < kRows; ++i) {
         if (zero) sums[i][j] = Simd::fma(Simd::load(zero + at), Simd::set1(-p.sums[(m0 + m + i) * blocks + block]), sums[i][j]);
         float* total = totals[m + i] + (v + j) * Simd::kWidth;
@@ -125,8 +135,10 @@ struct Tile {
         if (p.sums) zero = parameter_row(p.zero, group, begin, end - begin, p.offset, zero_buffer);
       }
       int64_t m = 0;
-      for (; m + 4 <= rows; m += 4) add_block_rows<kind, 4>(decoder, block, m);
-      for (; m + 2 <= rows; m += 2) add_block_rows<kind, 2>(decoder, block, m);
+      if constexpr (Simd::kMostRows >= 4)
+        for (; m + 4 <= rows; m += 4) add_block_rows<kind, 4>(decoder, block, m);
+      if constexpr (Simd::kMostRows >= 2)
+        for (; m + 2 <= rows; m += 2) add_block_rows<kind, 2>(decoder, block, m);
       for (; m < rows; ++m) add_block_rows<kind, 1>(decoder, block, m);
     }
     for (int64_t m = 0; m < rows; ++m) {
@@ -162,16 +174,19 @@ template <class Simd, Codes kind, int kRows, int kOutputs>
 inline void add_step(const typename Simd::template Decoder<kind>& decoder, const float* x, int64_t x_pitch, const uint8_t* const* codes,
                      int64_t byte, typename Simd::V (&sums)[kRows][kOutputs]) {
   using V = typename Simd::V;
+  JAXCOMPRESS_UNROLL
   for (int j = 0; j < kOutputs; ++j) {
     if constexpr (kIsNibbles<kind>) {
       V low, high;
       decoder.nibbles(codes[j] + byte, low, high);
+      JAXCOMPRESS_UNROLL
       for (int m = 0; m < kRows; ++m) {
         sums[m][j] = Simd::fma(Simd::load(x + m * x_pitch), low, sums[m][j]);
         sums[m][j] = Simd::fma(Simd::load(x + m * x_pitch + Simd::kWidth), high, sums[m][j]);
       }
     } else {
       const V w = decoder.bytes(codes[j] + byte);
+      JAXCOMPRESS_UNROLL
       for (int m = 0; m < kRows; ++m) sums[m][j] = Simd::fma(Simd::load(x + m * x_pitch), w, sums[m][j]);
     }
   }
@@ -183,36 +198,49 @@ void out_major_block(const WeightOnly& p, const typename Simd::template Decoder<
   constexpr int64_t per_byte = kIsNibbles<kind> ? 2 : 1, step = Simd::kWidth * per_byte;
   const int64_t pitch = (p.K + per_byte - 1) / per_byte, group_size = p.K / p.groups;
   const uint8_t* codes[kOutputs];
+  JAXCOMPRESS_UNROLL
   for (int j = 0; j < kOutputs; ++j) codes[j] = p.codes + (n + j) * pitch;
   const float* x = p.inputs + m * p.inputs_pitch;
   V totals[kRows][kOutputs];
-  float subtracted[kRows][kOutputs] = {};
+  JAXCOMPRESS_UNROLL
   for (int i = 0; i < kRows; ++i)
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < kOutputs; ++j) totals[i][j] = Simd::set1(0);
   for (int64_t group = 0; group < p.groups; ++group) {
     V sums[kRows][kOutputs];
+    JAXCOMPRESS_UNROLL
     for (int i = 0; i < kRows; ++i)
+      JAXCOMPRESS_UNROLL
       for (int j = 0; j < kOutputs; ++j) sums[i][j] = Simd::set1(0);
+    if (p.sums) {  // they begin with what the zero point takes away
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < kOutputs; ++j) {
+        const float zero = p.offset + (p.zero.data ? parameter_at(p.zero, group, n + j) : 0.0f);
+        JAXCOMPRESS_UNROLL
+        for (int i = 0; i < kRows; ++i) sums[i][j] = Simd::first_lane(-zero * p.sums[(m + i) * p.groups + group]);
+      }
+    }
     int64_t k = group * group_size;
     const int64_t stop = k + group_size;
     for (; k + step <= stop; k += step) add_step<Simd, kind, kRows, kOutputs>(decoder, x + k, p.inputs_pitch, codes, k / per_byte, sums);
     if (k < stop) {  // a single group, whose inputs are padded
       uint8_t tails[kOutputs][Simd::kWidth] = {};
       const uint8_t* tail[kOutputs];
+      JAXCOMPRESS_UNROLL
       for (int j = 0; j < kOutputs; ++j) tail[j] = static_cast<const uint8_t*>(std::memcpy(tails[j], codes[j] + k / per_byte, pitch - k / per_byte));
       add_step<Simd, kind, kRows, kOutputs>(decoder, x + k, p.inputs_pitch, tail, 0, sums);
     }
+    JAXCOMPRESS_UNROLL
     for (int j = 0; j < kOutputs; ++j) {
       const float s = parameter_at(p.scale, group, n + j);
+      JAXCOMPRESS_UNROLL
       for (int i = 0; i < kRows; ++i) totals[i][j] = Simd::fma(sums[i][j], Simd::set1(s), totals[i][j]);
-      if (p.sums) {
-        const float z = s * (p.offset + (p.zero.data ? parameter_at(p.zero, group, n + j) : 0.0f));
-        for (int i = 0; i < kRows; ++i) subtracted[i][j] += z * p.sums[(m + i) * p.groups + group];
-      }
     }
   }
+  JAXCOMPRESS_UNROLL
   for (int i = 0; i < kRows; ++i)
-    for (int j = 0; j < kOutputs; ++j) p.y[(m + i) * p.N + n + j] = Simd::sum(totals[i][j]) - subtracted[i][j];
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < kOutputs; ++j) p.y[(m + i) * p.N + n + j] = Simd::sum(totals[i][j]);
 }
 
 template <class Simd, Codes kind>
@@ -221,14 +249,12 @@ void out_major_of(const WeightOnly& p, int64_t begin, int64_t end) {
   int64_t n = begin;
   for (; n + 4 <= end; n += 4) {
     int64_t m = 0;
-    for (; m + 4 <= p.M; m += 4) {
-      out_major_block<Simd, kind, 4, 2>(p, decoder, m, n);
-      out_major_block<Simd, kind, 4, 2>(p, decoder, m, n + 2);
-    }
-    for (; m + 2 <= p.M; m += 2) {
-      out_major_block<Simd, kind, 2, 2>(p, decoder, m, n);
-      out_major_block<Simd, kind, 2, 2>(p, decoder, m, n + 2);
-    }
+    if constexpr (Simd::kMostRows >= 4)
+      for (; m + 4 <= p.M; m += 4)
+        for (int64_t j = n; j < n + 4; j += 2) out_major_block<Simd, kind, 4, 2>(p, decoder, m, j);
+    if constexpr (Simd::kMostRows >= 2)
+      for (; m + 2 <= p.M; m += 2)
+        for (int64_t j = n; j < n + 4; j += 2) out_major_block<Simd, kind, 2, 2>(p, decoder, m, j);
     for (; m < p.M; ++m) out_major_block<Simd, kind, 1, 4>(p, decoder, m, n);
   }
   for (; n < end; ++n)
