@@ -64,9 +64,7 @@ def _decoding(width: int, depth: int) -> dict[str, Callable[[], Any]]:
         "4 bits g32 levels": (table, [(c, by_group) for c in packed]),
     }
     for name, (storage, layers) in list(storages.items()):
-        transposed = WeightOnlyFormat(
-            bits=storage.bits, signed=storage.signed, levels=storage.levels, out_major=True
-        )
+        transposed = WeightOnlyFormat(bits=storage.bits, signed=storage.signed, levels=storage.levels, out_major=True)
         storages[f"{name} [out, in]"] = transposed, [(c.T.copy(), s.T.copy()) for c, s in layers]
     dense = [jnp.asarray(c, jnp.float32) / 74 / np.sqrt(width) for c in codes]
     runs = {"float32": functools.partial(jax.jit(lambda x, ws: functools.reduce(jnp.matmul, ws, x)), x, dense)}
@@ -126,7 +124,11 @@ def _measure(
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
     return names[0] if names else platform.processor()
 
 

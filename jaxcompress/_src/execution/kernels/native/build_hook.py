@@ -47,7 +47,7 @@ class BuildError(Exception):
     """Why there is no library, in one clause."""
 
 
-class NativeBuildHook(BuildHookInterface):
+class NativeBuildHook(BuildHookInterface):  # pyright: ignore[reportGeneralTypeIssues]
     """The library beside its sources for editable installs, in the wheel otherwise."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
@@ -108,7 +108,7 @@ def compile_library(
     if sys.platform == "win32":
         raise BuildError("the kernels are not built on Windows")
     is_x86 = any(name in sysconfig.get_platform() for name in _X86)
-    units = {FOLDER / name: own for name, own in UNITS.items()} | {source: ("-O1",) for source in sources}
+    units = {FOLDER / name: own for name, own in UNITS.items()} | dict.fromkeys(sources, ("-O1",))
     with tempfile.TemporaryDirectory() as scratch:
         objects = [Path(scratch) / f"{i}.o" for i in range(len(units))]
 

@@ -69,7 +69,9 @@ const XLA_FFI_Buffer* argument(const XLA_FFI_CallFrame* frame, int64_t i) {
   return i < frame->args.size ? static_cast<const XLA_FFI_Buffer*>(frame->args.args[i]) : nullptr;
 }
 
-const XLA_FFI_Buffer* result(const XLA_FFI_CallFrame* frame) { return static_cast<const XLA_FFI_Buffer*>(frame->rets.rets[0]); }
+const XLA_FFI_Buffer* result(const XLA_FFI_CallFrame* frame) {
+  return static_cast<const XLA_FFI_Buffer*>(frame->rets.rets[0]);
+}
 
 const void* attribute(const XLA_FFI_CallFrame* frame, const char* name, XLA_FFI_AttrType type) {
   for (int64_t i = 0; i < frame->attrs.size; ++i) {
@@ -104,9 +106,11 @@ bool read_parameters(const XLA_FFI_Buffer* buffer, const WeightOnly& p, int64_t 
 }
 
 XLA_FFI_Error* weight_only(XLA_FFI_CallFrame* frame) {
-  const XLA_FFI_Buffer *x = argument(frame, 0), *codes = argument(frame, 1), *scale = argument(frame, 2), *zero = argument(frame, 3);
+  const XLA_FFI_Buffer *x = argument(frame, 0), *codes = argument(frame, 1), *scale = argument(frame, 2),
+                       *zero = argument(frame, 3);
   const XLA_FFI_Buffer* y = result(frame);
-  if (!is_matrix(x) || !is_matrix(codes) || !is_matrix(scale) || !is_matrix(y)) return invalid(frame, "expected matrices");
+  if (!is_matrix(x) || !is_matrix(codes) || !is_matrix(scale) || !is_matrix(y))
+    return invalid(frame, "expected matrices");
   WeightOnly p{};
   p.out_major = flag(frame, "out_major");
   p.M = x->dims[0];
@@ -114,18 +118,24 @@ XLA_FFI_Error* weight_only(XLA_FFI_CallFrame* frame) {
   p.N = codes->dims[!p.out_major];
   const bool is_packed = flag(frame, "packed"), has_levels = flag(frame, "has_levels");
   p.is_signed = flag(frame, "signed");
-  if (x->dtype != XLA_FFI_DataType_F32 || y->dtype != XLA_FFI_DataType_F32) return invalid(frame, "expected float32 inputs and outputs");
-  if (codes->dtype != (is_packed || !p.is_signed ? XLA_FFI_DataType_U8 : XLA_FFI_DataType_S8)) return invalid(frame, "unexpected dtype of codes");
-  if (codes->dims[p.out_major] != (is_packed ? (p.K + 1) / 2 : p.K)) return invalid(frame, "the inputs do not fit the codes");
+  if (x->dtype != XLA_FFI_DataType_F32 || y->dtype != XLA_FFI_DataType_F32)
+    return invalid(frame, "expected float32 inputs and outputs");
+  if (codes->dtype != (is_packed || !p.is_signed ? XLA_FFI_DataType_U8 : XLA_FFI_DataType_S8))
+    return invalid(frame, "unexpected dtype of codes");
+  if (codes->dims[p.out_major] != (is_packed ? (p.K + 1) / 2 : p.K))
+    return invalid(frame, "the inputs do not fit the codes");
   if (y->dims[0] != p.M || y->dims[1] != p.N) return invalid(frame, "the outputs do not fit the codes");
   p.kind = !is_packed ? (p.is_signed ? Codes::kInt8 : Codes::kUint8) : has_levels ? Codes::kTable : Codes::kNibbles;
   p.groups = std::max<int64_t>(1, scale->dims[p.out_major]);
   if (zero) p.groups = std::max(p.groups, zero->dims[p.out_major]);
-  if (p.K % p.groups || (p.groups > 1 && (p.K / p.groups) % 8)) return invalid(frame, "groups are no multiples of 8 inputs");
+  if (p.K % p.groups || (p.groups > 1 && (p.K / p.groups) % 8))
+    return invalid(frame, "groups are no multiples of 8 inputs");
   if (!read_parameters(scale, p, p.groups, p.scale)) return invalid(frame, "the scales do not fit the codes");
-  if (zero && !read_parameters(zero, p, p.groups, p.zero)) return invalid(frame, "the zero points do not fit the codes");
+  if (zero && !read_parameters(zero, p, p.groups, p.zero))
+    return invalid(frame, "the zero points do not fit the codes");
   const auto* levels = static_cast<const XLA_FFI_Array*>(attribute(frame, "levels", XLA_FFI_AttrType_ARRAY));
-  if (has_levels && (!levels || levels->size != 16 || levels->dtype != XLA_FFI_DataType_F32)) return invalid(frame, "expected 16 float32 levels");
+  if (has_levels && (!levels || levels->size != 16 || levels->dtype != XLA_FFI_DataType_F32))
+    return invalid(frame, "expected 16 float32 levels");
   for (int i = 0; i < 16; ++i) p.table[i] = static_cast<float>(p.is_signed ? (i ^ 8) - 8 : i);
   if (has_levels) std::memcpy(p.table, levels->data, sizeof(p.table));
   p.x = static_cast<const float*>(x->data);
@@ -145,9 +155,11 @@ XLA_FFI_Error* integer(XLA_FFI_CallFrame* frame) {
   p.K = x->dims[1];
   p.N = codes->dims[!p.out_major];
   p.is_signed = codes->dtype == XLA_FFI_DataType_S8;
-  if (x->dtype != XLA_FFI_DataType_S8 || y->dtype != XLA_FFI_DataType_S32) return invalid(frame, "expected int8 inputs and int32 outputs");
+  if (x->dtype != XLA_FFI_DataType_S8 || y->dtype != XLA_FFI_DataType_S32)
+    return invalid(frame, "expected int8 inputs and int32 outputs");
   if (!p.is_signed && codes->dtype != XLA_FFI_DataType_U8) return invalid(frame, "unexpected dtype of codes");
-  if (codes->dims[p.out_major] != p.K || y->dims[0] != p.M || y->dims[1] != p.N) return invalid(frame, "the shapes do not fit");
+  if (codes->dims[p.out_major] != p.K || y->dims[0] != p.M || y->dims[1] != p.N)
+    return invalid(frame, "the shapes do not fit");
   p.x = static_cast<const int8_t*>(x->data);
   p.codes = static_cast<const uint8_t*>(codes->data);
   p.y = static_cast<int32_t*>(y->data);

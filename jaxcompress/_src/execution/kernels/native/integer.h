@@ -22,7 +22,8 @@ inline void add_to_row(const Integer& p, int64_t m, int64_t n, int64_t count, co
   int32_t* y = p.y + m * p.N + n;
   const uint32_t correction = p.corrections ? static_cast<uint32_t>(p.corrections[m]) : 0;
   for (int64_t i = 0; i < count; ++i)
-    y[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) + (is_first ? 0 - correction : static_cast<uint32_t>(y[i])));
+    y[i] = static_cast<int32_t>(static_cast<uint32_t>(sums[i]) +
+                                (is_first ? 0 - correction : static_cast<uint32_t>(y[i])));
 }
 
 }  // namespace

@@ -30,7 +30,9 @@ struct Avx2 {
     __m256 first, second;
     __m128i flip;
     explicit Decoder(const WeightOnly& p)
-        : first(_mm256_loadu_ps(p.table)), second(_mm256_loadu_ps(p.table + 8)), flip(_mm_set1_epi8(static_cast<char>(p.is_signed ? 0x88 : 0))) {}
+        : first(_mm256_loadu_ps(p.table)),
+          second(_mm256_loadu_ps(p.table + 8)),
+          flip(_mm_set1_epi8(static_cast<char>(p.is_signed ? 0x88 : 0))) {}
     V bytes(const uint8_t* p) const {
       const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
       return _mm256_cvtepi32_ps(kind == Codes::kInt8 ? _mm256_cvtepi8_epi32(b) : _mm256_cvtepu8_epi32(b));
@@ -49,7 +51,8 @@ struct Avx2 {
       }
     }
     V look_up(__m256i index, __m256i half_in_sign) const {
-      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index), _mm256_permutevar8x32_ps(second, index), _mm256_castsi256_ps(half_in_sign));
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index), _mm256_permutevar8x32_ps(second, index),
+                              _mm256_castsi256_ps(half_in_sign));
     }
   };
 };
@@ -75,13 +78,15 @@ void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t column
     } else {
       for (int64_t i = 0; i < kStrip; ++i)
         for (int64_t h = 0; h < 2; ++h)
-          to[2 * i + h] = i < columns && k + h < count ? static_cast<int16_t>(code_at(p, k0 + k + h, n + i)) : int16_t{0};
+          to[2 * i + h] =
+              i < columns && k + h < count ? static_cast<int16_t>(code_at(p, k0 + k + h, n + i)) : int16_t{0};
     }
   }
 }
 
 template <int kRows>
-void multiply(const Integer& p, const int16_t* panel, int64_t k0, int64_t pairs, int64_t m, int64_t n, int64_t columns) {
+void multiply(const Integer& p, const int16_t* panel, int64_t k0, int64_t pairs, int64_t m, int64_t n,
+              int64_t columns) {
   __m256i sums[kRows][2];
   const int16_t* x[kRows];
   JAXCOMPRESS_UNROLL
@@ -137,7 +142,8 @@ void dots(const Integer& p, int64_t m, int64_t n) {
     JAXCOMPRESS_UNROLL
     for (int i = 0; i < kRows; ++i) {
       const auto* x = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k;
-      sums[i] = _mm256_add_epi32(sums[i], _mm256_madd_epi16(w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+      sums[i] =
+          _mm256_add_epi32(sums[i], _mm256_madd_epi16(w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
     }
   }
   JAXCOMPRESS_UNROLL

@@ -37,8 +37,8 @@ struct Avx512 {
   };
 };
 
-// ---- int8: dpbusd multiplies unsigned by signed bytes. Codes are the unsigned ones (signed codes + 128, which adds 128
-// times the sum of the inputs).
+// ---- int8: dpbusd multiplies unsigned by signed bytes. Codes are the unsigned ones (signed codes + 128, which adds
+// 128 times the sum of the inputs).
 
 constexpr int kStrip = 64, kRowsAtOnce = 6;
 constexpr int64_t kPanelInputs = 512;
@@ -80,13 +80,15 @@ void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t column
     } else {
       for (int64_t i = 0; i < kStrip; ++i)
         for (int64_t h = 0; h < 4; ++h)
-          to[4 * i + h] = i < columns && k + h < count ? static_cast<uint8_t>(code_at(p, k0 + k + h, n + i)) ^ flip : uint8_t{0};
+          to[4 * i + h] =
+              i < columns && k + h < count ? static_cast<uint8_t>(code_at(p, k0 + k + h, n + i)) ^ flip : uint8_t{0};
     }
   }
 }
 
 template <int kRows>
-void multiply(const Integer& p, const uint8_t* panel, int64_t k0, int64_t quadruples, int64_t m, int64_t n, int64_t columns) {
+void multiply(const Integer& p, const uint8_t* panel, int64_t k0, int64_t quadruples, int64_t m, int64_t n,
+              int64_t columns) {
   __m512i sums[kRows][4];
   const int8_t* x[kRows];
   JAXCOMPRESS_UNROLL
@@ -145,7 +147,8 @@ void dots(const Integer& p, int64_t m, int64_t n) {
     const __mmask64 mask = p.K - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (p.K - k)) - 1;
     __m512i x[kRows];
     JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i) x[i] = _mm512_loadu_si512(static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k);
+    for (int i = 0; i < kRows; ++i)
+      x[i] = _mm512_loadu_si512(static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k);
     JAXCOMPRESS_UNROLL
     for (int j = 0; j < kOutputs; ++j) {
       const __m512i w = _mm512_xor_si512(flip, _mm512_maskz_loadu_epi8(mask, p.codes + (n + j) * p.K + k));
@@ -154,12 +157,11 @@ void dots(const Integer& p, int64_t m, int64_t n) {
     }
   }
   JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i)
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < kOutputs; ++j) {
-      const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
-      add_to_row(p, m + i, n + j, 1, &sum, true);
-    }
+  for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
+  for (int j = 0; j < kOutputs; ++j) {
+    const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
+    add_to_row(p, m + i, n + j, 1, &sum, true);
+  }
 }
 
 void dot_rows(const Integer& p, int64_t begin, int64_t end) {

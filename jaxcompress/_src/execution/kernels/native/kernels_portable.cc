@@ -43,11 +43,13 @@ struct Plain {
   struct Decoder {
     float table[16];
     explicit Decoder(const WeightOnly& p) {
-      for (int i = 0; i < 16; ++i) table[i] = kind == Codes::kTable ? p.table[i] : static_cast<float>(p.is_signed ? (i ^ 8) - 8 : i);
+      for (int i = 0; i < 16; ++i)
+        table[i] = kind == Codes::kTable ? p.table[i] : static_cast<float>(p.is_signed ? (i ^ 8) - 8 : i);
     }
     V bytes(const uint8_t* p) const {
       V v;
-      for (int i = 0; i < kLanes; ++i) v.lane[i] = kind == Codes::kInt8 ? static_cast<float>(static_cast<int8_t>(p[i])) : static_cast<float>(p[i]);
+      for (int i = 0; i < kLanes; ++i)
+        v.lane[i] = kind == Codes::kInt8 ? static_cast<float>(static_cast<int8_t>(p[i])) : static_cast<float>(p[i]);
       return v;
     }
     void nibbles(const uint8_t* p, V& low, V& high) const {

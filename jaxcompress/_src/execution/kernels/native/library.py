@@ -24,9 +24,9 @@ WEIGHT_ONLY, INTEGER = "jaxcompress_weight_only", "jaxcompress_integer"
 """Names of the handlers, in the library and in XLA."""
 
 
-def file_name() -> str:
-    """The library's name beside this module."""
-    return "libjaxcompress" + {"darwin": ".dylib"}.get(sys.platform, ".so")
+def library_path() -> Path:
+    """Where the build hook puts the library: beside this module."""
+    return Path(__file__).with_name("libjaxcompress" + {"darwin": ".dylib"}.get(sys.platform, ".so"))
 
 
 def why_missing() -> str | None:
@@ -74,7 +74,7 @@ class _Loaded:
 @functools.cache
 def _load() -> _Loaded:
     limit = _limit_of_environment()
-    path = Path(__file__).with_name(file_name())
+    path = library_path()
     if not path.exists():
         recorded = path.with_name("why_missing.txt")
         why = f": {recorded.read_text('utf-8').strip()}" if recorded.exists() else ""

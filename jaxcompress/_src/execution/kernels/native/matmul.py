@@ -18,7 +18,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, Int32, Integer, Num, Shaped
+from jaxtyping import Array, Float, Int32, Integer, Num, Shaped
 
 from jaxcompress._src.execution.kernels.native import library
 
@@ -50,10 +50,10 @@ class WeightOnlyFormat:
 
 
 def weight_only_matmul(
-    x: Float[Array, "... in"],
-    codes: Integer[Array, "a b"],
-    scale: Float[Array, "c d"],
-    zero_point: Num[Array, "e f"] | None = None,
+    x: Shaped[Array, "... in"],
+    codes: Shaped[Array, "..."],
+    scale: Shaped[Array, "..."],
+    zero_point: Shaped[Array, "..."] | None = None,
     *,
     storage: WeightOnlyFormat,
 ) -> Float[Array, "... out"]:
@@ -97,7 +97,7 @@ def weight_only_matmul(
 
 
 def integer_matmul(
-    x: Int[Array, "... in"], codes: Integer[Array, "a b"], *, out_major: bool = False
+    x: Shaped[Array, "... in"], codes: Shaped[Array, "..."], *, out_major: bool = False
 ) -> Int32[Array, "... out"]:
     """The product of small integers, exact in int32 (sums beyond it wrap around, as XLA's do).
 
@@ -200,9 +200,7 @@ def why_not_integer(x: Any, codes: Any, *, out_major: bool = False) -> str | Non
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _weight_only(
-    storage: WeightOnlyFormat, x: Array, codes: Array, scale: Array, zero_point: Array | None
-) -> Array:
+def _weight_only(storage: WeightOnlyFormat, x: Array, codes: Array, scale: Array, zero_point: Array | None) -> Array:
     if zero_point is not None and zero_point.dtype != jnp.uint8:
         zero_point = zero_point.astype(jnp.float32)
     operands = (x.astype(jnp.float32), codes, scale) + (() if zero_point is None else (zero_point,))
@@ -265,9 +263,9 @@ def plain_weight_only(
 
     weights = (values if zero_point is None else values - spread(zero_point)) * spread(scale)
     dimensions = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(
-        x.astype(jnp.float32), weights, dimensions, precision=jax.lax.Precision.HIGHEST
-    ).astype(x.dtype)
+    return jax.lax.dot_general(x.astype(jnp.float32), weights, dimensions, precision=jax.lax.Precision.HIGHEST).astype(
+        x.dtype
+    )
 
 
 def _values(codes: Array, inputs: int, axis: int, storage: WeightOnlyFormat) -> Array:
@@ -296,7 +294,7 @@ def _with_rows_merged(product: Callable[..., Array]) -> Callable[..., Array]:
         return product(*operands)
 
     @batched.def_vmap
-    def rule(size: int, is_batched: Sequence[bool], x: Array, *weights: Array) -> tuple[Array, bool]:
+    def rule(size: int, is_batched: Sequence[bool], x: Any, *weights: Any) -> tuple[Array, bool]:
         x_is_batched, *weights_are = is_batched
         if not any(weights_are):
             y = batched(x.reshape(x.shape[0] * x.shape[1], x.shape[2]), *weights)

@@ -17,7 +17,6 @@ struct Parameters {
   const void* data = nullptr;  // null: there are none
   Type type = Type::kFloat32;
   int64_t group_stride = 0, output_stride = 0;
-
 };
 
 // y[m, n] = Σ_g scale[g, n] (Σ_{k in g} x[m, k] value(codes[k, n]) − zero[g, n] Σ_{k in g} x[m, k]).

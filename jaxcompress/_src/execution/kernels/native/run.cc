@@ -17,8 +17,9 @@ int level_of_processor() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
   return avx512 ? 2 : 1;
 #else
   return 0;
@@ -166,8 +167,10 @@ void run(Integer& p, Pool& pool) {
   if (p.K == 0) return void(std::fill_n(p.y, p.M * p.N, 0));
   const IntegerKernel* kernel = &kPortableInteger;
 #if defined(__x86_64__)
-  if (instruction_level() >= 2) kernel = &kVnniInteger;
-  else if (instruction_level() >= 1) kernel = &kAvx2Integer;
+  if (instruction_level() >= 2)
+    kernel = &kVnniInteger;
+  else if (instruction_level() >= 1)
+    kernel = &kAvx2Integer;
 #endif
   const int64_t pitch = round_up(p.K, kernel->input_multiple);
   std::vector<int16_t> wide;

@@ -15,7 +15,8 @@ template <Codes kind>
 constexpr bool kIsNibbles = kind == Codes::kNibbles || kind == Codes::kTable;
 
 // Parameters of one group for outputs [begin, begin + count).
-inline const float* parameter_row(const Parameters& p, int64_t group, int64_t begin, int64_t count, float offset, float* buffer) {
+inline const float* parameter_row(const Parameters& p, int64_t group, int64_t begin, int64_t count, float offset,
+                                  float* buffer) {
   if (p.data == nullptr) {
     for (int64_t i = 0; i < count; ++i) buffer[i] = offset;
   } else if (p.type == Type::kFloat32 && p.output_stride == 1) {
@@ -41,8 +42,9 @@ inline const float* parameter_row(const Parameters& p, int64_t group, int64_t be
 
 // Adds to `sums` what `rows` rows of codes contribute to kRows x kVectors vectors.
 template <class Simd, Codes kind, int kRows, int kVectors>
-inline void add_rows(const typename Simd::template Decoder<kind>& decoder, const float* x, int64_t x_pitch, const uint8_t* const* codes,
-                     int64_t pitch, int64_t rows, typename Simd::V (&sums)[kRows][kVectors]) {
+inline void add_rows(const typename Simd::template Decoder<kind>& decoder, const float* x, int64_t x_pitch,
+                     const uint8_t* const* codes, int64_t pitch, int64_t rows,
+                     typename Simd::V (&sums)[kRows][kVectors]) {
   using V = typename Simd::V;
   for (int64_t r = 0; r < rows; ++r) {
     // The rows of the next block, which lie in other pages: the processor does not see them coming. Past the end of the
@@ -93,9 +95,8 @@ struct Tile {
     for (int j = 0; j < kVectors; ++j) codes[j] = p.codes + k / per_byte * p.N + column(v + j);
     V sums[kRows][kVectors];
     JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i)
-      JAXCOMPRESS_UNROLL
-      for (int j = 0; j < kVectors; ++j) sums[i][j] = Simd::set1(0);
+    for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
+    for (int j = 0; j < kVectors; ++j) sums[i][j] = Simd::set1(0);
     add_rows<Simd, kind, kRows, kVectors>(decoder, p.inputs + (m0 + m) * p.inputs_pitch + k, p.inputs_pitch, codes, p.N,
                                           (count + per_byte - 1) / per_byte, sums);
     const int64_t blocks = (p.K + p.block - 1) / p.block;
@@ -105,7 +106,8 @@ struct Tile {
       const V s = Simd::load(scale + at);
       JAXCOMPRESS_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        if (zero) sums[i][j] = Simd::fma(Simd::load(zero + at), Simd::set1(-p.sums[(m0 + m + i) * blocks + block]), sums[i][j]);
+        if (zero)
+          sums[i][j] = Simd::fma(Simd::load(zero + at), Simd::set1(-p.sums[(m0 + m + i) * blocks + block]), sums[i][j]);
         float* total = totals[m + i] + (v + j) * Simd::kWidth;
         Simd::store(total, Simd::fma(sums[i][j], s, Simd::load(total)));
       }
@@ -114,7 +116,8 @@ struct Tile {
 
   template <Codes kind, int kRows>
   void add_block_rows(const typename Simd::template Decoder<kind>& decoder, int64_t block, int64_t m) {
-    constexpr int whole = 64 / Simd::kWidth, fitting = Simd::kSums / kRows, kVectors = fitting < whole ? fitting : whole;
+    constexpr int whole = 64 / Simd::kWidth, fitting = Simd::kSums / kRows,
+                  kVectors = fitting < whole ? fitting : whole;
     int64_t v = 0;
     // The last vector may overlap, which pointers to each of them allow for.
     for (; v + kVectors <= vectors; v += kVectors) add_block<kind, kRows, kVectors>(decoder, block, m, v);
@@ -171,8 +174,8 @@ void in_major(const WeightOnly& p, int64_t begin, int64_t end) {
 
 // Adds the products of inputs [k, k + step), of which `codes[j]` are the codes.
 template <class Simd, Codes kind, int kRows, int kOutputs>
-inline void add_step(const typename Simd::template Decoder<kind>& decoder, const float* x, int64_t x_pitch, const uint8_t* const* codes,
-                     int64_t byte, typename Simd::V (&sums)[kRows][kOutputs]) {
+inline void add_step(const typename Simd::template Decoder<kind>& decoder, const float* x, int64_t x_pitch,
+                     const uint8_t* const* codes, int64_t byte, typename Simd::V (&sums)[kRows][kOutputs]) {
   using V = typename Simd::V;
   JAXCOMPRESS_UNROLL
   for (int j = 0; j < kOutputs; ++j) {
@@ -203,15 +206,13 @@ void out_major_block(const WeightOnly& p, const typename Simd::template Decoder<
   const float* x = p.inputs + m * p.inputs_pitch;
   V totals[kRows][kOutputs];
   JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i)
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < kOutputs; ++j) totals[i][j] = Simd::set1(0);
+  for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
+  for (int j = 0; j < kOutputs; ++j) totals[i][j] = Simd::set1(0);
   for (int64_t group = 0; group < p.groups; ++group) {
     V sums[kRows][kOutputs];
     JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i)
-      JAXCOMPRESS_UNROLL
-      for (int j = 0; j < kOutputs; ++j) sums[i][j] = Simd::set1(0);
+    for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
+    for (int j = 0; j < kOutputs; ++j) sums[i][j] = Simd::set1(0);
     if (p.sums) {  // they begin with what the zero point takes away
       JAXCOMPRESS_UNROLL
       for (int j = 0; j < kOutputs; ++j) {
@@ -222,12 +223,14 @@ void out_major_block(const WeightOnly& p, const typename Simd::template Decoder<
     }
     int64_t k = group * group_size;
     const int64_t stop = k + group_size;
-    for (; k + step <= stop; k += step) add_step<Simd, kind, kRows, kOutputs>(decoder, x + k, p.inputs_pitch, codes, k / per_byte, sums);
+    for (; k + step <= stop; k += step)
+      add_step<Simd, kind, kRows, kOutputs>(decoder, x + k, p.inputs_pitch, codes, k / per_byte, sums);
     if (k < stop) {  // a single group, whose inputs are padded
       uint8_t tails[kOutputs][Simd::kWidth] = {};
       const uint8_t* tail[kOutputs];
       JAXCOMPRESS_UNROLL
-      for (int j = 0; j < kOutputs; ++j) tail[j] = static_cast<const uint8_t*>(std::memcpy(tails[j], codes[j] + k / per_byte, pitch - k / per_byte));
+      for (int j = 0; j < kOutputs; ++j)
+        tail[j] = static_cast<const uint8_t*>(std::memcpy(tails[j], codes[j] + k / per_byte, pitch - k / per_byte));
       add_step<Simd, kind, kRows, kOutputs>(decoder, x + k, p.inputs_pitch, tail, 0, sums);
     }
     JAXCOMPRESS_UNROLL
@@ -238,9 +241,8 @@ void out_major_block(const WeightOnly& p, const typename Simd::template Decoder<
     }
   }
   JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i)
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < kOutputs; ++j) p.y[(m + i) * p.N + n + j] = Simd::sum(totals[i][j]);
+  for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
+  for (int j = 0; j < kOutputs; ++j) p.y[(m + i) * p.N + n + j] = Simd::sum(totals[i][j]);
 }
 
 template <class Simd, Codes kind>
