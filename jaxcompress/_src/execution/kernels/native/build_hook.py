@@ -1,0 +1,137 @@
+"""Compiles the kernels when the package is installed, if there is a C++ compiler.
+
+An installation without one, or where compiling fails, succeeds all the same and records why there is no library, which
+`library.why_missing` tells. The XLA headers need not be installed: the one that is needed, in C and stable, is a copy.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface  # pyright: ignore[reportMissingImports]
+except ImportError:  # the functions below are for tests and sanitizers too
+    BuildHookInterface = object
+
+FOLDER = Path(__file__).parent
+
+LIBRARY = "libjaxcompress" + {"darwin": ".dylib"}.get(sys.platform, ".so")
+REASON = "why_missing.txt"
+
+UNITS: Mapping[str, Sequence[str]] = {
+    # -O3 only where it was measured to help: it takes twice as long. The vectorizer makes intrinsics slower.
+    "kernels_avx2.cc": ("-O3", "-mavx2", "-mfma"),
+    "kernels_portable.cc": ("-O2",),
+    "kernels_avx512.cc": (
+        *("-O2", "-fno-tree-vectorize", "-mavx2", "-mfma"),
+        *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")),
+    ),
+    "run.cc": ("-O2",),
+    "handlers.cc": ("-O2",),
+}
+"""Sources and what each is compiled with; the slowest first."""
+
+_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread")
+_X86 = ("x86_64", "amd64")
+
+
+class BuildError(Exception):
+    """Why there is no library, in one clause."""
+
+
+class NativeBuildHook(BuildHookInterface):  # pyright: ignore[reportGeneralTypeIssues]
+    """The library beside its sources for editable installs, in the wheel otherwise."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compiles; called by hatchling before each build of a wheel."""
+        is_editable = version == "editable"
+        folder = FOLDER if is_editable else Path(tempfile.mkdtemp(prefix="jaxcompress-"))
+        for name in (LIBRARY, REASON):
+            (folder / name).unlink(missing_ok=True)
+        try:
+            name = compile_library(folder / LIBRARY).name
+        except BuildError as err:
+            name = REASON
+            (folder / name).write_text(f"{err}\n", "utf-8")
+            self.app.display_warning(f"jaxcompress is installed without its compiled CPU kernels: {err}")
+        if not is_editable:
+            place = FOLDER.relative_to(self.root) / name
+            build_data["force_include"][str(folder / name)] = place.as_posix()
+            if name == LIBRARY:
+                platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+                build_data["pure_python"] = False
+                build_data["tag"] = f"py3-none-{platform}"
+
+
+def compiler() -> list[str] | None:
+    """The command of a C++ compiler: that of `CXX`, or the first one on the path; None without one.
+
+    Example:
+        >>> command = compiler()
+        >>> command is None or len(command) > 0
+        True
+    """
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    if chosen:
+        return chosen if shutil.which(chosen[0]) else None
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def compile_library(
+    library: Path, *, flags: Sequence[str] = (), sources: Sequence[Path] = (), link: Sequence[str] = ("-shared",)
+) -> Path:
+    """Compiles all units, several at a time, and links them.
+
+    Args:
+        library: the file to make.
+        flags: for compiling and linking, after those of each unit.
+        sources: further sources, which are linked in.
+        link: for linking alone.
+
+    Returns:
+        `library`.
+
+    Raises:
+        BuildError: there is no compiler, or it fails.
+    """
+    command = compiler()
+    if command is None:
+        raise BuildError("no C++ compiler was found (`CXX`, c++, g++ or clang++)")
+    if sys.platform == "win32":
+        raise BuildError("the kernels are not built on Windows")
+    is_x86 = any(name in sysconfig.get_platform() for name in _X86)
+    units = {FOLDER / name: own for name, own in UNITS.items()} | dict.fromkeys(sources, ("-O1",))
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = [Path(scratch) / f"{i}.o" for i in range(len(units))]
+
+        def compile_unit(source: Path, own: Sequence[str], target: Path) -> None:
+            kept = own if is_x86 else [flag for flag in own if not flag.startswith("-m")]
+            include = f"-I{FOLDER}"
+            _run([*command, *_FLAGS, *kept, *flags, include, "-c", str(source), "-o", str(target)])
+
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            list(pool.map(compile_unit, units.keys(), units.values(), objects))
+        _run([*command, "-pthread", *link, *flags, *map(str, objects), "-o", str(library)])
+    return library
+
+
+def _run(command: Sequence[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as err:
+        raise BuildError(f"{command[0]} does not run ({err})") from err
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
+        raise BuildError(f"{command[0]} failed ({lines[0] if lines else f'status {done.returncode}'})")
+
+
+if __name__ == "__main__":
+    print(compile_library(FOLDER / LIBRARY))

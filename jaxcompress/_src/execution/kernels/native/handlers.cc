@@ -1,0 +1,184 @@
+// What XLA calls: two handlers of its foreign function interface, by its C interface alone.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "run.h"
+#include "xla_ffi_c_api.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace jaxcompress {
+namespace {
+
+class XlaPool : public Pool {
+ public:
+  explicit XlaPool(const XLA_FFI_CallFrame& frame) : api_(frame.api), context_(frame.ctx) {
+    XLA_FFI_ThreadPool_NumThreads_Args args{};
+    args.struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE;
+    args.ctx = context_;
+    args.num_threads = &threads_;
+    if (dropped(api_->XLA_FFI_ThreadPool_NumThreads(&args))) threads_ = 1;
+  }
+  int threads() const override { return static_cast<int>(threads_); }
+  void schedule(void (*task)(void*), void* data) override {
+    XLA_FFI_ThreadPool_Schedule_Args args{};
+    args.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE;
+    args.ctx = context_;
+    args.task = task;
+    args.data = data;
+    if (dropped(api_->XLA_FFI_ThreadPool_Schedule(&args))) task(data);
+  }
+
+ private:
+  bool dropped(XLA_FFI_Error* error) const {
+    if (error == nullptr) return false;
+    XLA_FFI_Error_Destroy_Args args{};
+    args.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE;
+    args.error = error;
+    api_->XLA_FFI_Error_Destroy(&args);
+    return true;
+  }
+
+  const XLA_FFI_Api* api_;
+  XLA_FFI_ExecutionContext* context_;
+  int64_t threads_ = 1;
+};
+
+// XLA asks a handler for the version it was built for by a call with this extension.
+bool answers_metadata(XLA_FFI_CallFrame* frame) {
+  XLA_FFI_Extension_Base* extension = frame->extension_start;
+  if (extension == nullptr || extension->type != XLA_FFI_Extension_Metadata) return false;
+  XLA_FFI_Metadata* metadata = reinterpret_cast<XLA_FFI_Metadata_Extension*>(extension)->metadata;
+  metadata->api_version.struct_size = XLA_FFI_Api_Version_STRUCT_SIZE;
+  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  metadata->traits = 0;
+  return true;
+}
+
+XLA_FFI_Error* invalid(const XLA_FFI_CallFrame* frame, const char* message) {
+  XLA_FFI_Error_Create_Args args{};
+  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
+  args.message = message;
+  args.errc = XLA_FFI_Error_Code_INVALID_ARGUMENT;
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+const XLA_FFI_Buffer* argument(const XLA_FFI_CallFrame* frame, int64_t i) {
+  return i < frame->args.size ? static_cast<const XLA_FFI_Buffer*>(frame->args.args[i]) : nullptr;
+}
+
+const XLA_FFI_Buffer* result(const XLA_FFI_CallFrame* frame) {
+  return static_cast<const XLA_FFI_Buffer*>(frame->rets.rets[0]);
+}
+
+const void* attribute(const XLA_FFI_CallFrame* frame, const char* name, XLA_FFI_AttrType type) {
+  for (int64_t i = 0; i < frame->attrs.size; ++i) {
+    const XLA_FFI_ByteSpan* span = frame->attrs.names[i];
+    if (span->len == std::strlen(name) && std::memcmp(span->ptr, name, span->len) == 0)
+      return frame->attrs.types[i] == type ? frame->attrs.attrs[i] : nullptr;
+  }
+  return nullptr;
+}
+
+bool flag(const XLA_FFI_CallFrame* frame, const char* name) {
+  const auto* scalar = static_cast<const XLA_FFI_Scalar*>(attribute(frame, name, XLA_FFI_AttrType_SCALAR));
+  return scalar && scalar->dtype == XLA_FFI_DataType_S32 && *static_cast<const int32_t*>(scalar->value) != 0;
+}
+
+bool is_matrix(const XLA_FFI_Buffer* buffer) { return buffer && buffer->rank == 2; }
+
+bool read_parameters(const XLA_FFI_Buffer* buffer, const WeightOnly& p, int64_t groups, Parameters& to) {
+  if (!is_matrix(buffer)) return false;
+  const int64_t along_k = buffer->dims[p.out_major], along_n = buffer->dims[!p.out_major];
+  if ((along_k != 1 && along_k != groups) || (along_n != 1 && along_n != p.N)) return false;
+  switch (buffer->dtype) {
+    case XLA_FFI_DataType_F32: to.type = Type::kFloat32; break;
+    case XLA_FFI_DataType_BF16: to.type = Type::kBfloat16; break;
+    case XLA_FFI_DataType_U8: to.type = Type::kUint8; break;
+    default: return false;
+  }
+  to.data = buffer->data;
+  to.group_stride = along_k == 1 ? 0 : p.out_major ? 1 : along_n;
+  to.output_stride = along_n == 1 ? 0 : p.out_major ? along_k : 1;
+  return true;
+}
+
+XLA_FFI_Error* weight_only(XLA_FFI_CallFrame* frame) {
+  const XLA_FFI_Buffer *x = argument(frame, 0), *codes = argument(frame, 1), *scale = argument(frame, 2),
+                       *zero = argument(frame, 3);
+  const XLA_FFI_Buffer* y = result(frame);
+  if (!is_matrix(x) || !is_matrix(codes) || !is_matrix(scale) || !is_matrix(y))
+    return invalid(frame, "expected matrices");
+  WeightOnly p{};
+  p.out_major = flag(frame, "out_major");
+  p.M = x->dims[0];
+  p.K = x->dims[1];
+  p.N = codes->dims[!p.out_major];
+  const bool is_packed = flag(frame, "packed"), has_levels = flag(frame, "has_levels");
+  p.is_signed = flag(frame, "signed");
+  if (x->dtype != XLA_FFI_DataType_F32 || y->dtype != XLA_FFI_DataType_F32)
+    return invalid(frame, "expected float32 inputs and outputs");
+  if (codes->dtype != (is_packed || !p.is_signed ? XLA_FFI_DataType_U8 : XLA_FFI_DataType_S8))
+    return invalid(frame, "unexpected dtype of codes");
+  if (codes->dims[p.out_major] != (is_packed ? (p.K + 1) / 2 : p.K))
+    return invalid(frame, "the inputs do not fit the codes");
+  if (y->dims[0] != p.M || y->dims[1] != p.N) return invalid(frame, "the outputs do not fit the codes");
+  p.kind = !is_packed ? (p.is_signed ? Codes::kInt8 : Codes::kUint8) : has_levels ? Codes::kTable : Codes::kNibbles;
+  p.groups = std::max<int64_t>(1, scale->dims[p.out_major]);
+  if (zero) p.groups = std::max(p.groups, zero->dims[p.out_major]);
+  if (p.K % p.groups || (p.groups > 1 && (p.K / p.groups) % 8))
+    return invalid(frame, "groups are no multiples of 8 inputs");
+  if (!read_parameters(scale, p, p.groups, p.scale)) return invalid(frame, "the scales do not fit the codes");
+  if (zero && !read_parameters(zero, p, p.groups, p.zero))
+    return invalid(frame, "the zero points do not fit the codes");
+  const auto* levels = static_cast<const XLA_FFI_Array*>(attribute(frame, "levels", XLA_FFI_AttrType_ARRAY));
+  if (has_levels && (!levels || levels->size != 16 || levels->dtype != XLA_FFI_DataType_F32))
+    return invalid(frame, "expected 16 float32 levels");
+  for (int i = 0; i < 16; ++i) p.table[i] = static_cast<float>(p.is_signed ? (i ^ 8) - 8 : i);
+  if (has_levels) std::memcpy(p.table, levels->data, sizeof(p.table));
+  p.x = static_cast<const float*>(x->data);
+  p.codes = static_cast<const uint8_t*>(codes->data);
+  p.y = static_cast<float*>(y->data);
+  XlaPool pool(*frame);
+  run(p, pool);
+  return nullptr;
+}
+
+XLA_FFI_Error* integer(XLA_FFI_CallFrame* frame) {
+  const XLA_FFI_Buffer *x = argument(frame, 0), *codes = argument(frame, 1), *y = result(frame);
+  if (!is_matrix(x) || !is_matrix(codes) || !is_matrix(y)) return invalid(frame, "expected matrices");
+  Integer p{};
+  p.out_major = flag(frame, "out_major");
+  p.M = x->dims[0];
+  p.K = x->dims[1];
+  p.N = codes->dims[!p.out_major];
+  p.is_signed = codes->dtype == XLA_FFI_DataType_S8;
+  if (x->dtype != XLA_FFI_DataType_S8 || y->dtype != XLA_FFI_DataType_S32)
+    return invalid(frame, "expected int8 inputs and int32 outputs");
+  if (!p.is_signed && codes->dtype != XLA_FFI_DataType_U8) return invalid(frame, "unexpected dtype of codes");
+  if (codes->dims[p.out_major] != p.K || y->dims[0] != p.M || y->dims[1] != p.N)
+    return invalid(frame, "the shapes do not fit");
+  p.x = static_cast<const int8_t*>(x->data);
+  p.codes = static_cast<const uint8_t*>(codes->data);
+  p.y = static_cast<int32_t*>(y->data);
+  XlaPool pool(*frame);
+  run(p, pool);
+  return nullptr;
+}
+
+}  // namespace
+}  // namespace jaxcompress
+
+EXPORT XLA_FFI_Error* jaxcompress_weight_only(XLA_FFI_CallFrame* frame) {
+  return jaxcompress::answers_metadata(frame) ? nullptr : jaxcompress::weight_only(frame);
+}
+
+EXPORT XLA_FFI_Error* jaxcompress_integer(XLA_FFI_CallFrame* frame) {
+  return jaxcompress::answers_metadata(frame) ? nullptr : jaxcompress::integer(frame);
+}
+
+EXPORT int jaxcompress_instruction_level() { return jaxcompress::instruction_level(); }
+
+EXPORT void jaxcompress_limit_instructions(int level) { jaxcompress::limit_instructions(level); }

@@ -1,0 +1,15 @@
+// The kernels of each translation unit.
+#pragma once
+
+#include "problem.h"
+
+namespace jaxcompress {
+
+extern const WeightOnlyKernel kScalar, kPortable;
+extern const IntegerKernel kPortableInteger;
+#if defined(__x86_64__)
+extern const WeightOnlyKernel kAvx2, kAvx512;
+extern const IntegerKernel kAvx2Integer, kVnniInteger;
+#endif
+
+}  // namespace jaxcompress

@@ -1,0 +1,171 @@
+// Kernels for AVX2 and FMA.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "integer.h"
+#include "kernels.h"
+#include "weight_only.h"
+
+namespace jaxcompress {
+namespace {
+
+struct Avx2 {
+  static constexpr int kWidth = 8, kSums = 8, kMostRows = 4;
+  using V = __m256;
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static V set1(float value) { return _mm256_set1_ps(value); }
+  static V first_lane(float value) { return _mm256_zextps128_ps256(_mm_set_ss(value)); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static float sum(V v) {
+    __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    a = _mm_add_ps(a, _mm_movehl_ps(a, a));
+    return _mm_cvtss_f32(_mm_add_ss(a, _mm_shuffle_ps(a, a, 1)));
+  }
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+  template <Codes kind>
+  struct Decoder {
+    // The two halves of a table of 16, which a permutation indexes by 3 bits.
+    __m256 first, second;
+    __m128i flip;
+    explicit Decoder(const WeightOnly& p)
+        : first(_mm256_loadu_ps(p.table)),
+          second(_mm256_loadu_ps(p.table + 8)),
+          flip(_mm_set1_epi8(static_cast<char>(p.is_signed ? 0x88 : 0))) {}
+    V bytes(const uint8_t* p) const {
+      const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      return _mm256_cvtepi32_ps(kind == Codes::kInt8 ? _mm256_cvtepi8_epi32(b) : _mm256_cvtepu8_epi32(b));
+    }
+    // Of signed nibbles this is the code plus 8.
+    void nibbles(const uint8_t* p, V& low, V& high) const {
+      __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+      if constexpr (kind == Codes::kTable) {
+        const __m256i v = _mm256_cvtepu8_epi32(b);
+        low = look_up(v, _mm256_slli_epi32(v, 28));
+        high = look_up(_mm256_srli_epi32(v, 4), _mm256_slli_epi32(v, 24));
+      } else {
+        const __m256i v = _mm256_cvtepu8_epi32(_mm_xor_si128(b, flip));
+        low = _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32(15)));
+        high = _mm256_cvtepi32_ps(_mm256_srli_epi32(v, 4));
+      }
+    }
+    V look_up(__m256i index, __m256i half_in_sign) const {
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, index), _mm256_permutevar8x32_ps(second, index),
+                              _mm256_castsi256_ps(half_in_sign));
+    }
+  };
+};
+
+// ---- int8: pairs of int16, because products of bytes saturate (and |-128| is no int8).
+
+constexpr int kStrip = 16;
+constexpr int64_t kPanelInputs = 512;
+
+// panel[k / 2][n][k % 2] of inputs [k0, k0 + count), padded to pairs, and outputs [n, n + columns).
+void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t columns, int16_t* panel) {
+  for (int64_t k = 0; k < count; k += 2) {
+    int16_t* to = panel + k * kStrip;
+    if (!p.out_major && columns == kStrip && k + 1 < count) {
+      const auto* row = reinterpret_cast<const __m128i*>(p.codes + (k0 + k) * p.N + n);
+      const auto* next = reinterpret_cast<const __m128i*>(p.codes + (k0 + k + 1) * p.N + n);
+      const __m128i a = _mm_loadu_si128(row), b = _mm_loadu_si128(next);
+      const __m256i wide_a = p.is_signed ? _mm256_cvtepi8_epi16(a) : _mm256_cvtepu8_epi16(a);
+      const __m256i wide_b = p.is_signed ? _mm256_cvtepi8_epi16(b) : _mm256_cvtepu8_epi16(b);
+      const __m256i low = _mm256_unpacklo_epi16(wide_a, wide_b), high = _mm256_unpackhi_epi16(wide_a, wide_b);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute2x128_si256(low, high, 0x20));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + 16), _mm256_permute2x128_si256(low, high, 0x31));
+    } else {
+      for (int64_t i = 0; i < kStrip; ++i)
+        for (int64_t h = 0; h < 2; ++h)
+          to[2 * i + h] =
+              i < columns && k + h < count ? static_cast<int16_t>(code_at(p, k0 + k + h, n + i)) : int16_t{0};
+    }
+  }
+}
+
+template <int kRows>
+void multiply(const Integer& p, const int16_t* panel, int64_t k0, int64_t pairs, int64_t m, int64_t n,
+              int64_t columns) {
+  __m256i sums[kRows][2];
+  const int16_t* x[kRows];
+  JAXCOMPRESS_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    sums[i][0] = sums[i][1] = _mm256_setzero_si256();
+    x[i] = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
+  }
+  for (int64_t k = 0; k < pairs; ++k) {
+    const auto* w = reinterpret_cast<const __m256i*>(panel + k * 2 * kStrip);
+    const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const __m256i v = _mm256_set1_epi32(load_int32(x[i] + 2 * k));
+      sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(w0, v));
+      sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(w1, v));
+    }
+  }
+  JAXCOMPRESS_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    int32_t lanes[kStrip];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sums[i][0]);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 8), sums[i][1]);
+    add_to_row(p, m + i, n, columns, lanes, k0 == 0);
+  }
+}
+
+void columns(const Integer& p, int64_t begin, int64_t end) {
+  alignas(64) int16_t panel[kPanelInputs * kStrip];
+  for (int64_t n = begin; n < end; n += kStrip) {
+    const int64_t width = least(kStrip, end - n);
+    for (int64_t k = 0; k < p.K; k += kPanelInputs) {
+      const int64_t count = least(kPanelInputs, p.K - k), pairs = (count + 1) / 2;
+      pack(p, k, count, n, width, panel);
+      int64_t m = 0;
+      for (; m + 6 <= p.M; m += 6) multiply<6>(p, panel, k, pairs, m, n, width);
+      for (; m + 2 <= p.M; m += 2) multiply<2>(p, panel, k, pairs, m, n, width);
+      for (; m < p.M; ++m) multiply<1>(p, panel, k, pairs, m, n, width);
+    }
+  }
+}
+
+template <int kRows>
+void dots(const Integer& p, int64_t m, int64_t n) {
+  __m256i sums[kRows];
+  for (auto& sum : sums) sum = _mm256_setzero_si256();
+  const uint8_t* codes = p.codes + n * p.K;
+  for (int64_t k = 0; k < p.K; k += 16) {
+    uint8_t tail[16] = {};
+    const uint8_t* from = codes + k;
+    if (k + 16 > p.K) from = static_cast<const uint8_t*>(std::memcpy(tail, from, p.K - k));
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m256i w = p.is_signed ? _mm256_cvtepi8_epi16(b) : _mm256_cvtepu8_epi16(b);
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const auto* x = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k;
+      sums[i] =
+          _mm256_add_epi32(sums[i], _mm256_madd_epi16(w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))));
+    }
+  }
+  JAXCOMPRESS_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    __m128i a = _mm_add_epi32(_mm256_castsi256_si128(sums[i]), _mm256_extracti128_si256(sums[i], 1));
+    a = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+    p.y[(m + i) * p.N + n] = _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
+  }
+}
+
+void dot_rows(const Integer& p, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    int64_t m = 0;
+    for (; m + 4 <= p.M; m += 4) dots<4>(p, m, n);
+    for (; m < p.M; ++m) dots<1>(p, m, n);
+  }
+}
+
+}  // namespace
+
+const WeightOnlyKernel kAvx2 = {8, 8, in_major<Avx2>, out_major<Avx2>};
+const IntegerKernel kAvx2Integer = {2, 16, false, kStrip, columns, dot_rows};
+
+}  // namespace jaxcompress
+#endif

@@ -1,0 +1,184 @@
+// Kernels for AVX-512 with VNNI.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "integer.h"
+#include "kernels.h"
+#include "weight_only.h"
+
+namespace jaxcompress {
+namespace {
+
+struct Avx512 {
+  static constexpr int kWidth = 16, kSums = 16, kMostRows = 4;
+  using V = __m512;
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static V set1(float value) { return _mm512_set1_ps(value); }
+  static V first_lane(float value) { return _mm512_zextps128_ps512(_mm_set_ss(value)); }
+  static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static float sum(V v) { return _mm512_reduce_add_ps(v); }
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+
+  template <Codes kind>
+  struct Decoder {
+    __m512 table;
+    explicit Decoder(const WeightOnly& p) : table(_mm512_loadu_ps(p.table)) {}
+    V bytes(const uint8_t* p) const {
+      const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+      return _mm512_cvtepi32_ps(kind == Codes::kInt8 ? _mm512_cvtepi8_epi32(b) : _mm512_cvtepu8_epi32(b));
+    }
+    // The permutation indexes by the lowest 4 bits: nothing need be masked.
+    void nibbles(const uint8_t* p, V& low, V& high) const {
+      const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+      low = _mm512_permutexvar_ps(v, table);
+      high = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), table);
+    }
+  };
+};
+
+// ---- int8: dpbusd multiplies unsigned by signed bytes. Codes are the unsigned ones (signed codes + 128, which adds
+// 128 times the sum of the inputs).
+
+constexpr int kStrip = 64, kRowsAtOnce = 6;
+constexpr int64_t kPanelInputs = 512;
+
+// Four rows of 64 codes as 64 quadruples, in order.
+inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, uint8_t* to) {
+  __m512i r[4];
+  JAXCOMPRESS_UNROLL
+  for (int i = 0; i < 4; ++i) r[i] = _mm512_xor_si512(flip, _mm512_loadu_si512(from + i * pitch));
+  const __m512i a = _mm512_unpacklo_epi8(r[0], r[1]), b = _mm512_unpackhi_epi8(r[0], r[1]);
+  const __m512i c = _mm512_unpacklo_epi8(r[2], r[3]), d = _mm512_unpackhi_epi8(r[2], r[3]);
+  // In each of these, lane l (of 128 bits) belongs to outputs 16 l + 4 i, ..., 16 l + 4 i + 3.
+  const __m512i q0 = _mm512_unpacklo_epi16(a, c), q1 = _mm512_unpackhi_epi16(a, c);
+  const __m512i q2 = _mm512_unpacklo_epi16(b, d), q3 = _mm512_unpackhi_epi16(b, d);
+  const __m512i s0 = _mm512_shuffle_i32x4(q0, q1, 0x44), s1 = _mm512_shuffle_i32x4(q2, q3, 0x44);
+  const __m512i s2 = _mm512_shuffle_i32x4(q0, q1, 0xee), s3 = _mm512_shuffle_i32x4(q2, q3, 0xee);
+  _mm512_storeu_si512(to, _mm512_shuffle_i32x4(s0, s1, 0x88));
+  _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(s0, s1, 0xdd));
+  _mm512_storeu_si512(to + 128, _mm512_shuffle_i32x4(s2, s3, 0x88));
+  _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(s2, s3, 0xdd));
+}
+
+// panel[k / 4][n][k % 4] of inputs [k0, k0 + count), padded to quadruples, and outputs [n, n + columns).
+void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t columns, uint8_t* panel) {
+  const uint8_t flip = p.is_signed ? 0x80 : 0;
+  const __m512i flips = _mm512_set1_epi8(static_cast<char>(flip));
+  for (int64_t k = 0; k < count; k += 4) {
+    uint8_t* to = panel + k * kStrip;
+    const bool whole = k + 4 <= count;
+    if (!p.out_major && whole && columns == kStrip) {
+      interleave(p.codes + (k0 + k) * p.N + n, p.N, flips, to);
+    } else if (p.out_major && whole) {
+      const uint32_t flip4 = flip * 0x01010101u;
+      for (int64_t i = 0; i < columns; ++i) {
+        const uint32_t quadruple = static_cast<uint32_t>(load_int32(p.codes + (n + i) * p.K + k0 + k)) ^ flip4;
+        std::memcpy(to + 4 * i, &quadruple, 4);
+      }
+      std::memset(to + 4 * columns, 0, 4 * (kStrip - columns));
+    } else {
+      for (int64_t i = 0; i < kStrip; ++i)
+        for (int64_t h = 0; h < 4; ++h)
+          to[4 * i + h] =
+              i < columns && k + h < count ? static_cast<uint8_t>(code_at(p, k0 + k + h, n + i)) ^ flip : uint8_t{0};
+    }
+  }
+}
+
+template <int kRows>
+void multiply(const Integer& p, const uint8_t* panel, int64_t k0, int64_t quadruples, int64_t m, int64_t n,
+              int64_t columns) {
+  __m512i sums[kRows][4];
+  const int8_t* x[kRows];
+  JAXCOMPRESS_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    for (auto& sum : sums[i]) sum = _mm512_setzero_si512();
+    x[i] = static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
+  }
+  for (int64_t k = 0; k < quadruples; ++k) {
+    __m512i w[4];
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 4; ++j) w[j] = _mm512_loadu_si512(panel + k * 4 * kStrip + 64 * j);
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      const __m512i v = _mm512_set1_epi32(load_int32(x[i] + 4 * k));
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w[j], v);
+    }
+  }
+  JAXCOMPRESS_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    int32_t lanes[kStrip];
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(lanes + 16 * j, sums[i][j]);
+    add_to_row(p, m + i, n, columns, lanes, k0 == 0);
+  }
+}
+
+void multiply_rows(const Integer& p, const uint8_t* panel, int64_t k, int64_t count, int64_t n, int64_t columns) {
+  const int64_t quadruples = (count + 3) / 4;
+  int64_t m = 0;
+  for (; m + kRowsAtOnce <= p.M; m += kRowsAtOnce) multiply<kRowsAtOnce>(p, panel, k, quadruples, m, n, columns);
+  for (; m + 2 <= p.M; m += 2) multiply<2>(p, panel, k, quadruples, m, n, columns);
+  for (; m < p.M; ++m) multiply<1>(p, panel, k, quadruples, m, n, columns);
+}
+
+void columns(const Integer& p, int64_t begin, int64_t end) {
+  alignas(64) uint8_t panel[kPanelInputs * kStrip];
+  // With few rows, panels in the first cache; rows of several strips are read one after the other.
+  const int64_t depth = p.M <= 16 ? 64 : kPanelInputs, tile = p.M <= 16 ? 512 : kStrip;
+  for (int64_t n0 = begin; n0 < end; n0 += tile)
+    for (int64_t k = 0; k < p.K; k += depth)
+      for (int64_t n = n0; n < least(n0 + tile, end); n += kStrip) {
+        const int64_t count = least(depth, p.K - k), width = least(kStrip, end - n);
+        pack(p, k, count, n, width, panel);
+        multiply_rows(p, panel, k, count, n, width);
+      }
+}
+
+template <int kRows, int kOutputs>
+void dots(const Integer& p, int64_t m, int64_t n) {
+  __m512i sums[kRows][kOutputs];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm512_setzero_si512();
+  const __m512i flip = _mm512_set1_epi8(static_cast<char>(p.is_signed ? 0x80 : 0));
+  for (int64_t k = 0; k < p.K; k += 64) {
+    const __mmask64 mask = p.K - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (p.K - k)) - 1;
+    __m512i x[kRows];
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < kRows; ++i)
+      x[i] = _mm512_loadu_si512(static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k);
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < kOutputs; ++j) {
+      const __m512i w = _mm512_xor_si512(flip, _mm512_maskz_loadu_epi8(mask, p.codes + (n + j) * p.K + k));
+      JAXCOMPRESS_UNROLL
+      for (int i = 0; i < kRows; ++i) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w, x[i]);
+    }
+  }
+  JAXCOMPRESS_UNROLL
+  for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
+  for (int j = 0; j < kOutputs; ++j) {
+    const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
+    add_to_row(p, m + i, n + j, 1, &sum, true);
+  }
+}
+
+void dot_rows(const Integer& p, int64_t begin, int64_t end) {
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) {
+    int64_t m = 0;
+    for (; m + 4 <= p.M; m += 4) dots<4, 4>(p, m, n);
+    for (; m < p.M; ++m) dots<1, 4>(p, m, n);
+  }
+  for (; n < end; ++n)
+    for (int64_t m = 0; m < p.M; ++m) dots<1, 1>(p, m, n);
+}
+
+}  // namespace
+
+const WeightOnlyKernel kAvx512 = {16, 0, in_major<Avx512>, out_major<Avx512>};
+const IntegerKernel kVnniInteger = {1, 64, true, kStrip, columns, dot_rows};
+
+}  // namespace jaxcompress
+#endif

@@ -1,0 +1,207 @@
+#include "run.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+namespace jaxcompress {
+namespace {
+
+std::atomic<int> limit{2};
+
+int level_of_processor() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512vnni");
+  return avx512 ? 2 : 1;
+#else
+  return 0;
+#endif
+}
+
+// Calls `work(chunk)` for every chunk. The calling thread takes chunks too, so this ends even if no other thread of the
+// pool is free.
+template <class Work>
+void parallel(Pool& pool, int64_t chunks, bool is_small, const Work& work) {
+  const int64_t threads = is_small ? 1 : std::min<int64_t>(pool.threads(), chunks);
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+    int64_t chunks;
+    const Work* work;  // of the caller, who waits for all chunks; late threads get none and do not touch it
+    void take() {
+      for (int64_t chunk; (chunk = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+        (*work)(chunk);
+        done.fetch_add(1, std::memory_order_release);
+      }
+    }
+  };
+  if (threads <= 1) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) work(chunk);
+    return;
+  }
+  auto shared = std::make_shared<Shared>();
+  shared->chunks = chunks;
+  shared->work = &work;
+  for (int64_t t = 1; t < threads; ++t) {
+    const auto task = [](void* data) {
+      std::unique_ptr<std::shared_ptr<Shared>> held(static_cast<std::shared_ptr<Shared>*>(data));
+      (*held)->take();
+    };
+    pool.schedule(task, new std::shared_ptr<Shared>(shared));
+  }
+  shared->take();
+  for (int spins = 0; shared->done.load(std::memory_order_acquire) < chunks; ++spins)
+    if (spins > 1000) std::this_thread::yield();
+}
+
+constexpr int64_t kSmall = 128 * 1024;  // multiplications that take less time than waking a thread
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+const WeightOnlyKernel& kernel_for(const WeightOnly& p) {
+  const int64_t group_size = p.K / p.groups, per_byte = p.kind == Codes::kInt8 || p.kind == Codes::kUint8 ? 1 : 2;
+  const auto fits = [&](const WeightOnlyKernel& kernel) {
+    return p.out_major ? p.groups == 1 || group_size % (kernel.width * per_byte) == 0 : p.N >= kernel.width;
+  };
+#if defined(__x86_64__)
+  if (instruction_level() >= 2 && fits(kAvx512)) return kAvx512;
+  if (instruction_level() >= 1 && fits(kAvx2)) return kAvx2;
+#endif
+  return fits(kPortable) ? kPortable : kScalar;
+}
+
+// In-major, blocks are 8 rows of bytes (4, where a group of nibbles is an odd multiple of 8): rows are often 4096 bytes
+// apart, so that the lines of more of them would evict one another from the first cache.
+int64_t block_of(const WeightOnly& p) {
+  const int64_t group_size = p.K / p.groups;
+  if (p.out_major) return group_size;
+  const bool is_nibbles = p.kind == Codes::kNibbles || p.kind == Codes::kTable;
+  return is_nibbles && (p.groups == 1 || group_size % 16 == 0) ? 16 : 8;
+}
+
+std::vector<float> block_sums(const WeightOnly& p) {
+  const int64_t blocks = (p.K + p.block - 1) / p.block;
+  std::vector<float> sums(p.M * blocks);
+  for (int64_t m = 0; m < p.M; ++m)
+    for (int64_t b = 0; b < blocks; ++b) {
+      const float *x = p.x + m * p.K + b * p.block, *end = p.x + std::min(m * p.K + (b + 1) * p.block, (m + 1) * p.K);
+      float lanes[8] = {};
+      for (; x + 8 <= end; x += 8)
+        for (int i = 0; i < 8; ++i) lanes[i] += x[i];
+      for (int i = 0; x < end; ++x, ++i) lanes[i] += *x;
+      for (const float lane : lanes) sums[m * blocks + b] += lane;
+    }
+  return sums;
+}
+
+// x padded with zeros to a multiple of `step`; if `splits`, the even inputs of each step before the odd ones.
+std::vector<float> padded_inputs(const WeightOnly& p, int64_t step, bool splits) {
+  const int64_t pitch = round_up(p.K, step);
+  std::vector<float> padded(p.M * pitch);
+  for (int64_t m = 0; m < p.M; ++m) {
+    const float* from = p.x + m * p.K;
+    float* to = padded.data() + m * pitch;
+    if (!splits) {
+      std::copy_n(from, p.K, to);
+      continue;
+    }
+    for (int64_t k = 0; k < p.K; k += step) {
+      const int64_t half = step / 2, pairs = std::min(half, (p.K - k) / 2);
+      for (int64_t i = 0; i < pairs; ++i) {
+        to[k + i] = from[k + 2 * i];
+        to[k + half + i] = from[k + 2 * i + 1];
+      }
+      if (pairs < half && (p.K - k) % 2) to[k + pairs] = from[p.K - 1];
+    }
+  }
+  return padded;
+}
+
+}  // namespace
+
+int instruction_level() {
+  static const int processor = level_of_processor();
+  return std::min(processor, limit.load(std::memory_order_relaxed));
+}
+
+void limit_instructions(int level) { limit.store(level, std::memory_order_relaxed); }
+
+void run(WeightOnly& p, Pool& pool) {
+  if (p.M == 0 || p.N == 0) return;
+  if (p.K == 0) return void(std::fill_n(p.y, p.M * p.N, 0.0f));
+  const WeightOnlyKernel& kernel = kernel_for(p);
+  const bool is_nibbles = p.kind == Codes::kNibbles || p.kind == Codes::kTable;
+  std::vector<float> inputs, sums;
+  const int64_t step = !p.out_major ? (is_nibbles ? 2 : 1) : kernel.width * (is_nibbles ? 2 : 1);
+  p.inputs = p.x;
+  p.inputs_pitch = p.K;
+  if (p.K % step || (p.out_major && is_nibbles && step > 1)) {
+    inputs = padded_inputs(p, step, p.out_major && is_nibbles);
+    p.inputs = inputs.data();
+    p.inputs_pitch = round_up(p.K, step);
+  }
+  p.block = block_of(p);
+  p.offset = p.kind == Codes::kNibbles && p.is_signed ? static_cast<float>(kernel.offset) : 0.0f;
+  p.sums = nullptr;
+  if (p.zero.data || p.offset != 0) {
+    sums = block_sums(p);
+    p.sums = sums.data();
+  }
+  const int64_t shares = 2 * std::max(1, pool.threads());
+  const int64_t size = p.out_major ? std::clamp<int64_t>(round_up(p.N / shares, 4), 4, 64)
+                                   : std::clamp<int64_t>(round_up(p.N / shares, 64), 64, kTileOutputs);
+  const auto work = p.out_major ? kernel.out_major : kernel.in_major;
+  parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall,
+           [&](int64_t chunk) { work(p, chunk * size, std::min((chunk + 1) * size, p.N)); });
+}
+
+void run(Integer& p, Pool& pool) {
+  if (p.M == 0 || p.N == 0) return;
+  if (p.K == 0) return void(std::fill_n(p.y, p.M * p.N, 0));
+  const IntegerKernel* kernel = &kPortableInteger;
+#if defined(__x86_64__)
+  if (instruction_level() >= 2)
+    kernel = &kVnniInteger;
+  else if (instruction_level() >= 1)
+    kernel = &kAvx2Integer;
+#endif
+  const int64_t pitch = round_up(p.K, kernel->input_multiple);
+  std::vector<int16_t> wide;
+  std::vector<int8_t> padded;
+  std::vector<int32_t> corrections;
+  p.inputs = p.x;
+  p.inputs_pitch = pitch;
+  if (kernel->input_bytes == 2) {
+    wide.resize(p.M * pitch);
+    for (int64_t m = 0; m < p.M; ++m) std::copy_n(p.x + m * p.K, p.K, wide.data() + m * pitch);
+    p.inputs = wide.data();
+  } else if (pitch != p.K) {
+    padded.resize(p.M * pitch);
+    for (int64_t m = 0; m < p.M; ++m) std::copy_n(p.x + m * p.K, p.K, padded.data() + m * pitch);
+    p.inputs = padded.data();
+  }
+  p.corrections = nullptr;
+  if (kernel->shifts_codes && p.is_signed) {
+    corrections.resize(p.M);
+    for (int64_t m = 0; m < p.M; ++m) {
+      uint32_t sum = 0;
+      for (int64_t k = 0; k < p.K; ++k) sum += static_cast<uint32_t>(p.x[m * p.K + k]);
+      corrections[m] = static_cast<int32_t>(128u * sum);
+    }
+    p.corrections = corrections.data();
+  }
+  const int64_t shares = 2 * std::max(1, pool.threads()), strip = kernel->strip;
+  const auto work = p.out_major && p.M <= 16 && kernel->dot_rows ? kernel->dot_rows : kernel->columns;
+  const int64_t size = std::clamp<int64_t>(round_up(p.N / shares, strip), strip, 8 * strip);
+  parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall,
+           [&](int64_t chunk) { work(p, chunk * size, std::min((chunk + 1) * size, p.N)); });
+}
+
+}  // namespace jaxcompress
