@@ -226,9 +226,10 @@ class InputQuantizedArray(StoredArray):
         """
         rounded: Any = self.inputs.rounded(*self._input_arguments(other, side, parameters))
         weight: Any = self.weight
-        result = multiply(*((weight, rounded) if side == 0 else (rounded, weight)), parameters)
+        operands = (weight, rounded) if side == 0 else (rounded, weight)
         if integer_product is None or not self.is_whole_product(other, side, parameters):
-            return result
+            return multiply(*operands, parameters)
+        result = product(*operands, parameters)
         codes = self.inputs.codes(*self._input_arguments(other, side, parameters))
         # Without differentiation the float matmul has no use, and the compiler drops it.
         whole = _whole_dot(weight, codes, side, parameters, integer_product)

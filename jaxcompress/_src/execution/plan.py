@@ -94,8 +94,15 @@ def plan(
 
 
 def _row(matmul: PlannedMatmul) -> tuple[str, ...]:
-    reasons = "; ".join(f"{name}: {reason}" for name, reason in matmul.refused.items())
-    if matmul.kernel != PLAIN:
-        reasons = f"differs by {matmul.error}" if matmul.error != "none" else "exact"
     size = f"{matmul.rows} x {matmul.inputs} x {matmul.outputs}"
-    return matmul.path, matmul.kind, size, matmul.kernel, reasons or "no other kernel was asked for"
+    return matmul.path, matmul.kind, size, matmul.kernel, _because(matmul)
+
+
+def _because(matmul: PlannedMatmul) -> str:
+    if matmul.kernel != PLAIN:
+        return f"differs by {matmul.error}" if matmul.error != "none" else "exact"
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in matmul.refused.items():
+        by_reason.setdefault(reason, []).append(name)
+    reasons = [f"{reason} ({', '.join(names)})" for reason, names in by_reason.items()]
+    return "; ".join(reasons) or "no other kernel was asked for"

@@ -9,6 +9,7 @@ from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
 from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.arrays.protocol import Multiply
 from jaxcompress._src.arrays.quantized import QuantizedArray
+from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.execution.kernels.kernel import Kernel, unless
 from jaxcompress._src.execution.kernels.matmul import Matmul
 from jaxcompress._src.execution.kernels.native import library
@@ -34,31 +35,29 @@ def _why_not_float(matmul: Matmul) -> str | None:
     if reason is not None:
         return reason
     flat = jax.eval_shape(matmul.flat_leaf)
-    if flat is None:
-        return "the stored codes are no matrix"
-    arguments = _arguments(flat, matmul)
-    if isinstance(arguments, str):
-        return arguments
-    x = jax.eval_shape(matmul.flat_other)
-    return why_not_weight_only(x, *arguments, storage=_storage(flat, matmul))
+    reason = "the stored codes are no matrix" if flat is None else _why_not_stored(flat, matmul)
+    if reason is not None:
+        return reason
+    x, *parts = jax.eval_shape(lambda: (matmul.flat_other(), *_arguments(matmul.flat_leaf())))
+    return why_not_weight_only(x, *parts, storage=_storage(flat, matmul))
 
 
-def _arguments(flat: QuantizedArray, matmul: Matmul) -> tuple[Any, ...] | str:
-    """Codes, scales and zero points as the kernel takes them, or why it does not."""
-    codes = flat.data
-    if isinstance(codes, PackedArray):
-        axis = -2 if matmul.order == "inputs first" else -1
-        if codes.bits != 4:
-            return f"codes of {codes.bits} bits are not of 4 or 8"
-        if codes.axis != axis:
-            return "codes are not packed along the summed axis"
-        codes = codes.data
-    reason = unless(
-        (not hasattr(codes, "dtype") or hasattr(codes, "materialize"), "codes are stored sparsely"),
+def _why_not_stored(flat: QuantizedArray, matmul: Matmul) -> str | None:
+    packed = flat.data if isinstance(flat.data, PackedArray) else None
+    axis = -2 if matmul.order == "inputs first" else -1
+    return unless(
+        (isinstance(flat.data, SparseArray), "codes are stored sparsely"),
+        (packed is not None and packed.bits != 4, f"codes of {flat.bits} bits, not of 4 or 8"),
+        (packed is not None and packed.axis != axis, "codes are not packed along the sums"),
         (flat.partial is not None, "the last group is shorter"),
-        (flat.levels is not None and not isinstance(flat.data, PackedArray), "a table of levels of 8 bits"),
+        (flat.levels is not None and packed is None, "a table of levels of 8 bits"),
     )
-    return reason or (codes, flat.scale, flat.zero_points())
+
+
+def _arguments(flat: QuantizedArray) -> tuple[Any, Any, Any]:
+    """Codes, scales and zero points as the kernel takes them."""
+    codes = flat.data.data if isinstance(flat.data, PackedArray) else flat.data
+    return codes, flat.scale, flat.zero_points()
 
 
 def _storage(flat: QuantizedArray, matmul: Matmul) -> WeightOnlyFormat:
@@ -74,8 +73,7 @@ def _storage(flat: QuantizedArray, matmul: Matmul) -> WeightOnlyFormat:
 def _float(matmul: Matmul, multiply: Multiply) -> jax.Array:
     del multiply
     flat = matmul.flat_leaf()
-    arguments = _arguments(flat, matmul)
-    y = weight_only_matmul(matmul.flat_other(), *arguments, storage=_storage(flat, matmul))
+    y = weight_only_matmul(matmul.flat_other(), *_arguments(flat), storage=_storage(flat, matmul))
     return matmul.unflattened(y)
 
 
@@ -120,6 +118,6 @@ INT8 = Kernel(
     platform="cpu",
     multiply=_int8,
     why_not=_why_not_int8,
-    error="none: sums of whole numbers",
+    error="none",
     missing=library.why_missing,
 )

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int32, Integer, Num, Shaped
 
 from jaxcompress._src.execution.kernels.native import library
+from jaxcompress._src.execution.kernels.native.exported import unless_exported
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
@@ -312,12 +313,23 @@ def _with_rows_merged(product: Callable[..., Array]) -> Callable[..., Array]:
 
 @functools.cache
 def _batched(storage: WeightOnlyFormat) -> Callable[..., Array]:
-    return _with_rows_merged(_partitioned(functools.partial(_call_weight_only, storage), storage.out_major))
+    product = _partitioned(functools.partial(_call_weight_only, storage), storage.out_major)
+
+    def plain(x: Array, codes: Array, scale: Array, zero_point: Array | None = None) -> Array:
+        return plain_weight_only(x, codes, scale, zero_point, storage=storage)
+
+    return _with_rows_merged(unless_exported(product, plain))
 
 
 @functools.cache
 def _integer(out_major: bool) -> Callable[..., Array]:
-    return _with_rows_merged(_partitioned(functools.partial(_call_integer, out_major), out_major))
+    product = _partitioned(functools.partial(_call_integer, out_major), out_major)
+    return _with_rows_merged(unless_exported(product, functools.partial(_plain_integer, out_major)))
+
+
+def _plain_integer(out_major: bool, x: Array, codes: Array) -> Array:
+    dimensions = (((1,), (1 if out_major else 0,)), ((), ()))
+    return jax.lax.dot_general(x.astype(jnp.int32), codes.astype(jnp.int32), dimensions)
 
 
 # ---- devices
