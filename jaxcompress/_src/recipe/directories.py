@@ -14,11 +14,11 @@ from jaxcompress._src.checkpoint.restore import restore
 from jaxcompress._src.checkpoint.save import save
 from jaxcompress._src.execution.materialize import materialize
 from jaxcompress._src.models.families import config_of, make_module
+from jaxcompress._src.models.hf.companions import copy_companions
 from jaxcompress._src.models.hf.config import config_from_huggingface, config_to_huggingface
 from jaxcompress._src.models.hf.gguf import is_gguf
 from jaxcompress._src.models.hf.read import from_pretrained
 from jaxcompress._src.models.hf.write import save_pretrained
-from jaxcompress._src.recipe.companions import copy_companions
 from jaxcompress._src.recipe.recipe import Recipe
 from jaxcompress._src.types import Params
 
