@@ -139,7 +139,12 @@ def common_dtype(leaves: Mapping[str, Any]) -> str:
 
 
 def write_directory(
-    directory: Path, tensors: Mapping[str, TensorToWrite], settings: Mapping[str, Any], *, limit: int
+    directory: Path,
+    tensors: Mapping[str, TensorToWrite],
+    settings: Mapping[str, Any],
+    *,
+    limit: int,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `config.json` and the tensors, in one file or in shards.
 
@@ -148,10 +153,11 @@ def write_directory(
         tensors: by their name.
         settings: what `config.json` holds.
         limit: of the tensors in one file, in bytes.
+        more: files of JSON beside `config.json`: name -> content.
     """
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     files = files_of_tensors(sizes, limit)
-    texts: dict[str, Any] = {"config.json": settings}
+    texts: dict[str, Any] = {"config.json": settings, **(more or {})}
     if SAFETENSORS not in files:
         places = {name: file for file, names in files.items() for name in names}
         texts = {INDEX: {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}, **texts}
