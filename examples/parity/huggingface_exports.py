@@ -1,9 +1,9 @@
 """Compares models written as compressed-tensors with what transformers 5 loads from them, on random models.
 
 Needs two environments. The one of jaxcompress writes directories, with token ids and the logits of `execute` on
-compressed leaves; another, with PyTorch, transformers 5 and compressed-tensors, loads them. The last line that it prints
-is JSON: the largest absolute difference of the logits (or hidden states) of tokens that count, by model and by how it is
-loaded: with compressed weights, or dequantized while loading.
+compressed leaves; another, with PyTorch, transformers 5 and compressed-tensors, loads them. The last lines that it
+prints are JSON: the largest absolute difference of the logits (or hidden states) of tokens that count, by model and by
+how it is loaded: with compressed weights, or dequantized while loading.
 
     python examples/parity/huggingface_exports.py write FOLDER
     python-with-torch examples/parity/huggingface_exports.py read FOLDER

@@ -75,14 +75,10 @@ class IntegerRows:
         if self.zero_point is None:
             return (self.codes + 2 ** (bits - 1)).astype(np.uint8), None
         if not (self.zero_point == np.round(self.zero_point)).all():
-            raise CannotHoldError(
-                "its zero points are not whole numbers, which its format needs"
-            )
+            raise CannotHoldError("its zero points are not whole numbers, which its format needs")
         low, high = int(self.zero_point.min(initial=0)), int(self.zero_point.max(initial=0))
         if not 0 <= low <= high < 2**bits:
-            raise CannotHoldError(
-                f"its zero points are in [{low}, {high}], not in [0, {2**bits - 1}]"
-            )
+            raise CannotHoldError(f"its zero points are in [{low}, {high}], not in [0, {2**bits - 1}]")
         return self.codes.astype(np.uint8), self.zero_point.astype(np.uint8)
 
 
