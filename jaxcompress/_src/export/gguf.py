@@ -214,10 +214,11 @@ def _general_fields(name: str, tensors: Mapping[str, _Tensor]) -> dict[str, Fiel
         sizes[tensor.kind] += tensor.data.nbytes if tensor.data.ndim > 1 else 0
     quantized = {kind: size for kind, size in sizes.items() if kind.startswith("Q")}
     main = max(quantized or sizes, key=lambda kind: sizes[kind])
-    values = {"general.type": "model", "general.name": name, "general.file_type": _FILE_TYPES[main]}
     return {
-        field: Field(value)
-        for field, value in {**values, "general.quantization_version": _FIRST_KIND_OF_BLOCKS}.items()
+        "general.type": Field("model"),
+        "general.name": Field(name),
+        "general.file_type": Field(_FILE_TYPES[main]),
+        "general.quantization_version": Field(_KIND_OF_BLOCKS),
     }
 
 
