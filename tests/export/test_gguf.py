@@ -21,6 +21,7 @@ from jaxcompress.export import round_scales, save_gguf
 from jaxcompress.models import GPT2Config, LlamaConfig, from_pretrained
 from jaxcompress.quantization import QuantSpec
 
+WIDE = dataclasses.replace(CONFIG, vocab_size=len(TOKENS) + 1)
 IDS = np.array([[3, 9, 4, 7, 1, 22]])
 ARCHITECTURES = {"tied": "llama", "mistral": "llama"}
 
@@ -238,8 +239,11 @@ def test_the_tokenizer_of_a_file_comes_along(model, tmp_path):
 
 
 PIECES = {
-    "smollm": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel", "add_prefix_space": False}],
-    "gpt-2": [{"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}],
+    "smollm": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+    "gpt-2": [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}],
 }
 
 
@@ -247,26 +251,24 @@ def _tokenizer(directory, kind="smollm", **changes):
     """As `tokenizers` writes it."""
     directory.mkdir(exist_ok=True)
     pieces = PIECES[kind]
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = {0: TOKENS[0], 1: TOKENS[1], len(TOKENS): "<|new|>"}
     content = {
         "version": "1.0",
-        "added_tokens": [
-            {"id": index, "content": TOKENS[index], "special": index == 0, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False}
-            for index in (0, 1)
-        ],
+        "added_tokens": [{"id": at, "content": token, "special": at == 0, **flags} for at, token in added.items()],
         "normalizer": None,
         "pre_tokenizer": pieces[0] if len(pieces) == 1 else {"type": "Sequence", "pretokenizers": pieces},
-        "post_processor": {"type": "ByteLevel"},
+        "post_processor": None,
         "model": {
             "type": "BPE",
-            "vocab": {token: index for index, token in enumerate(TOKENS) if index > 0},
+            "vocab": {token: index for index, token in enumerate(TOKENS)},
             "merges": [["a", "b"], ["Ġ", "ab"]],
         },
-    } | changes  # fmt: skip
+    } | changes
     (directory / "tokenizer.json").write_text(json.dumps(content))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": {"content": "<|end|>"},
+        "eos_token": {"__type": "AddedToken", "content": "<|end|>", "special": True},
         "chat_template": "{{ x }}",
     }
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -276,17 +278,17 @@ def _tokenizer(directory, kind="smollm", **changes):
 @pytest.mark.parametrize("kind", PIECES)
 def test_a_byte_level_bpe_becomes_fields(kind, model, tmp_path):
     source = _tokenizer(tmp_path / "source", kind)
-    config = dataclasses.replace(CONFIG, vocab_size=len(TOKENS) + 1)
+    config = dataclasses.replace(CONFIG, vocab_size=len(TOKENS) + 2)
     module, params = model(config, {})
     save_gguf(tmp_path / "m.gguf", module, params, source=source)
     fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
     assert fields["tokenizer.ggml.pre"] == kind
-    assert fields["tokenizer.ggml.tokens"] == [*TOKENS, f"[PAD{len(TOKENS)}]"]
-    assert fields["tokenizer.ggml.token_type"] == [3, 4, *[1] * (len(TOKENS) - 2), 5]
+    assert fields["tokenizer.ggml.tokens"] == [*TOKENS, "<|new|>", f"[PAD{len(TOKENS) + 1}]"]
+    assert fields["tokenizer.ggml.token_type"] == [3, 4, *[1] * (len(TOKENS) - 2), 4, 5]
     assert fields["tokenizer.ggml.merges"] == ["a b", "Ġ ab"]
     assert (fields["tokenizer.ggml.eos_token_id"], fields["tokenizer.ggml.add_bos_token"]) == (0, False)
     assert fields["tokenizer.chat_template"] == "{{ x }}"
-    texts = Texts(texts=("ab ab12", "j<|end|>"), labels=np.array([-1, -1], np.int32))
+    texts = Texts(texts=("ab ab12", "j<|end|><|new|>a"), labels=np.array([-1, -1], np.int32))
     assert tokenize(tmp_path / "m.gguf", texts, config=config).ids == tokenize(source, texts, config=config).ids
 
 
@@ -294,9 +296,9 @@ def test_a_first_token_is_written(model, tmp_path):
     single = [{"SpecialToken": {"id": "<|end|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
     source = _tokenizer(tmp_path / "source", post_processor={"type": "TemplateProcessing", "single": single})
     with pytest.raises(ValueError, match=r"texts begin with '<|end|>', which is not `bos_token`"):
-        save_gguf(tmp_path / "m.gguf", *model(CONFIG, {}), source=source)
+        save_gguf(tmp_path / "m.gguf", *model(WIDE, {}), source=source)
     (source / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|end|>"}))
-    save_gguf(tmp_path / "m.gguf", *model(CONFIG, {}), source=source)
+    save_gguf(tmp_path / "m.gguf", *model(WIDE, {}), source=source)
     fields = gguf.GGUFReader(tmp_path / "m.gguf").fields
     assert fields["tokenizer.ggml.add_bos_token"].contents() is True
     assert fields["tokenizer.ggml.bos_token_id"].contents() == 0
@@ -306,7 +308,7 @@ OTHER_TOKENIZERS = {
     "its model is 'WordPiece'": {"model": {"type": "WordPiece"}},
     "its pre-tokenizer ends with 'Whitespace'": {"pre_tokenizer": {"type": "Whitespace"}},
     "its normalizer is {'type': 'NFC'}": {"normalizer": {"type": "NFC"}},
-    "it has a token of id 99, and the embedding 17 rows": {"added_tokens": [{"id": 99, "content": "x"}]},
+    "it has a token of id 99, and the embedding 18 rows": {"added_tokens": [{"id": 99, "content": "x"}]},
     "its post-processor is 'BertProcessing'": {"post_processor": {"type": "BertProcessing"}},
     "its pre-tokenizer is none of": {"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}},
 }
@@ -316,7 +318,7 @@ OTHER_TOKENIZERS = {
 def test_other_tokenizers_are_refused(message, model, tmp_path):
     source = _tokenizer(tmp_path / "source", **OTHER_TOKENIZERS[message])
     with pytest.raises(ValueError, match=message):
-        save_gguf(tmp_path / "m.gguf", *model(CONFIG, {}), source=source)
+        save_gguf(tmp_path / "m.gguf", *model(WIDE, {}), source=source)
     assert not (tmp_path / "m.gguf").exists()
 
 
