@@ -2,7 +2,6 @@
 
 from jaxcompress._src.recipe.compress import compress as compress
 from jaxcompress._src.recipe.directories import load_model as load_model
-from jaxcompress._src.recipe.directories import save_huggingface as save_huggingface
 from jaxcompress._src.recipe.predict import predict as predict
 from jaxcompress._src.recipe.recipe import read_recipe as read_recipe
 from jaxcompress._src.recipe.steps import Training as Training

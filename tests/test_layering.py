@@ -28,6 +28,7 @@ LAYERS = [
     {"pruning", "quantization", "clustering", "lowrank", "units", "distillation"},
     {"models"},
     {"report", "checkpoint"},
+    {"export"},
     {"training"},
     {"recipe"},
     {"cli"},

@@ -157,7 +157,7 @@ def test_the_result_opens_from_python_and_goes_back_to_hugging_face(heads, compr
     out, plain = compressed("encoder"), tmp_path / "plain"
     loaded = jc.recipe.load_model(out)
     assert loaded.compressed
-    recipe.save_huggingface(out, plain)
+    jc.export.save_huggingface(plain, loaded.module, loaded.params, source=loaded.directory)
     module, params = jc.models.from_pretrained(plain)
     assert module == loaded.module
     for x, y in zip(*map(jax.tree.leaves, (params, jc.materialize(loaded.params))), strict=True):
@@ -169,7 +169,7 @@ def test_the_result_opens_from_python_and_goes_back_to_hugging_face(heads, compr
     texts = recipe.Texts(texts=("good film", "bad plot"), labels=np.zeros(2, np.int32))
     assert recipe.tokenize(out, texts).ids == recipe.tokenize(plain, texts).ids
     with pytest.raises(FileExistsError, match="give a new directory"):
-        recipe.save_huggingface(out, plain)
+        jc.export.save_huggingface(plain, loaded.module, loaded.params, source=loaded.directory)
     with pytest.raises(FileNotFoundError, match="load_model"):
         jc.models.from_pretrained(out)
 

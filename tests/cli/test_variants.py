@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 import jaxcompress as jc
 from jaxcompress import recipe
 from jaxcompress._src.models.bert.parameters import parameter_shapes
-from jaxcompress._src.recipe.companions import copy_companions
+from jaxcompress._src.models.hf.companions import copy_companions
 from jaxcompress._src.recipe.recipe import packaged_recipes
 from jaxcompress._src.recipe.selections import check_selections
 from jaxcompress.models import BertConfig, make_module, save_pretrained

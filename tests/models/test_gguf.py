@@ -11,9 +11,10 @@ from tiny_gguf import CONFIG, TOKENS, gguf_tensors, write_gguf
 
 from jaxcompress._src.models.decoder.rotary import RopeScaling
 from jaxcompress._src.models.hf.gguf import read_gguf
-from jaxcompress._src.recipe.directories import load_model, save_huggingface
+from jaxcompress._src.recipe.directories import load_model
 from jaxcompress._src.recipe.text import Texts
 from jaxcompress._src.recipe.tokens import tokenize
+from jaxcompress.export import save_huggingface
 from jaxcompress.models import GPT2Config, LlamaConfig, from_pretrained, make_module
 
 IDS = np.array([[3, 9, 4, 7, 1]])
@@ -124,7 +125,7 @@ def test_its_tokenizer_comes_along(file, tmp_path):
     assert (tokens.pad_id, tokens.max_length) == (1, 32)
     loaded = load_model(path)
     assert (loaded.directory, loaded.weights, loaded.compressed) == (path, path, False)
-    save_huggingface(path, tmp_path / "plain")
+    save_huggingface(tmp_path / "plain", loaded.module, loaded.params, source=path)
     assert tokenize(tmp_path / "plain", texts).ids == tokens.ids
     assert from_pretrained(tmp_path / "plain")[0] == loaded.module
 

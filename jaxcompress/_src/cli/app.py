@@ -102,7 +102,7 @@ def compress(
     """Run a recipe on a model: a classifier, a plain encoder or decoder, or a language model.
 
     `jaxcompress recipes` lists what there is. From Python, `jaxcompress.recipe.load_model(OUT)` opens the result, and
-    `jaxcompress.recipe.save_huggingface(OUT, DIRECTORY)` writes it back for transformers and sentence-transformers.
+    `jaxcompress.export` writes it for transformers, sentence-transformers, vLLM and llama.cpp.
 
     Examples:
       jaxcompress compress my-bert --recipe int4 --out my-bert-int4

@@ -11,10 +11,9 @@ from jaxcompress._src.cli.language_models import language_model_figures
 from jaxcompress._src.cli.paths import check_output_directory, check_output_file
 from jaxcompress._src.cli.screen import Screen
 from jaxcompress._src.models.families import config_of, family_of, head_of, resized
-from jaxcompress._src.recipe.companions import companion_files, sentence_pooling
+from jaxcompress._src.models.hf.companions import SentencePooling, companion_files, sentence_pooling
 from jaxcompress._src.recipe.compress import compress as run_recipe
 from jaxcompress._src.recipe.directories import LoadedModel, holds_compressed, load_model, save_compressed
-from jaxcompress._src.recipe.heads import SentencePooling
 from jaxcompress._src.recipe.predict import predict, token_divergence
 from jaxcompress._src.recipe.recipe import read_recipe
 from jaxcompress._src.recipe.text import Texts, read_texts

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from jaxcompress._src.checkpoint.errors import CheckpointError
 from jaxcompress._src.checkpoint.read import read_manifest
-from jaxcompress._src.recipe.companions import companion_files
+from jaxcompress._src.models.hf.companions import companion_files
 
 _TAKEN = ("config.json", "model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
 

@@ -14,9 +14,10 @@ from jaxcompress._src.calibration.input_statistics import input_statistics
 from jaxcompress._src.calibration.splice import spliced
 from jaxcompress._src.execution.execute import execute
 from jaxcompress._src.models.families import head_of, max_tokens
+from jaxcompress._src.models.hf.companions import SentencePooling
 from jaxcompress._src.quantization.input_ranges import input_ranges
 from jaxcompress._src.quantization.spec import QuantSpec
-from jaxcompress._src.recipe.heads import SENTENCE_VECTOR, SentencePooling, with_sentence_vector
+from jaxcompress._src.recipe.heads import SENTENCE_VECTOR, with_sentence_vector
 from jaxcompress._src.recipe.tokens import Tokens, evaluation_batches, example_batches, row_widths
 from jaxcompress._src.recipe.values import check_numbers
 from jaxcompress._src.trace.folds import Fold, folds

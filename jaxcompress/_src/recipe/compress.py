@@ -14,8 +14,8 @@ from flax import linen as nn
 from jaxcompress._src.clustering.spec import CodebookSpec
 from jaxcompress._src.execution.materialize import materialize
 from jaxcompress._src.models.families import config_of, head_of, max_tokens, resized, unit_groups
+from jaxcompress._src.models.hf.companions import SentencePooling
 from jaxcompress._src.recipe.calibrate import Evidence
-from jaxcompress._src.recipe.heads import SentencePooling
 from jaxcompress._src.recipe.one_shot import Surroundings, run_steps
 from jaxcompress._src.recipe.options import PENALTIES, at_steps, read_options
 from jaxcompress._src.recipe.predict import predict

@@ -1,4 +1,4 @@
-"""Models on disk: Hugging Face directories, and what `jaxcompress compress` writes; from each to the other."""
+"""Models on disk: Hugging Face directories, GGUF files, and what `jaxcompress compress` writes."""
 
 import contextlib
 import dataclasses
@@ -12,13 +12,11 @@ from flax import linen as nn
 
 from jaxcompress._src.checkpoint.restore import restore
 from jaxcompress._src.checkpoint.save import save
-from jaxcompress._src.execution.materialize import materialize
 from jaxcompress._src.models.families import config_of, make_module
+from jaxcompress._src.models.hf.companions import copy_companions
 from jaxcompress._src.models.hf.config import config_from_huggingface, config_to_huggingface
 from jaxcompress._src.models.hf.gguf import is_gguf
 from jaxcompress._src.models.hf.read import from_pretrained
-from jaxcompress._src.models.hf.write import save_pretrained
-from jaxcompress._src.recipe.companions import copy_companions
 from jaxcompress._src.recipe.recipe import Recipe
 from jaxcompress._src.types import Params
 
@@ -54,7 +52,8 @@ def load_model(directory: str | os.PathLike[str]) -> LoadedModel:
 
     Returns:
         Module and parameters: `jaxcompress.execute(apply)` runs the module on compressed leaves, with
-        `apply = lambda params, *inputs: module.apply({"params": params}, *inputs)`.
+        `apply = lambda params, *inputs: module.apply({"params": params}, *inputs)`. `jaxcompress.export` writes both
+        for other libraries, with `source=loaded.directory` for the tokenizer.
 
     Raises:
         OSError: there is no such directory, or a file cannot be read.
@@ -63,7 +62,7 @@ def load_model(directory: str | os.PathLike[str]) -> LoadedModel:
     Example:
         >>> import tempfile
         >>> import jax, jax.numpy as jnp
-        >>> from jaxcompress.models import BertConfig
+        >>> from jaxcompress.models import BertConfig, save_pretrained
         >>> config = BertConfig(
         ...     vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
         ... )
@@ -146,28 +145,6 @@ def save_compressed(
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         copy_companions(source, directory)
     return directory / _CHECKPOINT
-
-
-def save_huggingface(source: str | os.PathLike[str], directory: str | os.PathLike[str]) -> None:
-    """Writes a compressed model as a plain Hugging Face directory: its weights as they run, tokenizer, pooling files.
-
-    transformers and sentence-transformers load it like the original; it is as large.
-
-    Args:
-        source: what `jaxcompress compress` wrote.
-        directory: to write; must not exist, or be empty.
-
-    Raises:
-        OSError: `source` is no model, or `directory` is not empty or cannot be written.
-        ValueError: the model is damaged, or has a shape that transformers cannot load (see `save_pretrained`).
-    """
-    directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{str(directory)!r} exists; give a new directory.")
-    loaded = load_model(source)
-    with _made(directory):
-        save_pretrained(directory, loaded.module, materialize(loaded.params))
-        copy_companions(loaded.directory, directory)
 
 
 @contextlib.contextmanager

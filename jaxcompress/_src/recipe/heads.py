@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,8 @@ from flax import linen as nn
 
 from jaxcompress._src.models.families import head_of
 from jaxcompress._src.models.family import Head
+from jaxcompress._src.models.hf.companions import SentencePooling
 from jaxcompress._src.recipe.steps import Training
-
-SentencePooling: TypeAlias = Literal["mean", "first"]
-"""How an encoder's hidden states become one vector: their mean over the mask, or the state of the first token."""
 
 SENTENCE_VECTOR = "sentence_vector"
 

@@ -10,7 +10,8 @@ from flax import linen as nn
 
 from jaxcompress._src.execution.execute import execute
 from jaxcompress._src.models.families import max_tokens
-from jaxcompress._src.recipe.heads import SentencePooling, evaluated, with_sentence_vector
+from jaxcompress._src.models.hf.companions import SentencePooling
+from jaxcompress._src.recipe.heads import evaluated, with_sentence_vector
 from jaxcompress._src.recipe.progress import Progress, Silent
 from jaxcompress._src.recipe.tokens import Tokens, evaluation_batches, row_widths
 from jaxcompress._src.types import Params

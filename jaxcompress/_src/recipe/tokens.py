@@ -14,7 +14,7 @@ from jaxcompress._src.models.families import max_tokens
 from jaxcompress._src.models.family import Config
 from jaxcompress._src.models.hf.config import read_config
 from jaxcompress._src.models.hf.gguf import is_gguf
-from jaxcompress._src.recipe.gguf_tokenizer import write_tokenizer
+from jaxcompress._src.models.hf.gguf_tokenizer import write_tokenizer
 from jaxcompress._src.recipe.text import Texts
 
 _TOKENIZERS = (("tokenizer.json",), ("vocab.txt",), ("vocab.json", "merges.txt"))  # files of which one set is enough

@@ -18,8 +18,8 @@ from jaxcompress._src.distillation.outputs import LossFn
 from jaxcompress._src.distillation.state_losses import hidden_states
 from jaxcompress._src.distillation.train_step import make_train_step
 from jaxcompress._src.models.families import config_of, head_of, max_tokens
+from jaxcompress._src.models.hf.companions import SentencePooling
 from jaxcompress._src.recipe.heads import (
-    SentencePooling,
     compared_outputs,
     possible_losses,
     with_sentence_vector,

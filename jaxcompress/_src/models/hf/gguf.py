@@ -39,11 +39,13 @@ _GPT2_NAMES = {
     "ffn_up": "mlp.c_fc",
     "ffn_down": "mlp.c_proj",
 }
-_SLOWED = "rope_freqs.weight"
+SLOWED = "rope_freqs.weight"
+"""Divisors of the rotary frequencies, where those of Llama 3.1 are stretched."""
+
 _LLAMA3_POSITIONS = 8192  # of the first training of every Llama 3
 
 
-class _Architecture(NamedTuple):
+class Architecture(NamedTuple):
     """What `general.architecture` says of a file.
 
     Attributes:
@@ -54,14 +56,14 @@ class _Architecture(NamedTuple):
         transposed: names of kernels that PyTorch keeps as (in, out).
     """
 
-    settings: Callable[["_Metadata"], dict[str, Any]]
+    settings: Callable[["Metadata"], dict[str, Any]]
     names: Mapping[str, str]
     layer: str
     turned: bool = False
     transposed: tuple[str, ...] = ()
 
 
-class _Metadata:
+class Metadata:
     """The fields of a file, those of its architecture without its name."""
 
     def __init__(self, fields: Mapping[str, Any], path: Path) -> None:
@@ -96,23 +98,20 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         ModuleNotFoundError: the package `gguf` is missing: the extra `jaxcompress[gguf]`.
         ValueError: it is damaged, of another architecture, or has tensors that are not known; names them.
     """
-    reader = _reader(path)
-    metadata = _Metadata(reader.fields, path)
-    if metadata.architecture not in _ARCHITECTURES:
-        known = ", ".join(_ARCHITECTURES)
+    reader = gguf_reader(path)
+    metadata = Metadata(reader.fields, path)
+    if metadata.architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{str(path)!r} is of architecture {metadata.architecture!r}; supported: {known}.")
-    architecture = _ARCHITECTURES[metadata.architecture]
+    architecture = ARCHITECTURES[metadata.architecture]
     arrays, slowed = {}, None
     for tensor in reader.tensors:
-        if architecture.turned and tensor.name == _SLOWED:
+        if architecture.turned and tensor.name == SLOWED:
             slowed = np.asarray(tensor.data, np.float64)
             continue
         name, number = _name(tensor.name, architecture, path)
         arrays[name] = _array(tensor, name, number, architecture, metadata, path)
-    _check_read(metadata, path)
-    settings = architecture.settings(metadata)
-    if slowed is not None:
-        settings["rope_scaling"] = _llama3_scaling(slowed, settings, path)
+    settings = described_settings(metadata, slowed, path)
     embedding = arrays.get(f"{architecture.names['token_embd']}.weight")
     if embedding is None:
         raise ValueError(f"{str(path)!r} has no tensor `token_embd.weight`.")
@@ -120,7 +119,25 @@ def read_gguf(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     return settings | {"vocab_size": embedding.shape[0], "tie_word_embeddings": tied}, arrays
 
 
-def _check_read(metadata: _Metadata, path: Path) -> None:
+def described_settings(metadata: Metadata, slowed: np.ndarray | None, path: Path) -> dict[str, Any]:
+    """The `config.json` that the fields of a file describe, without what its tensors say.
+
+    Args:
+        metadata: of a supported architecture.
+        slowed: the tensor `rope_freqs.weight`, if there is one: divisors of the rotary frequencies.
+        path: of the file, for messages.
+
+    Raises:
+        ValueError: a field is missing, or says what is not supported.
+    """
+    _check_read(metadata, path)
+    settings = ARCHITECTURES[metadata.architecture].settings(metadata)
+    if slowed is not None:
+        settings["rope_scaling"] = _llama3_scaling(slowed, settings, path)
+    return settings
+
+
+def _check_read(metadata: Metadata, path: Path) -> None:
     """Raises for what changes the computation and is not read: it would be left out without a word."""
     if window := metadata.get("attention.sliding_window"):
         raise ValueError(f"{str(path)!r} has a sliding window of {window} tokens; none is supported in GGUF files.")
@@ -131,29 +148,46 @@ def _check_read(metadata: _Metadata, path: Path) -> None:
 
 def read_gguf_tokenizer(path: Path) -> dict[str, Any]:
     """The fields of a file that describe its tokenizer, without `tokenizer.`, and `context_length`."""
-    reader = _reader(path)
+    reader = gguf_reader(path)
     begins = "tokenizer."
     fields = {name.removeprefix(begins): field for name, field in reader.fields.items() if name.startswith(begins)}
-    metadata = _Metadata(reader.fields, path)
+    metadata = Metadata(reader.fields, path)
     return {name: field.contents() for name, field in fields.items()} | {
         "context_length": metadata.get("context_length")
     }
 
 
-def _reader(path: Path) -> Any:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+def gguf_package() -> Any:
+    """The package `gguf`, which is an extra.
+
+    Raises:
+        ModuleNotFoundError: it is missing.
+    """
     try:
-        from gguf import GGUFReader
+        import gguf
     except ModuleNotFoundError as err:
         raise ModuleNotFoundError("GGUF files need gguf: pip install 'jaxcompress[gguf]'", name=err.name) from err
+    return gguf
+
+
+def gguf_reader(path: Path) -> Any:
+    """The `gguf.GGUFReader` of a file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ModuleNotFoundError: the package `gguf` is missing.
+        ValueError: the file is damaged.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {str(path)!r}.")
+    GGUFReader = gguf_package().GGUFReader
     try:
         return GGUFReader(path)
     except Exception as err:  # damaged bytes surface as errors of many types
         raise ValueError(f"{str(path)!r} is damaged or not a GGUF file: {err}.") from err
 
 
-def _name(stored: str, architecture: _Architecture, path: Path) -> tuple[str, int | None]:
+def _name(stored: str, architecture: Architecture, path: Path) -> tuple[str, int | None]:
     """The name in PyTorch, and the number of the layer."""
     *parents, leaf = stored.split(".")
     number = int(parents[1]) if len(parents) == 3 and parents[0] == "blk" and parents[1].isdigit() else None
@@ -165,7 +199,7 @@ def _name(stored: str, architecture: _Architecture, path: Path) -> tuple[str, in
 
 
 def _array(
-    tensor: Any, name: str, number: int | None, architecture: _Architecture, metadata: _Metadata, path: Path
+    tensor: Any, name: str, number: int | None, architecture: Architecture, metadata: Metadata, path: Path
 ) -> np.ndarray:
     from gguf import quants
 
@@ -193,7 +227,7 @@ def _of_layer(sizes: Any, number: int | None) -> int:
     return int(sizes if number is None or not isinstance(sizes, list) else sizes[number])
 
 
-def _llama_settings(metadata: _Metadata) -> dict[str, Any]:
+def _llama_settings(metadata: Metadata) -> dict[str, Any]:
     kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[metadata.architecture]
     heads, layers = metadata.need("attention.head_count"), metadata.need("block_count")
     uneven = {
@@ -219,7 +253,7 @@ def _llama_settings(metadata: _Metadata) -> dict[str, Any]:
     } | ({"jaxcompress": lists} if lists else {})
 
 
-def _gpt2_settings(metadata: _Metadata) -> dict[str, Any]:
+def _gpt2_settings(metadata: Metadata) -> dict[str, Any]:
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
@@ -232,7 +266,7 @@ def _gpt2_settings(metadata: _Metadata) -> dict[str, Any]:
     }
 
 
-def _rope_scaling(metadata: _Metadata) -> dict[str, Any] | None:
+def _rope_scaling(metadata: Metadata) -> dict[str, Any] | None:
     kind = metadata.get("rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -251,7 +285,7 @@ def _llama3_scaling(slowed: np.ndarray, settings: Mapping[str, Any], path: Path)
     expected = frequencies(width, base, None)[0] / frequencies(width, base, scaling)[0]
     if slowed.shape != expected.shape or not np.allclose(slowed, expected, rtol=1e-3):
         raise ValueError(
-            f"`{_SLOWED}` of {str(path)!r} are not the divisors of Llama 3.1 for heads of width {width} and a "
+            f"`{SLOWED}` of {str(path)!r} are not the divisors of Llama 3.1 for heads of width {width} and a "
             f"factor of {scaling.factor:g}; others are not supported."
         )
     return rope_settings(scaling) or {}
@@ -262,11 +296,11 @@ def _short(number: float) -> float:
     return float(np.format_float_scientific(np.float32(number)))
 
 
-_ARCHITECTURES: Mapping[str, _Architecture] = {
-    "llama": _Architecture(_llama_settings, _LLAMA_NAMES, "model.layers", turned=True),
-    "qwen2": _Architecture(_llama_settings, _LLAMA_NAMES, "model.layers"),
-    "qwen3": _Architecture(_llama_settings, _LLAMA_NAMES, "model.layers"),
-    "gpt2": _Architecture(
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": Architecture(_llama_settings, _LLAMA_NAMES, "model.layers", turned=True),
+    "qwen2": Architecture(_llama_settings, _LLAMA_NAMES, "model.layers"),
+    "qwen3": Architecture(_llama_settings, _LLAMA_NAMES, "model.layers"),
+    "gpt2": Architecture(
         _gpt2_settings,
         _GPT2_NAMES,
         "transformer.h",

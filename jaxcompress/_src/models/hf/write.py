@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxcompress._src.models.hf.config import config_to_huggingface
 from jaxcompress._src.models.hf.names import Parameter
 from jaxcompress._src.models.hf.shards import INDEX, SAFETENSORS, files_of_tensors, is_shard, size_in_bytes
 from jaxcompress._src.models.leaves import check_parameters, flatten_params
-from jaxcompress._src.types import Params
+from jaxcompress._src.types import Params, plain
 
 
 def save_pretrained(
@@ -67,49 +67,101 @@ def save_pretrained(
         (['config.json', 'model.safetensors'], True)
     """
     config = config_of(module)
-    family = family_of(config)
-    parameters, leaves = family.parameters(config), flatten_params(params)
-    for path, leaf in leaves.items():
+    for path, leaf in flatten_params(params).items():
         if hasattr(type(leaf), "materialize"):
             raise ValueError(
-                f"Leaf {path!r} is a {type(leaf).__name__}: call `jaxcompress.materialize(params)` first, or save "
-                "compressed parameters with `jaxcompress.checkpoint`."
+                f"Leaf {path!r} is a {type(leaf).__name__}: call `jaxcompress.materialize(params)` first, save it with "
+                "`jaxcompress.export.save_huggingface`, or save compressed parameters with `jaxcompress.checkpoint`."
             )
+    parameters, leaves = model_leaves(module, params, uneven=uneven)
+    tensors = {parameters[path].tensor: dense_tensor(leaf, parameters[path]) for path, leaf in leaves.items()}
+    settings = config_to_huggingface(config) | {"torch_dtype": common_dtype(leaves)}
+    write_directory(Path(directory), tensors, settings, limit=size_in_bytes(max_shard_size))
+
+
+class TensorToWrite(NamedTuple):
+    """A tensor of a file, made when its file is written.
+
+    Attributes:
+        nbytes: of the tensor.
+        array: makes it, in the orientation of the file.
+    """
+
+    nbytes: int
+    array: Callable[[], np.ndarray]
+
+
+def model_leaves(
+    module: nn.Module, params: Params, *, uneven: bool = False
+) -> tuple[Mapping[str, Parameter], dict[str, Any]]:
+    """The parameters of a module and the leaves of `params`, by path, checked to fit.
+
+    Args:
+        module: of a family.
+        params: its parameters; leaves may be compressed.
+        uneven: whether shapes that transformers cannot load may pass.
+
+    Raises:
+        ValueError: a leaf is missing, unknown, of another shape, or of a dtype that files do not hold; or transformers
+            cannot load the shape.
+    """
+    config = config_of(module)
+    family = family_of(config)
+    parameters, leaves = family.parameters(config), flatten_params(params)
     shapes = {path: parameter.shape for path, parameter in parameters.items()}
     check_parameters(leaves, shapes, f"a {config.head!r} model of type {family.model_type!r}")
     if not uneven and (reason := family.unloadable(config)):
         raise ValueError(
-            f"transformers cannot load this shape: {reason}. Save it with `uneven=True`, for "
-            "`jaxcompress.models.from_pretrained` alone, or with `jaxcompress.checkpoint`."
+            f"transformers cannot load this shape: {reason}. Save it with `uneven=True` of `models.save_pretrained`, "
+            "for `jaxcompress.models.from_pretrained` alone, or with `jaxcompress.checkpoint`."
         )
-    limit = size_in_bytes(max_shard_size)
     for path, leaf in leaves.items():
         if jnp.dtype(leaf.dtype).name not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"Leaf {path!r} is {leaf.dtype}; only float32, float16 and bfloat16 can be saved.")
-    paths = {parameters[path].tensor: path for path in leaves}
-    sizes = {name: leaves[path].size * leaves[path].dtype.itemsize for name, path in paths.items()}
-    settings = config_to_huggingface(config) | {"torch_dtype": _common_dtype(leaves)}
+    return parameters, leaves
 
-    def tensor(name: str) -> np.ndarray:
-        return _stored(leaves[paths[name]], parameters[paths[name]])
 
+def dense_tensor(leaf: Any, parameter: Parameter) -> TensorToWrite:
+    """A leaf as a plain tensor of its dtype; a compressed one is materialized when the tensor is made."""
+
+    def array() -> np.ndarray:
+        values = np.asarray(plain(leaf))
+        # Contiguous: safetensors writes the memory of an array, whatever its strides say.
+        return np.ascontiguousarray(values.T if parameter.transposed else values)
+
+    return TensorToWrite(leaf.size * jnp.dtype(leaf.dtype).itemsize, array)
+
+
+def common_dtype(leaves: Mapping[str, Any]) -> str:
+    """The name of the dtype that all leaves have; float32 if they have several."""
+    names = {jnp.dtype(leaf.dtype).name for leaf in leaves.values()}
+    return names.pop() if len(names) == 1 else "float32"
+
+
+def write_directory(
+    directory: Path,
+    tensors: Mapping[str, TensorToWrite],
+    settings: Mapping[str, Any],
+    *,
+    limit: int,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `config.json` and the tensors, in one file or in shards.
+
+    Args:
+        directory: made if there is none; weights that are there are replaced, other files stay.
+        tensors: by their name.
+        settings: what `config.json` holds.
+        limit: of the tensors in one file, in bytes.
+        more: files of JSON beside `config.json`: name -> content.
+    """
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     files = files_of_tensors(sizes, limit)
-    texts = {"config.json": settings}
+    texts: dict[str, Any] = {"config.json": settings, **(more or {})}
     if SAFETENSORS not in files:
         places = {name: file for file, names in files.items() for name in names}
         texts = {INDEX: {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}, **texts}
-    _write(Path(directory), files, tensor, texts)
-
-
-def _stored(leaf: Any, parameter: Parameter) -> np.ndarray:
-    array = np.asarray(leaf)
-    # Contiguous: safetensors writes the memory of an array, whatever its strides say.
-    return np.ascontiguousarray(array.T if parameter.transposed else array)
-
-
-def _common_dtype(leaves: Mapping[str, Any]) -> str:
-    names = {jnp.dtype(leaf.dtype).name for leaf in leaves.values()}
-    return names.pop() if len(names) == 1 else "float32"
+    _write(directory, files, lambda name: tensors[name].array(), texts)
 
 
 def _write(

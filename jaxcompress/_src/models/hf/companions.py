@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from jaxcompress._src.models.hf.gguf import is_gguf
-from jaxcompress._src.recipe.gguf_tokenizer import TOKENIZER_FILES, write_tokenizer
-from jaxcompress._src.recipe.heads import SentencePooling
+from jaxcompress._src.models.hf.gguf_tokenizer import TOKENIZER_FILES, write_tokenizer
+
+SentencePooling: TypeAlias = Literal["mean", "first"]
+"""How an encoder's hidden states become one vector: their mean over the mask, or the state of the first token."""
 
 _MODULES = "modules.json"
 _COMPANIONS = (  # what a tokenizer, generation and sentence-transformers read beside the weights

@@ -14,11 +14,11 @@ _LLAMA3 = (
     r"\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_SPLITS = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2}
+SPLITS = {"llama-bpe": _LLAMA3, "qwen2": _QWEN2}
 """How texts are split before merging, by `tokenizer.ggml.pre`; "smollm" and "gpt-2" have pieces of their own."""
 
-_CONTROL, _USER_DEFINED = 3, 4
-_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+CONTROL, USER_DEFINED = 3, 4
+SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
 
 
 def write_tokenizer(source: Path, directory: Path) -> None:
@@ -39,7 +39,7 @@ def write_tokenizer(source: Path, directory: Path) -> None:
     tokenizer = _byte_level_bpe(source, fields, tokens)
     special = {
         name: tokens[fields[f"ggml.{key}_token_id"]]
-        for key, name in _SPECIAL.items()
+        for key, name in SPECIAL.items()
         if f"ggml.{key}_token_id" in fields
     }
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
@@ -55,16 +55,16 @@ def _byte_level_bpe(source: Path, fields: dict[str, Any], tokens: list[str]) -> 
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     kind = fields.get("ggml.pre", "gpt-2")
-    if kind not in ("smollm", "gpt-2", "default", *_SPLITS):
-        known = ", ".join(("smollm", "gpt-2", *_SPLITS))
+    if kind not in ("smollm", "gpt-2", "default", *SPLITS):
+        known = ", ".join(("smollm", "gpt-2", *SPLITS))
         raise ValueError(f"{str(source)!r} splits texts in the way {kind!r}; supported: {known}.")
     merges = [tuple(merge.split(" ", 1)) for merge in fields["ggml.merges"]]
     # Of Llama 3 words that are tokens are not merged, by its own tokenizer.
     options = {"ignore_merges": True} if kind == "llama-bpe" else {}
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **options))
-    if kind in _SPLITS:
-        split = pre_tokenizers.Split(Regex(_SPLITS[kind]), "isolated")
+    if kind in SPLITS:
+        split = pre_tokenizers.Split(Regex(SPLITS[kind]), "isolated")
         pieces = [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     else:
         digits = [pre_tokenizers.Digits(individual_digits=True)] if kind == "smollm" else []
@@ -76,9 +76,9 @@ def _byte_level_bpe(source: Path, fields: dict[str, Any], tokens: list[str]) -> 
         tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
     kinds = fields.get("ggml.token_type", [])
     for token, of in zip(tokens, kinds, strict=False):
-        if of in (_CONTROL, _USER_DEFINED):
-            added = AddedToken(token, special=of == _CONTROL, normalized=False)
-            (tokenizer.add_special_tokens if of == _CONTROL else tokenizer.add_tokens)([added])
+        if of in (CONTROL, USER_DEFINED):
+            added = AddedToken(token, special=of == CONTROL, normalized=False)
+            (tokenizer.add_special_tokens if of == CONTROL else tokenizer.add_tokens)([added])
     if fields.get("ggml.add_bos_token", False):
         first = tokens[fields["ggml.bos_token_id"]]
         tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
