@@ -1,0 +1,119 @@
+"""Matmuls of quantized inputs with int8 weights, in whole numbers.
+
+Shape letters: K inputs, N outputs.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
+from jaxcompress._src.arrays.quantized import QuantizedArray
+from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.export.onnx.graph import Graph, Tensor
+from jaxcompress._src.export.onnx.options import LeafOptions
+from jaxcompress._src.export.onnx.types import onnx_type
+from jaxcompress._src.export.onnx.weight_matmul import as_matrix, inputs_of, placed
+
+
+def integer_matmul(
+    translator: Any, eqn: Any, leaf: InputQuantizedArray, other: Any, side: int, options: LeafOptions
+) -> tuple[Tensor | None, str, str]:
+    """The product, the form in words, and why; no product where the weight, or the inputs, are none of whole numbers."""
+    graph: Graph = translator.graph
+    contracted, batch = eqn.params["dimension_numbers"]
+    weight: Any = leaf.weight
+    matrix = _whole_matrix(weight, contracted[side]) if not batch[side] else None
+    if matrix is None:
+        return None, "", "weights without one scale along their inputs"
+    line = jnp.linspace(-1.0, 1.0, 255)[None]
+    probe = leaf.inputs.codes(line, (1,), *((None, None) if leaf.scale is None else _parameters(leaf, 2)))
+    if probe.levels is not None or probe.bits != 8 or probe.scale.size != 1:
+        return None, "", "inputs that are not rounded to 8 bits"
+    x, free = inputs_of(graph, other, contracted[1 - side])
+    x = Tensor(graph.cast(x.name, x.dtype, np.float32), x.held, x.shape, np.dtype(np.float32))
+    codes, scale, zero_point, how = _codes(translator, leaf, x, options)
+    table, weight_scale, weight_zero, note = _weight_codes(graph, matrix, options)
+    name = graph.op("MatMulInteger", codes, table, zero_point, weight_zero)
+    # In this order ONNX Runtime makes one kernel of it all.
+    name = graph.op("Cast", name, to=onnx_type(np.float32))
+    name = graph.op("Mul", name, graph.op("Mul", scale, weight_scale))
+    result = np.dtype(eqn.outvars[0].aval.dtype)
+    name = graph.rounded(graph.cast(name, np.float32, result), result)
+    return placed(graph, name, eqn, free, matrix.shape[1], side), f"MatMulInteger, {how}", note
+
+
+def _whole_matrix(weight: Any, contracted: Any) -> Any:
+    if not isinstance(weight, QuantizedArray) or weight.levels is not None:
+        return None
+    if isinstance(weight.data, SparseArray) and not weight.plain_zeros():
+        return None
+    if weight.zero_point is not None and jnp.issubdtype(weight.zero_point.dtype, jnp.floating):
+        return None
+    matrix = as_matrix(weight, contracted)
+    if matrix is None or matrix.scale.shape[0] != 1 or matrix.scale.shape[1] not in (1, matrix.shape[1]):
+        return None
+    return matrix
+
+
+def _weight_codes(graph: Graph, matrix: QuantizedArray, options: LeafOptions) -> tuple[str, str, str, str]:
+    """Codes as int8 (K, N), scales (N,) or (1,), zero points, and a remark."""
+    codes, zero_points = np.asarray(matrix.codes()), matrix.zero_points()
+    scale = np.asarray(matrix.scale, np.float32).reshape(-1)
+    zero: Any = np.zeros((), np.int32)
+    if zero_points is not None:
+        # 128 less: products of unsigned codes take twice the time.
+        codes = (codes.astype(np.int16) - 128).astype(np.int8)
+        zero = np.asarray(zero_points, np.int32).reshape(-1) - 128
+        zero = zero if zero.size == matrix.shape[1] or zero.size == 1 else zero
+    note = ""
+    if options.weight_bits == 7 and matrix.bits == 8:
+        codes, zero, scale = np.clip(np.round((codes - zero) / 2), -64, 63).astype(np.int8), np.zeros((), np.int32), 2 * scale
+        note = "weights rounded to 7 bits"
+    elif matrix.bits != 8:
+        note = f"{matrix.bits} bits in 8"
+    return graph.constant(codes), graph.constant(scale), graph.constant(zero.astype(np.int8)), note
+
+
+def _codes(
+    translator: Any, leaf: InputQuantizedArray, x: Tensor, options: LeafOptions
+) -> tuple[str, str, str, str]:
+    """Codes of the inputs, their scale, their zero point, and how they were found."""
+    graph: Graph = translator.graph
+    if leaf.scale is not None:
+        return _static_codes(graph, leaf, x)
+    if options.input_ranges == "tensor":
+        codes, scale, zero_point = graph.ops("DynamicQuantizeLinear", x.name, outputs=3)
+        return codes, scale, zero_point, "one range for all rows of an input"
+
+    def rows(x: Any) -> Any:
+        quantized = leaf.inputs.codes(x, (x.ndim - 1,), None, None)
+        return quantized.codes(), quantized.scale, quantized.zero_points()
+
+    codes, scale, *zero_points = translator.call(rows, x)
+    name, zero = graph.full(codes).name, graph.scalar(0, np.int8)
+    if zero_points:
+        raise NotImplementedError("ONNX export has no zero points of rows: choose ranges for the whole tensor.")
+    return name, graph.full(scale).name, zero, "a range for each row"
+
+
+def _static_codes(graph: Graph, leaf: InputQuantizedArray, x: Tensor) -> tuple[str, str, str, str]:
+    """`QuantizeLinear` to uint8; signed codes are shifted by 128."""
+    scale, zero_point = _parameters(leaf, 1)
+    ends = leaf.inputs.codes(jnp.asarray([-1e30, 1e30]), (0,), scale, zero_point)
+    shift = 0 if ends.codes().dtype == jnp.uint8 else 128
+    least, most = (int(code) + shift for code in np.asarray(ends.codes()))
+    zero = shift if zero_point is None else int(np.asarray(zero_point).reshape(())) + shift
+    scale_name, zero_name = graph.scalar(np.asarray(scale).reshape(()), np.float32), graph.scalar(zero, np.uint8)
+    codes = graph.op("QuantizeLinear", x.name, scale_name, zero_name)
+    if least > 0:
+        codes = graph.op("Max", codes, graph.scalar(least, np.uint8))
+    if most < 255:
+        codes = graph.op("Min", codes, graph.scalar(most, np.uint8))
+    return codes, scale_name, zero_name, "the range that is stored"
+
+
+def _parameters(leaf: InputQuantizedArray, ndim: int) -> tuple[Any, Any]:
+    scale, zero_point = leaf.input_parameters(ndim, ())
+    return scale, zero_point
