@@ -247,6 +247,7 @@ _ROUNDED = {
     "atanh": "Atanh",
 }  # fmt: skip
 _COMPARISONS = {"eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"}
+_COMPARISONS |= {"le_to": "LessOrEqual", "lt_to": "Less"}  # a total order, but for NaN
 _IDENTITIES = (
     "stop_gradient", "copy", "copy_p", "optimization_barrier", "sharding_constraint", "reshard", "mesh_cast", "pvary",
     "layout_constraint",

@@ -37,8 +37,21 @@ def _broadcast(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
 
 def _concatenate(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
     axis = eqn.params["dimension"]
-    names = [graph.full(value).name for value, var in zip(values, eqn.invars, strict=True) if not _empty(var.aval.shape[axis])]
+    full = [value for value, var in zip(values, eqn.invars, strict=True) if not _empty(var.aval.shape[axis])]
+    names = [graph.full(value).name for value in full or values[:1]]
     name = names[0] if len(names) == 1 else graph.op("Concat", *names, axis=axis)
+    return [graph.new(name, eqn.outvars[0].aval)]
+
+
+def _stack(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    result, axis = eqn.outvars[0].aval, eqn.params["axis"]
+    parts = [graph.full(value) for value in values]
+    names = [graph.reshape(part, (*part.shape[:axis], 1, *part.shape[axis:])).name for part in parts]
+    return [graph.new(names[0] if len(names) == 1 else graph.op("Concat", *names, axis=axis), result)]
+
+
+def _tile(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    name = graph.op("Tile", graph.full(values[0]).name, graph.shape(eqn.params["reps"]))
     return [graph.new(name, eqn.outvars[0].aval)]
 
 
@@ -172,6 +185,8 @@ RULES: dict[str, Callable[[Graph, Any, list[Any]], Sequence[Any]]] = {
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
+    "stack": _stack,
+    "tile": _tile,
     "split": _split,
     "slice": _slice,
     "rev": _rev,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress._src.export.onnx.dimensions import is_static, product
+from jaxcompress._src.export.onnx.dimensions import broadcast, is_static, product
 from jaxcompress._src.export.onnx.graph import Graph, Tensor, same_shape
 from jaxcompress._src.export.onnx.movement import pad, spread
 from jaxcompress._src.export.onnx.types import arithmetic, carrier, is_float
@@ -23,11 +23,13 @@ def _dot_general(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
         contracted_left, contracted_right = contracted_right, contracted_left
     a, free_a = operand(graph, left, batch_left, contracted_left, last=True, merge=bool(batch_left))
     b, free_b = operand(graph, right, batch_right, contracted_right, last=False, merge=True)
-    batch = tuple(result.shape[: len(batch_left)])
     name = matmul(graph, a, b, result.dtype)
-    shape = (*batch, *free_a, *free_b)
-    before = (*batch, product(free_a), product(free_b)) if batch else (*a.shape[:-1], product(free_b))
-    tensor = graph.reshape(Tensor(name, before, before, np.dtype(result.dtype)), shape)
+    # Of batch axes that both operands only broadcast there is one entry.
+    batch = broadcast(*(part.shape[: len(batch_left)] for part in (a, b)))
+    before = (*batch, product(free_a), product(free_b)) if batch_left else (*a.shape[:-1], product(free_b))
+    held = (*batch, *free_a, *free_b)
+    tensor = graph.reshape(Tensor(name, before, before, np.dtype(result.dtype)), held)
+    tensor = dataclasses.replace(tensor, shape=(*result.shape[: len(batch_left)], *free_a, *free_b))
     if swapped:
         count = len(free_a)
         tensor = graph.transpose(tensor, [*range(count, tensor.ndim), *range(count)])

@@ -22,10 +22,12 @@ class Translator:
     def __init__(self, graph: Graph, options: LeafOptions) -> None:
         self.graph = graph
         self.leaves = LeafRules(self, options)
+        self._place = ""
 
     def run(self, body: Body, values: Sequence[Any]) -> list[Any]:
         """The outputs of a body: tensors, known arrays, or compressed leaves that come out as they went in."""
-        return walk(body, values, self._visit)
+        results = walk(body, values, self._visit)
+        return [_normal(value, var.aval) for value, var in zip(results, body.jaxpr.outvars, strict=True)]
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Writes what a JAX function does.
@@ -46,14 +48,19 @@ class Translator:
     def _visit(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         name = eqn.primitive.name
         values = [_normal(value, var.aval) for value, var in zip(values, eqn.invars, strict=True)]
-        if name in VALUES and (body := called_body(eqn)) is not None:
-            return self.run(body, values)
+        outer = self._place
+        # What JAX's own functions are made of has no line of the user's.
+        self._place = _place(eqn) or outer
         try:
+            if name in VALUES and (body := called_body(eqn)) is not None:
+                return self.run(body, values)
             return self._written(eqn, name, values)
         except (NotImplementedError, ValueError) as err:
             if not getattr(err, "__notes__", None):
-                err.add_note(f"in `{name}` of {_shapes(eqn)}, at {_place(eqn)}")
+                err.add_note(f"in `{name}` of {_shapes(eqn)}, at {self._place}")
             raise
+        finally:
+            self._place = outer
 
     def _written(self, eqn: Any, name: str, values: list[Any]) -> Sequence[Any]:
         if name in _CONTROL and not all(folding.is_known(value) for value in values):
@@ -73,7 +80,7 @@ class Translator:
         name = eqn.primitive.name
         if name not in RULES:
             raise NotImplementedError(
-                f"ONNX export has no rule for the primitive `{name}` of {_shapes(eqn)}, at {_place(eqn)}."
+                f"ONNX export has no rule for the primitive `{name}` of {_shapes(eqn)}, at {self._place}."
             )
         return RULES[name](self.graph, eqn, values)
 
@@ -101,5 +108,6 @@ def _shapes(eqn: Any) -> str:
 
 
 def _place(eqn: Any) -> str:
-    """The line of the user's program."""
-    return source_info_util.summarize(eqn.source_info)
+    """The line of the user's program, or nothing."""
+    text = source_info_util.summarize(eqn.source_info)
+    return text if ":" in text else ""

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._src.export.onnx.dimensions import product
 from jaxcompress._src.export.onnx.graph import Graph, Tensor
 from jaxcompress._src.export.onnx.movement import pad, spread
-from jaxcompress._src.export.onnx.types import carrier, is_float
+from jaxcompress._src.export.onnx.types import arithmetic, carrier, is_float
 
 
 def _windows(kind: str) -> Callable[[Graph, Any, list[Any]], Sequence[Any]]:
@@ -17,11 +18,10 @@ def _windows(kind: str) -> Callable[[Graph, Any, list[Any]], Sequence[Any]]:
     def rule(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
         params, result = eqn.params, eqn.outvars[0].aval
         tensor = graph.full(values[0])
-        if not is_float(tensor.dtype):
-            as_float = graph.cast(tensor.name, tensor.dtype, np.float64 if tensor.dtype.itemsize > 2 else np.float32)
-            wide = np.dtype(np.float64 if tensor.dtype.itemsize > 2 else np.float32)
-            tensor = Tensor(as_float, tensor.held, tensor.shape, wide)
-        fill = 0.0 if kind == "sum" else np.inf if kind == "min" else -np.inf
+        ends = np.iinfo if not is_float(tensor.dtype) else jnp.finfo
+        fill = 0 if kind == "sum" else ends(tensor.dtype).max if kind == "min" else ends(tensor.dtype).min
+        if is_float(tensor.dtype) and kind != "sum":
+            fill = np.copysign(np.inf, fill)
         padding = list(params["padding"])
         dilation = params.get("base_dilation") or (1,) * tensor.ndim
         constant = np.asarray(fill, carrier(tensor.dtype))
@@ -30,6 +30,8 @@ def _windows(kind: str) -> Callable[[Graph, Any, list[Any]], Sequence[Any]]:
         tensor = pad(graph, tensor, [low for low, _ in padding], [high for _, high in padding], constant)
         window, strides = params["window_dimensions"], params["window_strides"]
         steps = params.get("window_dilation") or (1,) * tensor.ndim
+        if tensor.dtype.name not in ("float32", "float16", "bfloat16"):
+            return [_by_entries(graph, kind, tensor, window, strides, steps, result)]
         return [_pooled(graph, kind, tensor, window, strides, steps, result)]
 
     return rule
@@ -66,6 +68,24 @@ def _pooled(
     pooled = (*lead, *(result.shape[axis] for axis in slid_first))
     whole = graph.reshape(Tensor(name, pooled, pooled, np.dtype(result.dtype)), sizes)
     return graph.transpose(whole, [order.index(axis) for axis in range(tensor.ndim)])
+
+
+def _by_entries(
+    graph: Graph, kind: str, tensor: Tensor, window: Sequence[int], strides: Sequence[int], steps: Sequence[int],
+    result: Any,
+) -> Tensor:  # fmt: skip
+    """The entries of the windows one after another, for types that the pooling operators do not know."""
+    computed = arithmetic(tensor.dtype)
+    whole = graph.cast(tensor.name, tensor.dtype, computed)
+    axes = range(tensor.ndim)
+    total = None
+    for entry in np.ndindex(*window):
+        begins = [place * step for place, step in zip(entry, steps, strict=True)]
+        ends = [begins[a] + (result.shape[a] - 1) * strides[a] + 1 for a in axes]
+        part = graph.op("Slice", whole, graph.ints(*begins), graph.shape(ends), graph.ints(*axes), graph.ints(*strides))
+        total = part if total is None else graph.op({"sum": "Add", "max": "Max", "min": "Min"}[kind], total, part)
+    assert total is not None  # windows have entries
+    return graph.new(graph.cast(total, computed, result.dtype), result)
 
 
 def _generic(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
