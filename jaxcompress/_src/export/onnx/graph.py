@@ -218,6 +218,7 @@ class Graph:
         tensor = self.tensor(value)
         if tuple(permutation) == tuple(range(tensor.ndim)):
             return tensor
+        assert sorted(permutation) == list(range(tensor.ndim)), f"{permutation} of {tensor.ndim} axes"
         held, shape = (tuple(dims[axis] for axis in permutation) for dims in (tensor.held, tensor.shape))
         moved = [axis for axis in permutation if is_static(tensor.held[axis]) is False or tensor.held[axis] != 1]
         if moved == sorted(moved):

@@ -15,7 +15,7 @@ _TO_THE_END = np.iinfo(np.int64).max
 
 def _reshape(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
     value = values[0]
-    if eqn.params.get("dimensions") is not None:
+    if eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None:
         value = graph.transpose(value, eqn.params["dimensions"])
     return [graph.reshape(value, tuple(eqn.outvars[0].aval.shape))]
 
