@@ -27,14 +27,17 @@ def integer_matmul(
     matrix = _whole_matrix(weight, contracted[side]) if not batch[side] else None
     if matrix is None:
         return None, "", "weights without one scale along their inputs"
-    line = jnp.linspace(-1.0, 1.0, 255)[None]
-    probe = leaf.inputs.codes(line, (1,), *((None, None) if leaf.scale is None else _parameters(leaf, 2)))
-    if probe.levels is not None or probe.bits != 8 or probe.scale.size != 1:
+    if not _has_8_bits(leaf):
         return None, "", "inputs that are not rounded to 8 bits"
+    if leaf.scale is None and options.input_ranges == "row":
+        # As JAX computes it; the float product that its derivatives need is read by nothing.
+        stored = translator.leaves.stored(leaf)
+        (written,) = translator.call(lambda leaf, x: leaf.dot(x, side, eqn.params), stored, other)
+        return written, "MatMulInteger, a range for each row", ""
     x, free = inputs_of(graph, other, contracted[1 - side])
     x = Tensor(graph.cast(x.name, x.dtype, np.float32), x.held, x.shape, np.dtype(np.float32))
-    codes, scale, zero_point, how = _codes(translator, leaf, x, options)
-    table, weight_scale, weight_zero, note = _weight_codes(graph, matrix, options)
+    codes, scale, zero_point, how = _codes(graph, leaf, x)
+    table, weight_scale, weight_zero, note = _weight_codes(graph, matrix, weight.bits, options)
     name = graph.op("MatMulInteger", codes, table, zero_point, weight_zero)
     # In this order ONNX Runtime makes one kernel of it all.
     name = graph.op("Cast", name, to=onnx_type(np.float32))
@@ -57,7 +60,7 @@ def _whole_matrix(weight: Any, contracted: Any) -> Any:
     return matrix
 
 
-def _weight_codes(graph: Graph, matrix: QuantizedArray, options: LeafOptions) -> tuple[str, str, str, str]:
+def _weight_codes(graph: Graph, matrix: QuantizedArray, bits: int, options: LeafOptions) -> tuple[str, str, str, str]:
     """Codes as int8 (K, N), scales (N,) or (1,), zero points, and a remark."""
     codes, zero_points = np.asarray(matrix.codes()), matrix.zero_points()
     scale = np.asarray(matrix.scale, np.float32).reshape(-1)
@@ -66,36 +69,28 @@ def _weight_codes(graph: Graph, matrix: QuantizedArray, options: LeafOptions) ->
         # 128 less: products of unsigned codes take twice the time.
         codes = (codes.astype(np.int16) - 128).astype(np.int8)
         zero = np.asarray(zero_points, np.int32).reshape(-1) - 128
-        zero = zero if zero.size == matrix.shape[1] or zero.size == 1 else zero
     note = ""
-    if options.weight_bits == 7 and matrix.bits == 8:
+    if options.weight_bits == 7 and bits == 8:
         codes, zero, scale = np.clip(np.round((codes - zero) / 2), -64, 63).astype(np.int8), np.zeros((), np.int32), 2 * scale
         note = "weights rounded to 7 bits"
-    elif matrix.bits != 8:
-        note = f"{matrix.bits} bits in 8"
+    elif bits != 8:
+        note = f"{bits} bits in 8"
     return graph.constant(codes), graph.constant(scale), graph.constant(zero.astype(np.int8)), note
 
 
-def _codes(
-    translator: Any, leaf: InputQuantizedArray, x: Tensor, options: LeafOptions
-) -> tuple[str, str, str, str]:
+def _has_8_bits(leaf: InputQuantizedArray) -> bool:
+    """Whether inputs become one of some 256 codes with one scale for a row; seen on a line of numbers."""
+    line = jnp.linspace(-1.0, 1.0, 512)[None] * (1.0 if leaf.scale is None else 300 * leaf.scale)
+    codes = leaf.inputs.codes(line, (1,), *_parameters(leaf, 2))
+    return codes.levels is None and codes.scale.size == 1 and np.ptp(np.asarray(codes.codes()).astype(int)) > 200
+
+
+def _codes(graph: Graph, leaf: InputQuantizedArray, x: Tensor) -> tuple[str, str, str, str]:
     """Codes of the inputs, their scale, their zero point, and how they were found."""
-    graph: Graph = translator.graph
     if leaf.scale is not None:
         return _static_codes(graph, leaf, x)
-    if options.input_ranges == "tensor":
-        codes, scale, zero_point = graph.ops("DynamicQuantizeLinear", x.name, outputs=3)
-        return codes, scale, zero_point, "one range for all rows of an input"
-
-    def rows(x: Any) -> Any:
-        quantized = leaf.inputs.codes(x, (x.ndim - 1,), None, None)
-        return quantized.codes(), quantized.scale, quantized.zero_points()
-
-    codes, scale, *zero_points = translator.call(rows, x)
-    name, zero = graph.full(codes).name, graph.scalar(0, np.int8)
-    if zero_points:
-        raise NotImplementedError("ONNX export has no zero points of rows: choose ranges for the whole tensor.")
-    return name, graph.full(scale).name, zero, "a range for each row"
+    codes, scale, zero_point = graph.ops("DynamicQuantizeLinear", x.name, outputs=3)
+    return codes, scale, zero_point, "one range for all rows of an input"
 
 
 def _static_codes(graph: Graph, leaf: InputQuantizedArray, x: Tensor) -> tuple[str, str, str, str]:

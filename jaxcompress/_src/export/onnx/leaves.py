@@ -74,9 +74,11 @@ class LeafRules:
         return self._unpacked(value, use)
 
     def _unpacked(self, weight: Weight, use: str) -> Any:
-        stored = jax.tree.map(self._part, weight.array)
-        self.note(weight.path, f"{describe_leaf(weight.array)}, unpacked in the graph", f"for `{use}`")
-        return self._translator.call(lambda leaf: leaf.materialize(), stored)[0]
+        return self._unpacked_for(weight, f"for `{use}`")
+
+    def stored(self, leaf: Any) -> Any:
+        """A leaf of tensors: what is computed with it is left to the graph."""
+        return jax.tree.map(self._part, leaf)
 
     def _part(self, part: Any) -> Any:
         """A stored part; a large one is a tensor, so that what is computed with it is left to the graph."""
@@ -107,7 +109,7 @@ class LeafRules:
         return None
 
     def _unpacked_for(self, weight: Weight, reason: str) -> Any:
-        stored = jax.tree.map(self._part, weight.array)
+        stored = self.stored(weight.array)
         self.note(weight.path, f"{describe_leaf(weight.array)}, unpacked in the graph", reason)
         return self._translator.call(lambda leaf: leaf.materialize(), stored)[0]
 
@@ -170,7 +172,7 @@ class LeafRules:
             jax.eval_shape(lambda rows: _rows(eqn, table.array, rows), shape)
         except _NoRowsError:
             return None
-        stored = jax.tree.map(self._part, table.array)
+        stored = self.stored(table.array)
         self.note(table.path, f"{describe_leaf(table.array)}, rows looked up and unpacked")
         return self._translator.call(lambda leaf, rows: _rows(eqn, leaf, rows), stored, indices)
 

@@ -38,7 +38,7 @@ def weight_matmul(
     group, block = _block(matrix)
     if block < _LEAST:
         return None, "", f"groups of {group}, which no power of two from 16 on divides"
-    bits = 4 if matrix.bits <= 4 else 8
+    bits = 4 if leaf.bits <= 4 else 8
     names = _weights(graph, matrix, bits, block)
     x, free = inputs_of(graph, other, contracted[1 - side])
     k, n = matrix.shape
@@ -48,7 +48,7 @@ def weight_matmul(
     result = np.dtype(eqn.outvars[0].aval.dtype)
     name = graph.rounded(graph.cast(name, np.float32, result), result)
     form = f"MatMulNBits, {bits} bits, blocks of {block}"
-    reason = f"{matrix.bits} bits in {bits}" if matrix.bits != bits else ""
+    reason = f"{leaf.bits} bits in {bits}" if leaf.bits != bits else ""
     return placed(graph, name, eqn, free, n, side), form, reason
 
 
