@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, Shaped
 
@@ -127,7 +128,8 @@ class CodedArray(StoredArray):
         if batch[side] or self.size < _LARGE:
             return None
         tokens = other.size // max(math.prod(other.shape[axis] for axis in contracted[1 - side]), 1)
-        if tokens > _FEW_TOKENS:
+        # A symbolic number of tokens may be any.
+        if jax.export.is_symbolic_dim(tokens) or tokens > _FEW_TOKENS:
             return None
         free = [axis for axis in range(self.ndim) if axis not in contracted[side]]
         fit = [axis for axis in free if self.shape[axis] % _BLOCKS == 0 and self._can_cut(axis)]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from jaxcompress._src.arrays.packed import codes_per_block
+from jaxcompress._src.arrays.quantized import is_split
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.weights.selection import BlockError
@@ -92,10 +93,10 @@ def reduced_axes(shape: Sequence[int], blocks: Sequence[int]) -> tuple[int, ...]
     """The axes of `arrays.split_blocks(x, blocks)` that lie within one block."""
     axes, at = [], 0
     for size, count in zip(shape, blocks, strict=True):
-        is_split = 1 < count < size
-        if is_split or count == 1:
-            axes.append(at + is_split)
-        at += 1 + is_split
+        split = is_split(size, count)
+        if split or count == 1:
+            axes.append(at + split)
+        at += 1 + split
     return tuple(axes)
 
 
