@@ -9,7 +9,7 @@ import numpy as np
 from jaxcompress._src.export.onnx.dimensions import broadcast, is_static, product
 from jaxcompress._src.export.onnx.graph import Graph, Tensor, same_shape
 from jaxcompress._src.export.onnx.movement import pad, spread
-from jaxcompress._src.export.onnx.types import arithmetic, carrier, is_float
+from jaxcompress._src.export.onnx.types import arithmetic, carrier, is_float, onnx_type
 
 
 def _dot_general(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
@@ -68,13 +68,23 @@ def matmul(graph: Graph, a: Tensor, b: Tensor, dtype: Any) -> str:
     """The product as the carrier of `dtype`."""
     small = [np.dtype(x.dtype).name in ("int8", "uint8") for x in (a, b)]
     if all(small) and np.dtype(dtype) == np.int32:
-        return graph.op("MatMulInteger", a.name, b.name)
+        left, zero = unsigned(graph, a)
+        return graph.op("MatMulInteger", left, b.name, zero)
     kind = carrier(dtype) if is_float(dtype) else arithmetic(dtype)
     if is_float(dtype):
         kind = max((carrier(x.dtype) for x in (a, b) if is_float(x.dtype)), key=lambda d: d.itemsize, default=kind)
         kind = kind if kind.itemsize >= carrier(dtype).itemsize else carrier(dtype)
     name = graph.op("MatMul", graph.cast(a.name, a.dtype, kind), graph.cast(b.name, b.dtype, kind))
     return graph.rounded(graph.cast(name, kind, dtype), dtype)
+
+
+def unsigned(graph: Graph, codes: Tensor) -> tuple[str, str]:
+    """int8 as uint8 with the zero point 128: ONNX Runtime multiplies u8 x s8 twenty times as fast as s8 x s8."""
+    if codes.dtype == np.uint8:
+        return codes.name, graph.scalar(0, np.uint8)
+    pattern = graph.op("Cast", codes.name, to=onnx_type(np.uint8))
+    middle = graph.scalar(128, np.uint8)
+    return graph.op("BitwiseXor", pattern, middle), middle
 
 
 def _conv(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:

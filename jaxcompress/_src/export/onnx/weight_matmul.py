@@ -39,6 +39,8 @@ def weight_matmul(
     if block < _LEAST:
         return None, "", f"groups of {group}, which no power of two from 16 on divides"
     bits = 4 if leaf.bits <= 4 else 8
+    if bits == 8 and options.accuracy_level < 4:
+        return None, "", "8 bits, for which `MatMulNBits` is slow in float arithmetic: see `accuracy_level`"
     names = _weights(graph, matrix, bits, block)
     x, free = inputs_of(graph, other, contracted[1 - side])
     k, n = matrix.shape
