@@ -77,4 +77,4 @@ _VIEWS: Mapping[str, Callable[[np.ndarray, Mapping[str, Any], Any], np.ndarray]]
     "copy_p": lambda array, params, aval: array,
     "sharding_constraint": lambda array, params, aval: array,
 }
-_NEVER = frozenset({"pure_callback", "io_callback", "debug_callback", "pallas_call", "shard_map"})
+_NEVER = frozenset({"dim_as_value", "pure_callback", "io_callback", "debug_callback", "pallas_call", "shard_map"})

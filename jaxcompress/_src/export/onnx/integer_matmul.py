@@ -14,7 +14,7 @@ from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.export.onnx.graph import Graph, Tensor
 from jaxcompress._src.export.onnx.options import LeafOptions
 from jaxcompress._src.export.onnx.types import onnx_type
-from jaxcompress._src.export.onnx.weight_matmul import as_matrix, inputs_of, placed
+from jaxcompress._src.export.onnx.weight_matmul import as_matrix, in_order, inputs_of, placed
 
 
 def integer_matmul(
@@ -24,7 +24,8 @@ def integer_matmul(
     graph: Graph = translator.graph
     contracted, batch = eqn.params["dimension_numbers"]
     weight: Any = leaf.weight
-    matrix = _whole_matrix(weight, contracted[side]) if not batch[side] else None
+    summed, summed_other = in_order(contracted[side], contracted[1 - side])
+    matrix = _whole_matrix(weight, summed) if not batch[side] else None
     if matrix is None:
         return None, "", "weights without one scale along their inputs"
     if not _has_8_bits(leaf):
@@ -34,7 +35,7 @@ def integer_matmul(
         stored = translator.leaves.stored(leaf)
         (written,) = translator.call(lambda leaf, x: leaf.dot(x, side, eqn.params), stored, other)
         return written, "MatMulInteger, a range for each row", ""
-    x, free = inputs_of(graph, other, contracted[1 - side])
+    x, free = inputs_of(graph, other, summed_other)
     x = Tensor(graph.cast(x.name, x.dtype, np.float32), x.held, x.shape, np.dtype(np.float32))
     codes, scale, zero_point, how = _codes(graph, leaf, x)
     table, weight_scale, weight_zero, note = _weight_codes(graph, matrix, weight.bits, options)

@@ -29,6 +29,19 @@ _MOVING = frozenset(
 )  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class MovedWeight(Weight):
+    """A leaf that was moved, and how, so that the graph can unpack what is stored in only one arrangement.
+
+    Attributes:
+        origin: the leaf before.
+        moves: equations that moved it, in order, with their other operands.
+    """
+
+    origin: Weight
+    moves: tuple[tuple[Any, tuple[Any, ...]], ...]
+
+
 class LeafRules:
     """What is written for equations with a compressed operand."""
 
@@ -48,7 +61,7 @@ class LeafRules:
         if name in _MOVING and isinstance(first, Weight) and all(isinstance(v, np.ndarray) for v in values[1:]):
             moved = MOVES[name](eqn, [first.array, *values[1:]])
             if moved is not None:
-                return [Weight(moved[0], first.path)]
+                return [_moved(first, moved[0], eqn, values[1:])]
         written = _WRITERS[name](self, eqn, values) if name in _WRITERS else None
         return self._plain(eqn, values) if written is None else written
 
@@ -109,9 +122,12 @@ class LeafRules:
         return None
 
     def _unpacked_for(self, weight: Weight, reason: str) -> Any:
-        stored = self.stored(weight.array)
         self.note(weight.path, f"{describe_leaf(weight.array)}, unpacked in the graph", reason)
-        return self._translator.call(lambda leaf: leaf.materialize(), stored)[0]
+        origin, moves = (weight.origin, weight.moves) if isinstance(weight, MovedWeight) else (weight, ())
+        (plain,) = self._translator.call(lambda leaf: leaf.materialize(), self.stored(origin.array))
+        for eqn, others in moves:
+            (plain,) = self._translator.plain(eqn, [plain, *others])
+        return plain
 
     def _dot_of_factors(self, eqn: Any, weight: Weight, other: Any, side: int) -> Sequence[Any] | None:
         """Two matmuls, each with a factor as it is stored."""
@@ -175,6 +191,11 @@ class LeafRules:
         stored = self.stored(table.array)
         self.note(table.path, f"{describe_leaf(table.array)}, rows looked up and unpacked")
         return self._translator.call(lambda leaf, rows: _rows(eqn, leaf, rows), stored, indices)
+
+
+def _moved(weight: Weight, array: Any, eqn: Any, others: Sequence[Any]) -> MovedWeight:
+    origin, moves = (weight.origin, weight.moves) if isinstance(weight, MovedWeight) else (weight, ())
+    return MovedWeight(array, weight.path, origin, (*moves, (eqn, tuple(others))))
 
 
 class _NoRowsError(Exception):

@@ -28,7 +28,8 @@ def weight_matmul(
     contracted, batch = eqn.params["dimension_numbers"]
     if batch[side]:
         return None, "", "a matmul for each entry of a batch"
-    matrix = as_matrix(leaf, contracted[side])
+    summed, summed_other = in_order(contracted[side], contracted[1 - side])
+    matrix = as_matrix(leaf, summed)
     if matrix is None:
         return None, "", "groups that are none of a matrix"
     if matrix.levels is not None:
@@ -38,11 +39,12 @@ def weight_matmul(
     group, block = _block(matrix)
     if block < _LEAST:
         return None, "", f"groups of {group}, which no power of two from 16 on divides"
-    bits = 4 if leaf.bits <= 4 else 8
+    used = _bits(matrix)
+    bits = 4 if used <= 4 else 8
     if bits == 8 and options.accuracy_level < 4:
         return None, "", "8 bits, for which `MatMulNBits` is slow in float arithmetic: see `accuracy_level`"
     names = _weights(graph, matrix, bits, block)
-    x, free = inputs_of(graph, other, contracted[1 - side])
+    x, free = inputs_of(graph, other, summed_other)
     k, n = matrix.shape
     attributes = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": options.accuracy_level}
     name = graph.cast(x.name, x.dtype, np.float32)
@@ -50,8 +52,14 @@ def weight_matmul(
     result = np.dtype(eqn.outvars[0].aval.dtype)
     name = graph.rounded(graph.cast(name, np.float32, result), result)
     form = f"MatMulNBits, {bits} bits, blocks of {block}"
-    reason = f"{leaf.bits} bits in {bits}" if leaf.bits != bits else ""
+    reason = f"{used} bits in {bits}" if used != bits else ""
     return placed(graph, name, eqn, free, n, side), form, reason
+
+
+def in_order(contracted: Sequence[int], others: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Contracted axes of a leaf in its own order, in which its groups lie, and those of the other operand."""
+    pairs = sorted(zip(contracted, others, strict=True))
+    return tuple(axis for axis, _ in pairs), tuple(axis for _, axis in pairs)
 
 
 def as_matrix(leaf: QuantizedArray, contracted: Sequence[int]) -> Any:
@@ -77,6 +85,16 @@ def placed(graph: Graph, name: str, eqn: Any, free: tuple[Any, ...], n: int, sid
     flat = Tensor(name, (*free, n), (*free, n), np.dtype(result.dtype))
     tensor = graph.reshape(flat, (*free, *outputs))
     return tensor if side == 1 else graph.transpose(tensor, [*range(count, tensor.ndim), *range(count)])
+
+
+def _bits(matrix: QuantizedArray) -> int:
+    """Bits of a code; where a re-arrangement has unpacked them, those that the codes need."""
+    if matrix.bits < 8:
+        return matrix.bits
+    parts = [np.asarray(part) for part in (matrix.codes(), matrix.zero_points()) if part is not None]
+    whole = [part.astype(np.int16) for part in parts if part.dtype in (np.int8, np.uint8)]
+    low, high = min(part.min(initial=0) for part in whole), max(part.max(initial=0) for part in whole)
+    return 4 if (low >= -8 and high <= 7) or (matrix.zero_point is not None and high <= 15) else 8
 
 
 def _block(matrix: QuantizedArray) -> tuple[int, int]:
