@@ -169,12 +169,12 @@ def _pick_backward(saved: Any, gradient: Float[Array, "..."]) -> tuple[Any, Arra
 _pick.defvjp(_pick_forward, _pick_backward)
 
 
-def _split_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> list[int]:
+def _split_shape(shape: tuple[Any, ...], blocks: tuple[Any, ...]) -> list[Any]:
     """The shape in which one number per block broadcasts against `split_blocks`."""
     return [part for n, s in zip(shape, blocks, strict=True) for part in ((s, 1) if is_split(n, s) else (s,))]
 
 
-def _inner_axes(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
+def _inner_axes(shape: tuple[Any, ...], blocks: tuple[Any, ...]) -> tuple[int, ...]:
     """The axes of `split_blocks` that lie within one block."""
     axes, at = [], 0
     for n, s in zip(shape, blocks, strict=True):

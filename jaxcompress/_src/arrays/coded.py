@@ -38,8 +38,8 @@ class CodedArray(StoredArray):
     data: Any
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape."""
+    def shape(self) -> tuple[Any, ...]:
+        """Logical shape; of quantized inputs, sizes may be symbolic."""
         return tuple(self.data.shape)
 
     @property
