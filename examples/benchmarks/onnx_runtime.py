@@ -173,7 +173,10 @@ def measured(runs: dict[str, Callable[[], Any]], repeats: int, sizes: dict[str, 
             row[f"{kind} ratio"] = statistics.median(ratios)
         if name in sizes:
             row["bytes"], row["file ratio"] = sizes[name], sizes[name] / sizes["float"]
-        rows[name] = {key: round(value, 7) if key in ("error", "largest difference") else round(value, 4) for key, value in row.items()}
+        rows[name] = {
+            key: round(value, 7) if key in ("error", "largest difference") else round(value, 4)
+            for key, value in row.items()
+        }
     return rows
 
 

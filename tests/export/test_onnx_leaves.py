@@ -151,7 +151,9 @@ def test_a_stack_in_several_forms(tmp_path):
     w = jnp.asarray(RNG.normal(size=(3, 64, 64)), jnp.float32) / 8
     params = {"a": w[:1], "b": w[1:]}
     layout = jc.trace.LeafLayout(kind="linear", input_axes=(1,), output_axes=(2,), stack_axes=(0,))
-    small = {name: KINDS["int3 per channel" if name == "a" else "codebook"](leaf, layout) for name, leaf in params.items()}
+    small = {
+        name: KINDS["int3 per channel" if name == "a" else "codebook"](leaf, layout) for name, leaf in params.items()
+    }
     info = check(tmp_path, apply, small, X)
     assert info.operators["MatMulNBits"] == 1
 

@@ -184,7 +184,9 @@ def test_layers_under_a_scan(tmp_path):
         @nn.compact
         def __call__(self, x):
             layer = nn.remat(Block)
-            scan = nn.scan(lambda block, x, _: (block(x), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=5)
+            scan = nn.scan(
+                lambda block, x, _: (block(x), None), variable_axes={"params": 0}, split_rngs={"params": True}, length=5
+            )
             return scan(layer(), x, None)[0]
 
     x = np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)

@@ -27,7 +27,9 @@ def bools(*shape):
 
 
 X, Y = floats(3, 5), floats(3, 5)
-SPECIAL = np.array([0.0, -0.0, 1e-8, -1e-8, 0.5, -0.5, 1.5, 2.5, -2.5, 0.49999997, 30.0, -30.0, np.inf, -np.inf], "float32")
+SPECIAL = np.array(
+    [0.0, -0.0, 1e-8, -1e-8, 0.5, -0.5, 1.5, 2.5, -2.5, 0.49999997, 30.0, -30.0, np.inf, -np.inf], "float32"
+)
 CUBE = floats(2, 3, 5)
 IMAGE, KERNEL = floats(2, 7, 9, 4), floats(3, 3, 4, 6)
 INDEX = ints(4, low=0, high=3)
@@ -35,7 +37,11 @@ INDEX = ints(4, low=0, high=3)
 
 def conv(**options):
     def run(x, kernel):
-        settings = {"window_strides": (1, 1), "padding": "SAME", "dimension_numbers": ("NHWC", "HWIO", "NHWC")} | options
+        settings = {
+            "window_strides": (1, 1),
+            "padding": "SAME",
+            "dimension_numbers": ("NHWC", "HWIO", "NHWC"),
+        } | options
         return lax.conv_general_dilated(x, kernel, **settings)
 
     return run

@@ -54,7 +54,9 @@ def _unrolled(
     if eqn.params["reverse"]:
         outputs.reverse()
     variables = eqn.outvars[len(carry) :]
-    joined = [_stacked(graph, column, var.aval) for column, var in zip(zip(*outputs, strict=True), variables, strict=True)]
+    joined = [
+        _stacked(graph, column, var.aval) for column, var in zip(zip(*outputs, strict=True), variables, strict=True)
+    ]
     return [*carry, *(joined or [np.zeros(var.aval.shape, var.aval.dtype) for var in variables])]
 
 
@@ -80,9 +82,7 @@ def _stacked(graph: Graph, entries: Sequence[Tensor], result: Any) -> Tensor:
     return graph.new(rows[0] if len(rows) == 1 else graph.op("Concat", *rows, axis=0), result)
 
 
-def _scan(
-    graph: Graph, eqn: Any, consts: list[Any], carry: list[Any], stacks: list[Any], run: Run
-) -> Sequence[Any]:
+def _scan(graph: Graph, eqn: Any, consts: list[Any], carry: list[Any], stacks: list[Any], run: Run) -> Sequence[Any]:
     body, count = as_body(eqn.params["jaxpr"]), len(carry)
     variables = body.jaxpr.invars[len(consts) :]
     begins = [graph.full(value).name for value in carry]
@@ -160,9 +160,7 @@ def _branch(
             results = [_output(graph, result) for result in run(branches[number + 1], operands)]
         else:
             inner = _branch(graph, index, number + 1, branches, operands, run, count)
-            results = [
-                Tensor(name, out.held, out.shape, out.dtype) for name, out in zip(inner, outputs, strict=True)
-            ]
+            results = [Tensor(name, out.held, out.shape, out.dtype) for name, out in zip(inner, outputs, strict=True)]
     this = Body(inputs=(), outputs=kinds, nodes=tuple(first))
     rest = Body(inputs=(), outputs=tuple(_typed(result) for result in results), nodes=tuple(others))
     return graph.ops("If", is_last, outputs=count, then_branch=rest, else_branch=this)

@@ -196,7 +196,10 @@ def _shift(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
     """ONNX shifts unsigned integers alone, and leaves open what a shift by all bits and more gives: 0, or the sign."""
     x, by = (graph.tensor(value) for value in values)
     bits = 8 * x.dtype.itemsize
-    unsigned, with_sign = np.dtype(f"uint{bits}"), x.dtype.kind == "i" and eqn.primitive.name == "shift_right_arithmetic"
+    unsigned, with_sign = (
+        np.dtype(f"uint{bits}"),
+        x.dtype.kind == "i" and eqn.primitive.name == "shift_right_arithmetic",
+    )
     amount = _cast_all(graph, by.name, unsigned, np.int64)
     inside = graph.op("Less", amount, graph.scalar(bits, np.int64))
     number = _cast_all(graph, x.name, *(() if with_sign else (unsigned,)), np.int64)

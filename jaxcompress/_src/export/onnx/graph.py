@@ -79,9 +79,14 @@ class _Scope:
 
 
 class Graph:
-    """Builds nodes; the same operator on the same inputs is made once."""
+    """Builds nodes; the same operator on the same inputs is made once.
 
-    def __init__(self) -> None:
+    Args:
+        taken: names that are others'.
+    """
+
+    def __init__(self, taken: Sequence[str] = ()) -> None:
+        self._taken = frozenset(taken)
         self.constants = Constants(self.fresh)
         self.dimensions = Dimensions(self)
         self._count = 0
@@ -95,7 +100,8 @@ class Graph:
     def fresh(self) -> str:
         """A name that nothing has."""
         self._count += 1
-        return f"v{self._count}"
+        name = f"v{self._count}"
+        return self.fresh() if name in self._taken else name
 
     def op(self, op: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
         """The output of an operator that has one."""

@@ -116,7 +116,11 @@ def _windows(
         parts.append(clipped)
     full = graph.shape((*batch, *window, 1))
     spread = [graph.op("Expand", graph.op("Unsqueeze", part, graph.ints(rank)), full) for part in parts]
-    name = graph.op("Concat", *spread, axis=rank) if spread else graph.op("Expand", graph.ints(0), graph.shape((*batch, *window, 0)))
+    name = (
+        graph.op("Concat", *spread, axis=rank)
+        if spread
+        else graph.op("Expand", graph.ints(0), graph.shape((*batch, *window, 0)))
+    )
     places_shape = (*batch, *window, len(axes))
     places = Tensor(name, places_shape, places_shape, np.dtype(np.int64))
     held = (*batch, *(1,) * len(axes))
@@ -147,7 +151,9 @@ def _gather(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
     cut = [axis for axis in rest if not same_shape((sizes[axis],), (table.shape[axis],))]
     name = table.name
     if cut:
-        name = graph.op("Slice", name, graph.ints(*[0] * len(cut)), graph.shape([sizes[a] for a in cut]), graph.ints(*cut))
+        name = graph.op(
+            "Slice", name, graph.ints(*[0] * len(cut)), graph.shape([sizes[a] for a in cut]), graph.ints(*cut)
+        )
     shape = tuple(sizes[axis] if axis in cut else size for axis, size in enumerate(table.shape))
     moved = graph.transpose(Tensor(name, shape, shape, table.dtype), (*where.axes, *rest))
     picked = graph.op("GatherND", moved.name, where.places.name) if where.axes else moved.name
@@ -177,9 +183,7 @@ def _gather_along_one_axis(graph: Graph, eqn: Any, table: Tensor, indices: Any) 
         return None
     (axis,) = numbers.start_index_map
     batch = tuple(eqn.invars[1].aval.shape[:-1])
-    whole = all(
-        same_shape((size,), (1 if at == axis else table.shape[at],)) for at, size in enumerate(sizes)
-    )
+    whole = all(same_shape((size,), (1 if at == axis else table.shape[at],)) for at, size in enumerate(sizes))
     if tuple(numbers.collapsed_slice_dims) != (axis,) or not whole:
         return None
     offsets = tuple(i for i in range(len(result.shape)) if not axis <= i < axis + len(batch))

@@ -72,7 +72,11 @@ def _weight_codes(graph: Graph, matrix: QuantizedArray, bits: int, options: Leaf
         zero = np.asarray(zero_points, np.int32).reshape(-1) - 128
     note = ""
     if options.weight_bits == 7 and bits == 8:
-        codes, zero, scale = np.clip(np.round((codes - zero) / 2), -64, 63).astype(np.int8), np.zeros((), np.int32), 2 * scale
+        codes, zero, scale = (
+            np.clip(np.round((codes - zero) / 2), -64, 63).astype(np.int8),
+            np.zeros((), np.int32),
+            2 * scale,
+        )
         note = "weights rounded to 7 bits"
     elif bits != 8:
         note = f"{bits} bits in 8"
@@ -102,11 +106,13 @@ def _static_codes(graph: Graph, leaf: InputQuantizedArray, x: Tensor) -> tuple[s
     least, most = (int(code) + shift for code in np.asarray(ends.codes()))
     zero = shift if zero_point is None else int(np.asarray(zero_point).reshape(())) + shift
     scale_name, zero_name = graph.scalar(np.asarray(scale).reshape(()), np.float32), graph.scalar(zero, np.uint8)
-    codes = graph.op("QuantizeLinear", x.name, scale_name, zero_name)
+    # Codes that JAX leaves out; not every version has maxima of uint8.
+    name = x.name
     if least > 0:
-        codes = graph.op("Max", codes, graph.scalar(least, np.uint8))
+        name = graph.op("Max", name, graph.scalar((least - zero) * np.float32(scale).reshape(()), np.float32))
     if most < 255:
-        codes = graph.op("Min", codes, graph.scalar(most, np.uint8))
+        name = graph.op("Min", name, graph.scalar((most - zero) * np.float32(scale).reshape(()), np.float32))
+    codes = graph.op("QuantizeLinear", name, scale_name, zero_name)
     return codes, scale_name, zero_name, "the range that is stored"
 
 

@@ -134,7 +134,11 @@ class LeafRules:
         leaf: Any = weight.array
         parts = {name: getattr(leaf, name) for name in ("left", "right", "residual")}
         parts = {
-            name: Weight(part, f"{weight.path}/{name}") if is_compressed(part) else part if part is None else np.asarray(part)
+            name: Weight(part, f"{weight.path}/{name}")
+            if is_compressed(part)
+            else part
+            if part is None
+            else np.asarray(part)
             for name, part in parts.items()
         }
         fits = jax.eval_shape(lambda x: leaf.dot(x, side, eqn.params), jax.ShapeDtypeStruct(other.shape, other.dtype))
@@ -172,7 +176,9 @@ class LeafRules:
         if not isinstance(leaf, InputQuantizedArray):
             return None
         stored = leaf.weight
-        plain = self._unpacked(Weight(stored, kernel.path), "convolution") if is_compressed(stored) else np.asarray(stored)
+        plain = (
+            self._unpacked(Weight(stored, kernel.path), "convolution") if is_compressed(stored) else np.asarray(stored)
+        )
         self.note(kernel.path, "inputs rounded as floats", "for `conv_general_dilated`")
         return self._translator.call(
             lambda weight, x: dataclasses.replace(leaf, weight=weight).convolve(x, eqn.params), plain, inputs

@@ -180,7 +180,9 @@ def _opsets(onnx: Any, nodes: Sequence[Node]) -> list[Any]:
 
 
 def _node(onnx: Any, node: Node) -> Any:
-    attributes = {key: _body(onnx, value) if isinstance(value, Body) else value for key, value in node.attributes.items()}
+    attributes = {
+        key: _body(onnx, value) if isinstance(value, Body) else value for key, value in node.attributes.items()
+    }
     return onnx.helper.make_node(node.op, node.inputs, node.outputs, domain=node.domain, **attributes)
 
 

@@ -81,7 +81,9 @@ def _slice(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
     if not cut:
         return [Tensor(tensor.name, tensor.held, result, tensor.dtype)]
     axes, starts, limits, strides = zip(*cut, strict=True)
-    name = graph.op("Slice", tensor.name, graph.shape(starts), graph.shape(limits), graph.ints(*axes), graph.ints(*strides))
+    name = graph.op(
+        "Slice", tensor.name, graph.shape(starts), graph.shape(limits), graph.ints(*axes), graph.ints(*strides)
+    )
     return [Tensor(name, tuple(held), result, tensor.dtype)]
 
 
@@ -111,7 +113,11 @@ def pad(graph: Graph, tensor: Tensor, low: Sequence[Any], high: Sequence[Any], f
     added = [[max(size, 0) if is_static(size) else size for size in side] for side in (low, high)]
     taken = [[max(-size, 0) if is_static(size) else 0 for size in side] for side in (low, high)]
     # `Pad` has no kernels for the other types.
-    computed = arithmetic(tensor.dtype) if carrier(tensor.dtype).name not in ("int8", "uint8", "bool") else carrier(tensor.dtype)
+    computed = (
+        arithmetic(tensor.dtype)
+        if carrier(tensor.dtype).name not in ("int8", "uint8", "bool")
+        else carrier(tensor.dtype)
+    )
     name = graph.cast(tensor.name, tensor.dtype, computed)
     value = graph.cast(graph.reshape(fill, ()).name, tensor.dtype, computed)
     name = graph.op("Pad", name, graph.shape([*added[0], *added[1]]), value, mode="constant")

@@ -14,7 +14,11 @@ class LeafOptions:
 
     def __post_init__(self) -> None:
         """Checks the choices."""
-        for name, choices in (("input_ranges", ("tensor", "row")), ("weight_bits", (7, 8)), ("accuracy_level", range(5))):
+        for name, choices in (
+            ("input_ranges", ("tensor", "row")),
+            ("weight_bits", (7, 8)),
+            ("accuracy_level", range(5)),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {getattr(self, name)!r}.")
 

@@ -60,7 +60,9 @@ def operand(
     outer: tuple[Any, ...] = (product(sizes),) if merge else sizes
     # Batch axes that are only broadcast stay so: `MatMul` broadcasts them.
     leading = moved.held[: len(batch)]
-    shaped = graph.reshape(dataclasses.replace(moved, shape=moved.held), (*leading, *outer, inner) if last else (*leading, inner, *outer))
+    shaped = graph.reshape(
+        dataclasses.replace(moved, shape=moved.held), (*leading, *outer, inner) if last else (*leading, inner, *outer)
+    )
     return shaped, sizes
 
 

@@ -103,20 +103,20 @@ def save_onnx(
     """
     import_onnx()
     options = LeafOptions(input_ranges=input_ranges, weight_bits=weight_bits, accuracy_level=accuracy_level)
-    model = traced(apply, params, inputs)
-    graph = Graph()
-    translator = Translator(graph, options)
     names = _input_names(apply, inputs, input_names)
+    model = traced(apply, params, inputs)
+    outputs = _distinct("output_names", _output_names(model.outputs), output_names, taken=names)
+    graph = Graph(taken=[*names, *outputs])
+    translator = Translator(graph, options)
     ports = [_port(name, value) for name, value in zip(names, model.values, strict=True)]
     for port in ports:
         graph.dimensions.add_input(port.name, port.shape)
     leaves = [_known(path, leaf) for path, leaf in zip(model.paths, model.leaves, strict=True)]
     results = translator.run(as_body(model.closed), [*leaves, *(_carried(graph, port) for port in ports)])
-    outputs = _distinct("output_names", _output_names(model.outputs), output_names, taken=names)
-    variables = model.closed.jaxpr.outvars
-    written = []
-    for name, value, var in zip(outputs, results, variables, strict=True):
-        written.append(_write_output(graph, name, translator.leaves.plain(value), var.aval))
+    written = [
+        _write_output(graph, name, translator.leaves.plain(value), var.aval)
+        for name, value, var in zip(outputs, results, model.closed.jaxpr.outvars, strict=True)
+    ]
     file = write_model(os.fspath(path), graph, ports, written)
     return OnnxInfo(
         inputs=tuple(names),
@@ -137,8 +137,6 @@ def _known(path: str, leaf: Any) -> Any:
 
 
 def _port(name: str, value: Any) -> Port:
-    if is_compressed(value):
-        raise ValueError(f"Input {name!r} is a compressed array: those are constants of the file, in `params`.")
     try:
         onnx_type(value.dtype)
     except NotImplementedError as err:
@@ -169,11 +167,13 @@ def _write_output(graph: Graph, name: str, value: Any, aval: Any) -> Port:
 def _input_names(apply: Callable[..., Any], inputs: Sequence[Any], given: Sequence[str] | None) -> list[str]:
     arguments = _argument_names(apply, len(inputs))
     leaves, _ = jax.tree_util.tree_flatten_with_path(tuple(inputs), is_leaf=is_compressed)
-    names = [
-        "/".join([arguments[keys[0].idx], *([path_string(keys[1:])] if keys[1:] else [])])
-        for keys, leaf in leaves
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    ]
+    names = []
+    for keys, leaf in leaves:
+        name = "/".join([arguments[keys[0].idx], *([path_string(keys[1:])] if keys[1:] else [])])
+        if is_compressed(leaf):
+            raise ValueError(f"Input {name!r} is a compressed array: those are constants of the file, in `params`.")
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            names.append(name)
     return _distinct("input_names", names, given)
 
 
@@ -199,8 +199,11 @@ def _distinct(argument: str, names: list[str], given: Sequence[str] | None, take
     if given is not None:
         if len(given) != len(names):
             raise ValueError(f"`{argument}` must be one for each of {names}, got {list(given)}.")
-        if len({*given, *taken}) != len(given) + len(taken):
-            raise ValueError(f"`{argument}` must be distinct from each other and from {list(taken)}, got {list(given)}.")
+        if len({*given, *taken}) != len(given) + len(taken) or "" in given:
+            others = f" and from {list(taken)}" if taken else ""
+            raise ValueError(
+                f"`{argument}` must be distinct from each other{others}, and not empty, got {list(given)}."
+            )
         return list(given)
     result: list[str] = []
     for name in names:
