@@ -1,7 +1,7 @@
 """Exported models in ONNX Runtime against `jax.jit`: an encoder of MiniLM's sizes, and decoding of one token.
 
-The encoder (6 layers, 384 wide, 8 x 64 tokens) runs in float32, with int8 weights and inputs as `save_onnx` writes them,
-and as ONNX Runtime's own `quantize_dynamic` makes it from the float file. Its weights are those of `--weights` (a
+The encoder (6 layers, 384 wide, 8 x 64 tokens) runs in float32, with int8 weights and inputs as `save_onnx` writes
+them, and as ONNX Runtime's own `quantize_dynamic` makes it from the float file. Its weights are those of `--weights` (a
 directory that `from_pretrained` reads), or random ones of the same sizes. Decoding is three layers of 1 x 4096 x 4096.
 
 All variants run in turn, on two threads; quoted are medians, of wall time and of CPU time.

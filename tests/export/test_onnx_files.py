@@ -92,13 +92,22 @@ def unknown(x):
 
 
 FAILING = {
-    "unknown primitive": (unknown, r"no rule for the primitive `cholesky` of \(float32\[2,2\]\).* at .*test_onnx_files.py:\d+:\d+ \(unknown\)"),
-    "unknown within a loop": (lambda x: jax.lax.map(lambda r: jax.lax.lgamma(r), jnp.concatenate(4 * [x])), "`lgamma`.*test_onnx_files"),
+    "unknown primitive": (
+        unknown,
+        r"no rule for the primitive `cholesky` of \(float32\[2,2\]\).* at .*test_onnx_files.py:\d+:\d+ \(unknown\)",
+    ),
+    "unknown within a loop": (
+        lambda x: jax.lax.map(lambda r: jax.lax.lgamma(r), jnp.concatenate(4 * [x])),
+        "`lgamma`.*test_onnx_files",
+    ),
     "callback": (lambda x: jax.pure_callback(np.sin, jax.ShapeDtypeStruct((2, 3), "float32"), x), "`pure_callback`"),
     "print": (lambda x: (jax.debug.print("{}", x), x)[1], "`debug_"),
-    "random bits": (lambda x: jax.random.normal(jax.random.wrap_key_data(x[0, :2].astype(jnp.uint32)), (3,)), "`random_wrap`"),
+    "random bits": (
+        lambda x: jax.random.normal(jax.random.wrap_key_data(x[0, :2].astype(jnp.uint32)), (3,)),
+        "`random_wrap`",
+    ),
     "complex": (lambda x: jnp.abs(x + 1j), "no values of dtype complex64"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", FAILING)

@@ -50,17 +50,17 @@ def test_every_kind_is_looked_up(kind, tmp_path):
 
 
 FORMS = {
-    "int4": (dict(bits=4, group_size=32), "MatMulNBits, 4 bits, blocks of 32"),
-    "uint4": (dict(bits=4, group_size=16, symmetric=False), "MatMulNBits, 4 bits, blocks of 16"),
-    "int4 per channel": (dict(bits=4), "MatMulNBits, 4 bits, blocks of 64"),
-    "int3": (dict(bits=3, group_size=64), "MatMulNBits, 4 bits, blocks of 64"),
-    "tiles": (dict(bits=4, group_size=32, group_outputs=4), "MatMulNBits, 4 bits, blocks of 32"),
-    "partial": (dict(bits=4, group_size=48, partial_groups=True), "MatMulNBits, 4 bits, blocks of 16"),
-    "small groups": (dict(bits=4, group_size=8), "int4 g8, unpacked in the graph"),
-    "int8": (dict(bits=8), "int8 per-channel, unpacked in the graph"),
-    "int8 groups": (dict(bits=8, group_size=32), "int8 g32, unpacked in the graph"),
-    "nf4": (dict(format="nf4", group_size=32), "uint4 levels g32, unpacked in the graph"),
-    "mxfp4": (dict(format="mxfp4"), "uint4 levels g32, unpacked in the graph"),
+    "int4": ({"bits": 4, "group_size": 32}, "MatMulNBits, 4 bits, blocks of 32"),
+    "uint4": ({"bits": 4, "group_size": 16, "symmetric": False}, "MatMulNBits, 4 bits, blocks of 16"),
+    "int4 per channel": ({"bits": 4}, "MatMulNBits, 4 bits, blocks of 64"),
+    "int3": ({"bits": 3, "group_size": 64}, "MatMulNBits, 4 bits, blocks of 64"),
+    "tiles": ({"bits": 4, "group_size": 32, "group_outputs": 4}, "MatMulNBits, 4 bits, blocks of 32"),
+    "partial": ({"bits": 4, "group_size": 48, "partial_groups": True}, "MatMulNBits, 4 bits, blocks of 16"),
+    "small groups": ({"bits": 4, "group_size": 8}, "int4 g8, unpacked in the graph"),
+    "int8": ({"bits": 8}, "int8 per-channel, unpacked in the graph"),
+    "int8 groups": ({"bits": 8, "group_size": 32}, "int8 g32, unpacked in the graph"),
+    "nf4": ({"format": "nf4", "group_size": 32}, "uint4 levels g32, unpacked in the graph"),
+    "mxfp4": ({"format": "mxfp4"}, "uint4 levels g32, unpacked in the graph"),
 }
 
 
@@ -195,17 +195,21 @@ def test_experts_in_a_batch(tmp_path):
 
 # Of 7 bits, whose sums do not saturate on processors with AVX2 alone.
 INPUTS = {
-    "rows": (dict(bits=7), dict(bits=8), {"input_ranges": "row"}),
-    "rows with zero points": (dict(bits=7, symmetric=False), dict(bits=8, symmetric=False), {"input_ranges": "row"}),
-    "int4 weights": (dict(bits=4), dict(bits=8), {"input_ranges": "row"}),
-    "4 bits": (dict(bits=7), dict(bits=4), {}),
-    "weights in groups": (dict(bits=4, group_size=32), dict(bits=8), {}),
-    "inputs in groups": (dict(bits=8), dict(bits=8, group_size=16), {}),
-    "static": (dict(bits=7), dict(bits=8, per_tensor=True), {}),
-    "static, full": (dict(bits=7), dict(bits=8, per_tensor=True, convention="full"), {}),
-    "static with a zero point": (dict(bits=7), dict(bits=8, per_tensor=True, symmetric=False), {}),
-    "static, weights with zero points": (dict(bits=7, symmetric=False), dict(bits=8, per_tensor=True), {}),
-    "plain weights": (None, dict(bits=8), {}),
+    "rows": ({"bits": 7}, {"bits": 8}, {"input_ranges": "row"}),
+    "rows with zero points": (
+        {"bits": 7, "symmetric": False},
+        {"bits": 8, "symmetric": False},
+        {"input_ranges": "row"},
+    ),
+    "int4 weights": ({"bits": 4}, {"bits": 8}, {"input_ranges": "row"}),
+    "4 bits": ({"bits": 7}, {"bits": 4}, {}),
+    "weights in groups": ({"bits": 4, "group_size": 32}, {"bits": 8}, {}),
+    "inputs in groups": ({"bits": 8}, {"bits": 8, "group_size": 16}, {}),
+    "static": ({"bits": 7}, {"bits": 8, "per_tensor": True}, {}),
+    "static, full": ({"bits": 7}, {"bits": 8, "per_tensor": True, "convention": "full"}, {}),
+    "static with a zero point": ({"bits": 7}, {"bits": 8, "per_tensor": True, "symmetric": False}, {}),
+    "static, weights with zero points": ({"bits": 7, "symmetric": False}, {"bits": 8, "per_tensor": True}, {}),
+    "plain weights": (None, {"bits": 8}, {}),
 }
 
 
@@ -225,9 +229,17 @@ def test_quantized_inputs_as_jax_has_them(name, tmp_path):
     assert ("MatMulInteger" in info.operators) == whole
 
 
+def test_rows_with_weights_of_7_bits(tmp_path):
+    params = rounded({"bits": 8, "symmetric": False}, {"bits": 8})
+    outputs, info = exported(tmp_path, multiplied, params, X, weight_bits=7, input_ranges="row")
+    plain = np.asarray(multiplied(jc.materialize(params), X))
+    assert np.linalg.norm(outputs[0] - plain) < 0.02 * np.linalg.norm(plain)
+    assert info.leaves[0].reason == "weights rounded to 7 bits"
+
+
 @pytest.mark.parametrize(("weight_bits", "error"), [(8, 0.01), (7, 0.02)])
 def test_one_range_for_a_tensor_is_close(weight_bits, error, tmp_path):
-    params = rounded(dict(bits=8 if weight_bits == 7 else 7), dict(bits=8))
+    params = rounded({"bits": 8 if weight_bits == 7 else 7}, {"bits": 8})
     outputs, info = exported(tmp_path, multiplied, params, X, weight_bits=weight_bits)
     plain = np.asarray(multiplied(jc.materialize(params), X))
     assert np.linalg.norm(outputs[0] - plain) < error * np.linalg.norm(plain)
@@ -236,13 +248,13 @@ def test_one_range_for_a_tensor_is_close(weight_bits, error, tmp_path):
 
 
 def test_projections_share_the_codes_of_their_input(tmp_path):
-    params = {name: rounded(dict(bits=7), dict(bits=8))["w"] for name in "qkv"}
+    params = {name: rounded({"bits": 7}, {"bits": 8})["w"] for name in "qkv"}
     _, info = exported(tmp_path, lambda p, x: [x @ leaf for leaf in p.values()], params, X)
     assert info.operators["DynamicQuantizeLinear"] == 1
 
 
 def test_inputs_that_would_never_be_quantized_are_an_error(tmp_path):
-    params = rounded(dict(bits=8), dict(bits=8))
+    params = rounded({"bits": 8}, {"bits": 8})
     with pytest.raises(ValueError, match="The inputs of leaf 'w' are to be quantized, but `add`"):
         save_onnx(tmp_path / "m.onnx", lambda p, x: x @ (p["w"] + 1), params, X)
     assert not list(tmp_path.iterdir())

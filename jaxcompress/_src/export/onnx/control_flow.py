@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from jaxcompress._src.arrays.protocol import reshape
 from jaxcompress._src.execution.runs import cut
 from jaxcompress._src.execution.values import Runs, Weight, ignore
-from jaxcompress._src.arrays.protocol import reshape
 from jaxcompress._src.export.onnx.dimensions import is_static
 from jaxcompress._src.export.onnx.graph import Body, Graph, Tensor
 from jaxcompress._src.export.onnx.types import carrier
@@ -96,7 +96,7 @@ def _scan(graph: Graph, eqn: Any, consts: list[Any], carry: list[Any], stacks: l
         inputs.append((graph.fresh(), np.dtype(np.int64), 0))
     with graph.scope() as nodes:
         results = [_output(graph, result) for result in run(body, [*consts, *inner])]
-    attributes = {"num_scan_inputs": len(scanned)}
+    attributes: dict[str, Any] = {"num_scan_inputs": len(scanned)}
     written = len(results) - count
     if eqn.params["reverse"]:
         attributes["scan_input_directions"] = [1] * len(scanned)

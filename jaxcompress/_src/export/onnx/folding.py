@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._src.export.onnx.dimensions import known_shape
@@ -43,7 +44,7 @@ def folded(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 
 def _concrete(value: Any) -> Any:
-    return value if jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended) else np.asarray(value)
+    return value if jnp.issubdtype(value.dtype, jax.dtypes.extended) else np.asarray(value)
 
 
 def _broadcast(array: np.ndarray, params: Mapping[str, Any], aval: Any) -> np.ndarray:

@@ -216,7 +216,13 @@ class Graph:
         if held is None:
             tensor, held = self.full(tensor), shape
         target = self.dimensions.reshape_target(tensor.held, held)
-        name = self.op("Reshape", tensor.name, target, **({"allowzero": 1} if 0 in held else {}))
+        # Without the attribute, 0 says that a size stays as it is.
+        is_empty = any(is_static(size) and size == 0 for size in held)
+        name = (
+            self.op("Reshape", tensor.name, target, allowzero=1)
+            if is_empty
+            else self.op("Reshape", tensor.name, target)
+        )
         return Tensor(name, held, shape, tensor.dtype)
 
     def transpose(self, value: Any, permutation: Sequence[int]) -> Tensor:

@@ -97,10 +97,8 @@ def _windows(
     window = tuple(1 if axis in batching else sizes[axis] for axis in axes)
     rank = len(batch) + len(axes)
     parts, inside = [], None
-    for number, axis in enumerate(batching):
-        at = indices_batching[number]
-        line = _line(graph, batch[at], rank, at)
-        parts.append(line)
+    for at in indices_batching:
+        parts.append(_line(graph, batch[at], rank, at))
     index = graph.full(indices)
     for number, axis in enumerate(index_map):
         name = graph.op("Slice", index.name, graph.ints(number), graph.ints(number + 1), graph.ints(index.ndim - 1))

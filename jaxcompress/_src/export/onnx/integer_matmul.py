@@ -3,6 +3,7 @@
 Shape letters: K inputs, N outputs.
 """
 
+import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,25 +21,28 @@ from jaxcompress._src.export.onnx.weight_matmul import as_matrix, in_order, inpu
 def integer_matmul(
     translator: Any, eqn: Any, leaf: InputQuantizedArray, other: Any, side: int, options: LeafOptions
 ) -> tuple[Tensor | None, str, str]:
-    """The product, the form in words, and why; no product where the weight, or the inputs, are none of whole numbers."""
+    """The product, its form in words, and a remark; no product where weights or inputs are no whole numbers."""
     graph: Graph = translator.graph
     contracted, batch = eqn.params["dimension_numbers"]
     weight: Any = leaf.weight
     summed, summed_other = in_order(contracted[side], contracted[1 - side])
-    matrix = _whole_matrix(weight, summed) if not batch[side] else None
-    if matrix is None:
+    if batch[side] or _whole_matrix(weight, summed) is None:
         return None, "", "weights without one scale along their inputs"
     if not _has_8_bits(leaf):
         return None, "", "inputs that are not rounded to 8 bits"
+    note = f"{weight.bits} bits in 8" if weight.bits != 8 else ""
+    if options.weight_bits == 7 and weight.bits == 8:
+        weight, note = _of_7_bits(weight), "weights rounded to 7 bits"
     if leaf.scale is None and options.input_ranges == "row":
         # As JAX computes it; the float product that its derivatives need is read by nothing.
-        stored = translator.leaves.stored(leaf)
+        stored = translator.leaves.stored(dataclasses.replace(leaf, weight=weight))
         (written,) = translator.call(lambda leaf, x: leaf.dot(x, side, eqn.params), stored, other)
-        return written, "MatMulInteger, a range for each row", ""
+        return written, "MatMulInteger, a range for each row", note
+    matrix = _whole_matrix(weight, summed)
     x, free = inputs_of(graph, other, summed_other)
     x = Tensor(graph.cast(x.name, x.dtype, np.float32), x.held, x.shape, np.dtype(np.float32))
     codes, scale, zero_point, how = _codes(graph, leaf, x)
-    table, weight_scale, weight_zero, note = _weight_codes(graph, matrix, weight.bits, options)
+    table, weight_scale, weight_zero = _weight_codes(graph, matrix)
     name = graph.op("MatMulInteger", codes, table, zero_point, weight_zero)
     # In this order ONNX Runtime makes one kernel of it all.
     name = graph.op("Cast", name, to=onnx_type(np.float32))
@@ -61,26 +65,24 @@ def _whole_matrix(weight: Any, contracted: Any) -> Any:
     return matrix
 
 
-def _weight_codes(graph: Graph, matrix: QuantizedArray, bits: int, options: LeafOptions) -> tuple[str, str, str, str]:
-    """Codes as int8 (K, N), scales (N,) or (1,), zero points, and a remark."""
+def _of_7_bits(weight: QuantizedArray) -> QuantizedArray:
+    """Codes less their zero points, rounded to 7 bits, at twice the scale."""
+    codes, zero_points = np.asarray(weight.codes()).astype(np.int16), weight.zero_points()
+    codes = codes if zero_points is None else codes - np.asarray(zero_points).astype(np.int16)
+    halved = jnp.asarray(np.clip(np.round(codes / 2), -64, 63), jnp.int8)
+    return dataclasses.replace(weight, data=halved, scale=2 * weight.scale, zero_point=None)
+
+
+def _weight_codes(graph: Graph, matrix: QuantizedArray) -> tuple[str, str, str]:
+    """Codes as int8 (K, N), scales (N,) or (1,), and zero points."""
     codes, zero_points = np.asarray(matrix.codes()), matrix.zero_points()
-    scale = np.asarray(matrix.scale, np.float32).reshape(-1)
-    zero: Any = np.zeros((), np.int32)
+    zero = np.zeros((), np.int8)
     if zero_points is not None:
         # 128 less: products of unsigned codes take twice the time.
         codes = (codes.astype(np.int16) - 128).astype(np.int8)
-        zero = np.asarray(zero_points, np.int32).reshape(-1) - 128
-    note = ""
-    if options.weight_bits == 7 and bits == 8:
-        codes, zero, scale = (
-            np.clip(np.round((codes - zero) / 2), -64, 63).astype(np.int8),
-            np.zeros((), np.int32),
-            2 * scale,
-        )
-        note = "weights rounded to 7 bits"
-    elif bits != 8:
-        note = f"{bits} bits in 8"
-    return graph.constant(codes), graph.constant(scale), graph.constant(zero.astype(np.int8)), note
+        zero = (np.asarray(zero_points).astype(np.int16).reshape(-1) - 128).astype(np.int8)
+    scale = np.asarray(matrix.scale, np.float32).reshape(-1)
+    return graph.constant(codes), graph.constant(scale), graph.constant(zero)
 
 
 def _has_8_bits(leaf: InputQuantizedArray) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
@@ -97,16 +97,13 @@ def write_model(path: str, graph: Graph, inputs: Sequence[Port], outputs: Sequen
 def _replacing(path: str) -> Iterator[BinaryIO]:
     """A file that takes its name when it is whole; until then there is what was there before."""
     directory, name = os.path.split(os.path.abspath(path))
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=directory)
+    # Not by `tempfile`, whose files are for the eyes of their owner alone.
+    temporary = os.path.join(directory, f".{name}.{uuid.uuid4().hex}")
     try:
-        with open(descriptor, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # As any new file of the user's, not for their eyes alone.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):

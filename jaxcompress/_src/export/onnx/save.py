@@ -7,14 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxcompress._src.execution.values import Weight
 from jaxcompress._src.export.onnx.graph import Graph, Tensor
 from jaxcompress._src.export.onnx.model_file import OPSET, Port, import_onnx, write_model
 from jaxcompress._src.export.onnx.options import LeafOptions, OnnxLeaf
 from jaxcompress._src.export.onnx.translate import Translator
 from jaxcompress._src.export.onnx.types import onnx_type
-from jaxcompress._src.execution.values import Weight
 from jaxcompress._src.trace.traced import traced
 from jaxcompress._src.trace.walk import as_body
 from jaxcompress._src.tree.paths import path_string
@@ -72,7 +73,7 @@ def save_onnx(
         apply: `(params, *inputs) -> outputs`, pure.
         params: plain or compressed arrays, which are constants of the file.
         *inputs: trees of arrays or of `jax.ShapeDtypeStruct`; their shapes and dtypes are read only. Sizes may be
-            symbols of `jax.export.symbolic_shape`, which then are what they are in each run. What is no array is static.
+            symbols of one `jax.export.symbolic_shape`, whatever they are in a run. What is no array is static.
         input_names: of the leaves of the inputs; by default the names of the arguments, with paths in trees.
         output_names: of the leaves of the outputs; by default their paths, or `output`.
         input_ranges: of dynamically quantized inputs: "tensor" or "row".
@@ -86,7 +87,7 @@ def save_onnx(
 
     Raises:
         ImportError: `onnx` is not installed.
-        NotImplementedError: a primitive or dtype that cannot be written; names it, its shapes and the line of the model.
+        NotImplementedError: a primitive or dtype that cannot be written; names it, its shapes and the line of `apply`.
         FileNotFoundError: there is no such directory.
         ValueError: names that are not one for each leaf, or not distinct; a leaf whose inputs are to be quantized and
             never would be.
@@ -97,7 +98,7 @@ def save_onnx(
         >>> (batch,) = jax.export.symbolic_shape("batch")
         >>> x = jax.ShapeDtypeStruct((batch, 2), jnp.float32)
         >>> with tempfile.TemporaryDirectory() as directory:
-        ...     info = save_onnx(f"{directory}/m.onnx", lambda params, x: x @ params["kernel"], {"kernel": jnp.eye(2)}, x)
+        ...     info = save_onnx(f"{directory}/m.onnx", lambda params, x: x @ params["w"], {"w": jnp.eye(2)}, x)
         >>> info.inputs, info.outputs, info.operators
         (('x',), ('output',), {'Identity': 1, 'MatMul': 1})
     """
@@ -133,7 +134,7 @@ def _known(path: str, leaf: Any) -> Any:
         return Weight(leaf, path)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise ValueError(f"Leaf {path!r} is abstract: the file holds its numbers.")
-    return leaf if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended) else np.asarray(leaf)
+    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) else np.asarray(leaf)
 
 
 def _port(name: str, value: Any) -> Port:

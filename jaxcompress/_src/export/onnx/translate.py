@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import source_info_util
 
@@ -96,7 +97,7 @@ def _normal(value: Any, aval: Any) -> Any:
     """Known arrays as NumPy has them; those with dtypes of JAX alone, such as keys, as they are."""
     if isinstance(value, Tensor | Weight | Runs | np.ndarray):
         return value
-    if jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
         return value
     return np.asarray(value, aval.dtype)
 

@@ -30,14 +30,14 @@ def onnx_type(dtype: Any) -> int:
     Raises:
         NotImplementedError: values of that dtype cannot be in the graph.
     """
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended) or np.dtype(dtype).name not in _ONNX:
+    if jnp.issubdtype(dtype, jax.dtypes.extended) or np.dtype(dtype).name not in _ONNX:
         raise NotImplementedError(f"ONNX export has no values of dtype {dtype}.")
     return _ONNX[np.dtype(dtype).name]
 
 
 def is_exportable(dtype: Any) -> bool:
     """Whether values of a dtype can be in the graph."""
-    return not jax.dtypes.issubdtype(dtype, jax.dtypes.extended) and np.dtype(dtype).name in _ONNX
+    return not jnp.issubdtype(dtype, jax.dtypes.extended) and np.dtype(dtype).name in _ONNX
 
 
 def carrier(dtype: Any) -> np.dtype:
