@@ -38,9 +38,11 @@ MAY_IMPORT_FEW = {
     "models": {"types", "tree", "execution", "units"},
     "solvers": set(),
     "checkpoint": {"types", "meshes", "coding", "tree", "arrays"},
+    "export": {"types", "tree", "arrays", "trace", "execution"},
     "report": {"types", "meshes", "tree", "arrays", "execution"},
 }
 ONLY_HERE = {"orbax": "checkpoint", "typer": "cli", "rich": "cli", "matplotlib": "cli", "transformers": "recipe"}
+ONLY_HERE |= {"onnx": "export"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem != "__init__")
 FACADES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__main__")
 
@@ -151,8 +153,9 @@ def test_a_checkpoint_of_rounded_inputs_is_restored_by_a_process_that_has_not_us
 
 
 def test_importing_the_library_imports_no_extra_and_no_orbax():
-    names = ("orbax", "transformers", "typer", "rich", "matplotlib")
-    code = f"import sys, jaxcompress.recipe; print([n for n in {names} if n in sys.modules and n not in before])"
+    names = ("orbax", "transformers", "typer", "rich", "matplotlib", "onnx")
+    code = f"print([n for n in {names} if n in sys.modules and n not in before])"
+    code = f"import sys, jaxcompress.recipe, jaxcompress.export; {code}"
     code = f"import sys, jax, flax, optax; before = set(sys.modules); {code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

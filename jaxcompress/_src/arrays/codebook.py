@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Integer
 
 from jaxcompress._src.arrays.coded import CodedArray, describe_codes, take_code_rows, take_parameter_rows
 from jaxcompress._src.arrays.protocol import array_kind
-from jaxcompress._src.arrays.quantized import split_blocks
+from jaxcompress._src.arrays.quantized import is_split, split_blocks
 from jaxcompress._src.arrays.sharding import component_shardings
 from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.arrays.static_fields import BOOL, DTYPE
@@ -169,17 +169,17 @@ def _pick_backward(saved: Any, gradient: Float[Array, "..."]) -> tuple[Any, Arra
 _pick.defvjp(_pick_forward, _pick_backward)
 
 
-def _split_shape(shape: tuple[int, ...], blocks: tuple[int, ...]) -> list[int]:
+def _split_shape(shape: tuple[Any, ...], blocks: tuple[Any, ...]) -> list[Any]:
     """The shape in which one number per block broadcasts against `split_blocks`."""
-    return [part for n, s in zip(shape, blocks, strict=True) for part in ((s, 1) if 1 < s < n else (s,))]
+    return [part for n, s in zip(shape, blocks, strict=True) for part in ((s, 1) if is_split(n, s) else (s,))]
 
 
-def _inner_axes(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, ...]:
+def _inner_axes(shape: tuple[Any, ...], blocks: tuple[Any, ...]) -> tuple[int, ...]:
     """The axes of `split_blocks` that lie within one block."""
     axes, at = [], 0
     for n, s in zip(shape, blocks, strict=True):
-        is_split = 1 < s < n
-        if is_split or s == 1:
-            axes.append(at + is_split)
-        at += 1 + is_split
+        split = is_split(n, s)
+        if split or s == 1:
+            axes.append(at + split)
+        at += 1 + split
     return tuple(axes)

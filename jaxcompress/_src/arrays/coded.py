@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, Shaped
 
@@ -38,8 +39,8 @@ class CodedArray(StoredArray):
     data: Any
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Logical shape."""
+    def shape(self) -> tuple[Any, ...]:
+        """Logical shape; of quantized inputs, sizes may be symbolic."""
         return tuple(self.data.shape)
 
     @property
@@ -128,7 +129,8 @@ class CodedArray(StoredArray):
         if batch[side] or self.size < _LARGE:
             return None
         tokens = other.size // max(math.prod(other.shape[axis] for axis in contracted[1 - side]), 1)
-        if tokens > _FEW_TOKENS:
+        # A symbolic number of tokens may be any.
+        if jax.export.is_symbolic_dim(tokens) or tokens > _FEW_TOKENS:
             return None
         free = [axis for axis in range(self.ndim) if axis not in contracted[side]]
         fit = [axis for axis in free if self.shape[axis] % _BLOCKS == 0 and self._can_cut(axis)]

@@ -271,7 +271,7 @@ def dequantize(
     return (values * per_block(scale, codes.shape, scale.shape)).reshape(codes.shape).astype(dtype)
 
 
-def split_blocks(x: Num[Array, "..."], scale_shape: tuple[int, ...]) -> Num[Array, "..."]:
+def split_blocks(x: Num[Array, "..."], scale_shape: tuple[Any, ...]) -> Num[Array, "..."]:
     """`x` with every axis that several blocks share split in two: (blocks, block size).
 
     Axes with one block, or with blocks of one element, stay whole: they broadcast as they are.
@@ -284,14 +284,19 @@ def split_blocks(x: Num[Array, "..."], scale_shape: tuple[int, ...]) -> Num[Arra
     ):
         raise ValueError(f"Scales of shape {tuple(scale_shape)} do not divide an array of shape {x.shape}.")
     return x.reshape(
-        [part for n, s in zip(x.shape, scale_shape, strict=True) for part in ((s, n // s) if 1 < s < n else (n,))]
+        [part for n, s in zip(x.shape, scale_shape, strict=True) for part in ((s, n // s) if is_split(n, s) else (n,))]
     )
 
 
-def per_block(parameter: Shaped[Array, "..."], shape: tuple[int, ...], scale_shape: tuple[int, ...]) -> Array:
+def is_split(size: Any, blocks: Any) -> bool:
+    """Whether several blocks share an axis and hold several entries each; asked so that sizes may be symbolic."""
+    return blocks != 1 and blocks != size and size != 0
+
+
+def per_block(parameter: Shaped[Array, "..."], shape: tuple[Any, ...], scale_shape: tuple[Any, ...]) -> Array:
     """A scale or zero point, reshaped so that it broadcasts against `split_blocks(x, scale_shape)`."""
     sizes = zip(parameter.shape, shape, scale_shape, strict=True)
-    split = [part for p, n, s in sizes for part in ((p, 1) if 1 < s < n else (p,))]
+    split = [part for p, n, s in sizes for part in ((p, 1) if is_split(n, s) else (p,))]
     return parameter.astype(jnp.float32).reshape(split)
 
 

@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from jaxcompress._src.arrays.packed import codes_per_block
+from jaxcompress._src.arrays.quantized import is_split
 from jaxcompress._src.quantization.spec import QuantSpec
 from jaxcompress._src.trace.layout import LeafLayout
 from jaxcompress._src.weights.selection import BlockError
 
 
-def scale_shape(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tuple[int, ...]:
+def scale_shape(shape: Sequence[Any], spec: QuantSpec, layout: LeafLayout) -> tuple[Any, ...]:
     """The number of blocks on every axis: the shape of the scales.
 
     A leaf without input axes (a bias, say) gets one scale per stacked copy.
@@ -48,7 +50,7 @@ def scale_shape(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tu
     return tuple(blocks)
 
 
-def padded_shape(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tuple[int, ...]:
+def padded_shape(shape: Sequence[Any], spec: QuantSpec, layout: LeafLayout) -> tuple[Any, ...]:
     """The shape in which every group is whole; `shape` itself unless the spec has partial groups.
 
     One input axis grows, the innermost whose size does not divide what is left of the group size.
@@ -74,7 +76,7 @@ PARTIAL = "Give `select` without them, or `QuantSpec(partial_groups=True)` for a
 """What to do about leaves that cannot be cut."""
 
 
-def cut(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> tuple[int, ...]:
+def cut(shape: Sequence[Any], spec: QuantSpec, layout: LeafLayout) -> tuple[Any, ...]:
     """The number of blocks on every axis once the leaf is padded; raises as `scale_shape`."""
     return scale_shape(padded_shape(shape, spec, layout), spec, layout)
 
@@ -88,14 +90,14 @@ def partial_axis(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> t
     return None
 
 
-def reduced_axes(shape: Sequence[int], blocks: Sequence[int]) -> tuple[int, ...]:
+def reduced_axes(shape: Sequence[Any], blocks: Sequence[Any]) -> tuple[int, ...]:
     """The axes of `arrays.split_blocks(x, blocks)` that lie within one block."""
     axes, at = [], 0
     for size, count in zip(shape, blocks, strict=True):
-        is_split = 1 < count < size
-        if is_split or count == 1:
-            axes.append(at + is_split)
-        at += 1 + is_split
+        split = is_split(size, count)
+        if split or count == 1:
+            axes.append(at + split)
+        at += 1 + split
     return tuple(axes)
 
 

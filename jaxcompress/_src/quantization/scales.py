@@ -102,7 +102,7 @@ def range_scales(
     return scale, numbers.zero_point(low, scale)
 
 
-def fixed_zero_points(shape: Sequence[int], spec: QuantSpec, layout: LeafLayout) -> Float[Array, "..."] | None:
+def fixed_zero_points(shape: Sequence[Any], spec: QuantSpec, layout: LeafLayout) -> Float[Array, "..."] | None:
     """Zero points that the format fixes, for scales of this shape, of size 1 on all axes but the stacked ones."""
     fixed = spec.number_format.fixed_zero_point
     if fixed is None:

@@ -1,0 +1,1 @@
+"""ONNX files from jaxprs, with compressed leaves in their stored form."""

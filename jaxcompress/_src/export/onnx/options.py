@@ -1,0 +1,38 @@
+"""How compressed leaves are written."""
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeafOptions:
+    """The options of `save_onnx` that are about compressed leaves."""
+
+    input_ranges: Literal["tensor", "row"]
+    weight_bits: Literal[7, 8]
+    accuracy_level: int
+
+    def __post_init__(self) -> None:
+        """Checks the choices."""
+        for name, choices in (
+            ("input_ranges", ("tensor", "row")),
+            ("weight_bits", (7, 8)),
+            ("accuracy_level", range(5)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {getattr(self, name)!r}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnnxLeaf:
+    """What became of a compressed leaf at one of its uses.
+
+    Attributes:
+        path: of the leaf.
+        form: in the file, such as `MatMulNBits, 4 bits, blocks of 32`.
+        reason: why not a smaller or faster one; empty where there is none.
+    """
+
+    path: str
+    form: str
+    reason: str = ""
