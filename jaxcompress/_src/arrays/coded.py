@@ -20,6 +20,7 @@ from jaxcompress._src.arrays.protocol import (
 )
 from jaxcompress._src.arrays.reshaping import reshape_runs, reshaped_blocks
 from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.arrays.symbolic import surely_at_most
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import is_compressed, plain
 
@@ -127,7 +128,7 @@ class CodedArray(StoredArray):
         if batch[side] or self.size < _LARGE:
             return None
         tokens = other.size // max(math.prod(other.shape[axis] for axis in contracted[1 - side]), 1)
-        if tokens > _FEW_TOKENS:
+        if not surely_at_most(tokens, _FEW_TOKENS):
             return None
         free = [axis for axis in range(self.ndim) if axis not in contracted[side]]
         fit = [axis for axis in free if self.shape[axis] % _BLOCKS == 0 and self._can_cut(axis)]

@@ -1,0 +1,7 @@
+"""LiteRT."""
+
+
+class LitertInfo: ...
+
+
+def save_litert(): ...
