@@ -1,7 +1,280 @@
-"""LiteRT."""
+"""LiteRT (TensorFlow Lite) files without TensorFlow, with the codes of compressed leaves."""
+
+import dataclasses
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
+from jaxcompress._src.arrays.low_rank import LowRankArray
+from jaxcompress._src.arrays.protocol import describe_leaf
+from jaxcompress._src.arrays.quantized import QuantizedArray
+from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.execution.execute import execute
+from jaxcompress._src.export.files import written_whole
+from jaxcompress._src.export.litert_file import filled
+from jaxcompress._src.export.litert_weights import HostWeight, Sites
+from jaxcompress._src.meshes import to_host
+from jaxcompress._src.trace.traced import traced
+from jaxcompress._src.trace.walk import VALUES, as_body, bind, called_body, walk
+from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
+from jaxcompress._src.tree.paths import path_string
+from jaxcompress._src.types import Params, is_compressed, plain
 
 
-class LitertInfo: ...
+class FloatLeafWarning(UserWarning):
+    """Compressed leaves that a file holds as floats, at their full size."""
 
 
-def save_litert(): ...
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LitertInfo:
+    """What `save_litert` wrote.
+
+    Attributes:
+        path: of the file.
+        nbytes: of the file.
+        leaves: by path, the forms in which each compressed leaf was written, such as `int8 per-channel, inputs rounded
+            to 8 bits`, or `float32 (why)`.
+        inputs: their names, in order, as `Interpreter.get_signature_runner()` takes them.
+        outputs: their names, in order.
+    """
+
+    path: Path
+    nbytes: int
+    leaves: Mapping[str, str]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def save_litert(
+    path: str | os.PathLike[str],
+    apply: Callable[..., Any],
+    params: Params,
+    *inputs: Any,
+    round_inputs: bool = True,
+    overwrite: bool = False,
+) -> LitertInfo:
+    """Writes a model as a `.tflite` file, in which compressed leaves have their own codes.
+
+    | leaf | in the file |
+    |---|---|
+    | 8 bits (or 5 to 7), scales by output | int8 with the same codes and scales |
+    | 4 bits or fewer, scales by output, or by groups of a multiple of 32 inputs | int4 with the same codes (kernels of convolutions: int8); scales of groups as bfloat16 |
+    | looked up (embeddings), any scales | int8 codes, multiplied by their scales in float32 |
+    | low rank | its factors |
+    | other groups, number formats and kinds; zero points that whole numbers of 8 bits do not hold | float32, and a warning |
+
+    Matmuls and convolutions of int8 and int4 leaves are *dynamic-range*: the runtime rounds their inputs to 8 bits, for
+    each row, with a zero point. That is what `quantize_inputs` does up to the zero point, and for leaves without it a
+    rounding more. Leaves whose inputs are to be rounded in another way (static, other bits) are written as floats, whose
+    inputs are rounded as asked.
+
+    Shapes are static. Scans are unrolled. It needs `pip install 'jaxcompress[litert]'`, and no TensorFlow.
+
+    Args:
+        path: to write, whole or not at all.
+        apply: `(params, *inputs) -> outputs`, pure; float32 on the way.
+        params: with or without compressed leaves; constants of the file.
+        *inputs: arrays or `jax.ShapeDtypeStruct`.
+        round_inputs: False: leaves whose inputs are not to be quantized are multiplied in float32; the runtime makes
+            floats of their codes when it loads the file.
+        overwrite: whether a file that exists is replaced.
+
+    Raises:
+        FileExistsError: there is a file, and `overwrite` is not set.
+        ModuleNotFoundError: the converter is not installed.
+        ValueError: a shape is symbolic, or the converter has no rule for an operation; names it.
+
+    Example:
+        >>> import tempfile
+        >>> from jaxcompress.quantization import QuantSpec, quantize
+        >>> params, _ = quantize({"w": jnp.ones((64, 8))}, QuantSpec(bits=8))
+        >>> path = Path(tempfile.mkdtemp()) / "model.tflite"
+        >>> info = save_litert(path, lambda p, x: x @ p["w"], params, jnp.ones((1, 64)))
+        >>> info.leaves
+        {'w': 'int8 per-channel, inputs rounded to 8 bits'}
+    """
+    _import_converter()
+    abstract_inputs = jax.tree_util.tree_map_with_path(_abstract_input, inputs)
+    sites = Sites()
+    constants = map_with_path(lambda path, leaf: _on_host(path, leaf, sites, round_inputs), params)
+    program = execute(_unrolled(apply, params, abstract_inputs))
+
+    def run(*inputs: Any) -> Any:
+        return program(constants, *inputs)
+
+    with written_whole(path, overwrite=overwrite) as place:
+        lowered = jax.jit(run, keep_unused=True).trace(*abstract_inputs).lower(lowering_platforms=("cpu",))
+        names, outputs = _names(abstract_inputs, "input"), _names(lowered.out_info, "output")
+        content = filled(_converted(lowered.as_text()), sites.sites, names, outputs)
+        place.write_bytes(content)
+    compressed = [path for path, leaf in leaves_with_paths(params) if is_compressed(leaf)]
+    leaves = {path: "; ".join(sites.forms.get(path, ["not used"])) for path in compressed}
+    _warn_of_floats(leaves)
+    return LitertInfo(path=Path(path), nbytes=len(content), leaves=leaves, inputs=names, outputs=outputs)
+
+
+def _abstract_input(keys: tuple[Any, ...], value: Any) -> jax.ShapeDtypeStruct:
+    name = path_string(keys)
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise TypeError(f"Input {name} is {value!r}, not an array; close over flags: `lambda p, x: ...`.")
+    if not all(isinstance(size, int) for size in value.shape):
+        raise ValueError(
+            f"Input {name} has the symbolic shape {value.shape}; LiteRT files have fixed shapes: give sizes."
+        )
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+
+def _on_host(path: str, leaf: Any, sites: Sites, round_inputs: bool) -> Any:
+    """A leaf as a constant: NumPy arrays, or what stands in for integer codes."""
+    if isinstance(leaf, LowRankArray):
+        # Its factors may be quantized.
+        sites.note(path, "factors")
+        return jax.tree.map(lambda part: _on_host(path, part, sites, round_inputs), leaf, is_leaf=_is_part(leaf))
+    inputs, weight = None, leaf
+    if isinstance(leaf, InputQuantizedArray):
+        inputs, weight = leaf.inputs, leaf.weight
+        if not _is_dynamic_int8(leaf):
+            sites.note(
+                path, "float32 (LiteRT rounds inputs to 8 bits, with ranges of each row), inputs rounded as asked"
+            )
+            return dataclasses.replace(leaf, weight=_host(plain(weight)))
+    if isinstance(weight, QuantizedArray) and (numbers := _integers(weight)) is not None:
+        return HostWeight(
+            path=path,
+            codes=numbers[0],
+            scale=numbers[1],
+            dtype=jnp.dtype(leaf.dtype),
+            bits=4 if weight.bits <= 4 and abs(2 * numbers[0].astype(np.int16) + 1).max(initial=0) < 16 else 8,
+            inputs=inputs,
+            rounded=round_inputs or inputs is not None,
+            sites=sites,
+        )
+    if inputs is not None:
+        sites.note(path, f"float32 ({describe_leaf(weight)} has no integer codes), inputs rounded as asked")
+        return dataclasses.replace(leaf, weight=_host(plain(weight)))
+    if is_compressed(leaf):
+        sites.note(path, f"{leaf.dtype} ({describe_leaf(leaf)} has no form in LiteRT)")
+    return _host(plain(leaf))
+
+
+def _is_part(whole: Any) -> Callable[[Any], bool]:
+    return lambda node: node is not whole and is_compressed(node)
+
+
+def _host(leaf: Any) -> Any:
+    return to_host(leaf) if isinstance(leaf, jax.Array) else leaf
+
+
+def _is_dynamic_int8(leaf: InputQuantizedArray) -> bool:
+    spec: Any = getattr(leaf.inputs, "spec", None)
+    return leaf.scale is None and (getattr(spec, "bits", None), getattr(spec, "format", None)) == (8, "int")
+
+
+def _integers(leaf: QuantizedArray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Codes less their zero points as int8, and their scales, one for each; None where they are no such integers."""
+    # A sparse array with zero points stores zeros as no code at all.
+    if leaf.levels is not None or (leaf.zero_point is not None and isinstance(leaf.data, SparseArray)):
+        return None
+    whole = leaf.with_whole_blocks()
+    codes = np.asarray(whole.codes()).astype(np.int16)
+    if leaf.zero_point is not None:
+        zero = _repeated(np.asarray(whole.zero_points(), np.float32), codes.shape)
+        if not (zero == np.round(zero)).all():
+            return None
+        codes = codes - zero.astype(np.int16)
+    if codes.min(initial=0) < -128 or codes.max(initial=0) > 127:
+        return None
+    return codes.astype(np.int8), _repeated(np.asarray(whole.scale).astype(np.float32), codes.shape)
+
+
+def _repeated(blocks: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    for axis, (count, size) in enumerate(zip(blocks.shape, shape, strict=True)):
+        if 1 < count < size:
+            blocks = np.repeat(blocks, size // count, axis=axis)
+    return np.broadcast_to(blocks, shape)
+
+
+def _unrolled(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """`apply` without scans and without calls: layers that a scan runs over are layers of their own."""
+    model = traced(apply, params, inputs)
+
+    def run(params: Params, *inputs: Any) -> Any:
+        leaves = [leaf for leaf in jax.tree.leaves((params, inputs), is_leaf=is_compressed) if hasattr(leaf, "dtype")]
+        return model.outputs.unflatten(walk(as_body(model.closed), leaves, _visit))
+
+    return run
+
+
+def _visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
+    if eqn.primitive.name == "scan":
+        return _scan(eqn, values)
+    body = called_body(eqn) if eqn.primitive.name in VALUES else None
+    return bind(eqn, values) if body is None else walk(body, values, _visit)
+
+
+def _scan(eqn: Any, values: list[Any]) -> list[Any]:
+    length, consts, carried = (eqn.params[name] for name in ("length", "num_consts", "num_carry"))
+    given, carry, stacks = values[:consts], values[consts : consts + carried], values[consts + carried :]
+    written: dict[int, list[Any]] = {}
+    for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
+        entries = [jax.lax.squeeze(jax.lax.slice_in_dim(stack, i, i + 1), (0,)) for stack in stacks]
+        results = walk(as_body(eqn.params["jaxpr"]), [*given, *carry, *entries], _visit)
+        carry, written[i] = results[:carried], results[carried:]
+    columns = [[written[i][column] for i in range(length)] for column in range(len(eqn.outvars) - carried)]
+    empty = [jnp.zeros(var.aval.shape, var.aval.dtype) for var in eqn.outvars[carried:]]
+    return [*carry, *(jnp.stack(column) if column else zeros for column, zeros in zip(columns, empty, strict=True))]
+
+
+def _names(tree: Any, default: str) -> tuple[str, ...]:
+    keyed = jax.tree_util.tree_flatten_with_path(tree)[0]
+    names = [path_string(keys) for keys, _ in keyed]
+    return tuple(f"{default}_{number}" if name == "." or name.isdigit() else name for number, name in enumerate(names))
+
+
+def _import_converter() -> None:
+    try:
+        import litert_converter as litert_converter
+    except ModuleNotFoundError as err:
+        text = f"LiteRT files need {err.name}: pip install 'jaxcompress[litert]'"
+        raise ModuleNotFoundError(text, name=err.name) from err
+
+
+def _converted(program: str) -> bytes:
+    """The file that the converter makes of StableHLO.
+
+    Raises:
+        ValueError: it has no rule for an operation.
+    """
+    from litert_converter import converter_api_ext as converter
+    from litert_converter.mlir import ir, passmanager
+
+    context = ir.Context()
+    converter.prepare_mlir_context(context)
+    context.allow_unregistered_dialects = True
+    with context, ir.Location.unknown():
+        module = ir.Module.parse(program)
+        try:
+            converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), converter.ConvertToTFLConfig())
+            return converter.export_flatbuffer_to_bytes(module.operation)
+        except Exception as err:
+            found = re.findall(r"'?((?:v?hlo|stablehlo|chlo|vhlo)\.[a-z_0-9]+)'?", str(err))
+            names = ", ".join(dict.fromkeys(name for name in found))
+            raise ValueError(
+                f"LiteRT's converter has no form for {names or 'this program'}: compute it outside of the model, or "
+                f"write it with other operations. It says: {str(err).splitlines()[0][:300]}"
+            ) from err
+
+
+def _warn_of_floats(leaves: Mapping[str, str]) -> None:
+    floats = {path: form for path, form in leaves.items() if "float32 (" in form or "16 (" in form}
+    if floats:
+        lines = "\n".join(f"  {path}: {form}" for path, form in floats.items())
+        warnings.warn(f"Compressed leaves that the file holds as floats:\n{lines}", FloatLeafWarning, stacklevel=3)
