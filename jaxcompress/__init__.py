@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxcompress import checkpoint as checkpoint
     from jaxcompress import clustering as clustering
     from jaxcompress import distillation as distillation
+    from jaxcompress import export as export
     from jaxcompress import gates as gates
     from jaxcompress import lowrank as lowrank
     from jaxcompress import models as models

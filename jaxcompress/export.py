@@ -1,5 +1,6 @@
 """Models for other runtimes: StableHLO, LiteRT."""
 
+from jaxcompress._src.export.litert import FloatLeafWarning as FloatLeafWarning
 from jaxcompress._src.export.litert import LitertInfo as LitertInfo
 from jaxcompress._src.export.litert import save_litert as save_litert
 from jaxcompress._src.export.stablehlo import StablehloInfo as StablehloInfo

@@ -29,6 +29,7 @@ LAYERS = [
     {"models"},
     {"report", "checkpoint"},
     {"training"},
+    {"export"},
     {"recipe"},
     {"cli"},
 ]
@@ -40,6 +41,7 @@ MAY_IMPORT_FEW = {
     "report": {"types", "meshes", "tree", "arrays", "execution"},
 }
 ONLY_HERE = {"orbax": "checkpoint", "typer": "cli", "rich": "cli", "matplotlib": "cli", "transformers": "recipe"}
+ONLY_HERE |= {"litert_converter": "export", "ai_edge_litert": "export"}
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path.parent != SOURCE or path.stem != "__init__")
 FACADES = sorted(path for path in ROOT.glob("*.py") if path.stem != "__main__")
 

@@ -20,10 +20,9 @@ from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.execution.execute import execute
 from jaxcompress._src.export.files import written_whole
 from jaxcompress._src.export.litert_file import filled
+from jaxcompress._src.export.litert_program import straight_line
 from jaxcompress._src.export.litert_weights import HostWeight, Sites
 from jaxcompress._src.meshes import to_host
-from jaxcompress._src.trace.traced import traced
-from jaxcompress._src.trace.walk import VALUES, as_body, bind, called_body, walk
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
 from jaxcompress._src.tree.paths import path_string
 from jaxcompress._src.types import Params, is_compressed, plain
@@ -66,15 +65,16 @@ def save_litert(
     | leaf | in the file |
     |---|---|
     | 8 bits (or 5 to 7), scales by output | int8 with the same codes and scales |
-    | 4 bits or fewer, scales by output, or by groups of a multiple of 32 inputs | int4 with the same codes (kernels of convolutions: int8); scales of groups as bfloat16 |
-    | looked up (embeddings), any scales | int8 codes, multiplied by their scales in float32 |
+    | 4 bits or fewer, scales by output | int4 with the same codes and scales; kernels of convolutions int8 |
+    | the same, scales by groups of 32, 64, ... inputs | int4 with the same codes; scales as bfloat16 |
+    | looked up (embeddings), any scales | the same codes of 8 or 4 bits, multiplied by their scales in float32 |
     | low rank | its factors |
-    | other groups, number formats and kinds; zero points that whole numbers of 8 bits do not hold | float32, and a warning |
+    | other groups, formats, kinds; codes less zero points beyond 8 bits | float32, and a warning |
 
     Matmuls and convolutions of int8 and int4 leaves are *dynamic-range*: the runtime rounds their inputs to 8 bits, for
     each row, with a zero point. That is what `quantize_inputs` does up to the zero point, and for leaves without it a
-    rounding more. Leaves whose inputs are to be rounded in another way (static, other bits) are written as floats, whose
-    inputs are rounded as asked.
+    rounding more. Leaves whose inputs are to be rounded in another way (static, other bits) are written as floats,
+    whose inputs are rounded as asked.
 
     Shapes are static. Scans are unrolled. It needs `pip install 'jaxcompress[litert]'`, and no TensorFlow.
 
@@ -105,7 +105,7 @@ def save_litert(
     abstract_inputs = jax.tree_util.tree_map_with_path(_abstract_input, inputs)
     sites = Sites()
     constants = map_with_path(lambda path, leaf: _on_host(path, leaf, sites, round_inputs), params)
-    program = execute(_unrolled(apply, params, abstract_inputs))
+    program = execute(straight_line(apply, params, abstract_inputs, sites))
 
     def run(*inputs: Any) -> Any:
         return program(constants, *inputs)
@@ -117,7 +117,9 @@ def save_litert(
         place.write_bytes(content)
     compressed = [path for path, leaf in leaves_with_paths(params) if is_compressed(leaf)]
     leaves = {path: "; ".join(sites.forms.get(path, ["not used"])) for path in compressed}
-    _warn_of_floats(leaves)
+    if sites.floats:
+        lines = "\n".join(f"  {path}: {leaves[path]}" for path in sorted(sites.floats))
+        warnings.warn(f"Compressed leaves that {str(path)!r} holds as floats:\n{lines}", FloatLeafWarning, stacklevel=2)
     return LitertInfo(path=Path(path), nbytes=len(content), leaves=leaves, inputs=names, outputs=outputs)
 
 
@@ -142,9 +144,7 @@ def _on_host(path: str, leaf: Any, sites: Sites, round_inputs: bool) -> Any:
     if isinstance(leaf, InputQuantizedArray):
         inputs, weight = leaf.inputs, leaf.weight
         if not _is_dynamic_int8(leaf):
-            sites.note(
-                path, "float32 (LiteRT rounds inputs to 8 bits, with ranges of each row), inputs rounded as asked"
-            )
+            sites.note_float(path, "LiteRT rounds inputs to 8 bits, with ranges of each row; they are rounded as asked")
             return dataclasses.replace(leaf, weight=_host(plain(weight)))
     if isinstance(weight, QuantizedArray) and (numbers := _integers(weight)) is not None:
         return HostWeight(
@@ -158,10 +158,10 @@ def _on_host(path: str, leaf: Any, sites: Sites, round_inputs: bool) -> Any:
             sites=sites,
         )
     if inputs is not None:
-        sites.note(path, f"float32 ({describe_leaf(weight)} has no integer codes), inputs rounded as asked")
+        sites.note_float(path, f"{describe_leaf(weight)} has no int8 codes; inputs are rounded as asked")
         return dataclasses.replace(leaf, weight=_host(plain(weight)))
     if is_compressed(leaf):
-        sites.note(path, f"{leaf.dtype} ({describe_leaf(leaf)} has no form in LiteRT)")
+        sites.note_float(path, f"{describe_leaf(leaf)} has no form in LiteRT")
     return _host(plain(leaf))
 
 
@@ -202,37 +202,6 @@ def _repeated(blocks: np.ndarray, shape: Sequence[int]) -> np.ndarray:
     return np.broadcast_to(blocks, shape)
 
 
-def _unrolled(apply: Callable[..., Any], params: Params, inputs: Sequence[Any]) -> Callable[..., Any]:
-    """`apply` without scans and without calls: layers that a scan runs over are layers of their own."""
-    model = traced(apply, params, inputs)
-
-    def run(params: Params, *inputs: Any) -> Any:
-        leaves = [leaf for leaf in jax.tree.leaves((params, inputs), is_leaf=is_compressed) if hasattr(leaf, "dtype")]
-        return model.outputs.unflatten(walk(as_body(model.closed), leaves, _visit))
-
-    return run
-
-
-def _visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
-    if eqn.primitive.name == "scan":
-        return _scan(eqn, values)
-    body = called_body(eqn) if eqn.primitive.name in VALUES else None
-    return bind(eqn, values) if body is None else walk(body, values, _visit)
-
-
-def _scan(eqn: Any, values: list[Any]) -> list[Any]:
-    length, consts, carried = (eqn.params[name] for name in ("length", "num_consts", "num_carry"))
-    given, carry, stacks = values[:consts], values[consts : consts + carried], values[consts + carried :]
-    written: dict[int, list[Any]] = {}
-    for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
-        entries = [jax.lax.squeeze(jax.lax.slice_in_dim(stack, i, i + 1), (0,)) for stack in stacks]
-        results = walk(as_body(eqn.params["jaxpr"]), [*given, *carry, *entries], _visit)
-        carry, written[i] = results[:carried], results[carried:]
-    columns = [[written[i][column] for i in range(length)] for column in range(len(eqn.outvars) - carried)]
-    empty = [jnp.zeros(var.aval.shape, var.aval.dtype) for var in eqn.outvars[carried:]]
-    return [*carry, *(jnp.stack(column) if column else zeros for column, zeros in zip(columns, empty, strict=True))]
-
-
 def _names(tree: Any, default: str) -> tuple[str, ...]:
     keyed = jax.tree_util.tree_flatten_with_path(tree)[0]
     names = [path_string(keys) for keys, _ in keyed]
@@ -265,16 +234,13 @@ def _converted(program: str) -> bytes:
             converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), converter.ConvertToTFLConfig())
             return converter.export_flatbuffer_to_bytes(module.operation)
         except Exception as err:
-            found = re.findall(r"'?((?:v?hlo|stablehlo|chlo|vhlo)\.[a-z_0-9]+)'?", str(err))
-            names = ", ".join(dict.fromkeys(name for name in found))
+            # Some errors name no operation: it is one that the converter has left as it was.
+            pattern = r"'(\w+\.\w+)'|\"(v?hlo\.\w+|stablehlo\.\w+)\""
+            found = [
+                name for pair in re.findall(pattern, str(err)) or re.findall(pattern, str(module)) for name in pair
+            ]
+            names = ", ".join(dict.fromkeys(name for name in found if name)) or "an operation"
             raise ValueError(
-                f"LiteRT's converter has no form for {names or 'this program'}: compute it outside of the model, or "
+                f"LiteRT's converter has no form for {names}: compute it outside of the model, in float32 or int32, or "
                 f"write it with other operations. It says: {str(err).splitlines()[0][:300]}"
             ) from err
-
-
-def _warn_of_floats(leaves: Mapping[str, str]) -> None:
-    floats = {path: form for path, form in leaves.items() if "float32 (" in form or "16 (" in form}
-    if floats:
-        lines = "\n".join(f"  {path}: {form}" for path, form in floats.items())
-        warnings.warn(f"Compressed leaves that the file holds as floats:\n{lines}", FloatLeafWarning, stacklevel=3)

@@ -6,13 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxcompress._src.export.litert_weights import PREFIX, Site
+from jaxcompress._src.export.litert_weights import PREFIX, Site, nibbles
 
-# The lowest versions of operations that have int8 or int4 weights beside float inputs, for each output.
+# With the lowest versions that have int8 or int4 weights, with a scale for each output, beside float inputs.
 _OPERATIONS = {
     "fully_connected": ("FULLY_CONNECTED", 12),
     "conv": ("CONV_2D", 5),
     "depthwise": ("DEPTHWISE_CONV_2D", 6),
+    "gelu": ("GELU", 1),
 }
 _ALIGNMENT = 16
 
@@ -33,6 +34,7 @@ def filled(content: bytes, sites: Sequence[Site], inputs: Sequence[str], outputs
     for graph in model.subgraphs:
         graph.operators = [new for old in graph.operators for new in editor.replaced(graph, old, sites)]
         _fuse_biases(schema, model, graph)
+        editor.add_biases(graph)
     _drop_unused_codes(model)
     _name(schema, model, inputs, outputs)
     _share_buffers(model)
@@ -54,21 +56,25 @@ class _Editor:
         if not name or not name.startswith(PREFIX):
             return [operation]
         site = sites[int(name.removeprefix(PREFIX))]
+        operation.opcodeIndex = self.opcode(*_OPERATIONS[site.kind])
+        operation.builtinOptions2Type, operation.builtinOptions2 = 0, None
+        operation.builtinOptionsType, operation.builtinOptions = self.options(site)
+        if site.kind == "gelu":
+            return [operation]
         weight = self.weight(graph, site, name)
         before: list[Any] = []
         if not site.rounded:
             before, weight = [self.dequantized(graph, weight, name)], len(graph.tensors)
             graph.tensors.append(self.tensor(f"{name}_float", site.codes.shape, self.schema.TensorType.FLOAT32, 0))
             before[0].outputs = np.array([weight], np.int32)
-        operation.opcodeIndex = self.opcode(*_OPERATIONS[site.kind])
         operation.inputs = np.array([operation.inputs[0], weight, -1], np.int32)
-        operation.builtinOptions2Type, operation.builtinOptions2 = 0, None
-        operation.builtinOptionsType, operation.builtinOptions = self.options(site)
         return [*before, operation]
 
     def options(self, site: Site) -> tuple[int, Any]:
         """Those of the operation of a site, with their type."""
         schema = self.schema
+        if site.kind == "gelu":
+            return schema.BuiltinOptions.GeluOptions, schema.GeluOptionsT()
         if site.kind == "fully_connected":
             options = schema.FullyConnectedOptionsT()
             options.keepNumDims, options.asymmetricQuantizeInputs = True, site.rounded
@@ -87,7 +93,7 @@ class _Editor:
         """The tensor of the codes."""
         types = self.schema.TensorType
         codes = np.ascontiguousarray(site.codes)
-        content, kind = (_nibbles(codes), types.INT4) if site.bits == 4 else (codes, types.INT8)
+        content, kind = (nibbles(codes), types.INT4) if site.bits == 4 else (codes, types.INT8)
         tensor = self.tensor(name, codes.shape, kind, self.buffer(content))
         tensor.quantization = quantization = self.schema.QuantizationParametersT()
         # Of a depthwise kernel the outputs are last.
@@ -112,6 +118,17 @@ class _Editor:
         operation.builtinOptionsType = self.schema.BuiltinOptions.DequantizeOptions
         operation.builtinOptions = self.schema.DequantizeOptionsT()
         return operation
+
+    def add_biases(self, graph: Any) -> None:
+        """Convolutions must have one."""
+        convolutions = {self.schema.BuiltinOperator.CONV_2D, self.schema.BuiltinOperator.DEPTHWISE_CONV_2D}
+        for operation in graph.operators:
+            code = self.model.operatorCodes[operation.opcodeIndex].builtinCode
+            if code in convolutions and operation.inputs[-1] == -1:
+                count = graph.tensors[operation.outputs[0]].shape[-1]
+                zeros = self.buffer(np.zeros(count, np.float32))
+                operation.inputs[-1] = len(graph.tensors)
+                graph.tensors.append(self.tensor("no_bias", (count,), self.schema.TensorType.FLOAT32, zeros))
 
     def opcode(self, name: str, version: int) -> int:
         """The number of an operation code, which is added where there is none."""
@@ -138,12 +155,6 @@ class _Editor:
         buffer.data = np.frombuffer(content.tobytes(), np.uint8)
         self.model.buffers.append(buffer)
         return len(self.model.buffers) - 1
-
-
-def _nibbles(codes: np.ndarray) -> np.ndarray:
-    """Two to a byte, the first in the low half."""
-    halves = codes.reshape(-1, 2).view(np.uint8) & 15
-    return halves[:, 0] | halves[:, 1] << 4
 
 
 def _fuse_biases(schema: Any, model: Any, graph: Any) -> None:

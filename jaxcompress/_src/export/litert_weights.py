@@ -24,10 +24,10 @@ PREFIX = "jaxcompress_site_"
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
-    """An operation with a constant weight: one custom call of the program.
+    """An operation of the runtime that one custom call of the program stands for.
 
     Attributes:
-        kind: of the operation.
+        kind: of the operation; `gelu` has none of the rest.
         codes: int8, (O, I); (O, height, width, I) of `conv`; (1, height, width, O) of `depthwise`.
         scale: float32, (O,); (O, G) of groups.
         bits: 8 or 4, of a stored code.
@@ -38,11 +38,11 @@ class Site:
         multiplier: outputs for each input of `depthwise`.
     """
 
-    kind: Literal["fully_connected", "conv", "depthwise"]
-    codes: np.ndarray
-    scale: np.ndarray
-    bits: int
-    rounded: bool
+    kind: Literal["fully_connected", "conv", "depthwise", "gelu"]
+    codes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int8))
+    scale: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
+    bits: int = 8
+    rounded: bool = True
     strides: tuple[int, int] = (1, 1)
     dilation: tuple[int, int] = (1, 1)
     same: bool = False
@@ -56,10 +56,12 @@ class Sites:
     Attributes:
         sites: by number, as in the names of the calls.
         forms: by path of a leaf, each once.
+        floats: paths of compressed leaves that are, in some use, floats in the file.
     """
 
     sites: list[Site] = dataclasses.field(default_factory=list)
     forms: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    floats: set[str] = dataclasses.field(default_factory=set)
 
     def call(self, site: Site, inputs: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """The custom call of a new site."""
@@ -74,6 +76,11 @@ class Sites:
         forms = self.forms.setdefault(path, [])
         if form not in forms:
             forms.append(form)
+
+    def note_float(self, path: str, reason: str) -> None:
+        """Notes that a leaf is float32, and why."""
+        self.floats.add(path)
+        self.note(path, f"float32 ({reason})")
 
 
 @jax.tree_util.register_static
@@ -119,7 +126,7 @@ class HostWeight(StoredArray):
 
     def materialize(self) -> jax.Array:
         """The plain array, as a constant of the program."""
-        self.sites.note(self.path, f"{self.dtype} (no matmul, convolution or look-up reads it)")
+        self.sites.note_float(self.path, "no matmul, convolution or look-up reads it")
         return jnp.asarray(self.values())
 
     def transpose(self, permutation: Sequence[int]) -> Any:
@@ -142,30 +149,30 @@ class HostWeight(StoredArray):
         return dataclasses.replace(self, dtype=jnp.dtype(dtype))
 
     def take_rows(self, rows: Integer[Array, "..."]) -> Any:
-        """`values()[rows]`, from int8 codes."""
-        codes, scale = self.codes.reshape(len(self.codes), -1), self.scale.reshape(len(self.codes), -1)
-        picked = _picked(codes, rows).astype(jnp.float32)
-        if (scale == scale[:, :1]).all():
-            steps = _picked(np.ascontiguousarray(scale[:, :1]), rows)
-        elif (scale == scale[:1]).all():
-            steps = jnp.asarray(scale[0])
+        """`values()[rows]`, from codes of 8 or 4 bits."""
+        codes, scale = (part.reshape(len(self.codes), -1) for part in (self.codes, self.scale))
+        bits = self.bits if codes.shape[1] % 2 == 0 else 8
+        self.sites.note(self.path, f"int{bits} look-up")
+        if bits == 4:
+            picked = _from_nibbles(_picked(nibbles(codes), rows).astype(jnp.float32))
         else:
-            steps = _picked(np.ascontiguousarray(scale), rows)
-        self.sites.note(self.path, "int8 look-up")
-        return (picked * steps).reshape(*rows.shape, *self.shape[1:]).astype(self.dtype)
+            picked = _picked(codes, rows).astype(jnp.float32)
+        steps = _row_steps(scale, rows)
+        groups = picked.reshape(*rows.shape, steps.shape[-1], -1) * steps[..., None]
+        return groups.reshape(*rows.shape, *self.shape[1:]).astype(self.dtype)
 
     def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
         """A fully connected operation; batched products are those of plain arrays."""
         contracted, batch = parameters["dimension_numbers"]
         if batch[side]:
-            self.sites.note(self.path, "float32 (LiteRT has no batched matmul with int8 weights)")
+            self.sites.note_float(self.path, "LiteRT has no batched matmul with int8 weights")
             return self._plain_dot(other, side, parameters)
         free = [axis for axis in range(self.ndim) if axis not in contracted[side]]
         order, terms = [*free, *contracted[side]], math.prod(self.shape[axis] for axis in contracted[side])
         codes, scale = (part.transpose(order).reshape(-1, terms) for part in (self.codes, self.scale))
         steps, bits, form = _steps(codes, scale, self.bits)
         if steps is None:
-            self.sites.note(self.path, form)
+            self.sites.note_float(self.path, form)
             return self._plain_dot(other, side, parameters)
         self._note_matmul(form)
         site = Site(kind="fully_connected", codes=codes, scale=steps, bits=bits, rounded=self.rounded)
@@ -182,7 +189,7 @@ class HostWeight(StoredArray):
         """A convolution over one or two axes, dense or depthwise."""
         found = _convolution(self, inputs, parameters)
         if isinstance(found, str):
-            self.sites.note(self.path, found)
+            self.sites.note_float(self.path, found)
             kernel = jnp.asarray(self.values())
             return jax.lax.conv_general_dilated_p.bind(self._rounded(inputs, parameters), kernel, **parameters)
         site, form, padding = found
@@ -218,30 +225,51 @@ class HostWeight(StoredArray):
         return inputs if self.inputs is None else self.inputs.rounded(inputs, axes, None, None)
 
 
+def nibbles(codes: np.ndarray) -> np.ndarray:
+    """Two int4 codes to a byte along the last axis, the first in the low half."""
+    halves = np.ascontiguousarray(codes).view(np.uint8) & 15
+    return halves[..., ::2] | halves[..., 1::2] << 4
+
+
+def _from_nibbles(pairs: jax.Array) -> jax.Array:
+    """The codes of bytes, in float32, which holds them exactly: the runtime has no int4 look-up for every scale."""
+    upper = jnp.floor(pairs / 16)
+    codes = jnp.stack([pairs - 16 * upper, upper], axis=-1)
+    signed = codes - 16 * jnp.floor(codes / 8)
+    return signed.reshape(*pairs.shape[:-1], -1)
+
+
 def _picked(table: np.ndarray, rows: jax.Array) -> jax.Array:
     return jnp.asarray(table).at[rows].get(mode="promise_in_bounds")
 
 
+def _row_steps(scale: np.ndarray, rows: jax.Array) -> jax.Array:
+    """The scales of rows, one for each group of features that shares one."""
+    changes = np.flatnonzero((scale[:, 1:] != scale[:, :-1]).any(axis=0)) + 1
+    scale = np.ascontiguousarray(scale[:, :: math.gcd(scale.shape[1], *changes.tolist())])
+    return jnp.asarray(scale[0]) if (scale == scale[:1]).all() else _picked(scale, rows)
+
+
 def _steps(codes: np.ndarray, scale: np.ndarray, bits: int) -> tuple[np.ndarray | None, int, str]:
-    """The scales of (O, I) codes as the runtime holds them, its bits, and the form in words; None: it cannot."""
+    """The scales of (O, I) codes as the runtime holds them, its bits, and the form; or None, and why it cannot."""
     terms = codes.shape[1]
     # Two codes of an output to a byte.
     bits = 4 if bits == 4 and terms % 2 == 0 else 8
     if (scale == scale[:, :1]).all():
         steps = np.where(codes.any(axis=1), scale[:, 0], np.float32(1))  # the runtime refuses a scale of 0
         if not (np.isfinite(steps) & (steps >= np.finfo(np.float32).tiny)).all():
-            return None, bits, "float32 (scales below float32's normal numbers)"
+            return None, bits, "scales below float32's normal numbers"
         return steps.astype(np.float32), bits, f"int{bits} per-channel"
     changes = np.flatnonzero((scale[:, 1:] != scale[:, :-1]).any(axis=0)) + 1
     size = math.gcd(terms, *changes.tolist())
     if bits != 4 or size % 32:
-        return None, bits, f"float32 (LiteRT has groups of 32, 64, ... int4 codes, not {size} of int{bits})"
+        return None, bits, f"LiteRT has groups of 32, 64, ... int4 codes, not {size} of int{bits}"
     steps = scale[:, ::size]
     # The file has float16, and the runtime computes with bfloat16.
     stored = steps.astype(jnp.bfloat16).astype(np.float32)
     with np.errstate(over="ignore"):
         if not ((stored.astype(np.float16) == stored) & (stored > 0)).all():
-            return None, bits, "float32 (scales of groups are outside of float16)"
+            return None, bits, "scales of groups are outside of float16"
     exact = "" if (stored == steps).all() else ", scales rounded to bfloat16"
     return stored, bits, f"int4 g{size}{exact}"
 
@@ -249,14 +277,14 @@ def _steps(codes: np.ndarray, scale: np.ndarray, bits: int) -> tuple[np.ndarray 
 def _convolution(
     kernel: HostWeight, inputs: jax.Array, parameters: Mapping[str, Any]
 ) -> tuple[Site, str, list[tuple[int, int]]] | str:
-    """The site, its form and its padding; or the form, where it must be that of a plain kernel."""
+    """The site, its form and its padding; or why the kernel must be plain."""
     numbers, groups = parameters["dimension_numbers"], parameters["feature_group_count"]
     output, feature, *spatial = numbers.rhs_spec
     channels = inputs.shape[numbers.lhs_spec[1]]
     if len(spatial) not in (1, 2) or parameters["batch_group_count"] != 1 or set(parameters["lhs_dilation"]) != {1}:
-        return "float32 (LiteRT has convolutions over one or two axes, not transposed)"
+        return "LiteRT has convolutions over one or two axes, not transposed"
     if groups not in (1, channels) or (groups == channels > 1 and kernel.shape[feature] != 1):
-        return f"float32 (LiteRT has no convolutions of {groups} groups with int8 weights)"
+        return f"LiteRT has no convolutions of {groups} groups with int8 weights"
     codes, scale = (part.transpose((output, *spatial, feature)) for part in (kernel.codes, kernel.scale))
     count = codes.shape[0]
     steps, _, form = _steps(codes.reshape(count, -1), scale.reshape(count, -1), 8)
@@ -268,7 +296,7 @@ def _convolution(
     sizes, strides, dilation = codes.shape[1:3], parameters["window_strides"], parameters["rhs_dilation"]
     padding = [tuple(pair) for pair in parameters["padding"]]
     if any(value < 0 for pair in padding for value in pair):
-        return "float32 (LiteRT has no negative padding)"
+        return "LiteRT has no negative padding"
     lengths = [inputs.shape[axis] for axis in numbers.lhs_spec[2:]]
     wanted = [_same(*each) for each in zip(lengths, sizes[-len(lengths) :], strides, dilation, strict=True)]
     site = Site(
