@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from jaxcompress._src.arrays.packed import pack
-from jaxcompress._src.execution.kernels import tpu
+from jaxcompress._src.execution.kernels import mosaic_gpu, tpu
 
 K, N = 512, 128
 RNG = np.random.default_rng(0)
@@ -27,6 +28,10 @@ def _weight(bits, groups=1):
 
 def _float_matmul(bits):
     return tpu.int4_matmul if bits == 4 else tpu.int8_matmul
+
+
+def _hopper_matmul(bits):
+    return mosaic_gpu.int4_matmul if bits == 4 else mosaic_gpu.int8_matmul
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -140,3 +145,63 @@ def test_reasons(rows, inputs, outputs, groups, dtype, reason):
     if reason is not None:
         with pytest.raises(ValueError, match="No TPU kernel"):
             jax.eval_shape(tpu.int8_matmul, x, codes, scale)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_hopper(bits, groups):
+    stored, scale, values = _weight(bits, groups)
+    x = jnp.asarray(RNG.normal(size=(67, K)), jnp.bfloat16)
+    found = _hopper_matmul(bits)(x, stored, scale, interpret=InterpretGPUParams())
+    assert found.dtype == jnp.bfloat16
+    wanted = np.asarray(x, np.float64) @ values
+    np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=1e-2 * np.abs(wanted).max())
+
+
+def test_hopper_derivatives_and_batches():
+    stored, scale, values = _weight(8, 2)
+    x = jnp.asarray(RNG.normal(size=(2, 3, K)), jnp.bfloat16)
+
+    def matmul(x, scale):
+        return mosaic_gpu.int8_matmul(x, stored, scale, interpret=InterpretGPUParams())
+
+    wanted = np.asarray(x, np.float64) @ values
+    for found in (jax.vmap(matmul, (0, None))(x, scale), jax.vmap(matmul)(x, jnp.stack([scale, scale]))):
+        np.testing.assert_allclose(np.asarray(found, np.float64), wanted, atol=1e-2 * np.abs(wanted).max())
+    by_x, by_scale = jax.grad(lambda x, scale: matmul(x, scale).astype(jnp.float32).sum(), (0, 1))(x[0], scale)
+    np.testing.assert_allclose(np.asarray(by_x, np.float64), np.tile(values.sum(1), (3, 1)), atol=1.5)
+    codes = values / np.repeat(np.asarray(scale, np.float64), K // 2, axis=0)
+    wanted = (codes * np.asarray(x[0], np.float64).sum(0)[:, None]).reshape(2, K // 2, N).sum(1)
+    np.testing.assert_allclose(by_scale, wanted, atol=2e-2 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_lowered_for_a_gpu(bits, groups):
+    """To the Mosaic GPU dialect with the layouts of all registers; what compiles that is not on this machine."""
+    shapes = (
+        [(37, 2048), "bfloat16"],
+        [(2048 * bits // 8, 256), "int8" if bits == 8 else "uint8"],
+        [(groups, 256), "float32"],
+    )
+    check = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+    export = jax.export.export(jax.jit(_hopper_matmul(bits)), platforms=["cuda"], disabled_checks=[check])
+    assert export(*(jax.ShapeDtypeStruct(*each) for each in shapes)).mlir_module().count("@mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inputs", "outputs", "groups", "reason"),
+    [
+        ("float32", 512, 128, 1, "x must be bfloat16, got float32"),
+        ("bfloat16", 480, 128, 1, "K must be a multiple of"),
+        ("bfloat16", 512, 64, 1, "N must be a multiple of 128, got 64"),
+        ("bfloat16", 512, 128, 16, "groups must be multiples of"),
+        ("bfloat16", 512, 128, 4, None),
+    ],
+)
+def test_hopper_reasons(dtype, inputs, outputs, groups, reason):
+    x, scale = jax.ShapeDtypeStruct((3, inputs), dtype), jax.ShapeDtypeStruct((groups, outputs), jnp.float32)
+    codes = jax.ShapeDtypeStruct((inputs, outputs), jnp.int8)
+    packed = jax.ShapeDtypeStruct((inputs // 2, outputs), jnp.uint8)
+    for found in (mosaic_gpu.why_not_int8(x, codes, scale), mosaic_gpu.why_not_int4(x, packed, scale)):
+        assert (found is None) if reason is None else found.startswith(reason)

@@ -74,5 +74,31 @@ def with_plain_derivatives(kernel: Callable[..., Any], plain: Callable[..., Any]
     return rule
 
 
+def rows_batched(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel(x, *weight)`, which has no rule for `vmap`, with one: more rows for one weight, else one after another.
+
+    Example:
+        >>> double = rows_batched(lambda x, w: x @ w)
+        >>> jax.vmap(double, (0, None))(jnp.ones((4, 2, 3)), jnp.ones((3, 5))).shape
+        (4, 2, 5)
+    """
+    call = jax.custom_batching.custom_vmap(kernel)
+
+    def rule(size: int, batched: list[bool], x: Any, *weight: Any) -> tuple[Any, bool]:
+        if batched[0] and not any(batched[1:]):
+            return call(x.reshape(-1, x.shape[-1]), *weight).reshape(*x.shape[:-1], -1), True
+        stacks = [part for part, is_batched in zip((x, *weight), batched, strict=True) if is_batched]
+
+        def one(entries: list[Any]) -> Any:
+            rest = iter(entries)
+            return call(*(next(rest) if b else part for part, b in zip((x, *weight), batched, strict=True)))
+
+        del size
+        return jax.lax.map(one, stacks), True
+
+    call.def_vmap(rule)
+    return call
+
+
 def _signed(halves: UInt8[Array, "..."]) -> Int8[Array, "..."]:
     return ((halves ^ 8) - jnp.uint8(8)).view(jnp.int8)
