@@ -39,8 +39,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="no case is begun after these")
     arguments = parser.parse_args()
     quick, end = arguments.quick, time.monotonic() + 60 * arguments.minutes
-    cases = [(size, rows) for size in ((256,) if quick else (4096, 8192)) for rows in ((1,) if quick else (1, 4, 16))]
-    cases.append((256, 3) if quick else (4096, 2048))
+    cases = [(256, 3)] if quick else [(size, rows) for size in (4096, 8192) for rows in (1, 4, 16)] + [(4096, 2048)]
     figures: dict[str, Any] = {}
     left_out = []
     for size, rows in cases:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import kinds
 import numpy as np
 import pytest
+from ai_edge_litert import interpreter
+from litert_converter import schema_py_generated as schema
 
 import jaxcompress as jc
 from jaxcompress._src.arrays.packed import pack
@@ -17,9 +19,6 @@ from jaxcompress.export import FloatLeafWarning, save_litert
 from jaxcompress.models import BertConfig, GPT2Config, make_module
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
 from jaxcompress.trace import LeafLayout
-
-schema = pytest.importorskip("litert_converter.schema_py_generated")
-interpreter = pytest.importorskip("ai_edge_litert.interpreter")
 
 LAYOUT = LeafLayout(kind="matmul", input_axes=(0,), output_axes=(1,))
 RNG = np.random.default_rng(0)
@@ -173,6 +172,18 @@ def test_both_sides_several_axes_and_a_scan(tmp_path):
     stack = [codes for codes, _ in _constants(info, INT8)[0] if codes.shape == (64, 64)]
     for layer in np.asarray(tree["stack"].codes()):
         assert any(np.array_equal(codes, layer.T) for codes in stack)
+
+
+def test_branches(tmp_path):
+    leaf, x = _scattered(8), _normal(5, 64)
+
+    def apply(p, x):
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ p["w"], lambda x: -2 * (x @ p["w"]), x)
+
+    info = save_litert(tmp_path / "m.tflite", apply, {"w": leaf}, x, round_inputs=False)
+    assert info.leaves == {"w": "int8 per-channel, computed in float32"}
+    for sign in (1, -1):
+        assert _relative(_run(info, sign * x)["output_0"], apply({"w": leaf.materialize()}, sign * x)) < 1e-6
 
 
 CONVOLUTIONS = {

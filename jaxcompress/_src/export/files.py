@@ -36,9 +36,13 @@ def written_whole(target: str | os.PathLike[str], *, overwrite: bool) -> Iterato
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield folder / "new"
-        if target.exists():
-            # A directory cannot be renamed onto one that is not empty.
-            target.rename(folder / "old")
-        (folder / "new").rename(target)
+        # A directory cannot be renamed onto one that is not empty.
+        old = target.rename(folder / "old") if target.exists() else None
+        try:
+            (folder / "new").rename(target)
+        except BaseException:
+            if old is not None:
+                old.rename(target)
+            raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,7 @@
 """LiteRT (TensorFlow Lite) files without TensorFlow, with the codes of compressed leaves."""
 
 import dataclasses
+import importlib
 import os
 import re
 import warnings
@@ -175,7 +176,8 @@ def _host(leaf: Any) -> Any:
 
 def _is_dynamic_int8(leaf: InputQuantizedArray) -> bool:
     spec: Any = getattr(leaf.inputs, "spec", None)
-    return leaf.scale is None and (getattr(spec, "bits", None), getattr(spec, "format", None)) == (8, "int")
+    found = [getattr(spec, name, None) for name in ("bits", "format", "group_size", "per_tensor", "range_rule")]
+    return leaf.scale is None and found == [8, "int", None, False, "min-max"]
 
 
 def _integers(leaf: QuantizedArray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -208,9 +210,13 @@ def _names(tree: Any, default: str) -> tuple[str, ...]:
     return tuple(f"{default}_{number}" if name == "." or name.isdigit() else name for number, name in enumerate(names))
 
 
+def _module(name: str) -> Any:
+    return importlib.import_module(f"litert_converter.{name}")
+
+
 def _import_converter() -> None:
     try:
-        import litert_converter as litert_converter
+        importlib.import_module("litert_converter")
     except ModuleNotFoundError as err:
         text = f"LiteRT files need {err.name}: pip install 'jaxcompress[litert]'"
         raise ModuleNotFoundError(text, name=err.name) from err
@@ -222,9 +228,9 @@ def _converted(program: str) -> bytes:
     Raises:
         ValueError: it has no rule for an operation.
     """
-    from litert_converter import converter_api_ext as converter
-    from litert_converter.mlir import ir, passmanager
-
+    # Compiled modules, of which type checkers see nothing.
+    modules = ("converter_api_ext", "mlir.ir", "mlir.passmanager")
+    converter, ir, passmanager = (_module(name) for name in modules)
     context = ir.Context()
     converter.prepare_mlir_context(context)
     context.allow_unregistered_dialects = True

@@ -1,6 +1,7 @@
 """The flatbuffer of a LiteRT model: custom calls become the runtime's operations, with the codes of their sites."""
 
 import dataclasses
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,7 @@ def filled(content: bytes, sites: Sequence[Site], inputs: Sequence[str], outputs
         inputs: names of the model's inputs, in order.
         outputs: names of its outputs, in order.
     """
-    from litert_converter import schema_py_generated as schema
-
+    schema: Any = importlib.import_module("litert_converter.schema_py_generated")
     model = schema.ModelT.InitFromPackedBuf(content, 0)
     editor = _Editor(schema, model)
     for graph in model.subgraphs:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from jaxcompress._src.export.litert_weights import Site, Sites
@@ -125,4 +126,4 @@ def _gelus(eqns: Sequence[Any]) -> list[tuple[Any, Any]]:
 
 def _number(var: Any) -> float | None:
     """The value of a single number in the program."""
-    return float(var.val) if isinstance(var, core.Literal) and not var.aval.shape else None
+    return float(var.val) if isinstance(var, core.Literal) and not np.ndim(var.val) else None

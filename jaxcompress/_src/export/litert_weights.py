@@ -206,7 +206,7 @@ class HostWeight(StoredArray):
         if len(spatial) == 1:
             result = result[:, 0]
         places = (numbers.out_spec[0], *numbers.out_spec[2:], numbers.out_spec[1])
-        return jnp.transpose(result, np.argsort(places)).astype(inputs.dtype)
+        return jnp.transpose(result, np.argsort(places).tolist()).astype(inputs.dtype)
 
     def _with(self, codes: np.ndarray, scale: np.ndarray) -> "HostWeight":
         return dataclasses.replace(self, codes=codes, scale=scale)
@@ -305,12 +305,17 @@ def _convolution(
         scale=steps,
         bits=8,
         rounded=kernel.rounded,
-        strides=(1, *strides)[-2:],
-        dilation=(1, *dilation)[-2:],
+        strides=_both(strides),
+        dilation=_both(dilation),
         same=padding == wanted,
         multiplier=count // channels if depthwise else 1,
     )
     return site, form, padding
+
+
+def _both(numbers: Sequence[int]) -> tuple[int, int]:
+    """Of height and width, the first of which may be missing."""
+    return (1 if len(numbers) == 1 else numbers[0]), numbers[-1]
 
 
 def _same(length: int, size: int, stride: int, dilation: int) -> tuple[int, int]:

@@ -179,7 +179,8 @@ def _kernel(*refs: Any, halves: int, groups: int) -> None:
         pipeline(*(ref.at[rows, :] for ref in x_refs), codes_ref.at[:, outputs], scale_ref.at[:, outputs])
         return sums[...]
 
-    total = pl.run_scoped(add_up, plgpu.ACC((_ROWS, _OUTPUTS), jnp.float32))
+    sums = plgpu.ACC((_ROWS, _OUTPUTS), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+    total = pl.run_scoped(add_up, sums)
     if groups == 1:
         plgpu.copy_gmem_to_smem(scale_ref.at[0, outputs], last_ref, barrier)
         plgpu.barrier_wait(barrier)
