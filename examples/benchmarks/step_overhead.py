@@ -29,6 +29,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     arguments = parser.parse_args()
     quick = arguments.quick
+    plain, compressing, shape = steppers(quick=quick, rows=arguments.batch, tokens=arguments.tokens)
+    repeats = 10 if quick else 20
+    times = np.array([[_seconds(plain), _seconds(compressing)] for _ in range(repeats)])
+    ratios = times[:, 1] / times[:, 0]
+    figures = {
+        "plain_ms": round(1000 * float(np.median(times[:, 0])), 1),
+        "compressing_ms": round(1000 * float(np.median(times[:, 1])), 1),
+        "ratio": round(float(np.median(ratios)), 3),
+        "ratio_of_sums": round(float(times[:, 1].sum() / times[:, 0].sum()), 3),
+        "rows": shape[0],
+        "tokens": shape[1],
+        "repeats": repeats,
+    }
+    print(json.dumps(figures))
+
+
+def steppers(*, quick: bool, rows: int, tokens: int) -> tuple[Any, Any, tuple[int, int]]:
+    """The plain step and the one that compresses, compiled, and the shape of their batch."""
     config = BertConfig(
         vocab_size=2000 if quick else 30522,
         hidden_size=64 if quick else 384,
@@ -39,7 +57,7 @@ def main() -> None:
         pooling="mean",
     )
     module = make_module(config)
-    shape = (arguments.batch, 16 if quick else arguments.tokens)
+    shape = (rows, 16 if quick else tokens)
     ids = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
     params = module.init(jax.random.key(1), ids)["params"]
     batch = {"input_ids": ids, "attention_mask": jnp.ones(shape, jnp.int32)}
@@ -57,21 +75,7 @@ def main() -> None:
             jc.quantization.QuantSpec(bits=4, group_size=32, scale_dtype="bfloat16"), select=kernels, layouts=layouts
         ),
     )
-    plain = _stepper(module, params, batch, jc.identity())
-    compressing = _stepper(module, params, batch, transform)
-    repeats = 10 if quick else 20
-    times = np.array([[_seconds(plain), _seconds(compressing)] for _ in range(repeats)])
-    ratios = times[:, 1] / times[:, 0]
-    figures = {
-        "plain_ms": round(1000 * float(np.median(times[:, 0])), 1),
-        "compressing_ms": round(1000 * float(np.median(times[:, 1])), 1),
-        "ratio": round(float(np.median(ratios)), 3),
-        "ratio_of_sums": round(float(times[:, 1].sum() / times[:, 0].sum()), 3),
-        "rows": shape[0],
-        "tokens": shape[1],
-        "repeats": repeats,
-    }
-    print(json.dumps(figures))
+    return _stepper(module, params, batch, jc.identity()), _stepper(module, params, batch, transform), shape
 
 
 def _stepper(module: Any, params: Any, batch: dict[str, Any], transform: Any) -> Any:

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Integer, Shaped
 
 from jaxcompress._src.arrays.packed import PackedArray, pack, unpacked
-from jaxcompress._src.arrays.protocol import StoredArray, array_kind, describe_leaf, product_of_widened
+from jaxcompress._src.arrays.protocol import StoredArray, array_kind, describe_leaf, product_with_plain
 from jaxcompress._src.arrays.sharding import spec_entries, ways
 from jaxcompress._src.arrays.static_fields import INTS
 from jaxcompress._src.arrays.validate import require, validate_array
@@ -95,7 +95,7 @@ class BitmaskSparseArray(StoredArray):
 
     def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
         """The product of the plain array."""
-        return product_of_widened(self, other, side, parameters)
+        return product_with_plain(self.materialize(), other, side, parameters)
 
     def shardings(self, sharding: NamedSharding) -> Any:
         """Along stacked axes, and along rows into as many shards as it was built for."""

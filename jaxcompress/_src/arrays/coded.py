@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, Shaped
 
@@ -15,13 +14,13 @@ from jaxcompress._src.arrays.protocol import (
     StoredArray,
     can_unstack,
     describe_leaf,
-    product_of_widened,
     product_with_plain,
     slice_axis,
     transpose,
 )
 from jaxcompress._src.arrays.reshaping import reshape_runs, reshaped_blocks
 from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.arrays.symbolic import surely_at_most
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import is_compressed, plain
 
@@ -112,7 +111,7 @@ class CodedArray(StoredArray):
         """The product of the plain array: block by block for few tokens on the CPU, else whole."""
 
         def whole(leaf: Any, other: Any) -> jax.Array:
-            return product_of_widened(leaf, other, side, parameters)
+            return product_with_plain(leaf.materialize(), other, side, parameters)
 
         axis = self._block_axis(side, other, parameters)
         if axis is None:
@@ -129,8 +128,7 @@ class CodedArray(StoredArray):
         if batch[side] or self.size < _LARGE:
             return None
         tokens = other.size // max(math.prod(other.shape[axis] for axis in contracted[1 - side]), 1)
-        # A symbolic number of tokens may be any.
-        if jax.export.is_symbolic_dim(tokens) or tokens > _FEW_TOKENS:
+        if not surely_at_most(tokens, _FEW_TOKENS):
             return None
         free = [axis for axis in range(self.ndim) if axis not in contracted[side]]
         fit = [axis for axis in free if self.shape[axis] % _BLOCKS == 0 and self._can_cut(axis)]

@@ -16,7 +16,7 @@ from jaxcompress._src.arrays.protocol import (
     StoredArray,
     array_kind,
     describe_leaf,
-    product_of_widened,
+    product_with_plain,
     slice_axis,
     transpose,
 )
@@ -107,7 +107,7 @@ class NMSparseArray(StoredArray):
 
     def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
         """The product of the plain array."""
-        return product_of_widened(self, other, side, parameters)
+        return product_with_plain(self.materialize(), other, side, parameters)
 
     def shardings(self, sharding: NamedSharding) -> Any:
         """Whole runs of M on every device."""

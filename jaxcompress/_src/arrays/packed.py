@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Integer, UInt8
 
-from jaxcompress._src.arrays.protocol import PartCoding, StoredArray, array_kind, product_of_widened, slice_axis
+from jaxcompress._src.arrays.protocol import PartCoding, StoredArray, array_kind, product_with_plain, slice_axis
 from jaxcompress._src.arrays.sharding import whole_blocks
 from jaxcompress._src.arrays.static_fields import BOOL, INT
 from jaxcompress._src.arrays.validate import require
@@ -106,7 +106,7 @@ class PackedArray(StoredArray):
 
     def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
         """The product of the codes."""
-        return product_of_widened(self, other, side, parameters)
+        return product_with_plain(self.materialize(), other, side, parameters)
 
     def shardings(self, sharding: NamedSharding) -> Any:
         """Whole bytes on every device."""

@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Integer
 
-from jaxcompress._src.arrays.ordering import widened_after
 from jaxcompress._src.arrays.static_fields import StaticField
 from jaxcompress._src.meshes import on_auto_axes
 from jaxcompress._src.types import is_compressed, plain
@@ -288,11 +287,6 @@ def leaf_of_product(left: Any, right: Any) -> tuple[Any, Any, int]:
     changes = [changes_inputs(part) for part in (left, right)]
     side = changes.index(True) if any(changes) else 0 if is_compressed(left) else 1
     return (left, right, 0) if side == 0 else (right, left, 1)
-
-
-def product_of_widened(leaf: Any, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:
-    """`lax.dot_general` of the plain array that a compressed one stands for, made just before it is needed."""
-    return product_with_plain(widened_after(leaf, other).materialize(), other, side, parameters)
 
 
 def product_with_plain(plain_leaf: Any, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> jax.Array:

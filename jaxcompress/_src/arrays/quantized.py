@@ -17,6 +17,7 @@ from jaxcompress._src.arrays.protocol import array_kind
 from jaxcompress._src.arrays.sharding import component_shardings, ones_replicated, spec_entries, ways
 from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.arrays.static_fields import DTYPE, FLOATS, INTS, optional
+from jaxcompress._src.arrays.symbolic import surely_at_most
 from jaxcompress._src.arrays.validate import is_finite, require, validate_array
 from jaxcompress._src.meshes import on_auto_axes
 
@@ -153,7 +154,8 @@ class QuantizedArray(CodedArray):
 
         # XLA on the CPU writes the operands of a convolution out, and its result before the scales: it is to pass over
         # the smaller of the two. Other backends multiply in the epilogue.
-        if jax.eval_shape(bind, inputs, jax.ShapeDtypeStruct(self.shape, inputs.dtype)).size > self.size:
+        outputs = jax.eval_shape(bind, inputs, jax.ShapeDtypeStruct(self.shape, inputs.dtype))
+        if not surely_at_most(outputs.size, self.size):
             return jax.lax.platform_dependent(inputs, self, cpu=plain, default=scaled)
         return scaled(inputs, self)
 

@@ -58,7 +58,7 @@ def evaluation_with(
     kernels: Sequence[str] | None, *, note: Note = lambda _: None, planned: Planned = lambda *_: None
 ) -> Evaluation:
     """What the interpreter needs, with these kernels; `note` and `planned` are told what happens."""
-    return Evaluation(multiply=multiplier(checked_kernels(kernels), planned), note=note)
+    return Evaluation(multiply=multiplier(kernels, planned), note=note)
 
 
 def fallbacks(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Fallback, ...]:

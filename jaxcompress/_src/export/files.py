@@ -27,18 +27,19 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
+def new_directory(directory: Path, *, overwrite: bool, marker: str = "config.json") -> Iterator[Path]:
     """An empty directory beside `directory`, which takes its place when the block ends well, and is removed if not.
 
     Raises:
-        FileExistsError: it exists and is not empty, and `overwrite` is not set; or what is there is no saved model.
+        FileExistsError: it exists and is not empty, and `overwrite` is not set; or what is there has no file `marker`,
+            which every directory of the sort holds.
     """
     older = directory.is_dir() and any(directory.iterdir())
     if (directory.exists() and not directory.is_dir()) or (older and not overwrite):
         raise FileExistsError(f"{str(directory)!r} exists; give a new directory, or `overwrite=True`.")
-    if older and not (directory / "config.json").is_file():
+    if older and not (directory / marker).is_file():
         # Everything in it would be removed.
-        raise FileExistsError(f"{str(directory)!r} holds no config.json: it is no saved model, and is not overwritten.")
+        raise FileExistsError(f"{str(directory)!r} holds no {marker}: it is no saved model, and is not overwritten.")
     with _beside(directory) as temporary:
         temporary.mkdir()
         yield temporary

@@ -11,6 +11,7 @@ from jaxcompress._src.arrays.protocol import Multiply, call, describe_leaf, leaf
 from jaxcompress._src.execution.kernels import cpu, native_cpu
 from jaxcompress._src.execution.kernels.kernel import PLAIN, Kernel
 from jaxcompress._src.execution.kernels.matmul import Matmul
+from jaxcompress._src.execution.kernels.ordering import widened_after
 from jaxcompress._src.types import is_compressed, plain
 
 KERNELS: tuple[Kernel, ...] = (native_cpu.INT8, native_cpu.FLOAT, cpu.INT8_PADDED, cpu.ROUNDED_FLOATS)
@@ -69,8 +70,15 @@ def checked_kernels(names: Sequence[str] | None) -> tuple[Kernel, ...]:
     return tuple(by_name[name] for name in asked)
 
 
-def multiplier(kernels: Sequence[Kernel], planned: Planned) -> Multiplier:
-    """A product that chooses among kernels, for each platform that the program may be lowered for."""
+def multiplier(names: Sequence[str] | None, planned: Planned) -> Multiplier:
+    """A product that chooses among kernels, for each platform that the program may be lowered for.
+
+    Args:
+        names: as for `checked_kernels`; where there are none, programs hold nothing but what computes their values.
+        planned: told about each choice.
+    """
+    kernels = checked_kernels(names)
+    ordered = names is None or len(names) > 0
 
     def multiply(left: Any, right: Any, parameters: Mapping[str, Any], path: str) -> Any:
         if not (is_compressed(left) or is_compressed(right)):
@@ -81,11 +89,16 @@ def multiplier(kernels: Sequence[Kernel], planned: Planned) -> Multiplier:
         multiply_part = functools.partial(_required, multiply, path)
 
         def by_itself(leaf: Any, other: jax.Array) -> Any:
-            return call(leaf, "dot", other, side, parameters, **_within(leaf, multiply_part))
+            within = _within(leaf, multiply_part)
+            # What multiplies with its parts comes here again with each of them.
+            leaf = widened_after(leaf, other) if ordered and not within else leaf
+            return call(leaf, "dot", other, side, parameters, **within)
 
         chosen: dict[str, Kernel] = {}
         for platform in dict.fromkeys(kernel.platform for kernel in KERNELS):
-            kernel, refused = _first_fit(matmul, [each for each in kernels if each.platform == platform])
+            # A symbolic number of rows may be any.
+            fit = _first_fit if isinstance(matmul.rows, int) else _none_fits
+            kernel, refused = fit(matmul, [each for each in kernels if each.platform == platform])
             planned(platform, _described(matmul, path, kernel, refused))
             if kernel is not None:
                 chosen[platform] = kernel
@@ -119,6 +132,10 @@ def _first_fit(matmul: Matmul, kernels: Sequence[Kernel]) -> tuple[Kernel | None
             return kernel, refused
         refused[kernel.name] = reason
     return None, refused
+
+
+def _none_fits(matmul: Matmul, kernels: Sequence[Kernel]) -> tuple[None, dict[str, str]]:
+    return None, {kernel.name: f"the number of rows is symbolic: {matmul.rows}" for kernel in kernels}
 
 
 def _described(matmul: Matmul, path: str, kernel: Kernel | None, refused: Mapping[str, str]) -> PlannedMatmul:
