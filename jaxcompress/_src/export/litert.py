@@ -106,7 +106,7 @@ def save_litert(
     abstract_inputs = jax.tree_util.tree_map_with_path(_abstract_input, inputs)
     sites = Sites()
     constants = map_with_path(lambda path, leaf: _on_host(path, leaf, sites, round_inputs), params)
-    program = execute(straight_line(apply, params, abstract_inputs, sites))
+    program = execute(straight_line(apply, params, abstract_inputs, sites), kernels=())
 
     def run(*inputs: Any) -> Any:
         return program(constants, *inputs)

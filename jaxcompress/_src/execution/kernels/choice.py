@@ -8,13 +8,13 @@ from typing import Any
 import jax
 
 from jaxcompress._src.arrays.protocol import Multiply, call, describe_leaf, leaf_of_product
-from jaxcompress._src.execution.kernels import cpu, native_cpu
+from jaxcompress._src.execution.kernels import cpu, native_cpu, pallas
 from jaxcompress._src.execution.kernels.kernel import PLAIN, Kernel
 from jaxcompress._src.execution.kernels.matmul import Matmul
 from jaxcompress._src.execution.kernels.ordering import widened_after
 from jaxcompress._src.types import is_compressed, plain
 
-KERNELS: tuple[Kernel, ...] = (native_cpu.INT8, native_cpu.FLOAT, cpu.INT8_PADDED, cpu.ROUNDED_FLOATS)
+KERNELS: tuple[Kernel, ...] = (native_cpu.INT8, native_cpu.FLOAT, cpu.INT8_PADDED, cpu.ROUNDED_FLOATS, *pallas.KERNELS)
 """In the order in which they are tried."""
 
 

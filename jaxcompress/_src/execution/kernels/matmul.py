@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from jaxcompress._src.arrays.protocol import reshape
 
@@ -53,6 +54,11 @@ class Matmul:
     def outputs(self) -> int:
         """Sums of each row."""
         return self.leaf.size // max(self.inputs, 1)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the result."""
+        return self.parameters["preferred_element_type"] or jnp.result_type(self.leaf.dtype, self.other.dtype)
 
     @property
     def order(self) -> Order | None:

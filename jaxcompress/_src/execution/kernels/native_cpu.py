@@ -74,7 +74,7 @@ def _float(matmul: Matmul, multiply: Multiply) -> jax.Array:
     del multiply
     flat = matmul.flat_leaf()
     y = weight_only_matmul(matmul.flat_other(), *_arguments(flat), storage=_storage(flat, matmul))
-    return matmul.unflattened(y)
+    return matmul.unflattened(y.astype(matmul.dtype))
 
 
 def _why_not_int8(matmul: Matmul) -> str | None:
