@@ -204,6 +204,23 @@ def test_other_floats_are_rounded_once(dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("out_major", [False, True])
+def test_quantized_inputs_and_grouped_weights(out_major):
+    """Sums of products of codes are whole numbers, so that scales of powers of two leave nothing to round."""
+    rng = np.random.default_rng(0)
+    storage = dataclasses.replace(FORMATS["int4"], out_major=out_major)
+    codes, x = rng.integers(-8, 8, size=(96, 20)), rng.integers(-128, 128, size=(5, 96)).astype(np.int8)
+    scale = 2.0 ** rng.integers(-2, 3, size=(3, 20))
+    expected = x.astype(np.float64) @ (codes * np.repeat(scale, 32, axis=0))
+    stored, scales = (jnp.asarray(part.T if out_major else part) for part in (packed(codes), scale.astype(np.float32)))
+    for name in library.INSTRUCTION_SETS:
+        with library.limited_to(name):
+            y = weight_only_matmul(jnp.asarray(x), stored, scales, storage=storage)
+        assert y.dtype == jnp.float32
+        np.testing.assert_array_equal(y, expected, err_msg=name)
+
+
+@needs_library
 @pytest.mark.parametrize("shape", [(0, 8, 3), (2, 0, 3), (2, 8, 0)])
 def test_nothing_to_multiply(shape):
     rows, inputs, outputs = shape
@@ -408,7 +425,7 @@ REFUSED = {
     "20 is no multiple of 8": (of((1, 60)), of((60, 4), "int8"), of((3, 4)), None, "int8"),
     "7 groups do not divide 60 inputs": (of((1, 60)), of((60, 4), "int8"), of((7, 4)), None, "int8"),
     r"codes of shape \(60, 4\) do not fit 61 inputs": (of((1, 61)), of((60, 4), "int8"), of((1, 4)), None, "int8"),
-    "inputs are int8": (of((1, 60), "int8"), of((60, 4), "int8"), of((1, 4)), None, "int8"),
+    "inputs are int32": (of((1, 60), "int32"), of((60, 4), "int8"), of((1, 4)), None, "int8"),
     "codes of 8 bits are uint8, not int8": (of((1, 60)), of((60, 4), "uint8"), of((1, 4)), None, "int8"),
     "scales are float8_e8m0fnu": (of((1, 60)), of((60, 4), "int8"), of((1, 4), "float8_e8m0fnu"), None, "int8"),
     "zero points are int32": (of((1, 60)), of((60, 4), "uint8"), of((1, 4)), of((1, 4), "int32"), "uint8"),

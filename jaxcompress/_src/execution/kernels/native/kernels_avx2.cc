@@ -59,17 +59,14 @@ struct Avx2 {
 
 // ---- int8: pairs of int16, because products of bytes saturate (and |-128| is no int8).
 
-constexpr int kStrip = 16;
-constexpr int64_t kPanelInputs = 512;
+struct PanelsOfPairs {
+  static constexpr int kStrip = 16, kPer = 2;
+  using Element = int16_t;
 
-// panel[k / 2][n][k % 2] of inputs [k0, k0 + count), padded to pairs, and outputs [n, n + columns).
-void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t columns, int16_t* panel) {
-  for (int64_t k = 0; k < count; k += 2) {
-    int16_t* to = panel + k * kStrip;
-    if (!p.out_major && columns == kStrip && k + 1 < count) {
-      const auto* row = reinterpret_cast<const __m128i*>(p.codes + (k0 + k) * p.N + n);
-      const auto* next = reinterpret_cast<const __m128i*>(p.codes + (k0 + k + 1) * p.N + n);
-      const __m128i a = _mm_loadu_si128(row), b = _mm_loadu_si128(next);
+  static void pack(const Integer& p, int64_t k, int64_t last, int64_t n, int64_t columns, int16_t* to) {
+    if (!p.out_major && columns == kStrip && k + 2 <= last) {
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.codes + k * p.N + n));
+      const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.codes + (k + 1) * p.N + n));
       const __m256i wide_a = p.is_signed ? _mm256_cvtepi8_epi16(a) : _mm256_cvtepu8_epi16(a);
       const __m256i wide_b = p.is_signed ? _mm256_cvtepi8_epi16(b) : _mm256_cvtepu8_epi16(b);
       const __m256i low = _mm256_unpacklo_epi16(wide_a, wide_b), high = _mm256_unpackhi_epi16(wide_a, wide_b);
@@ -78,55 +75,39 @@ void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t column
     } else {
       for (int64_t i = 0; i < kStrip; ++i)
         for (int64_t h = 0; h < 2; ++h)
-          to[2 * i + h] =
-              i < columns && k + h < count ? static_cast<int16_t>(code_at(p, k0 + k + h, n + i)) : int16_t{0};
+          to[2 * i + h] = i < columns && k + h < last ? static_cast<int16_t>(code_at(p, k + h, n + i)) : int16_t{0};
     }
   }
-}
 
-template <int kRows>
-void multiply(const Integer& p, const int16_t* panel, int64_t k0, int64_t pairs, int64_t m, int64_t n,
-              int64_t columns) {
-  __m256i sums[kRows][2];
-  const int16_t* x[kRows];
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-    x[i] = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
-  }
-  for (int64_t k = 0; k < pairs; ++k) {
-    const auto* w = reinterpret_cast<const __m256i*>(panel + k * 2 * kStrip);
-    const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
+  template <int kRows>
+  static void multiply(const Integer& p, const int16_t* panel, int64_t k0, int64_t steps, int64_t m, int64_t n,
+                       int64_t columns) {
+    __m256i sums[kRows][2];
+    const int16_t* x[kRows];
     JAXCOMPRESS_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const __m256i v = _mm256_set1_epi32(load_int32(x[i] + 2 * k));
-      sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(w0, v));
-      sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(w1, v));
+      sums[i][0] = sums[i][1] = _mm256_setzero_si256();
+      x[i] = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
+    }
+    for (int64_t k = 0; k < steps; ++k) {
+      const auto* w = reinterpret_cast<const __m256i*>(panel + k * 2 * kStrip);
+      const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
+      JAXCOMPRESS_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const __m256i v = _mm256_set1_epi32(load_int32(x[i] + 2 * k));
+        sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(w0, v));
+        sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(w1, v));
+      }
+    }
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      int32_t lanes[kStrip];
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sums[i][0]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 8), sums[i][1]);
+      add_to_row(p, m + i, n, columns, lanes, k0 == 0);
     }
   }
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    int32_t lanes[kStrip];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sums[i][0]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 8), sums[i][1]);
-    add_to_row(p, m + i, n, columns, lanes, k0 == 0);
-  }
-}
-
-void columns(const Integer& p, int64_t begin, int64_t end) {
-  alignas(64) int16_t panel[kPanelInputs * kStrip];
-  for (int64_t n = begin; n < end; n += kStrip) {
-    const int64_t width = least(kStrip, end - n);
-    for (int64_t k = 0; k < p.K; k += kPanelInputs) {
-      const int64_t count = least(kPanelInputs, p.K - k), pairs = (count + 1) / 2;
-      pack(p, k, count, n, width, panel);
-      int64_t m = 0;
-      for (; m + 6 <= p.M; m += 6) multiply<6>(p, panel, k, pairs, m, n, width);
-      for (; m + 2 <= p.M; m += 2) multiply<2>(p, panel, k, pairs, m, n, width);
-      for (; m < p.M; ++m) multiply<1>(p, panel, k, pairs, m, n, width);
-    }
-  }
-}
+};
 
 template <int kRows>
 void dots(const Integer& p, int64_t m, int64_t n) {
@@ -165,7 +146,7 @@ void dot_rows(const Integer& p, int64_t begin, int64_t end) {
 }  // namespace
 
 const WeightOnlyKernel kAvx2 = {8, 8, in_major<Avx2>, out_major<Avx2>};
-const IntegerKernel kAvx2Integer = {2, 16, false, kStrip, columns, dot_rows};
+const IntegerKernel kAvx2Integer = {2, 16, false, PanelsOfPairs::kStrip, columns<PanelsOfPairs>, dot_rows};
 
 }  // namespace jaxcompress
 #endif

@@ -40,9 +40,6 @@ struct Avx512 {
 // ---- int8: dpbusd multiplies unsigned by signed bytes. Codes are the unsigned ones (signed codes + 128, which adds
 // 128 times the sum of the inputs).
 
-constexpr int kStrip = 64, kRowsAtOnce = 6;
-constexpr int64_t kPanelInputs = 512;
-
 // Four rows of 64 codes as 64 quadruples, in order.
 inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, uint8_t* to) {
   __m512i r[4];
@@ -61,19 +58,18 @@ inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, uint8_t
   _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(s2, s3, 0xdd));
 }
 
-// panel[k / 4][n][k % 4] of inputs [k0, k0 + count), padded to quadruples, and outputs [n, n + columns).
-void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t columns, uint8_t* panel) {
-  const uint8_t flip = p.is_signed ? 0x80 : 0;
-  const __m512i flips = _mm512_set1_epi8(static_cast<char>(flip));
-  for (int64_t k = 0; k < count; k += 4) {
-    uint8_t* to = panel + k * kStrip;
-    const bool whole = k + 4 <= count;
-    if (!p.out_major && whole && columns == kStrip) {
-      interleave(p.codes + (k0 + k) * p.N + n, p.N, flips, to);
-    } else if (p.out_major && whole) {
-      const uint32_t flip4 = flip * 0x01010101u;
+struct PanelsOfQuadruples {
+  static constexpr int kStrip = 64, kPer = 4;
+  using Element = uint8_t;
+
+  static void pack(const Integer& p, int64_t k, int64_t last, int64_t n, int64_t columns, uint8_t* to) {
+    const uint8_t flip = p.is_signed ? 0x80 : 0;
+    if (!p.out_major && columns == kStrip && k + 4 <= last) {
+      interleave(p.codes + k * p.N + n, p.N, _mm512_set1_epi8(static_cast<char>(flip)), to);
+    } else if (p.out_major && k + 4 <= last) {
+      const uint32_t flips = flip * 0x01010101u;
       for (int64_t i = 0; i < columns; ++i) {
-        const uint32_t quadruple = static_cast<uint32_t>(load_int32(p.codes + (n + i) * p.K + k0 + k)) ^ flip4;
+        const uint32_t quadruple = static_cast<uint32_t>(load_int32(p.codes + (n + i) * p.K + k)) ^ flips;
         std::memcpy(to + 4 * i, &quadruple, 4);
       }
       std::memset(to + 4 * columns, 0, 4 * (kStrip - columns));
@@ -81,61 +77,40 @@ void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t column
       for (int64_t i = 0; i < kStrip; ++i)
         for (int64_t h = 0; h < 4; ++h)
           to[4 * i + h] =
-              i < columns && k + h < count ? static_cast<uint8_t>(code_at(p, k0 + k + h, n + i)) ^ flip : uint8_t{0};
+              i < columns && k + h < last ? static_cast<uint8_t>(code_at(p, k + h, n + i)) ^ flip : uint8_t{0};
     }
   }
-}
 
-template <int kRows>
-void multiply(const Integer& p, const uint8_t* panel, int64_t k0, int64_t quadruples, int64_t m, int64_t n,
-              int64_t columns) {
-  __m512i sums[kRows][4];
-  const int8_t* x[kRows];
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    for (auto& sum : sums[i]) sum = _mm512_setzero_si512();
-    x[i] = static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
-  }
-  for (int64_t k = 0; k < quadruples; ++k) {
-    __m512i w[4];
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < 4; ++j) w[j] = _mm512_loadu_si512(panel + k * 4 * kStrip + 64 * j);
+  template <int kRows>
+  static void multiply(const Integer& p, const uint8_t* panel, int64_t k0, int64_t steps, int64_t m, int64_t n,
+                       int64_t columns) {
+    __m512i sums[kRows][4];
+    const int8_t* x[kRows];
     JAXCOMPRESS_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      const __m512i v = _mm512_set1_epi32(load_int32(x[i] + 4 * k));
+      for (auto& sum : sums[i]) sum = _mm512_setzero_si512();
+      x[i] = static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
+    }
+    for (int64_t k = 0; k < steps; ++k) {
+      __m512i w[4];
       JAXCOMPRESS_UNROLL
-      for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w[j], v);
+      for (int j = 0; j < 4; ++j) w[j] = _mm512_loadu_si512(panel + k * 4 * kStrip + 64 * j);
+      JAXCOMPRESS_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const __m512i v = _mm512_set1_epi32(load_int32(x[i] + 4 * k));
+        JAXCOMPRESS_UNROLL
+        for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w[j], v);
+      }
+    }
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      int32_t lanes[kStrip];
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < 4; ++j) _mm512_storeu_si512(lanes + 16 * j, sums[i][j]);
+      add_to_row(p, m + i, n, columns, lanes, k0 == 0);
     }
   }
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    int32_t lanes[kStrip];
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(lanes + 16 * j, sums[i][j]);
-    add_to_row(p, m + i, n, columns, lanes, k0 == 0);
-  }
-}
-
-void multiply_rows(const Integer& p, const uint8_t* panel, int64_t k, int64_t count, int64_t n, int64_t columns) {
-  const int64_t quadruples = (count + 3) / 4;
-  int64_t m = 0;
-  for (; m + kRowsAtOnce <= p.M; m += kRowsAtOnce) multiply<kRowsAtOnce>(p, panel, k, quadruples, m, n, columns);
-  for (; m + 2 <= p.M; m += 2) multiply<2>(p, panel, k, quadruples, m, n, columns);
-  for (; m < p.M; ++m) multiply<1>(p, panel, k, quadruples, m, n, columns);
-}
-
-void columns(const Integer& p, int64_t begin, int64_t end) {
-  alignas(64) uint8_t panel[kPanelInputs * kStrip];
-  // With few rows, panels in the first cache; rows of several strips are read one after the other.
-  const int64_t depth = p.M <= 16 ? 64 : kPanelInputs, tile = p.M <= 16 ? 512 : kStrip;
-  for (int64_t n0 = begin; n0 < end; n0 += tile)
-    for (int64_t k = 0; k < p.K; k += depth)
-      for (int64_t n = n0; n < least(n0 + tile, end); n += kStrip) {
-        const int64_t count = least(depth, p.K - k), width = least(kStrip, end - n);
-        pack(p, k, count, n, width, panel);
-        multiply_rows(p, panel, k, count, n, width);
-      }
-}
+};
 
 template <int kRows, int kOutputs>
 void dots(const Integer& p, int64_t m, int64_t n) {
@@ -157,10 +132,12 @@ void dots(const Integer& p, int64_t m, int64_t n) {
     }
   }
   JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
-  for (int j = 0; j < kOutputs; ++j) {
-    const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
-    add_to_row(p, m + i, n + j, 1, &sum, true);
+  for (int i = 0; i < kRows; ++i) {
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < kOutputs; ++j) {
+      const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
+      add_to_row(p, m + i, n + j, 1, &sum, true);
+    }
   }
 }
 
@@ -178,7 +155,7 @@ void dot_rows(const Integer& p, int64_t begin, int64_t end) {
 }  // namespace
 
 const WeightOnlyKernel kAvx512 = {16, 0, in_major<Avx512>, out_major<Avx512>};
-const IntegerKernel kVnniInteger = {1, 64, true, kStrip, columns, dot_rows};
+const IntegerKernel kVnniInteger = {1, 64, true, PanelsOfQuadruples::kStrip, columns<PanelsOfQuadruples>, dot_rows};
 
 }  // namespace jaxcompress
 #endif

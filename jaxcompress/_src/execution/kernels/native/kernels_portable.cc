@@ -61,7 +61,7 @@ struct Plain {
   };
 };
 
-void columns(const Integer& p, int64_t begin, int64_t end) {
+void columns_one_by_one(const Integer& p, int64_t begin, int64_t end) {
   const int16_t* inputs = static_cast<const int16_t*>(p.inputs);
   for (int64_t m = 0; m < p.M; ++m) {
     const int16_t* x = inputs + m * p.inputs_pitch;
@@ -80,6 +80,6 @@ void columns(const Integer& p, int64_t begin, int64_t end) {
 
 const WeightOnlyKernel kPortable = {4, 0, in_major<Plain<4>>, out_major<Plain<4>>};
 const WeightOnlyKernel kScalar = {1, 0, in_major<Plain<1>>, out_major<Plain<1>>};
-const IntegerKernel kPortableInteger = {2, 1, false, 64, columns, nullptr};
+const IntegerKernel kPortableInteger = {2, 1, false, 64, columns_one_by_one, nullptr};
 
 }  // namespace jaxcompress

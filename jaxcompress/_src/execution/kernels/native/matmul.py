@@ -24,6 +24,7 @@ from jaxcompress._src.execution.kernels.native import library
 from jaxcompress._src.execution.kernels.native.exported import unless_exported
 
 _FLOATS = ("float32", "bfloat16", "float16")
+_INPUTS = (*_FLOATS, "int8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,14 +68,14 @@ def weight_only_matmul(
     sharded arrays: rows and outputs stay where they are, sums over sharded inputs are added up.
 
     Args:
-        x: float32, bfloat16 or float16; K = in.
+        x: float32, bfloat16, float16, or int8 codes of quantized inputs (whose sums are exact in a group); K = in.
         codes: [K, N], or [N, K] if `storage.out_major`; with 4 bits, ceil(K / 2) bytes on the axis of K.
         scale: float32 or bfloat16, with the axes of the codes: [G | 1, N | 1], or [N | 1, G | 1].
         zero_point: uint8 or a float, with axes like `scale`; None for none.
         storage: how the codes are stored.
 
     Returns:
-        y, of the dtype of `x`.
+        y, of the dtype of `x`; float32 for int8.
 
     Raises:
         ValueError: the kernel cannot take this; the message is that of `why_not_weight_only`.
@@ -141,8 +142,8 @@ def why_not_weight_only(x: Any, codes: Any, scale: Any, zero_point: Any, *, stor
     missing = library.why_missing()
     if missing is not None:
         return missing
-    if str(x.dtype) not in _FLOATS:
-        return f"inputs are {x.dtype}, not one of {', '.join(_FLOATS)}"
+    if str(x.dtype) not in _INPUTS:
+        return f"inputs are {x.dtype}, not one of {', '.join(_INPUTS)}"
     expected = "int8" if storage.bits == 8 and storage.signed else "uint8"
     if str(codes.dtype) != expected:
         return f"codes of {storage.bits} bits are {codes.dtype}, not {expected}"
@@ -205,7 +206,7 @@ def _weight_only(storage: WeightOnlyFormat, x: Array, codes: Array, scale: Array
     if zero_point is not None and zero_point.dtype != jnp.uint8:
         zero_point = zero_point.astype(jnp.float32)
     operands = (x.astype(jnp.float32), codes, scale) + (() if zero_point is None else (zero_point,))
-    return _batched(storage)(*operands).astype(x.dtype)
+    return _batched(storage)(*operands).astype(_result_dtype(x))
 
 
 @functools.partial(_weight_only.defjvp, symbolic_zeros=True)
@@ -252,7 +253,7 @@ def plain_weight_only(
         storage: how the codes are stored.
 
     Returns:
-        y, of the dtype of `x`.
+        y, of the dtype of `x`; float32 for int8.
     """
     axis = 1 if storage.out_major else 0
     values = _values(codes, x.shape[1], axis, storage)
@@ -265,8 +266,12 @@ def plain_weight_only(
     weights = (values if zero_point is None else values - spread(zero_point)) * spread(scale)
     dimensions = (((1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x.astype(jnp.float32), weights, dimensions, precision=jax.lax.Precision.HIGHEST).astype(
-        x.dtype
+        _result_dtype(x)
     )
+
+
+def _result_dtype(x: Array) -> Any:
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
 
 
 def _values(codes: Array, inputs: int, axis: int, storage: WeightOnlyFormat) -> Array:
