@@ -227,3 +227,19 @@ def test_weights_are_widened_one_after_the_other(leaf):
     compiled = jax.jit(jc.execute(apply)).lower(params, x).compile(OPTIONS)
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * width**2
     np.testing.assert_allclose(compiled(params, x), apply(jc.materialize(params), x), rtol=1e-3, atol=1e-4)
+
+
+@needs_library
+def test_a_transposed_table_is_multiplied_as_it_is_stored():
+    apply, params, x = _problem("outputs first", "int4 groups")
+    (matmul,) = jc.execution.plan(apply, params, x).matmuls
+    assert matmul.kernel == "native_float"
+    text = jax.jit(jc.execute(apply)).lower(params, x).as_text()
+    # The kernel takes the bytes of the leaf, which nothing rearranges before.
+    assert "40x48xui8" in text.partition("custom_call @jaxcompress_weight_only")[2].splitlines()[0]
+
+
+def test_transposes_that_change_nothing_and_twice():
+    apply = lambda p, x: x @ jnp.transpose(p["w"], (0, 1)).T.T  # noqa: E731
+    _, params, x = _problem("inputs first", "int8")
+    np.testing.assert_allclose(jc.execute(apply)(params, x), apply(jc.materialize(params), x), rtol=1e-4, atol=1e-4)

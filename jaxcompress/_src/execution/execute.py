@@ -116,6 +116,7 @@ def _visit(eqn: Any, values: list[Any], *, evaluation: Evaluation) -> Sequence[A
     if name == "concatenate" and eqn.params["dimension"] == 0:
         return [Runs.joined(values)]
     if name in _CONTROL:
+        values = [Weight(value.array, value.path) if isinstance(value, Weight) else value for value in values]
         return _CONTROL[name](eqn, values, evaluation)
     # Not `custom_jvp` and `custom_vjp`: their derivatives would be lost.
     if name in CALLS and (body := called_body(eqn)) is not None:
@@ -123,15 +124,34 @@ def _visit(eqn: Any, values: list[Any], *, evaluation: Evaluation) -> Sequence[A
     if any(isinstance(value, Runs) for value in values):
         return _visit_runs(eqn, values, evaluation=evaluation)
     if name in RULES or name == "dot_general":
-        path = next(value.path for value in values if isinstance(value, Weight))
-        results = _by_rule(eqn, values, evaluation)
+        weight = next(value for value in values if isinstance(value, Weight))
+        stored = _untransposed(eqn, values) if name == "dot_general" else (eqn, values)
+        results = _by_rule(*stored, evaluation)
         if results is None:
             partly_plain = [with_plain_weight(value, name, evaluation.note) for value in values]
             changed = any(new is not old for new, old in zip(partly_plain, values, strict=True))
             values, results = partly_plain, _by_rule(eqn, partly_plain, evaluation) if changed else None
         if results is not None:
-            return [Weight(out, path) if is_compressed(out) else out for out in results]
+            source = weight.array if name == "transpose" and eqn.params["permutation"] == (1, 0) else None
+            return [Weight(out, weight.path, source) if is_compressed(out) else out for out in results]
     return bind(eqn, _plain(eqn.invars, values, name, evaluation))
+
+
+def _untransposed(eqn: Any, values: list[Any]) -> tuple[Any, list[Any]]:
+    """The same product of matrices as they are stored."""
+    contracted, batch = (list(axes) for axes in eqn.params["dimension_numbers"])
+    values = list(values)
+    for side, value in enumerate(values):
+        if (
+            isinstance(value, Weight)
+            and value.transposed is not None
+            and len(contracted[side]) == 1
+            and not batch[side]
+        ):
+            values[side] = Weight(value.transposed, value.path)
+            contracted[side] = (1 - contracted[side][0],)
+    numbers = (tuple(contracted), tuple(batch))
+    return eqn.replace(params=eqn.params | {"dimension_numbers": numbers}), values
 
 
 def _visit_runs(eqn: Any, values: list[Any], *, evaluation: Evaluation) -> Sequence[Any]:
