@@ -133,7 +133,7 @@ def _visit(eqn: Any, values: list[Any], *, evaluation: Evaluation) -> Sequence[A
             values, results = partly_plain, _by_rule(eqn, partly_plain, evaluation) if changed else None
         if results is not None:
             source = weight.array if name == "transpose" and eqn.params["permutation"] == (1, 0) else None
-            return [Weight(out, weight.path, source) if is_compressed(out) else out for out in results]
+            return [Weight(out, weight.path, transposed=source) if is_compressed(out) else out for out in results]
     return bind(eqn, _plain(eqn.invars, values, name, evaluation))
 
 

@@ -44,7 +44,7 @@ class Weight:
 
     array: CompressedArray
     path: str = dataclasses.field(metadata={"static": True})
-    transposed: Any = None
+    transposed: Any = dataclasses.field(default=None, kw_only=True)
 
 
 @jax.tree_util.register_dataclass
