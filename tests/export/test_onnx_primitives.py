@@ -333,6 +333,20 @@ CASES = {
         lambda x: lax.while_loop(lambda s: (s * s).sum() > 1e-2, lambda s: s @ (0.1 * s), x),
         floats(4, 4),
     ),
+    "while under vmap": (
+        jax.vmap(lambda x: lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] * 2), (x, jnp.stack([x, x])))),
+        floats(5),
+    ),
+    "cond under vmap": (jax.vmap(lambda x: lax.cond(x > 0, jnp.sin, jnp.cos, x)), floats(5)),
+    "slices under vmap": (jax.vmap(lambda x, i: lax.dynamic_slice(x, (i,), (2,))), X, np.array([0, 2, 9], "int32")),
+    "writes under vmap": (
+        jax.vmap(lambda x, i: lax.dynamic_update_slice(x, jnp.ones(2), (i,))),
+        X,
+        np.array([0, 2, 9], "int32"),
+    ),
+    "unstack": (lambda x: jnp.unstack(x, axis=1), X),
+    "image.resize": (lambda x: jax.image.resize(x, (2, 9, 8, 4), "bilinear"), IMAGE),
+    "gradient of a convolution": (jax.grad(lambda x: (conv(window_strides=(2, 2))(x, KERNEL) ** 2).sum()), 0.1 * IMAGE),
     "cond, true": (lambda p, x: lax.cond(p, lambda x: x + 1, lambda x: x * 2, x), np.array(True), X),
     "cond, false": (lambda p, x: lax.cond(p, lambda x: (x + 1, x.sum()), lambda x: (x, 0.0), x), np.array(False), X),
     **{

@@ -118,12 +118,17 @@ def while_loop(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[
     end = split + eqn.params["body_nconsts"]
     condition, body = as_body(eqn.params["cond_jaxpr"]), as_body(eqn.params["body_jaxpr"])
     carry = [graph.full(value) for value in values[end:]]
-    go_on = graph.full(run(condition, [*values[:split], *carry])[0])
+    go_on = _condition(graph, run(condition, [*values[:split], *carry])[0])
     number, before = graph.fresh(), graph.fresh()
     inner = [graph.new(graph.fresh(), var.aval) for var in eqn.outvars]
     with graph.scope() as nodes:
-        after = [_output(graph, result) for result in run(body, [*values[split:end], *inner])]
-        again = _output(graph, run(condition, [*values[:split], *after])[0])
+        after = run(body, [*values[split:end], *inner])
+        if condition.jaxpr.outvars[0].aval.shape:
+            # Under `vmap`, with one condition for each entry: those that are done stay as they are.
+            running = graph.full(run(condition, [*values[:split], *inner])[0])
+            after = [_where(graph, running, new, old) for new, old in zip(after, inner, strict=True)]
+        after = [_output(graph, result) for result in after]
+        again = _output(graph, _condition(graph, run(condition, [*values[:split], *after])[0]))
     inside = Body(
         inputs=((number, np.dtype(np.int64), 0), (before, np.dtype(bool), 0), *(_typed(x) for x in inner)),
         outputs=(_typed(again), *(_typed(x) for x in after)),
@@ -131,6 +136,22 @@ def while_loop(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[
     )
     names = graph.ops("Loop", "", go_on.name, *(x.name for x in carry), outputs=len(carry), body=inside)
     return [graph.new(name, var.aval) for name, var in zip(names, eqn.outvars, strict=True)]
+
+
+def _condition(graph: Graph, value: Any) -> Tensor:
+    """Whether any entry is to go on."""
+    tensor = graph.full(value)
+    if not tensor.shape:
+        return tensor
+    number = graph.cast(tensor.name, np.bool_, np.int32)
+    number = graph.op("ReduceMax", number, graph.ints(*range(tensor.ndim)), keepdims=0)
+    return Tensor(graph.cast(number, np.int32, np.bool_), (), (), np.dtype(bool))
+
+
+def _where(graph: Graph, which: Tensor, new: Any, old: Tensor) -> Tensor:
+    """Entries along the leading axes."""
+    flag = graph.reshape(which, (*which.shape, *(1,) * (old.ndim - which.ndim)))
+    return graph.chosen(flag, graph.full(new), old)
 
 
 def cond(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[Any]:
