@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcompress._src.export.onnx.constants import Constants
 from jaxcompress._src.export.onnx.dimensions import Dimensions, Shape, broadcast, is_static
-from jaxcompress._src.export.onnx.types import arithmetic, carrier, onnx_type
+from jaxcompress._src.export.onnx.types import carrier, onnx_type, selectable
 
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
@@ -209,9 +209,7 @@ class Graph:
 
     def chosen(self, flag: Tensor, first: Tensor, second: Tensor) -> Tensor:
         """`first` where a flag is set, else `second`, as they are held."""
-        own = carrier(first.dtype)
-        # What `Where` has kernels for.
-        computed = own if own.name in ("float32", "float64", "int32", "int64", "uint8") else arithmetic(own)
+        own, computed = carrier(first.dtype), selectable(first.dtype)
         name = self.op("Where", flag.name, *(self.cast(x.name, own, computed) for x in (first, second)))
         held = held_shape([flag, first, second])
         return Tensor(self.cast(name, computed, own), held, first.shape, first.dtype)
