@@ -257,7 +257,7 @@ CASES = {
         floats(4, 5),
     ),
     "multiply and extremes": (
-        lambda x, i, y: (x.at[i].multiply(y), x.at[i].max(y), x.at[i].min(y)),
+        lambda x, i, y: (x.at[i].multiply(y), x.at[i].subtract(y), x.at[i].max(y), x.at[i].min(y)),
         X,
         INDEX,
         floats(4, 5),

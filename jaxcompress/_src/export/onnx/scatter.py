@@ -50,8 +50,10 @@ def _scatter(reduction: str) -> Callable[[Graph, Any, list[Any]], Sequence[Any]]
         places = where.places.name
         if where.inside is not None and where.axes:
             whole, places = _with_a_spare_row(graph, whole, places, rows, where, computed)
-        attributes = {} if reduction == "none" else {"reduction": reduction}
-        name = graph.op("ScatterND", whole, places, part, **attributes)
+        if reduction == "sub":
+            part = graph.op("Neg", part)
+        kind = {"none": {}, "sub": {"reduction": "add"}}.get(reduction, {"reduction": reduction})
+        name = graph.op("ScatterND", whole, places, part, **kind)
         if where.inside is not None and where.axes:
             size = graph.dimensions.size(rows.shape[0])
             name = graph.op("Slice", name, graph.ints(0), size, graph.ints(0))
@@ -104,7 +106,7 @@ RULES: dict[str, Callable[[Graph, Any, list[Any]], Sequence[Any]]] = {
     "scatter": _scatter("none"),
     "scatter-add": _scatter("add"),
     "scatter-mul": _scatter("mul"),
-    "scatter_mul": _scatter("mul"),
+    "scatter-sub": _scatter("sub"),
     "scatter-min": _scatter("min"),
     "scatter-max": _scatter("max"),
 }
