@@ -22,6 +22,16 @@ Run = Callable[[Any, Sequence[Any]], list[Any]]
 """Writes a body: `(body, values) -> values`."""
 
 
+def carried(eqn: Any) -> range:
+    """The operands that an iteration replaces."""
+    params = eqn.params
+    if eqn.primitive.name == "scan":
+        return range(params["num_consts"], params["num_consts"] + params["num_carry"])
+    if eqn.primitive.name == "while":
+        return range(params["cond_nconsts"] + params["body_nconsts"], len(eqn.invars))
+    return range(0)
+
+
 def scan(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[Any]:
     """Iterations one by one where they are few or go over weights, else ONNX's `Scan`."""
     begin, length = eqn.params["num_consts"], eqn.params["length"]
