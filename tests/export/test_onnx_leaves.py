@@ -143,6 +143,31 @@ def test_layers_of_a_scan_are_unrolled(tmp_path):
     assert "Scan" not in info.operators
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_layers_of_a_scan_with_quantized_inputs(static, tmp_path):
+    def apply(params, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    params = {"w": jnp.asarray(RNG.normal(size=(3, 64, 64)), jnp.float32) / 8}
+    layouts = jc.trace.layouts(apply, params, X)
+    ranges = {"w": InputRange(jnp.asarray([0.02, 0.01, 0.008]))} if static else None
+    small, _ = quantize(params, QuantSpec(bits=7), layouts=layouts)
+    small, _ = quantize_inputs(small, QuantSpec(bits=8, per_tensor=static), ranges=ranges, layouts=layouts)
+    info = check(tmp_path, apply, small, X, input_ranges="row")
+    assert info.operators["MatMulInteger"] == 3
+    assert info.operators.get("QuantizeLinear", 0) == 3 * static
+
+
+def test_a_stack_that_cannot_be_taken_apart_is_unpacked(tmp_path):
+    def apply(params, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    w = jnp.asarray(RNG.normal(size=(3, 64, 64)), jnp.float32) / 8
+    layout = jc.trace.LeafLayout(kind="linear", input_axes=(0, 1), output_axes=(2,))
+    info = check(tmp_path, apply, {"w": KINDS["int8 per tensor"](w, layout)}, X)
+    assert info.leaves[0].reason == "for `scan`"
+
+
 def test_a_stack_in_several_forms(tmp_path):
     def apply(params, x):
         stack = jnp.concatenate([params["a"], params["b"]])

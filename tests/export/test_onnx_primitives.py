@@ -386,3 +386,13 @@ def test_as_jax_does(name, tmp_path):
     function, *inputs = CASES[name]
     outputs, _ = exported(tmp_path, lambda _, *inputs: function(*inputs), {}, *inputs)
     assert_same(outputs, jax.jit(function)(*inputs), **TOLERANCES.get(name, {}))
+
+
+def test_with_64_bits(tmp_path):
+    def function(x, i):
+        return jnp.tanh(x @ x.T), jnp.sort(x), x.sum(0), jnp.take(jnp.arange(9.0), i), i // 3, i << 2, i.astype(x.dtype)
+
+    with jax.enable_x64(True):
+        inputs = RNG.normal(size=(3, 5)), RNG.integers(0, 8, (3, 5))
+        outputs, _ = exported(tmp_path, lambda _, *inputs: function(*inputs), {}, *inputs)
+        assert_same(outputs, jax.jit(function)(*inputs))

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxcompress._src.arrays.protocol import reshape
 from jaxcompress._src.execution.runs import cut
 from jaxcompress._src.execution.values import Runs, Weight, ignore
 from jaxcompress._src.export.onnx.dimensions import is_static
@@ -74,12 +74,13 @@ def _entry(graph: Graph, stack: Any, number: int) -> Any:
     """One entry of a stack."""
     if isinstance(stack, np.ndarray):
         return stack[number]
-    if isinstance(stack, Weight | Runs):
-        piece = cut(stack, number, number + 1, ignore)
-        if isinstance(piece, Weight):
-            moved = reshape(piece.array, piece.array.shape[1:])
-            return Weight(moved, piece.path) if moved is not None else np.asarray(piece.array.materialize())[0]
-        return np.asarray(piece)[0]
+    if isinstance(stack, Runs):
+        return _entry(graph, cut(stack, number, number + 1, ignore), 0)
+    if isinstance(stack, Weight):
+        # As a scan does: the parts of such a leaf are stacked as it is.
+        return Weight(jax.tree.map(lambda part: part[number], stack.array), stack.path)
+    if isinstance(stack, jax.Array):
+        return np.asarray(stack)[number]
     index = graph.scalar(number, np.int64)
     if is_static(stack.held[0]) and stack.held[0] == 1:
         index = graph.scalar(0, np.int64)
@@ -96,7 +97,7 @@ def _scan(graph: Graph, eqn: Any, consts: list[Any], carry: list[Any], stacks: l
     body, count = as_body(eqn.params["jaxpr"]), len(carry)
     variables = body.jaxpr.invars[len(consts) :]
     begins = [graph.full(value).name for value in carry]
-    scanned = [graph.full(_plain_stack(value)).name for value in stacks]
+    scanned = [graph.full(value).name for value in stacks]
     inner = [graph.new(graph.fresh(), var.aval) for var in variables]
     inputs = [_typed(tensor) for tensor in inner]
     if not scanned:
@@ -116,10 +117,6 @@ def _scan(graph: Graph, eqn: Any, consts: list[Any], carry: list[Any], stacks: l
         del attributes["scan_output_directions"]
     names = graph.ops("Scan", *begins, *scanned, outputs=len(results), body=inside, **attributes)
     return [graph.new(name, var.aval) for name, var in zip(names, eqn.outvars, strict=True)]
-
-
-def _plain_stack(value: Any) -> Any:
-    return np.asarray(value.array.materialize()) if isinstance(value, Weight) else value
 
 
 def while_loop(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[Any]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
 from jaxcompress._src.arrays.low_rank import LowRankArray
-from jaxcompress._src.arrays.protocol import cast, changes_inputs, describe_leaf
+from jaxcompress._src.arrays.protocol import can_unstack, cast, changes_inputs, describe_leaf
 from jaxcompress._src.arrays.quantized import QuantizedArray
 from jaxcompress._src.execution.rules import RULES as MOVES
 from jaxcompress._src.execution.runs import sliced_runs
@@ -96,6 +96,12 @@ class LeafRules:
                 "uses it otherwise; exclude it."
             )
         return self._unpacked(value, use)
+
+    def unstackable(self, value: Any) -> Any:
+        """A stack that can be taken apart as it is stored, or else unpacked."""
+        parts = value.parts if isinstance(value, Runs) else (value,)
+        fit = all(can_unstack(part.array) for part in parts if isinstance(part, Weight))
+        return value if fit else self.plain(value, "scan")
 
     def _unpacked(self, weight: Weight, use: str) -> Any:
         return self._unpacked_for(weight, f"for `{use}`")

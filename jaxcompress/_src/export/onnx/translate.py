@@ -79,6 +79,8 @@ class Translator:
         name = eqn.primitive.name
         carried = control_flow.carried(eqn)
         values = [self.leaves.plain(value, name) if i in carried else value for i, value in enumerate(values)]
+        if name == "scan":
+            values = [*values[: carried.stop], *map(self.leaves.unstackable, values[carried.stop :])]
 
         def run(body: Body, values: Sequence[Any]) -> list[Any]:
             return [self.leaves.plain(result, name) for result in self.run(body, values)]
