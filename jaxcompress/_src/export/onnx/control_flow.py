@@ -108,13 +108,11 @@ def _scan(graph: Graph, eqn: Any, consts: list[Any], carry: list[Any], stacks: l
     with graph.scope() as nodes:
         results = [_output(graph, result) for result in run(body, [*consts, *inner])]
     attributes: dict[str, Any] = {"num_scan_inputs": len(scanned)}
-    written = len(results) - count
     if eqn.params["reverse"]:
         attributes["scan_input_directions"] = [1] * len(scanned)
-        attributes["scan_output_directions"] = [1] * written
+    if eqn.params["reverse"] and len(results) > count:
+        attributes["scan_output_directions"] = [1] * (len(results) - count)
     inside = Body(inputs=tuple(inputs), outputs=tuple(_typed(result) for result in results), nodes=tuple(nodes))
-    if eqn.params["reverse"] and not written:
-        del attributes["scan_output_directions"]
     names = graph.ops("Scan", *begins, *scanned, outputs=len(results), body=inside, **attributes)
     return [graph.new(name, var.aval) for name, var in zip(names, eqn.outvars, strict=True)]
 

@@ -19,7 +19,7 @@ def elementwise(write: Write, *, exact: bool = False) -> Callable[[Graph, Any, l
     """A rule that computes in the type of `arithmetic`.
 
     Args:
-        write: gets the names of the operands, and the dtype as `dtype` if it takes that.
+        write: gets the names of the operands.
         exact: whether the result needs no rounding: it is one of the operands, up to sign.
     """
 
