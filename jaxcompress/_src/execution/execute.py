@@ -10,7 +10,7 @@ from jaxcompress._src.arrays.protocol import can_unstack
 from jaxcompress._src.execution.kernels.choice import Planned, checked_kernels, multiplier
 from jaxcompress._src.execution.rules import RULES
 from jaxcompress._src.execution.runs import boundaries, cut, sliced_runs
-from jaxcompress._src.execution.values import Evaluation, Fallback, Note, Runs, Weight, plain, with_plain_weight
+from jaxcompress._src.execution.values import Evaluation, Fallback, Note, Runs, Weight, ignore, plain, with_plain_weight
 from jaxcompress._src.meshes import as_typed, explicit_mesh, on_auto_axes
 from jaxcompress._src.trace.traced import split_arrays, traced
 from jaxcompress._src.trace.walk import CALLS, Body, as_body, bind, called_body, walk
@@ -55,7 +55,7 @@ def execute(apply: Callable[..., Any], *, kernels: Sequence[str] | None = None) 
 
 
 def evaluation_with(
-    kernels: Sequence[str] | None, *, note: Note = lambda _: None, planned: Planned = lambda *_: None
+    kernels: Sequence[str] | None, *, note: Note = ignore, planned: Planned = lambda *_: None
 ) -> Evaluation:
     """What the interpreter needs, with these kernels; `note` and `planned` are told what happens."""
     return Evaluation(multiply=multiplier(kernels, planned), note=note)
@@ -193,7 +193,8 @@ _SHARDINGS = {"sharding", "out_sharding"}
 
 
 def _dot_general(evaluation: Evaluation, path: str, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    result = evaluation.multiply(*values, eqn.params, path)
+    left, right = values
+    result = evaluation.multiply(left, right, eqn.params, path)
     return None if result is None else [result]
 
 
@@ -262,7 +263,7 @@ def _cond(eqn: Any, values: list[Any], evaluation: Evaluation) -> Sequence[Any]:
     return jax.lax.switch(values[0], branches, *values[1:])
 
 
-_CONTROL: dict[str, Callable[[Any, list[Any], Note], Sequence[Any]]] = {
+_CONTROL: dict[str, Callable[[Any, list[Any], Evaluation], Sequence[Any]]] = {
     "remat": _remat,
     "remat2": _remat,
     "checkpoint": _remat,

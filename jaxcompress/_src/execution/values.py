@@ -76,6 +76,11 @@ Note = Callable[[Fallback], None]
 """Told about every fall-back."""
 
 
+def ignore(fallback: Fallback) -> None:
+    """A note that goes nowhere."""
+    del fallback
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What the interpreter is given besides the program.
