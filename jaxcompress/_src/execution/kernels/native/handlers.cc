@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "run.h"
-#include "xla_ffi_c_api.h"
+#include "xla/ffi/api/c_api.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
