@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "grouped.h"
 #include "integer.h"
 #include "kernels.h"
 #include "weight_only.h"
@@ -143,10 +144,133 @@ void dot_rows(const Integer& p, int64_t begin, int64_t end) {
   }
 }
 
+// ---- int8 by groups: products of int8 and nibbles, of which 8 pairs fit int16. Bytes are two planes of nibbles.
+
+struct GroupedPanels {
+  static constexpr int kStrip = 16, kRows = 4, kMostPlanes = 2;
+
+  static int64_t planes(const Grouped& p) { return p.is_packed ? 1 : 2; }
+
+  static void pack(const Grouped& p, int64_t block, int64_t n, int64_t columns, uint8_t* to, int64_t plane) {
+    const int64_t bytes = p.is_packed ? 4 : 8, begin = block * bytes, rows = p.is_packed ? (p.K + 1) / 2 : p.K;
+    alignas(32) uint8_t whole[8 * kStrip];
+    if (begin + bytes > rows || columns < kStrip) {
+      if (p.is_packed) return pack_block(p, block, n, columns, kStrip, to);
+      pack_block(p, block, n, columns, kStrip, whole);
+    } else {
+      const __m128i flip = _mm_set1_epi8(static_cast<char>(!p.is_signed ? 0 : p.is_packed ? 0x88 : 0x80));
+      const int64_t pitch = p.out_major ? rows : p.N;
+      const uint8_t* from = p.codes + (p.out_major ? n * rows + begin : begin * p.N + n);
+      const auto quadruples = p.out_major ? gather : interleave;
+      quadruples(from, pitch, flip, whole);
+      if (p.is_packed) return split(whole, to, to + 4 * kStrip);
+      quadruples(from + (p.out_major ? 4 : 4 * p.N), pitch, flip, whole + 4 * kStrip);
+    }
+    split(whole, to, to + plane);
+    split(whole + 4 * kStrip, to + 4 * kStrip, to + plane + 4 * kStrip);
+  }
+
+  // Four rows of 16 codes as 16 quadruples.
+  static void interleave(const uint8_t* from, int64_t pitch, __m128i flip, uint8_t* to) {
+    __m128i r[4];
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < 4; ++i)
+      r[i] = _mm_xor_si128(flip, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * pitch)));
+    const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpackhi_epi8(r[0], r[1]);
+    const __m128i c = _mm_unpacklo_epi8(r[2], r[3]), d = _mm_unpackhi_epi8(r[2], r[3]);
+    __m128i* out = reinterpret_cast<__m128i*>(to);
+    _mm_storeu_si128(out, _mm_unpacklo_epi16(a, c));
+    _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(a, c));
+    _mm_storeu_si128(out + 2, _mm_unpacklo_epi16(b, d));
+    _mm_storeu_si128(out + 3, _mm_unpackhi_epi16(b, d));
+  }
+
+  static void gather(const uint8_t* from, int64_t pitch, __m128i flip, uint8_t* to) {
+    gather_quadruples<kStrip>(from, pitch, to);
+    auto* out = reinterpret_cast<__m128i*>(to);
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < 4; ++i) _mm_storeu_si128(out + i, _mm_xor_si128(flip, _mm_loadu_si128(out + i)));
+  }
+
+  // Low and high nibbles of 16 quadruples.
+  static void split(const uint8_t* whole, uint8_t* low, uint8_t* high) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(whole + 32 * j));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + 32 * j), _mm256_and_si256(mask, b));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + 32 * j), _mm256_and_si256(mask, _mm256_srli_epi16(b, 4)));
+    }
+  }
+
+  // Adds what up to 8 quadruples contribute, times `weight`.
+  template <int kCount>
+  static void add_quadruples(const uint8_t* panel, const int8_t* const* x, int64_t k, int64_t end, int16_t weight,
+                             __m256i (&sums)[kCount][2]) {
+    __m256i pairs[kCount][2];
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < kCount; ++i) pairs[i][0] = pairs[i][1] = _mm256_setzero_si256();
+    for (; k < end; k += 4, panel += 4 * kStrip) {
+      const auto* w = reinterpret_cast<const __m256i*>(panel);
+      const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
+      JAXCOMPRESS_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        const __m256i v = _mm256_set1_epi32(load_int32(x[i] + k));
+        pairs[i][0] = _mm256_add_epi16(pairs[i][0], _mm256_maddubs_epi16(w0, v));
+        pairs[i][1] = _mm256_add_epi16(pairs[i][1], _mm256_maddubs_epi16(w1, v));
+      }
+    }
+    const __m256i weights = _mm256_set1_epi16(weight);
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < kCount; ++i) {
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < 2; ++j) sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(pairs[i][j], weights));
+    }
+  }
+
+  template <int kCount>
+  static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
+    const Grouped& p = s.p;
+    const uint8_t* panel = s.panel;
+    const int8_t* x[kCount];
+    for (int i = 0; i < kCount; ++i) x[i] = p.inputs + (m + i) * p.inputs_pitch;
+    for (int64_t segment = s.first; segment < s.last; ++segment) {
+      __m256i sums[kCount][2];
+      JAXCOMPRESS_UNROLL
+      for (int i = 0; i < kCount; ++i)
+        sums[i][0] = sums[i][1] = _mm256_set1_epi32(p.corrections[(m + i) * p.segment_count + segment]);
+      const int64_t end = p.segments[segment].end;
+      for (int64_t k = p.segments[segment].begin; k < end;) {
+        const int64_t stop = least(k + 32, end);
+        add_quadruples<kCount>(panel, x, k, stop, 1, sums);
+        if (!p.is_packed) add_quadruples<kCount>(panel + s.plane, x, k, stop, 16, sums);
+        panel += (stop - k) * kStrip;
+        k = stop;
+      }
+      const int64_t row = (segment - s.first) * s.pitch;
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        const __m256 scale = _mm256_loadu_ps(s.scales[row] + 8 * j);
+        JAXCOMPRESS_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          __m256 value = _mm256_cvtepi32_ps(sums[i][j]);
+          if (s.zeros)
+            value = _mm256_fnmadd_ps(_mm256_loadu_ps(s.zeros[row] + 8 * j),
+                                     _mm256_set1_ps(p.sums[(m + i) * p.segment_count + segment]), value);
+          float* total = totals[i] + 8 * j;
+          _mm256_storeu_ps(total, s.is_first && segment == s.first ? _mm256_mul_ps(value, scale)
+                                                                   : _mm256_fmadd_ps(value, scale, _mm256_loadu_ps(total)));
+        }
+      }
+    }
+  }
+};
+
 }  // namespace
 
 const WeightOnlyKernel kAvx2 = {8, 8, in_major<Avx2>, out_major<Avx2>};
 const IntegerKernel kAvx2Integer = {2, 16, false, PanelsOfPairs::kStrip, columns<PanelsOfPairs>, dot_rows};
+const GroupedKernel kAvx2Grouped = {GroupedPanels::kStrip, grouped<GroupedPanels>};
 
 }  // namespace jaxcompress
 #endif

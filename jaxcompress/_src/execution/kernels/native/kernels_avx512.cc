@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "grouped.h"
 #include "integer.h"
 #include "kernels.h"
 #include "weight_only.h"
@@ -41,7 +42,7 @@ struct Avx512 {
 // 128 times the sum of the inputs).
 
 // Four rows of 64 codes as 64 quadruples, in order.
-inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, uint8_t* to) {
+inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, __m512i (&to)[4]) {
   __m512i r[4];
   JAXCOMPRESS_UNROLL
   for (int i = 0; i < 4; ++i) r[i] = _mm512_xor_si512(flip, _mm512_loadu_si512(from + i * pitch));
@@ -52,10 +53,10 @@ inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, uint8_t
   const __m512i q2 = _mm512_unpacklo_epi16(b, d), q3 = _mm512_unpackhi_epi16(b, d);
   const __m512i s0 = _mm512_shuffle_i32x4(q0, q1, 0x44), s1 = _mm512_shuffle_i32x4(q2, q3, 0x44);
   const __m512i s2 = _mm512_shuffle_i32x4(q0, q1, 0xee), s3 = _mm512_shuffle_i32x4(q2, q3, 0xee);
-  _mm512_storeu_si512(to, _mm512_shuffle_i32x4(s0, s1, 0x88));
-  _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(s0, s1, 0xdd));
-  _mm512_storeu_si512(to + 128, _mm512_shuffle_i32x4(s2, s3, 0x88));
-  _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(s2, s3, 0xdd));
+  to[0] = _mm512_shuffle_i32x4(s0, s1, 0x88);
+  to[1] = _mm512_shuffle_i32x4(s0, s1, 0xdd);
+  to[2] = _mm512_shuffle_i32x4(s2, s3, 0x88);
+  to[3] = _mm512_shuffle_i32x4(s2, s3, 0xdd);
 }
 
 struct PanelsOfQuadruples {
@@ -65,7 +66,10 @@ struct PanelsOfQuadruples {
   static void pack(const Integer& p, int64_t k, int64_t last, int64_t n, int64_t columns, uint8_t* to) {
     const uint8_t flip = p.is_signed ? 0x80 : 0;
     if (!p.out_major && columns == kStrip && k + 4 <= last) {
-      interleave(p.codes + k * p.N + n, p.N, _mm512_set1_epi8(static_cast<char>(flip)), to);
+      __m512i quadruples[4];
+      interleave(p.codes + k * p.N + n, p.N, _mm512_set1_epi8(static_cast<char>(flip)), quadruples);
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < 4; ++j) _mm512_storeu_si512(to + 64 * j, quadruples[j]);
     } else if (p.out_major && k + 4 <= last) {
       const uint32_t flips = flip * 0x01010101u;
       for (int64_t i = 0; i < columns; ++i) {
@@ -152,10 +156,104 @@ void dot_rows(const Integer& p, int64_t begin, int64_t end) {
     for (int64_t m = 0; m < p.M; ++m) dots<1, 1>(p, m, n);
 }
 
+struct GroupedPanels {
+  static constexpr int kStrip = 64, kRows = 6, kMostPlanes = 1;
+
+  static int64_t planes(const Grouped&) { return 1; }
+
+  static void pack(const Grouped& p, int64_t block, int64_t n, int64_t columns, uint8_t* to, int64_t) {
+    const int64_t bytes = p.is_packed ? 4 : 8, begin = block * bytes, rows = p.is_packed ? (p.K + 1) / 2 : p.K;
+    if (begin + bytes > rows || columns < kStrip) return pack_block(p, block, n, columns, kStrip, to);
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(!p.is_signed ? 0 : p.is_packed ? 0x88 : 0x80));
+    if (!p.out_major) {
+      const uint8_t* from = p.codes + begin * p.N + n;
+      __m512i quadruples[4];
+      interleave(from, p.N, flip, quadruples);
+      if (p.is_packed) return store_nibbles(quadruples, to);
+      store(quadruples, to);
+      interleave(from + 4 * p.N, p.N, flip, quadruples);
+      store(quadruples, to + 256);
+    } else {
+      const uint8_t* from = p.codes + n * rows + begin;
+      __m512i quadruples[4];
+      gather(from, rows, flip, quadruples);
+      if (p.is_packed) return store_nibbles(quadruples, to);
+      store(quadruples, to);
+      gather(from + 4, rows, flip, quadruples);
+      store(quadruples, to + 256);
+    }
+  }
+
+  static void gather(const uint8_t* from, int64_t pitch, __m512i flip, __m512i (&to)[4]) {
+    alignas(64) uint8_t whole[4 * kStrip];
+    gather_quadruples<kStrip>(from, pitch, whole);
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 4; ++j) to[j] = _mm512_xor_si512(flip, _mm512_load_si512(whole + 64 * j));
+  }
+
+  static void store(const __m512i (&quadruples)[4], uint8_t* to) {
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(to + 64 * j, quadruples[j]);
+  }
+
+  static void store_nibbles(const __m512i (&quadruples)[4], uint8_t* to) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      _mm512_storeu_si512(to + 64 * j, _mm512_and_si512(mask, quadruples[j]));
+      _mm512_storeu_si512(to + 256 + 64 * j, _mm512_and_si512(mask, _mm512_srli_epi16(quadruples[j], 4)));
+    }
+  }
+
+  template <int kCount>
+  static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
+    const Grouped& p = s.p;
+    const uint8_t* panel = s.panel;
+    const int8_t* x[kCount];
+    for (int i = 0; i < kCount; ++i) x[i] = p.inputs + (m + i) * p.inputs_pitch;
+    for (int64_t segment = s.first; segment < s.last; ++segment) {
+      __m512i sums[kCount][4];
+      JAXCOMPRESS_UNROLL
+      for (int i = 0; i < kCount; ++i) {
+        JAXCOMPRESS_UNROLL
+        for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_set1_epi32(p.corrections[(m + i) * p.segment_count + segment]);
+      }
+      const int64_t end = p.segments[segment].end;
+      for (int64_t k = p.segments[segment].begin; k < end; k += 4, panel += 4 * kStrip) {
+        __m512i w[4];
+        JAXCOMPRESS_UNROLL
+        for (int j = 0; j < 4; ++j) w[j] = _mm512_loadu_si512(panel + 64 * j);
+        JAXCOMPRESS_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          const __m512i v = _mm512_set1_epi32(load_int32(x[i] + k));
+          JAXCOMPRESS_UNROLL
+          for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w[j], v);
+        }
+      }
+      const int64_t row = (segment - s.first) * s.pitch;
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < 4; ++j) {
+        const __m512 scale = _mm512_loadu_ps(s.scales[row] + 16 * j);
+        JAXCOMPRESS_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          __m512 value = _mm512_cvtepi32_ps(sums[i][j]);
+          if (s.zeros)
+            value = _mm512_fnmadd_ps(_mm512_loadu_ps(s.zeros[row] + 16 * j),
+                                     _mm512_set1_ps(p.sums[(m + i) * p.segment_count + segment]), value);
+          float* total = totals[i] + 16 * j;
+          _mm512_storeu_ps(total, s.is_first && segment == s.first ? _mm512_mul_ps(value, scale)
+                                                                   : _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(total)));
+        }
+      }
+    }
+  }
+};
+
 }  // namespace
 
 const WeightOnlyKernel kAvx512 = {16, 0, in_major<Avx512>, out_major<Avx512>};
 const IntegerKernel kVnniInteger = {1, 64, true, PanelsOfQuadruples::kStrip, columns<PanelsOfQuadruples>, dot_rows};
+const GroupedKernel kVnniGrouped = {GroupedPanels::kStrip, grouped<GroupedPanels>};
 
 }  // namespace jaxcompress
 #endif
