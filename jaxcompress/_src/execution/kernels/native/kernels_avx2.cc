@@ -85,28 +85,25 @@ struct PanelsOfPairs {
                        int64_t columns) {
     __m256i sums[kRows][2];
     const int16_t* x[kRows];
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i) {
+    each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
       sums[i][0] = sums[i][1] = _mm256_setzero_si256();
       x[i] = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
-    }
+    });
     for (int64_t k = 0; k < steps; ++k) {
       const auto* w = reinterpret_cast<const __m256i*>(panel + k * 2 * kStrip);
       const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
-      JAXCOMPRESS_UNROLL
-      for (int i = 0; i < kRows; ++i) {
+      each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
         const __m256i v = _mm256_set1_epi32(load_int32(x[i] + 2 * k));
         sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(w0, v));
         sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(w1, v));
-      }
+      });
     }
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i) {
+    each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
       int32_t lanes[kStrip];
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sums[i][0]);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 8), sums[i][1]);
       add_to_row(p, m + i, n, columns, lanes, k0 == 0);
-    }
+    });
   }
 };
 
@@ -203,63 +200,69 @@ struct GroupedPanels {
     }
   }
 
-  // Adds what up to 8 quadruples contribute, times `weight`.
+  // Sums for the outputs of kRows rows, which begin at `begin` of each row. A function of its own, small enough for GCC
+  // to keep the sums in registers.
   template <int kCount>
-  static void add_quadruples(const uint8_t* panel, const int8_t* const* x, int64_t k, int64_t end, int16_t weight,
-                             __m256i (&sums)[kCount][2]) {
-    __m256i pairs[kCount][2];
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kCount; ++i) pairs[i][0] = pairs[i][1] = _mm256_setzero_si256();
-    for (; k < end; k += 4, panel += 4 * kStrip) {
-      const auto* w = reinterpret_cast<const __m256i*>(panel);
-      const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
-      JAXCOMPRESS_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        const __m256i v = _mm256_set1_epi32(load_int32(x[i] + k));
-        pairs[i][0] = _mm256_add_epi16(pairs[i][0], _mm256_maddubs_epi16(w0, v));
-        pairs[i][1] = _mm256_add_epi16(pairs[i][1], _mm256_maddubs_epi16(w1, v));
+  __attribute__((noinline)) static void multiply_quadruples(const uint8_t* first, int64_t planes, int64_t plane,
+                                                            int64_t steps, const int8_t* inputs, int64_t pitch,
+                                                            const int32_t* begin, int64_t begin_pitch,
+                                                            int32_t (*lanes)[kStrip]) {
+    __m256i sums[kCount][2];
+    const int8_t* x[kCount];
+    each<kCount>([&](auto i) JAXCOMPRESS_INLINE {
+      sums[i][0] = sums[i][1] = _mm256_set1_epi32(begin[i * begin_pitch]);
+      x[i] = inputs + i * pitch;
+    });
+    for (int64_t high = 0; high < planes; ++high) {
+      const uint8_t* panel = first + high * plane;
+      const __m256i weight = _mm256_set1_epi16(high ? 16 : 1);
+      for (int64_t k = 0; k < steps;) {
+        __m256i pairs[kCount][2];
+        each<kCount>([&](auto i) JAXCOMPRESS_INLINE { pairs[i][0] = pairs[i][1] = _mm256_setzero_si256(); });
+        for (const int64_t stop = least(k + 8, steps); k < stop; ++k) {
+          const auto* w = reinterpret_cast<const __m256i*>(panel + 4 * kStrip * k);
+          const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
+          each<kCount>([&](auto i) JAXCOMPRESS_INLINE {
+            const __m256i v = _mm256_set1_epi32(load_int32(x[i] + 4 * k));
+            pairs[i][0] = _mm256_add_epi16(pairs[i][0], _mm256_maddubs_epi16(w0, v));
+            pairs[i][1] = _mm256_add_epi16(pairs[i][1], _mm256_maddubs_epi16(w1, v));
+          });
+        }
+        each<kCount>([&](auto i) JAXCOMPRESS_INLINE {
+          each<2>([&](auto j) JAXCOMPRESS_INLINE {
+            sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(pairs[i][j], weight));
+          });
+        });
       }
     }
-    const __m256i weights = _mm256_set1_epi16(weight);
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      JAXCOMPRESS_UNROLL
-      for (int j = 0; j < 2; ++j) sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(pairs[i][j], weights));
-    }
+    each<kCount>([&](auto i) JAXCOMPRESS_INLINE {
+      each<2>([&](auto j) JAXCOMPRESS_INLINE {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes[i] + 8 * j), sums[i][j]);
+      });
+    });
   }
 
   template <int kCount>
   static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
     const Grouped& p = s.p;
     const uint8_t* panel = s.panel;
-    const int8_t* x[kCount];
-    for (int i = 0; i < kCount; ++i) x[i] = p.inputs + (m + i) * p.inputs_pitch;
     for (int64_t segment = s.first; segment < s.last; ++segment) {
-      __m256i sums[kCount][2];
-      JAXCOMPRESS_UNROLL
-      for (int i = 0; i < kCount; ++i)
-        sums[i][0] = sums[i][1] = _mm256_set1_epi32(p.corrections[(m + i) * p.segment_count + segment]);
-      const int64_t end = p.segments[segment].end;
-      for (int64_t k = p.segments[segment].begin; k < end;) {
-        const int64_t stop = least(k + 32, end);
-        add_quadruples<kCount>(panel, x, k, stop, 1, sums);
-        if (!p.is_packed) add_quadruples<kCount>(panel + s.plane, x, k, stop, 16, sums);
-        panel += (stop - k) * kStrip;
-        k = stop;
-      }
-      const int64_t row = (segment - s.first) * s.pitch;
-      JAXCOMPRESS_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        const __m256 scale = _mm256_loadu_ps(s.scales[row] + 8 * j);
+      const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
+      const int64_t at = m * p.segment_count + segment, row = (segment - s.first) * s.pitch;
+      alignas(32) int32_t lanes[kCount][kStrip];
+      multiply_quadruples<kCount>(panel, planes(p), s.plane, steps, p.inputs + m * p.inputs_pitch + begin,
+                                  p.inputs_pitch, p.corrections + at, p.segment_count, lanes);
+      panel += steps * 4 * kStrip;
+      const bool begins = s.is_first && segment == s.first;
+      for (int j = 0; j < kStrip; j += 8) {
+        const __m256 scale = _mm256_loadu_ps(s.scales[row] + j);
+        const __m256 zero = s.zeros ? _mm256_loadu_ps(s.zeros[row] + j) : _mm256_setzero_ps();
         JAXCOMPRESS_UNROLL
         for (int i = 0; i < kCount; ++i) {
-          __m256 value = _mm256_cvtepi32_ps(sums[i][j]);
-          if (s.zeros)
-            value = _mm256_fnmadd_ps(_mm256_loadu_ps(s.zeros[row] + 8 * j),
-                                     _mm256_set1_ps(p.sums[(m + i) * p.segment_count + segment]), value);
-          float* total = totals[i] + 8 * j;
-          _mm256_storeu_ps(total, s.is_first && segment == s.first ? _mm256_mul_ps(value, scale)
-                                                                   : _mm256_fmadd_ps(value, scale, _mm256_loadu_ps(total)));
+          __m256 value = _mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(lanes[i] + j)));
+          value = _mm256_fnmadd_ps(zero, _mm256_set1_ps(p.sums[at + i * p.segment_count]), value);
+          const __m256 before = begins ? _mm256_setzero_ps() : _mm256_loadu_ps(totals[i] + j);
+          _mm256_storeu_ps(totals[i] + j, _mm256_fmadd_ps(value, scale, before));
         }
       }
     }

@@ -41,6 +41,11 @@ struct Avx512 {
 // ---- int8: dpbusd multiplies unsigned by signed bytes. Codes are the unsigned ones (signed codes + 128, which adds
 // 128 times the sum of the inputs).
 
+// As the intrinsic, for which GCC copies and spills the sums of a loop.
+inline void add_products(__m512i& sums, __m512i codes, __m512i inputs) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(inputs));
+}
+
 // Four rows of 64 codes as 64 quadruples, in order.
 inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, __m512i (&to)[4]) {
   __m512i r[4];
@@ -57,6 +62,32 @@ inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, __m512i
   to[1] = _mm512_shuffle_i32x4(s0, s1, 0xdd);
   to[2] = _mm512_shuffle_i32x4(s2, s3, 0x88);
   to[3] = _mm512_shuffle_i32x4(s2, s3, 0xdd);
+}
+
+// Sums for 64 outputs of kRows rows, which begin at `begin` of each row. A function of its own, small enough for GCC to
+// keep the sums in registers.
+template <int kRows>
+__attribute__((noinline)) void multiply_quadruples(const uint8_t* panel, int64_t steps, const int8_t* inputs,
+                                                   int64_t pitch, const int32_t* begin, int64_t begin_pitch,
+                                                   int32_t (*lanes)[64]) {
+  __m512i sums[kRows][4];
+  const int8_t* x[kRows];
+  each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+    const __m512i first = _mm512_set1_epi32(begin[i * begin_pitch]);
+    each<4>([&](auto j) JAXCOMPRESS_INLINE { sums[i][j] = first; });
+    x[i] = inputs + i * pitch;
+  });
+  for (int64_t k = 0; k < steps; ++k) {
+    __m512i w[4];
+    each<4>([&](auto j) JAXCOMPRESS_INLINE { w[j] = _mm512_loadu_si512(panel + 256 * k + 64 * j); });
+    each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+      const __m512i v = _mm512_set1_epi32(load_int32(x[i] + 4 * k));
+      each<4>([&](auto j) JAXCOMPRESS_INLINE { add_products(sums[i][j], w[j], v); });
+    });
+  }
+  each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+    each<4>([&](auto j) JAXCOMPRESS_INLINE { _mm512_storeu_si512(lanes[i] + 16 * j, sums[i][j]); });
+  });
 }
 
 struct PanelsOfQuadruples {
@@ -88,61 +119,38 @@ struct PanelsOfQuadruples {
   template <int kRows>
   static void multiply(const Integer& p, const uint8_t* panel, int64_t k0, int64_t steps, int64_t m, int64_t n,
                        int64_t columns) {
-    __m512i sums[kRows][4];
-    const int8_t* x[kRows];
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      for (auto& sum : sums[i]) sum = _mm512_setzero_si512();
-      x[i] = static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
-    }
-    for (int64_t k = 0; k < steps; ++k) {
-      __m512i w[4];
-      JAXCOMPRESS_UNROLL
-      for (int j = 0; j < 4; ++j) w[j] = _mm512_loadu_si512(panel + k * 4 * kStrip + 64 * j);
-      JAXCOMPRESS_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        const __m512i v = _mm512_set1_epi32(load_int32(x[i] + 4 * k));
-        JAXCOMPRESS_UNROLL
-        for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w[j], v);
-      }
-    }
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      int32_t lanes[kStrip];
-      JAXCOMPRESS_UNROLL
-      for (int j = 0; j < 4; ++j) _mm512_storeu_si512(lanes + 16 * j, sums[i][j]);
-      add_to_row(p, m + i, n, columns, lanes, k0 == 0);
-    }
+    const int32_t zero = 0;
+    int32_t lanes[kRows][kStrip];
+    const int8_t* x = static_cast<const int8_t*>(p.inputs) + m * p.inputs_pitch + k0;
+    multiply_quadruples<kRows>(panel, steps, x, p.inputs_pitch, &zero, 0, lanes);
+    for (int i = 0; i < kRows; ++i) add_to_row(p, m + i, n, columns, lanes[i], k0 == 0);
   }
 };
 
 template <int kRows, int kOutputs>
 void dots(const Integer& p, int64_t m, int64_t n) {
   __m512i sums[kRows][kOutputs];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_si512();
+  each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+    each<kOutputs>([&](auto j) JAXCOMPRESS_INLINE { sums[i][j] = _mm512_setzero_si512(); });
+  });
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(p.is_signed ? 0x80 : 0));
   for (int64_t k = 0; k < p.K; k += 64) {
     const __mmask64 mask = p.K - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (p.K - k)) - 1;
     __m512i x[kRows];
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i)
+    each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
       x[i] = _mm512_loadu_si512(static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k);
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < kOutputs; ++j) {
+    });
+    each<kOutputs>([&](auto j) JAXCOMPRESS_INLINE {
       const __m512i w = _mm512_xor_si512(flip, _mm512_maskz_loadu_epi8(mask, p.codes + (n + j) * p.K + k));
-      JAXCOMPRESS_UNROLL
-      for (int i = 0; i < kRows; ++i) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w, x[i]);
-    }
+      each<kRows>([&](auto i) JAXCOMPRESS_INLINE { add_products(sums[i][j], w, x[i]); });
+    });
   }
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < kOutputs; ++j) {
+  each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+    each<kOutputs>([&](auto j) JAXCOMPRESS_INLINE {
       const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
       add_to_row(p, m + i, n + j, 1, &sum, true);
-    }
-  }
+    });
+  });
 }
 
 void dot_rows(const Integer& p, int64_t begin, int64_t end) {
@@ -209,40 +217,23 @@ struct GroupedPanels {
   static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
     const Grouped& p = s.p;
     const uint8_t* panel = s.panel;
-    const int8_t* x[kCount];
-    for (int i = 0; i < kCount; ++i) x[i] = p.inputs + (m + i) * p.inputs_pitch;
     for (int64_t segment = s.first; segment < s.last; ++segment) {
-      __m512i sums[kCount][4];
-      JAXCOMPRESS_UNROLL
-      for (int i = 0; i < kCount; ++i) {
-        JAXCOMPRESS_UNROLL
-        for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_set1_epi32(p.corrections[(m + i) * p.segment_count + segment]);
-      }
-      const int64_t end = p.segments[segment].end;
-      for (int64_t k = p.segments[segment].begin; k < end; k += 4, panel += 4 * kStrip) {
-        __m512i w[4];
-        JAXCOMPRESS_UNROLL
-        for (int j = 0; j < 4; ++j) w[j] = _mm512_loadu_si512(panel + 64 * j);
-        JAXCOMPRESS_UNROLL
-        for (int i = 0; i < kCount; ++i) {
-          const __m512i v = _mm512_set1_epi32(load_int32(x[i] + k));
-          JAXCOMPRESS_UNROLL
-          for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w[j], v);
-        }
-      }
-      const int64_t row = (segment - s.first) * s.pitch;
-      JAXCOMPRESS_UNROLL
-      for (int j = 0; j < 4; ++j) {
-        const __m512 scale = _mm512_loadu_ps(s.scales[row] + 16 * j);
+      const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
+      const int64_t at = m * p.segment_count + segment, row = (segment - s.first) * s.pitch;
+      alignas(64) int32_t lanes[kCount][kStrip];
+      multiply_quadruples<kCount>(panel, steps, p.inputs + m * p.inputs_pitch + begin, p.inputs_pitch,
+                                  p.corrections + at, p.segment_count, lanes);
+      panel += steps * 4 * kStrip;
+      const bool begins = s.is_first && segment == s.first;
+      for (int j = 0; j < kStrip; j += 16) {
+        const __m512 scale = _mm512_loadu_ps(s.scales[row] + j);
+        const __m512 zero = s.zeros ? _mm512_loadu_ps(s.zeros[row] + j) : _mm512_setzero_ps();
         JAXCOMPRESS_UNROLL
         for (int i = 0; i < kCount; ++i) {
-          __m512 value = _mm512_cvtepi32_ps(sums[i][j]);
-          if (s.zeros)
-            value = _mm512_fnmadd_ps(_mm512_loadu_ps(s.zeros[row] + 16 * j),
-                                     _mm512_set1_ps(p.sums[(m + i) * p.segment_count + segment]), value);
-          float* total = totals[i] + 16 * j;
-          _mm512_storeu_ps(total, s.is_first && segment == s.first ? _mm512_mul_ps(value, scale)
-                                                                   : _mm512_fmadd_ps(value, scale, _mm512_loadu_ps(total)));
+          __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(lanes[i] + j));
+          value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(p.sums[at + i * p.segment_count]), value);
+          const __m512 before = begins ? _mm512_setzero_ps() : _mm512_loadu_ps(totals[i] + j);
+          _mm512_storeu_ps(totals[i] + j, _mm512_fmadd_ps(value, scale, before));
         }
       }
     }

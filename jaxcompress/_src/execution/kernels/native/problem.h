@@ -6,8 +6,27 @@
 
 // Loops over registers, which must not stay loops; -O3 unrolls them too, but takes twice as long over the rest.
 #define JAXCOMPRESS_UNROLL _Pragma("GCC unroll 16")
+#define JAXCOMPRESS_INLINE __attribute__((always_inline))
 
 namespace jaxcompress {
+namespace {
+
+template <int kIndex>
+struct Index {
+  constexpr operator int() const { return kIndex; }
+};
+
+// f(Index<0>), ..., f(Index<kCount - 1>). Unlike a loop that is unrolled, this comes before arrays are split: GCC keeps
+// those that loops index in memory.
+template <int kCount, class F>
+JAXCOMPRESS_INLINE inline void each(const F& f) {
+  if constexpr (kCount > 0) {
+    each<kCount - 1>(f);
+    f(Index<kCount - 1>{});
+  }
+}
+
+}  // namespace
 
 enum class Codes { kInt8, kUint8, kNibbles, kTable };  // one byte each, or two to a byte (the low nibble first)
 enum class Type { kFloat32, kBfloat16, kUint8 };
