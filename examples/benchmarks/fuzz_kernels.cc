@@ -160,6 +160,64 @@ bool weight_only(Random& random, Pool& pool) {
   return true;
 }
 
+bool grouped(Random& random, Pool& pool) {
+  WeightOnly w{};  // what parameters are drawn for
+  w.M = 1 + random.below(40);
+  w.N = 1 + random.below(random.below(4) ? 100 : 700);
+  w.groups = random.below(2) ? 1 : 1 + random.below(5);
+  w.K = w.groups == 1 ? 1 + random.below(700) : w.groups * 8 * (1 + random.below(random.below(3) ? 9 : 70));
+  w.out_major = random.below(2);
+  Grouped p{w.M, w.K, w.N, w.groups, w.out_major, random.below(2) == 1, random.below(2) == 1};
+  const int64_t rows = p.is_packed ? (p.K + 1) / 2 : p.K;
+  auto codes = block<uint8_t>(rows * p.N);
+  const bool is_extreme = random.below(4) == 0;  // what saturates
+  const int extreme = static_cast<int>(random.below(256));
+  for (int64_t i = 0; i < rows * p.N; ++i) codes[i] = static_cast<uint8_t>(is_extreme ? extreme : random.below(256));
+  auto x = block<int8_t>(p.M * p.K);
+  for (int64_t i = 0; i < p.M * p.K; ++i)
+    x[i] = static_cast<int8_t>(is_extreme ? (extreme % 2 ? -128 : 127) : random.below(256) - 128);
+  auto y = block<float>(p.M * p.N);
+  std::vector<double> scales, zeros(p.groups * p.N);
+  const auto scale = draw_parameters(random, w, random.below(3) ? p.groups : 1, p.scale, scales);
+  std::unique_ptr<char[]> zero;
+  if (random.below(2)) zero = draw_parameters(random, w, random.below(3) ? p.groups : 1, p.zero, zeros);
+  p.x = x.get();
+  p.codes = codes.get();
+  p.y = y.get();
+  run(p, pool);
+  for (int64_t m = 0; m < p.M; ++m)
+    for (int64_t n = 0; n < p.N; ++n) {
+      double total = 0, size = 0;
+      for (int64_t g = 0; g < p.groups; ++g) {
+        int64_t sum = 0, inputs = 0, terms = 0, magnitude = 0;
+        for (int64_t k = g * (p.K / p.groups); k < (g + 1) * (p.K / p.groups); ++k) {
+          const int64_t row = p.is_packed ? k / 2 : k;
+          const uint8_t byte = codes[p.out_major ? n * rows + row : row * p.N + n];
+          const int nibble = k % 2 ? byte >> 4 : byte & 15;
+          const int64_t code = p.is_packed   ? (p.is_signed ? (nibble ^ 8) - 8 : nibble)
+                               : p.is_signed ? static_cast<int8_t>(byte)
+                                             : byte;
+          sum += x[m * p.K + k] * code;
+          inputs += x[m * p.K + k];
+          terms += std::abs(x[m * p.K + k] * code);
+          magnitude += std::abs(x[m * p.K + k]);
+        }
+        const double zero = zeros[g * p.N + n];
+        total += scales[g * p.N + n] * (sum - zero * inputs);
+        // Whole sums of groups are exact, unless those are cut.
+        const bool is_cut = p.groups == 1 || p.K / p.groups > kGroupedDepth;
+        size += std::abs(scales[g * p.N + n]) *
+                (is_cut ? terms + std::abs(zero) * magnitude : std::abs(sum) + std::abs(zero * inputs));
+      }
+      if (!(std::abs(y[m * p.N + n] - total) <= 1e-6 * size + 1e-30)) {
+        std::printf("wrong: int8 M %ld K %ld N %ld groups %ld packed %d signed %d out_major %d: %g, not %g\n", long(p.M),
+                    long(p.K), long(p.N), long(p.groups), p.is_packed, p.is_signed, p.out_major, y[m * p.N + n], total);
+        return false;
+      }
+    }
+  return true;
+}
+
 bool integer(Random& random, Pool& pool) {
   Integer p{};
   p.M = 1 + random.below(40);
@@ -207,10 +265,10 @@ int main(int count, char** arguments) {
       callers.emplace_back([&, caller] {
         Random random{std::mt19937(1000 * seed + 10 * level + caller)};
         for (int i = 0; i < problems; ++i)
-          if (!weight_only(random, pool) || !integer(random, pool)) ++wrong;
+          if (!weight_only(random, pool) || !integer(random, pool) || !grouped(random, pool)) ++wrong;
       });
     for (auto& caller : callers) caller.join();
-    std::printf("level %d: %d problems, %d wrong so far\n", level, 4 * problems, wrong.load());
+    std::printf("level %d: %d problems, %d wrong so far\n", level, 6 * problems, wrong.load());
   }
   return wrong != 0;
 }

@@ -6,6 +6,7 @@ With a C++ compiler these tests fail if the library is missing (`pip install -e 
 import dataclasses
 import functools
 import re
+import tomllib
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -517,6 +518,19 @@ def test_the_build_hook_without_a_compiler(monkeypatch, tmp_path):
         assert (others, build_data) == ([], {})
 
 
-def test_the_copied_header_is_that_of_jaxlib():
-    installed = Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
-    assert Path(build_hook.__file__).with_name("xla_ffi_c_api.h").read_text() == installed.read_text()
+def test_the_header_is_that_of_jaxlib(monkeypatch, tmp_path):
+    assert build_hook.header_folder() == Path(jax.ffi.include_dir())
+    monkeypatch.setattr(build_hook.importlib.util, "find_spec", lambda name: None)
+    assert build_hook.header_folder() is None
+    with pytest.raises(build_hook.BuildError, match="no jaxlib with" if build_hook.compiler() else "no C"):
+        build_hook.compile_library(tmp_path / "library")
+
+
+def test_the_build_depends_on_jaxlib_where_there_is_a_compiler(monkeypatch):
+    project = tomllib.loads((Path(build_hook.__file__).parents[5] / "pyproject.toml").read_text())["project"]
+    (of_jax,) = (text for text in project["dependencies"] if text.startswith("jax>"))
+    assert of_jax.replace("jax", "jaxlib") == build_hook.HEADERS
+    depends = functools.partial(build_hook.NativeBuildHook.dependencies, types.SimpleNamespace())
+    assert depends() == ([build_hook.HEADERS] if build_hook.compiler() else [])
+    monkeypatch.setenv("CXX", "absent-compiler")
+    assert depends() == []

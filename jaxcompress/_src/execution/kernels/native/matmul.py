@@ -64,11 +64,13 @@ def weight_only_matmul(
     y[m, n] = Σ_g scale[g, n] (Σ_{k in g} x[m, k] value(codes[k, n]) - zero_point[g, n] Σ_{k in g} x[m, k])
 
     in float32, where value(c) is c or levels[c]. That is the product with the dequantized weights but for rounding.
+    Of int8 inputs and weights without levels, sums within a group are whole numbers and exact (larger groups
+    than 256 inputs are cut).
     Works under `jit`, `vmap`, `scan`, forward and reverse derivatives (of x, scale and float zero points), and on
     sharded arrays: rows and outputs stay where they are, sums over sharded inputs are added up.
 
     Args:
-        x: float32, bfloat16, float16, or int8 codes of quantized inputs (whose sums are exact in a group); K = in.
+        x: float32, bfloat16, float16, or int8 codes of quantized inputs; K = in.
         codes: [K, N], or [N, K] if `storage.out_major`; with 4 bits, ceil(K / 2) bytes on the axis of K.
         scale: float32 or bfloat16, with the axes of the codes: [G | 1, N | 1], or [N | 1, G | 1].
         zero_point: uint8 or a float, with axes like `scale`; None for none.
@@ -205,7 +207,8 @@ def why_not_integer(x: Any, codes: Any, *, out_major: bool = False) -> str | Non
 def _weight_only(storage: WeightOnlyFormat, x: Array, codes: Array, scale: Array, zero_point: Array | None) -> Array:
     if zero_point is not None and zero_point.dtype != jnp.uint8:
         zero_point = zero_point.astype(jnp.float32)
-    operands = (x.astype(jnp.float32), codes, scale) + (() if zero_point is None else (zero_point,))
+    whole = x.dtype == jnp.int8 and storage.levels is None
+    operands = (x if whole else x.astype(jnp.float32), codes, scale) + (() if zero_point is None else (zero_point,))
     return _batched(storage)(*operands).astype(_result_dtype(x))
 
 
@@ -236,7 +239,7 @@ def _weight_only_jvp(storage: WeightOnlyFormat, primals: Any, tangents: Any) -> 
 
 
 def plain_weight_only(
-    x: Float[Array, "m in"],
+    x: Num[Array, "m in"],
     codes: Integer[Array, "a b"],
     scale: Shaped[Array, "c d"],
     zero_point: Num[Array, "e f"] | None,
