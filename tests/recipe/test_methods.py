@@ -234,9 +234,6 @@ def test_inputs_are_quantized_behind_the_training(model, tokens, recipe_of):
     assert isinstance(leaf, InputQuantizedArray)
     assert isinstance(leaf.weight, QuantizedArray)
     np.testing.assert_array_equal(leaf.weight.codes(), without[KERNELS[0]].codes())
-    assert np.any(
-        leaf.weight.materialize() != _leaves(recipe.compress(recipe_of(text), *model))[KERNELS[0]].materialize()
-    )
 
 
 def test_one_shot_pruning_low_rank_and_clusters_run(model, tokens, recipe_of):
