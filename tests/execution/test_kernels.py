@@ -243,3 +243,29 @@ def test_transposes_that_change_nothing_and_twice():
     apply = lambda p, x: x @ jnp.transpose(p["w"], (0, 1)).T.T  # noqa: E731
     _, params, x = _problem("inputs first", "int8")
     np.testing.assert_allclose(jc.execute(apply)(params, x), apply(jc.materialize(params), x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", ["inputs first", "outputs first", "several axes", "on the left"])
+@pytest.mark.parametrize("weights", ["int8 groups", "int4 groups", "uint4 groups", "nf4"])
+def test_weights_rounded_once_more(model, weights):
+    apply, params, x = _problem(model, weights, "int8 inputs", rows=40)
+    names = ("requantized_int8",)
+    assert jc.execution.plan(apply, params, x, kernels=names, platform="cpu").matmuls[0].kernel == "requantized_int8"
+    run, wanted = (jax.jit(jc.execute(apply, kernels=kernels)) for kernels in (names, ()))
+    actual, expected = run(params, x), wanted(params, x)
+    assert 0 < jnp.linalg.norm(actual - expected) <= 0.01 * jnp.linalg.norm(expected)
+    # What it states: every weight moves by at most 1/254 of the largest one of its output.
+    plain = jc.materialize(params)["w"]
+    largest = jnp.abs(plain).max() / 254
+    bound = jnp.abs(x).sum(-1).max() * largest * 1.02
+    assert float(jnp.abs(actual - expected).max()) <= float(bound)
+    floats, rest = jc.tree.partition_trainable(params)
+    gradients = [jax.grad(lambda f, fn=fn: (fn(jc.tree.combine(f, rest), x)).sum())(floats) for fn in (run, wanted)]
+    for one, other in zip(*map(jax.tree.leaves, gradients), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3 * float(jnp.abs(other).max()))
+
+
+def test_exact_products_are_not_rounded_once_more():
+    apply, params, x = _problem("inputs first", "int8", "int8 inputs", rows=40)
+    (matmul,) = jc.execution.plan(apply, params, x, kernels=("requantized_int8",)).matmuls
+    assert (matmul.kernel, matmul.refused) == ("plain", {"requantized_int8": "sums are exact"})

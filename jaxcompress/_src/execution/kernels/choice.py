@@ -14,7 +14,14 @@ from jaxcompress._src.execution.kernels.matmul import Matmul
 from jaxcompress._src.execution.kernels.ordering import widened_after
 from jaxcompress._src.types import is_compressed, plain
 
-KERNELS: tuple[Kernel, ...] = (native_cpu.INT8, native_cpu.FLOAT, cpu.INT8_PADDED, cpu.ROUNDED_FLOATS, *pallas.KERNELS)
+KERNELS: tuple[Kernel, ...] = (
+    native_cpu.INT8,
+    native_cpu.FLOAT,
+    cpu.INT8_PADDED,
+    cpu.ROUNDED_FLOATS,
+    cpu.REQUANTIZED_INT8,
+    *pallas.KERNELS,
+)
 """In the order in which they are tried."""
 
 

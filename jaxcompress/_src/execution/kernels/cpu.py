@@ -1,5 +1,6 @@
 """Products of whole numbers on the CPU, in plain JAX."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 
 from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
 from jaxcompress._src.arrays.protocol import Multiply
+from jaxcompress._src.arrays.quantized import QuantizedArray
+from jaxcompress._src.arrays.straight_through import straight_through
 from jaxcompress._src.execution.kernels.kernel import Kernel, unless
 from jaxcompress._src.execution.kernels.matmul import Matmul
 
@@ -47,6 +50,37 @@ def _rounded_floats(matmul: Matmul, multiply: Multiply) -> jax.Array:
     return matmul.leaf.dot(matmul.other, matmul.side, matmul.parameters, multiply=multiply, integer_product=None)
 
 
+def _why_not_requantized(matmul: Matmul) -> str | None:
+    leaf, arguments = matmul.leaf, (matmul.other, matmul.side, matmul.parameters)
+    if not isinstance(leaf, InputQuantizedArray):
+        return "inputs are not quantized"
+    if not isinstance(leaf.weight, QuantizedArray):
+        return "weights are no codes with scales"
+    if matmul.rows < _FAST_ROWS:
+        return f"{matmul.rows} rows: for {_FAST_ROWS} and more"
+    if leaf.is_whole_product(*arguments):
+        return "sums are exact"
+    requantized = jax.eval_shape(lambda: _requantized_leaf(matmul))
+    return None if requantized.is_whole_product(*arguments) else "inputs have no one scale along the sums"
+
+
+def _requantized_leaf(matmul: Matmul) -> InputQuantizedArray:
+    """The weight in codes of 8 bits, with one scale for each output."""
+    axes = matmul.leaf_axes
+    leaf: InputQuantizedArray = matmul.leaf
+    weight = leaf.weight.materialize().astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(weight), axis=axes, keepdims=True) / 127, jnp.finfo(jnp.float32).tiny)
+    codes = jnp.round(weight / scale).astype(jnp.int8)
+    return dataclasses.replace(leaf, weight=QuantizedArray(data=codes, scale=scale, dtype=leaf.weight.dtype))
+
+
+def _requantized(matmul: Matmul, multiply: Multiply) -> jax.Array:
+    arguments = (matmul.other, matmul.side, matmul.parameters)
+    # The derivatives are those of the weight as it is.
+    plain = matmul.leaf.dot(*arguments, multiply=multiply, integer_product=None)
+    return straight_through(_requantized_leaf(matmul).dot(*arguments, multiply=multiply), plain)
+
+
 INT8_PADDED = Kernel(
     name="int8_padded",
     platform="cpu",
@@ -60,4 +94,12 @@ ROUNDED_FLOATS = Kernel(
     multiply=_rounded_floats,
     why_not=_why_not_few_rows,
     error="the order of float32 sums",
+)
+REQUANTIZED_INT8 = Kernel(
+    name="requantized_int8",
+    platform="cpu",
+    multiply=_requantized,
+    why_not=_why_not_requantized,
+    error="weights that are rounded once more, to 8 bits for each output: at most 1/254 of its largest weight",
+    default=False,
 )

@@ -35,6 +35,11 @@ class Matmul:
         return dataclasses.replace(self, leaf=leaf, other=other)
 
     @property
+    def leaf_axes(self) -> tuple[int, ...]:
+        """The axes of the leaf that are summed over."""
+        return self._axes[0]
+
+    @property
     def _axes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The contracted axes of the leaf, and of the other operand."""
         contracted, _ = self.parameters["dimension_numbers"]
