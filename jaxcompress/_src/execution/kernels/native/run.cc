@@ -78,13 +78,14 @@ const WeightOnlyKernel& kernel_for(const WeightOnly& p) {
   return fits(kPortable) ? kPortable : kScalar;
 }
 
-// In-major, blocks are 8 rows of bytes (4, where a group of nibbles is an odd multiple of 8): rows are often 4096 bytes
-// apart, so that the lines of more of them would evict one another from the first cache.
+// In-major, blocks are rows of bytes of which a group is a multiple: 16, or 8 where rows are a page or a half apart, so
+// that the lines of more of them would evict one another from the first cache.
 int64_t block_of(const WeightOnly& p) {
-  const int64_t group_size = p.K / p.groups;
+  const int64_t group_size = p.K / p.groups, per_byte = p.kind == Codes::kNibbles || p.kind == Codes::kTable ? 2 : 1;
   if (p.out_major) return group_size;
-  const bool is_nibbles = p.kind == Codes::kNibbles || p.kind == Codes::kTable;
-  return is_nibbles && (p.groups == 1 || group_size % 16 == 0) ? 16 : 8;
+  int64_t rows = p.N % 1024 ? 16 : 8;
+  while (p.groups > 1 && group_size % (rows * per_byte)) rows /= 2;
+  return rows * per_byte;
 }
 
 std::vector<float> block_sums(const WeightOnly& p) {
@@ -190,9 +191,10 @@ void run(WeightOnly& p, Pool& pool) {
     sums = block_sums(p);
     p.sums = sums.data();
   }
-  const int64_t shares = 2 * std::max(1, pool.threads());
+  const int64_t threads = std::max(1, pool.threads()), shares = p.M == 1 && !p.out_major ? threads : 2 * threads;
+  const int64_t most = p.M == 1 ? kLongTileOutputs : kTileOutputs;
   const int64_t size = p.out_major ? std::clamp<int64_t>(round_up(p.N / shares, 4), 4, 64)
-                                   : std::clamp<int64_t>(round_up(p.N / shares, 64), 64, kTileOutputs);
+                                   : std::clamp<int64_t>(round_up(p.N / shares, 64), 64, most);
   const auto work = p.out_major ? kernel.out_major : kernel.in_major;
   parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall,
            [&](int64_t chunk) { work(p, chunk * size, std::min((chunk + 1) * size, p.N)); });
