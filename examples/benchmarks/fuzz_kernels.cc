@@ -204,8 +204,8 @@ bool grouped(Random& random, Pool& pool) {
         }
         const double zero = zeros[g * p.N + n];
         total += scales[g * p.N + n] * (sum - zero * inputs);
-        // Whole sums of groups are exact, unless those are cut.
-        const bool is_cut = p.groups == 1 || p.K / p.groups > kGroupedDepth;
+        // Whole sums of groups are exact, unless those are cut, or rows are few enough for floats.
+        const bool is_cut = p.M <= 8 || p.groups == 1 || p.K / p.groups > kGroupedDepth;
         size += std::abs(scales[g * p.N + n]) *
                 (is_cut ? terms + std::abs(zero) * magnitude : std::abs(sum) + std::abs(zero * inputs));
       }

@@ -71,6 +71,9 @@ def test_what_is_chosen_computes_what_the_array_does_by_itself(model, weights, i
         ("int8", "float inputs", 40, "plain"),
         ("int8", "int8 inputs", 3, "native_int8"),
         ("uint8", "uint8 inputs", 40, "native_int8"),
+        ("int8 groups", "int8 inputs", 40, "native_int8_groups"),
+        ("int4 groups", "int8 inputs", 3, "native_int8_groups"),
+        ("uint4 groups", "int8 inputs", 40, "native_int8_groups"),
     ],
 )
 @pytest.mark.parametrize("model", ["inputs first", "outputs first"])
@@ -86,6 +89,35 @@ def test_the_plan_says_what_runs(model, weights, inputs, rows, kernel):
         assert matmul.refused["native_float"] == "40 rows: for up to 16"
     assert f"{rows} x 96 x 40" in str(plan)
     assert kernel in str(plan)
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("ranges", ["dynamic", "static"])
+@pytest.mark.parametrize("weights", ["int8 groups", "int4 groups", "uint4 groups"])
+@pytest.mark.parametrize("model", MODELS)
+def test_whole_numbers_by_groups(model, weights, ranges, rows):
+    apply, params, x = _problem(model, weights, "int8 inputs", rows)
+    if ranges == "static":
+        scale = jnp.float32(0.02)
+        params = {"w": choice.dataclasses.replace(params["w"], scale=scale)}
+    names = ("native_int8_groups",)
+    assert jc.execution.plan(apply, params, x, kernels=names).matmuls[0].kernel == names[0]
+    wanted = jc.execute(apply, kernels=())(params, x)
+    np.testing.assert_allclose(jc.execute(apply, kernels=names)(params, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+def test_what_is_not_summed_as_whole_numbers_by_groups():
+    def refused(weights, inputs):
+        apply, params, x = _problem("inputs first", weights, inputs)
+        matmul, *_ = jc.execution.plan(apply, params, x, kernels=("native_int8_groups",)).matmuls
+        assert matmul.kernel == "plain"
+        return matmul.refused["native_int8_groups"]
+
+    assert refused("int4 groups", "float inputs") == "inputs are not quantized"
+    assert refused("int4 groups", "uint8 inputs") == "inputs are not rounded to symmetric integers"
+    assert refused("nf4", "int8 inputs") == "weights are no integer codes with scales"
 
 
 def test_without_kernels_there_is_nothing_but_the_product():

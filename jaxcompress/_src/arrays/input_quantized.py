@@ -1,6 +1,7 @@
 """A weight whose matmul inputs are quantized too."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -93,6 +94,9 @@ def _decode_inputs(content: Any) -> Any:
 
 IntegerProduct = Callable[[jax.Array, jax.Array, Any], jax.Array]
 """`(left, right, dimension numbers) -> int32` product of int8 codes, exact."""
+
+CodedProduct = Callable[[QuantizedArray], jax.Array]
+"""Of the quantized input: its product with the weight."""
 
 
 def _integer_product(left: jax.Array, right: jax.Array, numbers: Any) -> jax.Array:
@@ -211,6 +215,7 @@ class InputQuantizedArray(StoredArray):
         *,
         multiply: Multiply = product,
         integer_product: IntegerProduct | None = _integer_product,
+        coded_product: CodedProduct | None = None,
     ) -> jax.Array:
         """The product with the quantized input: in whole numbers where both sides are, otherwise on rounded floats.
 
@@ -223,27 +228,31 @@ class InputQuantizedArray(StoredArray):
             parameters: of `lax.dot_general`.
             multiply: what multiplies rounded floats with the weight.
             integer_product: what multiplies the codes; None: nothing, even whole numbers are multiplied as floats.
+            coded_product: what multiplies the quantized input with the weight instead of all that.
         """
         rounded: Any = self.inputs.rounded(*self._input_arguments(other, side, parameters))
         weight: Any = self.weight
         operands = (weight, rounded) if side == 0 else (rounded, weight)
-        if integer_product is None or not self.is_whole_product(other, side, parameters):
-            return multiply(*operands, parameters)
+        if coded_product is None:
+            if integer_product is None or not self.is_whole_product(other, side, parameters):
+                return multiply(*operands, parameters)
+            coded_product = functools.partial(_whole_dot, weight, side, parameters, integer_product)
         result = product(*operands, parameters)
-        codes = self.inputs.codes(*self._input_arguments(other, side, parameters))
         # Without differentiation the float matmul has no use, and the compiler drops it.
-        whole = _whole_dot(weight, codes, side, parameters, integer_product)
-        return straight_through(whole.astype(result.dtype), result)
+        coded = coded_product(self.input_codes(other, side, parameters))
+        return straight_through(coded.astype(result.dtype), result)
+
+    def input_codes(self, other: Any, side: int, parameters: Mapping[str, Any]) -> QuantizedArray:
+        """The quantized input of a product; its arguments are those of `dot`."""
+        return self.inputs.codes(*self._input_arguments(other, side, parameters))
 
     def is_whole_product(self, other: Any, side: int, parameters: Mapping[str, Any]) -> bool:
         """Whether `dot` multiplies whole numbers; `other` may be abstract."""
         contracted, _ = parameters["dimension_numbers"]
         if not _is_whole(self.weight, contracted[side]):
             return False
-        arguments = jax.eval_shape(lambda other: self._input_arguments(other, side, parameters)[2:], other)
-        axes = contracted[1 - side]
-        codes = jax.eval_shape(lambda x, *ranges: self.inputs.codes(x, axes, *ranges), other, *arguments)
-        return _is_whole(codes, axes) and _fits(self.weight, codes, contracted[side])
+        codes = jax.eval_shape(lambda other: self.input_codes(other, side, parameters), other)
+        return _is_whole(codes, contracted[1 - side]) and _fits(self.weight, codes, contracted[side])
 
     def _input_arguments(self, other: Any, side: int, parameters: Mapping[str, Any]) -> tuple[Any, ...]:
         contracted, batch = parameters["dimension_numbers"]
@@ -308,10 +317,10 @@ def _largest(array: QuantizedArray) -> int:
 
 def _whole_dot(
     weight: QuantizedArray,
-    codes: QuantizedArray,
     side: int,
     parameters: Mapping[str, Any],
     integer_product: IntegerProduct,
+    codes: QuantizedArray,
 ) -> jax.Array:
     """Σ (a - z)(b - y) = Σ ab - z Σb - y Σa + n z y, times both scales."""
     first, second = (weight, codes) if side == 0 else (codes, weight)

@@ -16,6 +16,7 @@ from jaxcompress._src.types import is_compressed, plain
 
 KERNELS: tuple[Kernel, ...] = (
     native_cpu.INT8,
+    native_cpu.INT8_GROUPS,
     native_cpu.FLOAT,
     cpu.INT8_PADDED,
     cpu.ROUNDED_FLOATS,
@@ -87,22 +88,24 @@ def multiplier(names: Sequence[str] | None, planned: Planned) -> Multiplier:
     kernels = checked_kernels(names)
     ordered = names is None or len(names) > 0
 
-    def multiply(left: Any, right: Any, parameters: Mapping[str, Any], path: str) -> Any:
+    def multiply(
+        left: Any, right: Any, parameters: Mapping[str, Any], path: str, elsewhere: frozenset[str] = frozenset()
+    ) -> Any:
+        # `elsewhere` are platforms that do not come here, because kernels multiply the whole of which this is a part.
         if not (is_compressed(left) or is_compressed(right)):
             return jax.lax.dot_general_p.bind(left, right, **parameters)
         leaf, other, side = leaf_of_product(left, right)
         matmul = Matmul(leaf=leaf, other=plain(other), side=side, parameters=parameters)
 
-        multiply_part = functools.partial(_required, multiply, path)
-
         def by_itself(leaf: Any, other: jax.Array) -> Any:
-            within = _within(leaf, multiply_part)
+            by_part = functools.partial(multiply, elsewhere=elsewhere | chosen.keys())
+            within = _within(leaf, functools.partial(_required, by_part, path))
             # What multiplies with its parts comes here again with each of them.
             leaf = widened_after(leaf, other) if ordered and not within else leaf
             return call(leaf, "dot", other, side, parameters, **within)
 
         chosen: dict[str, Kernel] = {}
-        for platform in dict.fromkeys(kernel.platform for kernel in KERNELS):
+        for platform in dict.fromkeys(kernel.platform for kernel in KERNELS if kernel.platform not in elsewhere):
             # A symbolic number of rows may be any.
             fit = _first_fit if isinstance(matmul.rows, int) else _none_fits
             kernel, refused = fit(matmul, [each for each in kernels if each.platform == platform])
@@ -113,6 +116,7 @@ def multiplier(names: Sequence[str] | None, planned: Planned) -> Multiplier:
             return by_itself(leaf, matmul.other)
 
         def by_kernel(kernel: Kernel, leaf: Any, other: jax.Array) -> jax.Array:
+            multiply_part = functools.partial(_required, multiply, path)
             return kernel.multiply(dataclasses.replace(matmul, leaf=leaf, other=other), multiply_part)
 
         branches = {platform: functools.partial(by_kernel, kernel) for platform, kernel in chosen.items()}

@@ -1,5 +1,6 @@
 """Products by the compiled kernels."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -107,6 +108,66 @@ def _int8(matmul: Matmul, multiply: Multiply) -> jax.Array:
     )
 
 
+def _why_not_int8_groups(matmul: Matmul) -> str | None:
+    leaf = matmul.leaf
+    reason = unless(
+        (not isinstance(leaf, InputQuantizedArray), "inputs are not quantized"),
+        (matmul.order is None, "the axes of the weight are stacked or mixed"),
+    )
+    if reason is not None:
+        return reason
+    weight = dataclasses.replace(matmul, leaf=leaf.weight)
+    if not isinstance(leaf.weight, QuantizedArray) or leaf.weight.levels is not None:
+        return "weights are no integer codes with scales"
+    flat = jax.eval_shape(weight.flat_leaf)
+    reason = "the stored codes are no matrix" if flat is None else _why_not_stored(flat, weight)
+    if reason is not None:
+        return reason
+    codes = jax.eval_shape(lambda x: leaf.input_codes(x, matmul.side, matmul.parameters), matmul.other)
+    reason = _why_not_codes(codes, matmul)
+    if reason is not None:
+        return reason
+    x = jax.ShapeDtypeStruct((matmul.rows, matmul.inputs), jnp.int8)
+    parts = jax.eval_shape(lambda: _arguments(weight.flat_leaf()))
+    return why_not_weight_only(x, *parts, storage=_storage(flat, weight))
+
+
+def _why_not_codes(codes: QuantizedArray, matmul: Matmul) -> str | None:
+    contracted, _ = matmul.parameters["dimension_numbers"]
+    shape = list(codes.shape)
+    for axis in contracted[1 - matmul.side]:
+        shape[axis] = 1
+    return unless(
+        (codes.levels is not None or codes.zero_point is not None, "inputs are not rounded to symmetric integers"),
+        (getattr(codes.data, "dtype", None) != jnp.int8, "codes of inputs are not int8"),
+        (
+            any(count not in (1, size) for count, size in zip(codes.scale.shape, shape, strict=True)),
+            "scales of inputs vary along the sums",
+        ),
+    )
+
+
+def _int8_groups(matmul: Matmul, multiply: Multiply) -> jax.Array:
+    leaf = matmul.leaf
+
+    def coded_product(codes: QuantizedArray) -> jax.Array:
+        whole = dataclasses.replace(matmul, leaf=leaf.weight, other=codes.data)
+        flat = whole.flat_leaf()
+        y = weight_only_matmul(whole.flat_other(), *_arguments(flat), storage=_storage(flat, whole))
+        return matmul.unflattened(y * _scale_of_rows(codes, matmul))
+
+    return leaf.dot(matmul.other, matmul.side, matmul.parameters, multiply=multiply, coded_product=coded_product)
+
+
+def _scale_of_rows(codes: QuantizedArray, matmul: Matmul) -> jax.Array:
+    """Scales of inputs as (rows, 1)."""
+    contracted, _ = matmul.parameters["dimension_numbers"]
+    axes = tuple(contracted[1 - matmul.side])
+    shape = [1 if axis in axes else size for axis, size in enumerate(codes.shape)]
+    scale = jnp.broadcast_to(codes.scale.astype(jnp.float32), shape)
+    return scale.reshape(matmul.rows, 1)
+
+
 FLOAT = Kernel(
     name="native_float",
     platform="cpu",
@@ -121,5 +182,13 @@ INT8 = Kernel(
     multiply=_int8,
     why_not=_why_not_int8,
     error="none",
+    missing=library.why_missing,
+)
+INT8_GROUPS = Kernel(
+    name="native_int8_groups",
+    platform="cpu",
+    multiply=_int8_groups,
+    why_not=_why_not_int8_groups,
+    error="the order of float32 sums",
     missing=library.why_missing,
 )

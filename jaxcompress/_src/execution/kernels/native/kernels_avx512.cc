@@ -19,7 +19,7 @@ struct Avx512 {
   static V first_lane(float value) { return _mm512_zextps128_ps512(_mm_set_ss(value)); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static float sum(V v) { return _mm512_reduce_add_ps(v); }
-  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+  static void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
   template <Codes kind>
   struct Decoder {

@@ -138,6 +138,9 @@ inline float parameter_at(const Parameters& p, int64_t group, int64_t output) {
 
 constexpr int kTileOutputs = 512, kTileRows = 16, kMaxWidth = 16;
 
+// Of one row: whole pages of codes are read in order, which the processor sees coming.
+constexpr int kLongTileOutputs = 4096;
+
 constexpr int kGroupedDepth = 256, kGroupedBytes = 64 * 1024;  // at most, of a panel of whole numbers
 
 // Outputs of the panels that one thread packs at a time.

@@ -47,8 +47,8 @@ inline void add_rows(const typename Simd::template Decoder<kind>& decoder, const
                      typename Simd::V (&sums)[kRows][kVectors]) {
   using V = typename Simd::V;
   for (int64_t r = 0; r < rows; ++r) {
-    // The rows of the next block, which lie in other pages: the processor does not see them coming. Past the end of the
-    // array this reads nothing.
+    // The rows of the next block, which lie in other pages, into the second cache: the processor does not see them
+    // coming, and the first one does not hold the rows of a long tile. Past the end of the array this reads nothing.
     JAXCOMPRESS_UNROLL
     for (int j = 0; j < kVectors; j += 64 / Simd::kWidth) Simd::prefetch(codes[j] + (r + rows) * pitch);
     JAXCOMPRESS_UNROLL
@@ -76,13 +76,14 @@ template <class Simd>
 struct Tile {
   const WeightOnly& p;
   const int64_t begin, end, m0, rows, vectors;
-  float totals[kTileRows][kTileOutputs + kMaxWidth];
-  float scale_buffer[kTileOutputs + kMaxWidth], zero_buffer[kTileOutputs + kMaxWidth];
+  float totals[kTileRows * (kTileOutputs + kMaxWidth)];
+  float scale_buffer[kLongTileOutputs + kMaxWidth], zero_buffer[kLongTileOutputs + kMaxWidth];
   const float *scale = nullptr, *zero = nullptr;
 
   Tile(const WeightOnly& p, int64_t begin, int64_t end, int64_t m0, int64_t rows)
       : p(p), begin(begin), end(end), m0(m0), rows(rows), vectors((end - begin + Simd::kWidth - 1) / Simd::kWidth) {}
 
+  float* totals_of(int64_t m) { return totals + m * (kTileOutputs + kMaxWidth); }
   int64_t column(int64_t v) const { return least(begin + v * Simd::kWidth, end - Simd::kWidth); }
 
   template <Codes kind, int kRows, int kVectors>
@@ -110,7 +111,7 @@ struct Tile {
       for (int i = 0; i < kRows; ++i) {
         if (zero)
           sums[i][j] = Simd::fma(Simd::load(zero + at), Simd::set1(-p.sums[(m0 + m + i) * blocks + block]), sums[i][j]);
-        float* total = totals[m + i] + (v + j) * Simd::kWidth;
+        float* total = totals_of(m + i) + (v + j) * Simd::kWidth;
         Simd::store(total, Simd::fma(sums[i][j], s, Simd::load(total)));
       }
     }
@@ -129,7 +130,7 @@ struct Tile {
   template <Codes kind>
   void run(int64_t store_from) {
     const typename Simd::template Decoder<kind> decoder(p);
-    for (int64_t m = 0; m < rows; ++m) std::memset(totals[m], 0, vectors * Simd::kWidth * sizeof(float));
+    for (int64_t m = 0; m < rows; ++m) std::memset(totals_of(m), 0, vectors * Simd::kWidth * sizeof(float));
     const int64_t blocks = (p.K + p.block - 1) / p.block, group_size = p.K / p.groups;
     int64_t group = -1;
     for (int64_t block = 0; block < blocks; ++block) {
@@ -150,16 +151,18 @@ struct Tile {
       float* y = p.y + (m0 + m) * p.N;
       for (int64_t v = 0; v < vectors; ++v)
         for (int64_t i = 0; i < Simd::kWidth; ++i)
-          if (column(v) + i >= store_from) y[column(v) + i] = totals[m][v * Simd::kWidth + i];
+          if (column(v) + i >= store_from) y[column(v) + i] = totals_of(m)[v * Simd::kWidth + i];
     }
   }
 };
 
 template <class Simd>
 void in_major(const WeightOnly& p, int64_t begin, int64_t end) {
+  static_assert(kTileRows * kTileOutputs >= kLongTileOutputs);
+  const int64_t outputs = p.M == 1 ? kLongTileOutputs : kTileOutputs;
   for (int64_t m = 0; m < p.M; m += kTileRows)
-    for (int64_t n = begin; n < end; n += kTileOutputs) {
-      const int64_t stop = least(n + kTileOutputs, end);
+    for (int64_t n = begin; n < end; n += outputs) {
+      const int64_t stop = least(n + outputs, end);
       // A tile is a vector wide at least; what it has in common with its neighbour is not stored twice.
       const int64_t start = least(n, stop - Simd::kWidth);
       Tile<Simd> tile(p, start, stop, m, least(kTileRows, p.M - m));
