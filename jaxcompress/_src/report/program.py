@@ -16,7 +16,7 @@ class ProgramCost:
         trace: seconds of tracing and lowering.
         compile: seconds of XLA.
         run: seconds of the first run.
-        temporaries: most bytes that the program holds at once beside arguments and results; None where XLA does not say.
+        temporaries: most bytes that the program holds at once beside arguments and results; None if XLA does not say.
     """
 
     trace: float

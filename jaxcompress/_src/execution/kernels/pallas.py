@@ -34,7 +34,10 @@ def _why_not(matmul: Matmul, *, bits: int, refusal: Callable[..., str | None]) -
     reason = unless(
         (flat.bits != bits, f"codes of {flat.bits} bits, not of {bits}"),
         (not flat.plain_zeros() or flat.partial is not None, "zero points, levels or partial groups"),
-        (bits < 8 and (packed is None or packed.axis != -2 or not packed.signed), "codes are not packed along the sums"),
+        (
+            bits < 8 and (packed is None or packed.axis != -2 or not packed.signed),
+            "codes are not packed along the sums",
+        ),
         (bits == 8 and not hasattr(flat.data, "dtype"), "codes are stored sparsely"),
     )
     return reason or refusal(*jax.eval_shape(lambda: _parts(matmul, bits)))

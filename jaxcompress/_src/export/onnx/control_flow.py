@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxcompress._src.arrays.protocol import reshape
 from jaxcompress._src.execution.runs import cut
-from jaxcompress._src.execution.values import Runs, Weight, ignore
+from jaxcompress._src.execution.values import Runs, Weight
 from jaxcompress._src.export.onnx.dimensions import is_static
 from jaxcompress._src.export.onnx.graph import Body, Graph, Tensor
 from jaxcompress._src.export.onnx.types import carrier
@@ -65,7 +65,7 @@ def _entry(graph: Graph, stack: Any, number: int) -> Any:
     if isinstance(stack, np.ndarray):
         return stack[number]
     if isinstance(stack, Weight | Runs):
-        piece = cut(stack, number, number + 1, ignore)
+        piece = cut(stack, number, number + 1, lambda _: None)
         if isinstance(piece, Weight):
             moved = reshape(piece.array, piece.array.shape[1:])
             return Weight(moved, piece.path) if moved is not None else np.asarray(piece.array.materialize())[0]
