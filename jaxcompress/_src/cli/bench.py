@@ -22,7 +22,7 @@ from jaxcompress._src.report.latency import LatencyComparison, RatioSpread, comp
 from jaxcompress._src.report.processor import instruction_sets, processor_count
 from jaxcompress._src.report.program import ProgramCost, compile_timed
 from jaxcompress._src.report.size import size_report
-from jaxcompress._src.report.table import format_bytes
+from jaxcompress._src.report.table import format_bytes, format_milliseconds
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import Params, is_compressed
 
@@ -181,12 +181,12 @@ def _show(screen: Screen, figures: dict[str, Any]) -> None:
         return title, *(cell(figures[role]) for role in roles)
 
     def milliseconds(of: dict[str, Any]) -> str:
-        low, middle, high = (1e3 * of[name] for name in ("seconds_min", "seconds", "seconds_max"))
-        return f"{middle:.3g} [{low:.3g}, {high:.3g}]"
+        low, middle, high = (format_milliseconds(of[name]) for name in ("seconds_min", "seconds", "seconds_max"))
+        return f"{middle} [{low}, {high}]"
 
     rows = [
         row("wall time of a call, ms [fastest, slowest]", milliseconds),
-        row("CPU time of a call, ms", lambda of: f"{1e3 * of['cpu_seconds']:.3g}"),
+        row("CPU time of a call, ms", lambda of: format_milliseconds(of["cpu_seconds"])),
         row("tokens per second", lambda of: f"{of['tokens_per_second']:,.0f}"),
         row("first call, s (compiling)", lambda of: f"{of['first_call_seconds']:.1f} ({of['compile_seconds']:.1f})"),
         row("parameters in memory", lambda of: format_bytes(of["parameter_bytes"])),

@@ -28,7 +28,7 @@ from jaxcompress._src.recipe.directories import load_model
 from jaxcompress._src.report.disk import disk_bytes
 from jaxcompress._src.report.latency import compare_latency
 from jaxcompress._src.report.size import size_report
-from jaxcompress._src.report.table import format_bytes
+from jaxcompress._src.report.table import format_bytes, format_milliseconds
 from jaxcompress._src.tree.maps import leaves_with_paths
 from jaxcompress._src.types import is_compressed
 
@@ -92,6 +92,7 @@ def run_export(
         "bytes_disk": disk_bytes(out),
         "bytes_dense": sizes.total.dense_bytes,
         "runtime": target.runtime,
+        "left_out": target.left_out,
     }
     problem = None
     try:
@@ -110,7 +111,9 @@ def _check_options(
     format: str, target: ExportFormat, given: Mapping[str, Any], *, tokens: str | None, error: float | None
 ) -> None:
     run = {"tokens": tokens, "max_error": error} if target.run is None else {}
-    wrong = [name for name in given if name not in target.options] + [name for name, value in run.items() if value]
+    wrong = [name for name in given if name not in target.options] + [
+        name for name, value in run.items() if value is not None
+    ]
     if wrong:
         options = ", ".join(map(_flag, target.options)) or "none"
         raise ValueError(f"{_flag(wrong[0])} is not for --format {format}, whose own options are: {options}.")
@@ -238,9 +241,11 @@ def _show(screen: Screen, model: str, out: Path, figures: Mapping[str, Any]) -> 
         names = {"dense": "JAX, dense", "compressed": "JAX, compressed", "exported": figures["runtime"]}
         for name in [name for name in names if name in figures["seconds"]]:
             (wall, *walls), (cpu, *cpus) = (figures[f"{kind}_ratio"][name] for kind in ("wall", "cpu"))
-            text = f"{1e3 * figures['seconds'][name]:.3g} ms"
+            text = f"{format_milliseconds(figures['seconds'][name])} ms"
             if name != "dense":
                 text += f"; wall time {wall:.2f} [{walls[0]:.2f}, {walls[1]:.2f}] of dense, "
                 text += f"CPU time {cpu:.2f} [{cpus[0]:.2f}, {cpus[1]:.2f}]"
             rows.append((f"{rows_of} x {length} tokens, {names[name]}", text))
+    if figures["left_out"]:
+        rows.append(("here", figures["left_out"]))
     screen.table(f"{model} → {out} ({figures['format']}, by {figures['runtime']})", ("", "what was written"), rows)

@@ -89,6 +89,7 @@ class ExportFormat:
         modules: that are imported before the work, and the extra that brings them.
         own_runtime: whether it runs elsewhere than in JAX on plain arrays, so that its time means something.
         any_size: whether batch and length are free.
+        left_out: what is not shown, and why.
     """
 
     ending: str | None
@@ -102,6 +103,7 @@ class ExportFormat:
     extra: str = ""
     own_runtime: bool = True
     any_size: bool = True
+    left_out: str = ""
 
 
 def model_apply(loaded: LoadedModel) -> Callable[..., dict[str, Any]]:
@@ -136,7 +138,11 @@ def _write_onnx(request: Request) -> Written:
         info = save_onnx(request.out, model_apply(loaded), loaded.params, *_any_tokens(loaded), **request.options)
     except NotImplementedError as err:
         raise ValueError(" ".join([str(err), *getattr(err, "__notes__", ())])) from err
-    return Written({leaf.path: leaf.form for leaf in info.leaves}, {})
+    forms: dict[str, list[str]] = {}
+    for leaf in info.leaves:
+        forms.setdefault(leaf.path, []).append(leaf.form)
+    # A tied table is used twice.
+    return Written({path: "; ".join(dict.fromkeys(each)) for path, each in forms.items()}, {})
 
 
 def _run_onnx(path: Path) -> Runner:
@@ -353,6 +359,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         error=lambda request: 0.1 if _rounds_inputs(request.loaded) else 1e-3,
         options=("tokenizer",),
         own_runtime=False,
+        left_out="no times: read back, it is a dense model in JAX",
     ),
     "compressed-tensors": ExportFormat(
         ending=None,
@@ -360,6 +367,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         write=_huggingface_writer("compressed-tensors"),
         weights=_decoded_weights(compressed_tensors_weight),
         options=("unsupported", "tokenizer"),
+        left_out="not run: transformers 5 with PyTorch and vLLM, which load it, are no dependencies",
     ),
     "gptq": ExportFormat(
         ending=None,
@@ -367,6 +375,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         write=_huggingface_writer("gptq"),
         weights=_decoded_weights(gptq_weight),
         options=("unsupported", "tokenizer"),
+        left_out="not run: transformers 5 with PyTorch and vLLM, which load it, are no dependencies",
     ),
     "gguf": ExportFormat(
         ending=".gguf",
@@ -379,6 +388,7 @@ FORMATS: Mapping[str, ExportFormat] = {
         modules=("gguf",),
         extra="gguf",
         own_runtime=False,
+        left_out="no times: read back, it is a dense model in JAX",
     ),
 }
 """By the name that `--format` takes."""
