@@ -2,7 +2,7 @@
 
 Variants take turns within each round, so that other work on the machine meets all of them; figures are medians over the
 rounds of ratios to float32 of the same round, by the clock and (in brackets) in CPU time. The processor and the
-instruction sets are stated, since figures depend on both. The last line is JSON.
+instruction sets are stated, since figures depend on both; `taskset` pins the process. The last line is JSON.
 
     python examples/benchmarks/cpu_kernels.py [--quick] [--rounds 15] [--instructions avx2 ...]
 """
@@ -35,11 +35,10 @@ def main() -> None:
     options = parser.parse_args()
     if library.why_missing() is not None:
         raise SystemExit(f"nothing to measure: {library.why_missing()}")
-    os.sched_setaffinity(0, os.sched_getaffinity(0))
     best = library.INSTRUCTION_SETS.index(library.instruction_set())
     sets = options.instructions or list(library.INSTRUCTION_SETS[1 : best + 1]) or ["portable"]
     rounds = options.rounds or (5 if options.quick else 15)
-    print(f"{_processor()}, {len(os.sched_getaffinity(0))} cores, best set {library.instruction_set()}")
+    print(f"{_processor()}, {os.cpu_count()} cores, best set {library.instruction_set()}")
     ratios = {}
     wide = 1024 if options.quick else 4096
     for width, depth, repeats in ((wide, 3, 1), (768, 3, 20)):

@@ -1,7 +1,7 @@
 """Time of a BERT of MiniLM's size with every kind of compressed leaf, over the dense model in the same run.
 
-Weights are random: time depends on shapes and kinds alone. All kernels of the encoder are compressed. Wall-clock and CPU
-time of `jax.jit`, in turns, medians; two threads, if the process is pinned to two cores.
+Weights are random: time depends on shapes and kinds alone. All kernels of the encoder are compressed. Wall-clock time
+and CPU time of `jax.jit`, in turns, medians; two threads, if the process is pinned to two cores.
 
     python examples/benchmarks/kinds.py [--quick] [--tokens 8x64 32x128 1x1] [--kinds "int4 g32" ...] [--repeats 15]
 

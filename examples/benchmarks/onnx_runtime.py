@@ -1,12 +1,12 @@
 """Exported models in ONNX Runtime against `jax.jit`: an encoder of MiniLM's sizes, and decoding of one token.
 
 The encoder (6 layers, 384 wide, 8 x 64 tokens) runs in float32, with int8 weights and inputs as `save_onnx` writes
-them, and as ONNX Runtime's own `quantize_dynamic` makes it from the float file. Its weights are those of `--weights` (a
-directory that `from_pretrained` reads), or random ones of the same sizes. Decoding is three layers of 1 x 4096 x 4096.
+them, and as ONNX Runtime's own `quantize_dynamic` makes it from the float file. Its weights are those of `--encoder`, a
+safetensors file with Hugging Face names, and random where it has none. Decoding is three layers of 1 x 4096 x 4096.
 
 All variants run in turn, on two threads; quoted are medians, of wall time and of CPU time.
 
-    python examples/benchmarks/onnx_runtime.py [--quick] [--weights DIRECTORY]
+    python examples/benchmarks/onnx_runtime.py [--quick] [--encoder FILE]
 
 The last line is JSON.
 """
@@ -25,10 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import onnxruntime
+from safetensors.numpy import load_file, save_file
 
 import jaxcompress as jc
 from jaxcompress.export import save_onnx
-from jaxcompress.models import BertConfig, from_pretrained, make_module
+from jaxcompress.models import BertConfig, from_pretrained, make_module, save_pretrained
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
 
 KERNELS = jc.tree.by_path(r"encoder.*kernel")
@@ -38,7 +39,7 @@ TIMED = ("wall", "cpu")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one layer, small matrices, few repeats")
-    parser.add_argument("--weights", type=Path, help="a directory with a BERT of MiniLM's sizes")
+    parser.add_argument("--encoder", type=Path, help="safetensors of a BERT of MiniLM's sizes")
     parser.add_argument("--repeats", type=int, default=21)
     arguments = parser.parse_args()
     repeats = 3 if arguments.quick else arguments.repeats
@@ -114,8 +115,6 @@ def decoding(directory: Path, width: int, repeats: int) -> dict[str, Any]:
 
 
 def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    if arguments.weights is not None and not arguments.quick:
-        return from_pretrained(arguments.weights)
     config = BertConfig(
         vocab_size=30522,
         hidden_size=384,
@@ -124,7 +123,18 @@ def load(arguments: argparse.Namespace) -> tuple[Any, Any]:
         intermediate_size=1536,
     )
     module = make_module(config)
-    return module, jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"]
+    if arguments.encoder is None or arguments.quick:
+        return module, params
+    with tempfile.TemporaryDirectory() as directory:
+        save_pretrained(directory, module, params)
+        file = Path(directory) / "model.safetensors"
+        tensors = load_file(file)
+        given = {name: tensor for name, tensor in load_file(arguments.encoder).items() if name in tensors}
+        if not given:
+            raise SystemExit(f"{arguments.encoder} has none of the names of an encoder, such as {next(iter(tensors))}.")
+        save_file(tensors | given, file)
+        return from_pretrained(directory)
 
 
 def quantize_dynamic(source: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ With a C++ compiler these tests fail if the library is missing (`pip install -e 
 import dataclasses
 import functools
 import re
+import tomllib
 import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,6 +202,23 @@ def test_other_floats_are_rounded_once(dtype):
     exact = jnp.asarray(np.asarray(x, np.float64) @ weights.dense, jnp.float32)
     assert (y.shape, y.dtype) == ((2, 3, 20), dtype)
     np.testing.assert_allclose(y.astype(jnp.float32), exact, rtol=2 ** (-8 if dtype == "bfloat16" else -11) * 1.01)
+
+
+@needs_library
+@pytest.mark.parametrize("out_major", [False, True])
+def test_quantized_inputs_and_grouped_weights(out_major):
+    """Sums of products of codes are whole numbers, so that scales of powers of two leave nothing to round."""
+    rng = np.random.default_rng(0)
+    storage = dataclasses.replace(FORMATS["int4"], out_major=out_major)
+    codes, x = rng.integers(-8, 8, size=(96, 20)), rng.integers(-128, 128, size=(5, 96)).astype(np.int8)
+    scale = 2.0 ** rng.integers(-2, 3, size=(3, 20))
+    expected = x.astype(np.float64) @ (codes * np.repeat(scale, 32, axis=0))
+    stored, scales = (jnp.asarray(part.T if out_major else part) for part in (packed(codes), scale.astype(np.float32)))
+    for name in library.INSTRUCTION_SETS:
+        with library.limited_to(name):
+            y = weight_only_matmul(jnp.asarray(x), stored, scales, storage=storage)
+        assert y.dtype == jnp.float32
+        np.testing.assert_array_equal(y, expected, err_msg=name)
 
 
 @needs_library
@@ -408,7 +426,7 @@ REFUSED = {
     "20 is no multiple of 8": (of((1, 60)), of((60, 4), "int8"), of((3, 4)), None, "int8"),
     "7 groups do not divide 60 inputs": (of((1, 60)), of((60, 4), "int8"), of((7, 4)), None, "int8"),
     r"codes of shape \(60, 4\) do not fit 61 inputs": (of((1, 61)), of((60, 4), "int8"), of((1, 4)), None, "int8"),
-    "inputs are int8": (of((1, 60), "int8"), of((60, 4), "int8"), of((1, 4)), None, "int8"),
+    "inputs are int32": (of((1, 60), "int32"), of((60, 4), "int8"), of((1, 4)), None, "int8"),
     "codes of 8 bits are uint8, not int8": (of((1, 60)), of((60, 4), "uint8"), of((1, 4)), None, "int8"),
     "scales are float8_e8m0fnu": (of((1, 60)), of((60, 4), "int8"), of((1, 4), "float8_e8m0fnu"), None, "int8"),
     "zero points are int32": (of((1, 60)), of((60, 4), "uint8"), of((1, 4)), of((1, 4), "int32"), "uint8"),
@@ -500,6 +518,19 @@ def test_the_build_hook_without_a_compiler(monkeypatch, tmp_path):
         assert (others, build_data) == ([], {})
 
 
-def test_the_copied_header_is_that_of_jaxlib():
-    installed = Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h"
-    assert Path(build_hook.__file__).with_name("xla_ffi_c_api.h").read_text() == installed.read_text()
+def test_the_header_is_that_of_jaxlib(monkeypatch, tmp_path):
+    assert build_hook.header_folder() == Path(jax.ffi.include_dir())
+    monkeypatch.setattr(build_hook.importlib.util, "find_spec", lambda name: None)
+    assert build_hook.header_folder() is None
+    with pytest.raises(build_hook.BuildError, match="no jaxlib with" if build_hook.compiler() else "no C"):
+        build_hook.compile_library(tmp_path / "library")
+
+
+def test_the_build_depends_on_jaxlib_where_there_is_a_compiler(monkeypatch):
+    project = tomllib.loads((Path(build_hook.__file__).parents[5] / "pyproject.toml").read_text())["project"]
+    (of_jax,) = (text for text in project["dependencies"] if text.startswith("jax>"))
+    assert of_jax.replace("jax", "jaxlib") == build_hook.HEADERS
+    depends = functools.partial(build_hook.NativeBuildHook.dependencies, types.SimpleNamespace())
+    assert depends() == ([build_hook.HEADERS] if build_hook.compiler() else [])
+    monkeypatch.setenv("CXX", "absent-compiler")
+    assert depends() == []

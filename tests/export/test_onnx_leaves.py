@@ -143,6 +143,31 @@ def test_layers_of_a_scan_are_unrolled(tmp_path):
     assert "Scan" not in info.operators
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_layers_of_a_scan_with_quantized_inputs(static, tmp_path):
+    def apply(params, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    params = {"w": jnp.asarray(RNG.normal(size=(3, 64, 64)), jnp.float32) / 8}
+    layouts = jc.trace.layouts(apply, params, X)
+    ranges = {"w": InputRange(jnp.asarray([0.02, 0.01, 0.008]))} if static else None
+    small, _ = quantize(params, QuantSpec(bits=7), layouts=layouts)
+    small, _ = quantize_inputs(small, QuantSpec(bits=8, per_tensor=static), ranges=ranges, layouts=layouts)
+    info = check(tmp_path, apply, small, X, input_ranges="row")
+    assert info.operators["MatMulInteger"] == 3
+    assert info.operators.get("QuantizeLinear", 0) == 3 * static
+
+
+def test_a_stack_that_cannot_be_taken_apart_is_unpacked(tmp_path):
+    def apply(params, x):
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    w = jnp.asarray(RNG.normal(size=(3, 64, 64)), jnp.float32) / 8
+    layout = jc.trace.LeafLayout(kind="linear", input_axes=(0, 1), output_axes=(2,))
+    info = check(tmp_path, apply, {"w": KINDS["int8 per tensor"](w, layout)}, X)
+    assert info.leaves[0].reason == "for `scan`"
+
+
 def test_a_stack_in_several_forms(tmp_path):
     def apply(params, x):
         stack = jnp.concatenate([params["a"], params["b"]])
@@ -166,6 +191,30 @@ def test_leaves_in_branches_and_loops(tmp_path):
     square = jnp.asarray(RNG.normal(size=(32, 32)), jnp.float32)
     params, _ = quantize({"w": W, "square": square}, QuantSpec(bits=4, group_size=16))
     check(tmp_path, apply, params, X)
+
+
+def test_leaves_that_are_carried_and_come_out(tmp_path):
+    def apply(params, x):
+        carried = lax.fori_loop(0, 3, lambda _, w: jnp.tanh(w), params["w"])
+        chosen = lax.cond(x.sum() > 0, lambda: params["w"], lambda: 2 * params["w"])
+        scanned = lax.scan(lambda c, r: (params["w"], r.sum()), params["w"], x)
+        return carried, chosen, scanned
+
+    check(tmp_path, apply, stored(bits=4, group_size=32), X)
+
+
+def test_a_stack_in_several_forms_may_be_cast_and_cut(tmp_path):
+    def apply(params, x):
+        stack = jnp.concatenate([params["a"], params["b"]]).astype(jnp.float16)[1:]
+        return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x.astype(jnp.float16), stack)[0]
+
+    params = {"a": jnp.asarray(RNG.normal(size=(2, 64, 64)), jnp.float32) / 8}
+    params["b"] = params["a"] + 1
+    layout = jc.trace.LeafLayout(kind="linear", input_axes=(1,), output_axes=(2,), stack_axes=(0,))
+    small = params | {"a": KINDS["int3 per channel"](params["a"], layout)}
+    outputs, info = exported(tmp_path, apply, small, X)
+    assert_same(outputs, jax.jit(jc.execute(apply))(small, X), rtol=1e-2, atol=1e-2)
+    assert info.operators["MatMulNBits"] == 1
 
 
 def test_a_kernel_of_a_convolution(tmp_path):

@@ -257,7 +257,7 @@ CASES = {
         floats(4, 5),
     ),
     "multiply and extremes": (
-        lambda x, i, y: (x.at[i].multiply(y), x.at[i].max(y), x.at[i].min(y)),
+        lambda x, i, y: (x.at[i].multiply(y), x.at[i].subtract(y), x.at[i].max(y), x.at[i].min(y)),
         X,
         INDEX,
         floats(4, 5),
@@ -333,6 +333,20 @@ CASES = {
         lambda x: lax.while_loop(lambda s: (s * s).sum() > 1e-2, lambda s: s @ (0.1 * s), x),
         floats(4, 4),
     ),
+    "while under vmap": (
+        jax.vmap(lambda x: lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, s[1] * 2), (x, jnp.stack([x, x])))),
+        floats(5),
+    ),
+    "cond under vmap": (jax.vmap(lambda x: lax.cond(x > 0, jnp.sin, jnp.cos, x)), floats(5)),
+    "slices under vmap": (jax.vmap(lambda x, i: lax.dynamic_slice(x, (i,), (2,))), X, np.array([0, 2, 9], "int32")),
+    "writes under vmap": (
+        jax.vmap(lambda x, i: lax.dynamic_update_slice(x, jnp.ones(2), (i,))),
+        X,
+        np.array([0, 2, 9], "int32"),
+    ),
+    "unstack": (lambda x: jnp.unstack(x, axis=1), X),
+    "image.resize": (lambda x: jax.image.resize(x, (2, 9, 8, 4), "bilinear"), IMAGE),
+    "gradient of a convolution": (jax.grad(lambda x: (conv(window_strides=(2, 2))(x, KERNEL) ** 2).sum()), 0.1 * IMAGE),
     "cond, true": (lambda p, x: lax.cond(p, lambda x: x + 1, lambda x: x * 2, x), np.array(True), X),
     "cond, false": (lambda p, x: lax.cond(p, lambda x: (x + 1, x.sum()), lambda x: (x, 0.0), x), np.array(False), X),
     **{
@@ -372,3 +386,13 @@ def test_as_jax_does(name, tmp_path):
     function, *inputs = CASES[name]
     outputs, _ = exported(tmp_path, lambda _, *inputs: function(*inputs), {}, *inputs)
     assert_same(outputs, jax.jit(function)(*inputs), **TOLERANCES.get(name, {}))
+
+
+def test_with_64_bits(tmp_path):
+    def function(x, i):
+        return jnp.tanh(x @ x.T), jnp.sort(x), x.sum(0), jnp.take(jnp.arange(9.0), i), i // 3, i << 2, i.astype(x.dtype)
+
+    with jax.enable_x64(True):
+        inputs = RNG.normal(size=(3, 5)), RNG.integers(0, 8, (3, 5))
+        outputs, _ = exported(tmp_path, lambda _, *inputs: function(*inputs), {}, *inputs)
+        assert_same(outputs, jax.jit(function)(*inputs))

@@ -225,6 +225,17 @@ CLUSTERING = {
 }
 
 
+def test_inputs_are_quantized_behind_the_training(model, tokens, recipe_of):
+    select = f"select = '{KERNELS[0]}'"
+    rounded = f"[[quantize]]\n{select}\nbits = 4\ngroup_size = 8\n"
+    text = f'{rounded}[[quantize]]\nmethod = "quantize_inputs"\n{select}\nbits = 8\n'
+    without, with_inputs = (_leaves(recipe.compress(recipe_of(t + DISTIL), *model, tokens)) for t in (rounded, text))
+    leaf = with_inputs[KERNELS[0]]
+    assert isinstance(leaf, InputQuantizedArray)
+    assert isinstance(leaf.weight, QuantizedArray)
+    np.testing.assert_array_equal(leaf.weight.codes(), without[KERNELS[0]].codes())
+
+
 def test_one_shot_pruning_low_rank_and_clusters_run(model, tokens, recipe_of):
     places = _places(ONE_SHOT_PRUNING, LOW_RANK, CLUSTERING)
     text = _steps("prune", ONE_SHOT_PRUNING, places) + "[[prune]]\nmethod = 'tune_masked'\n"

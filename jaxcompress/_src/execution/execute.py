@@ -10,7 +10,7 @@ from jaxcompress._src.arrays.protocol import can_unstack
 from jaxcompress._src.execution.kernels.choice import Planned, checked_kernels, multiplier
 from jaxcompress._src.execution.rules import RULES
 from jaxcompress._src.execution.runs import boundaries, cut, sliced_runs
-from jaxcompress._src.execution.values import Evaluation, Fallback, Note, Runs, Weight, plain, with_plain_weight
+from jaxcompress._src.execution.values import Evaluation, Fallback, Note, Runs, Weight, ignore, plain, with_plain_weight
 from jaxcompress._src.meshes import as_typed, explicit_mesh, on_auto_axes
 from jaxcompress._src.trace.traced import split_arrays, traced
 from jaxcompress._src.trace.walk import CALLS, Body, as_body, bind, called_body, walk
@@ -55,7 +55,7 @@ def execute(apply: Callable[..., Any], *, kernels: Sequence[str] | None = None) 
 
 
 def evaluation_with(
-    kernels: Sequence[str] | None, *, note: Note = lambda _: None, planned: Planned = lambda *_: None
+    kernels: Sequence[str] | None, *, note: Note = ignore, planned: Planned = lambda *_: None
 ) -> Evaluation:
     """What the interpreter needs, with these kernels; `note` and `planned` are told what happens."""
     return Evaluation(multiply=multiplier(kernels, planned), note=note)
@@ -116,6 +116,7 @@ def _visit(eqn: Any, values: list[Any], *, evaluation: Evaluation) -> Sequence[A
     if name == "concatenate" and eqn.params["dimension"] == 0:
         return [Runs.joined(values)]
     if name in _CONTROL:
+        values = [Weight(value.array, value.path) if isinstance(value, Weight) else value for value in values]
         return _CONTROL[name](eqn, values, evaluation)
     # Not `custom_jvp` and `custom_vjp`: their derivatives would be lost.
     if name in CALLS and (body := called_body(eqn)) is not None:
@@ -123,15 +124,34 @@ def _visit(eqn: Any, values: list[Any], *, evaluation: Evaluation) -> Sequence[A
     if any(isinstance(value, Runs) for value in values):
         return _visit_runs(eqn, values, evaluation=evaluation)
     if name in RULES or name == "dot_general":
-        path = next(value.path for value in values if isinstance(value, Weight))
-        results = _by_rule(eqn, values, evaluation)
+        weight = next(value for value in values if isinstance(value, Weight))
+        stored = _untransposed(eqn, values) if name == "dot_general" else (eqn, values)
+        results = _by_rule(*stored, evaluation)
         if results is None:
             partly_plain = [with_plain_weight(value, name, evaluation.note) for value in values]
             changed = any(new is not old for new, old in zip(partly_plain, values, strict=True))
             values, results = partly_plain, _by_rule(eqn, partly_plain, evaluation) if changed else None
         if results is not None:
-            return [Weight(out, path) if is_compressed(out) else out for out in results]
+            source = weight.array if name == "transpose" and eqn.params["permutation"] == (1, 0) else None
+            return [Weight(out, weight.path, transposed=source) if is_compressed(out) else out for out in results]
     return bind(eqn, _plain(eqn.invars, values, name, evaluation))
+
+
+def _untransposed(eqn: Any, values: list[Any]) -> tuple[Any, list[Any]]:
+    """The same product of matrices as they are stored."""
+    contracted, batch = (list(axes) for axes in eqn.params["dimension_numbers"])
+    values = list(values)
+    for side, value in enumerate(values):
+        if (
+            isinstance(value, Weight)
+            and value.transposed is not None
+            and len(contracted[side]) == 1
+            and not batch[side]
+        ):
+            values[side] = Weight(value.transposed, value.path)
+            contracted[side] = (1 - contracted[side][0],)
+    numbers = (tuple(contracted), tuple(batch))
+    return eqn.replace(params=eqn.params | {"dimension_numbers": numbers}), values
 
 
 def _visit_runs(eqn: Any, values: list[Any], *, evaluation: Evaluation) -> Sequence[Any]:
@@ -173,7 +193,8 @@ _SHARDINGS = {"sharding", "out_sharding"}
 
 
 def _dot_general(evaluation: Evaluation, path: str, eqn: Any, values: list[Any]) -> Sequence[Any] | None:
-    result = evaluation.multiply(*values, eqn.params, path)
+    left, right = values
+    result = evaluation.multiply(left, right, eqn.params, path)
     return None if result is None else [result]
 
 
@@ -242,7 +263,7 @@ def _cond(eqn: Any, values: list[Any], evaluation: Evaluation) -> Sequence[Any]:
     return jax.lax.switch(values[0], branches, *values[1:])
 
 
-_CONTROL: dict[str, Callable[[Any, list[Any], Note], Sequence[Any]]] = {
+_CONTROL: dict[str, Callable[[Any, list[Any], Evaluation], Sequence[Any]]] = {
     "remat": _remat,
     "remat2": _remat,
     "checkpoint": _remat,

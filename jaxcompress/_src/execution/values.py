@@ -33,10 +33,18 @@ class Fallback:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """A compressed value on its way through the walk, with the path of the leaf that it comes from."""
+    """A compressed value on its way through the walk.
+
+    Attributes:
+        array: the value.
+        path: of the leaf that it comes from.
+        transposed: of a matrix that is the transpose of another, that one. Kernels want what is stored: its transpose
+            would be written out.
+    """
 
     array: CompressedArray
     path: str = dataclasses.field(metadata={"static": True})
+    transposed: Any = dataclasses.field(default=None, kw_only=True)
 
 
 @jax.tree_util.register_dataclass
@@ -66,6 +74,11 @@ class Runs:
 
 Note = Callable[[Fallback], None]
 """Told about every fall-back."""
+
+
+def ignore(fallback: Fallback) -> None:
+    """A note that goes nowhere."""
+    del fallback
 
 
 @dataclasses.dataclass(frozen=True)

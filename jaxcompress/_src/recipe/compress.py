@@ -70,7 +70,7 @@ def compress(
     """Runs the steps of a recipe on `params`, which are distilled from themselves if the recipe says so.
 
     First what needs no training, stage after stage; then pruning and rounding in one training; then values are shared
-    in another, since k-means must see the weights that are left.
+    in another, since k-means must see the weights that are left. Inputs are quantized last.
 
     Args:
         recipe: what to do.
@@ -133,14 +133,15 @@ class _Run:
         if module is not self._dense_module:
             layouts = _layouts(module, params)
         at_once = [(name, step) for name, step in self._recipe.at_once if step.stage != "shrink"]
-        params = run_steps(at_once, params, self._around(module, layouts))
+        around = self._around(module, layouts)
+        params = run_steps([step for step in at_once if not step[1].method.last], params, around)
         for part in self._parts():
             params = _with_dense(part.dense, params)
             beginnings = self._beginnings(part.steps, module, params)
             transform = _transform(part.steps, layouts, beginnings, steps_of(part.training, self._rows()))
             params, state = self._trained(part.name, part.training, module, params, transform)
             params = transform.finalize(params, state)
-        return params
+        return run_steps([step for step in at_once if step[1].method.last], params, around)
 
     def _prepared(self, training: Training | None) -> Training | None:
         """A training that fits the rows and the model; what it leaves out is said once."""

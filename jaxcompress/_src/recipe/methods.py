@@ -62,6 +62,7 @@ class Method:
             (scales of 16 bits) and trainings of few steps.
         statistics: what a transform begins with: `(evidence, params, select, keywords) -> statistics`.
         gives_values: whether the leaves that it selects get their final values from it.
+        last: whether this one-shot method comes after all trainings, because it acts on what they leave.
     """
 
     function: Callable[..., Any]
@@ -71,6 +72,7 @@ class Method:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     statistics: Callable[..., Params] | None = None
     gives_values: bool = True
+    last: bool = False
 
     @property
     def trains(self) -> bool:
@@ -140,7 +142,7 @@ METHODS: Mapping[str, Mapping[str, Method]] = {
         "reconstruct": _method(reconstruct, defaults=_SCALES),
         "learned_rounding": _method(learned_rounding),
         "correct_biases": _method(correct_biases, keeps_zeros=True),
-        "quantize_inputs": _method(quantize_inputs, keeps_zeros=True, gives_values=False),
+        "quantize_inputs": _method(quantize_inputs, keeps_zeros=True, gives_values=False, last=True),
         "lsq": _method(lsq, keeps_zeros=True, defaults=_SCALES),
         "lsq_inputs": _method(
             lsq_inputs,

@@ -35,7 +35,9 @@ def _why_not_float(matmul: Matmul) -> str | None:
     if reason is not None:
         return reason
     flat = jax.eval_shape(matmul.flat_leaf)
-    reason = "the stored codes are no matrix" if flat is None else _why_not_stored(flat, matmul)
+    if flat is None:
+        return "the stored codes are no matrix"
+    reason = _why_not_stored(flat, matmul)
     if reason is not None:
         return reason
     x, *parts = jax.eval_shape(lambda: (matmul.flat_other(), *_arguments(matmul.flat_leaf())))

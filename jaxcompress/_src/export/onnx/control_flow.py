@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxcompress._src.arrays.protocol import reshape
 from jaxcompress._src.execution.runs import cut
-from jaxcompress._src.execution.values import Runs, Weight
+from jaxcompress._src.execution.values import Runs, Weight, ignore
 from jaxcompress._src.export.onnx.dimensions import is_static
 from jaxcompress._src.export.onnx.graph import Body, Graph, Tensor
 from jaxcompress._src.export.onnx.types import carrier
@@ -20,6 +20,16 @@ _LONGEST = 256
 
 Run = Callable[[Any, Sequence[Any]], list[Any]]
 """Writes a body: `(body, values) -> values`."""
+
+
+def carried(eqn: Any) -> range:
+    """The operands that an iteration replaces."""
+    params = eqn.params
+    if eqn.primitive.name == "scan":
+        return range(params["num_consts"], params["num_consts"] + params["num_carry"])
+    if eqn.primitive.name == "while":
+        return range(params["cond_nconsts"] + params["body_nconsts"], len(eqn.invars))
+    return range(0)
 
 
 def scan(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[Any]:
@@ -64,12 +74,13 @@ def _entry(graph: Graph, stack: Any, number: int) -> Any:
     """One entry of a stack."""
     if isinstance(stack, np.ndarray):
         return stack[number]
-    if isinstance(stack, Weight | Runs):
-        piece = cut(stack, number, number + 1, lambda _: None)
-        if isinstance(piece, Weight):
-            moved = reshape(piece.array, piece.array.shape[1:])
-            return Weight(moved, piece.path) if moved is not None else np.asarray(piece.array.materialize())[0]
-        return np.asarray(piece)[0]
+    if isinstance(stack, Runs):
+        return _entry(graph, cut(stack, number, number + 1, ignore), 0)
+    if isinstance(stack, Weight):
+        # As a scan does: the parts of such a leaf are stacked as it is.
+        return Weight(jax.tree.map(lambda part: part[number], stack.array), stack.path)
+    if isinstance(stack, jax.Array):
+        return np.asarray(stack)[number]
     index = graph.scalar(number, np.int64)
     if is_static(stack.held[0]) and stack.held[0] == 1:
         index = graph.scalar(0, np.int64)
@@ -86,7 +97,7 @@ def _scan(graph: Graph, eqn: Any, consts: list[Any], carry: list[Any], stacks: l
     body, count = as_body(eqn.params["jaxpr"]), len(carry)
     variables = body.jaxpr.invars[len(consts) :]
     begins = [graph.full(value).name for value in carry]
-    scanned = [graph.full(_plain_stack(value)).name for value in stacks]
+    scanned = [graph.full(value).name for value in stacks]
     inner = [graph.new(graph.fresh(), var.aval) for var in variables]
     inputs = [_typed(tensor) for tensor in inner]
     if not scanned:
@@ -97,19 +108,13 @@ def _scan(graph: Graph, eqn: Any, consts: list[Any], carry: list[Any], stacks: l
     with graph.scope() as nodes:
         results = [_output(graph, result) for result in run(body, [*consts, *inner])]
     attributes: dict[str, Any] = {"num_scan_inputs": len(scanned)}
-    written = len(results) - count
     if eqn.params["reverse"]:
         attributes["scan_input_directions"] = [1] * len(scanned)
-        attributes["scan_output_directions"] = [1] * written
+    if eqn.params["reverse"] and len(results) > count:
+        attributes["scan_output_directions"] = [1] * (len(results) - count)
     inside = Body(inputs=tuple(inputs), outputs=tuple(_typed(result) for result in results), nodes=tuple(nodes))
-    if eqn.params["reverse"] and not written:
-        del attributes["scan_output_directions"]
     names = graph.ops("Scan", *begins, *scanned, outputs=len(results), body=inside, **attributes)
     return [graph.new(name, var.aval) for name, var in zip(names, eqn.outvars, strict=True)]
-
-
-def _plain_stack(value: Any) -> Any:
-    return np.asarray(value.array.materialize()) if isinstance(value, Weight) else value
 
 
 def while_loop(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[Any]:
@@ -118,12 +123,17 @@ def while_loop(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[
     end = split + eqn.params["body_nconsts"]
     condition, body = as_body(eqn.params["cond_jaxpr"]), as_body(eqn.params["body_jaxpr"])
     carry = [graph.full(value) for value in values[end:]]
-    go_on = graph.full(run(condition, [*values[:split], *carry])[0])
+    go_on = _condition(graph, run(condition, [*values[:split], *carry])[0])
     number, before = graph.fresh(), graph.fresh()
     inner = [graph.new(graph.fresh(), var.aval) for var in eqn.outvars]
     with graph.scope() as nodes:
-        after = [_output(graph, result) for result in run(body, [*values[split:end], *inner])]
-        again = _output(graph, run(condition, [*values[:split], *after])[0])
+        after = run(body, [*values[split:end], *inner])
+        if condition.jaxpr.outvars[0].aval.shape:
+            # Under `vmap`, with one condition for each entry: those that are done stay as they are.
+            running = graph.full(run(condition, [*values[:split], *inner])[0])
+            after = [_where(graph, running, new, old) for new, old in zip(after, inner, strict=True)]
+        after = [_output(graph, result) for result in after]
+        again = _output(graph, _condition(graph, run(condition, [*values[:split], *after])[0]))
     inside = Body(
         inputs=((number, np.dtype(np.int64), 0), (before, np.dtype(bool), 0), *(_typed(x) for x in inner)),
         outputs=(_typed(again), *(_typed(x) for x in after)),
@@ -131,6 +141,22 @@ def while_loop(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[
     )
     names = graph.ops("Loop", "", go_on.name, *(x.name for x in carry), outputs=len(carry), body=inside)
     return [graph.new(name, var.aval) for name, var in zip(names, eqn.outvars, strict=True)]
+
+
+def _condition(graph: Graph, value: Any) -> Tensor:
+    """Whether any entry is to go on."""
+    tensor = graph.full(value)
+    if not tensor.shape:
+        return tensor
+    number = graph.cast(tensor.name, np.bool_, np.int32)
+    number = graph.op("ReduceMax", number, graph.ints(*range(tensor.ndim)), keepdims=0)
+    return Tensor(graph.cast(number, np.int32, np.bool_), (), (), np.dtype(bool))
+
+
+def _where(graph: Graph, which: Tensor, new: Any, old: Tensor) -> Tensor:
+    """Entries along the leading axes."""
+    flag = graph.reshape(which, (*which.shape, *(1,) * (old.ndim - which.ndim)))
+    return graph.chosen(flag, graph.full(new), old)
 
 
 def cond(graph: Graph, eqn: Any, values: list[Any], run: Run) -> Sequence[Any]:

@@ -1,5 +1,6 @@
 """Primitives that work entry by entry. They work on what is held: axes that are only broadcast stay so."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ def elementwise(write: Write, *, exact: bool = False) -> Callable[[Graph, Any, l
     """A rule that computes in the type of `arithmetic`.
 
     Args:
-        write: gets the names of the operands, and the dtype as `dtype` if it takes that.
+        write: gets the names of the operands.
         exact: whether the result needs no rounding: it is one of the operands, up to sign.
     """
 
@@ -163,18 +164,13 @@ def _reduce_precision(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any
 
 def _select(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
     which, *cases = (graph.tensor(value) for value in values)
-    result = eqn.outvars[0].aval
-    dtype = carrier(result.dtype)
-    computed = dtype if dtype.name in ("float32", "float64", "int32", "int64", "uint8") else arithmetic(dtype)
-    names = [graph.cast(case.name, dtype, computed) for case in cases]
-    name = names[0]
-    for number, other in enumerate(names[1:], 1):
-        if which.dtype == bool:
-            condition = which.name
-        else:
-            condition = graph.op("Equal", which.name, graph.scalar(number, which.dtype))
-        name = graph.op("Where", condition, other, name)
-    return [_like(graph.cast(name, computed, dtype), [which, *cases], result)]
+    result = cases[0]
+    for number, other in enumerate(cases[1:], 1):
+        flag = which
+        if which.dtype != bool:
+            flag = dataclasses.replace(which, name=graph.op("Equal", which.name, graph.scalar(number, which.dtype)))
+        result = graph.chosen(flag, other, result)
+    return [dataclasses.replace(result, shape=tuple(eqn.outvars[0].aval.shape))]
 
 
 def _clamp(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:

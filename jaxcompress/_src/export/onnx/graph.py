@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcompress._src.export.onnx.constants import Constants
 from jaxcompress._src.export.onnx.dimensions import Dimensions, Shape, broadcast, is_static
-from jaxcompress._src.export.onnx.types import carrier, onnx_type
+from jaxcompress._src.export.onnx.types import carrier, onnx_type, selectable
 
 MICROSOFT = "com.microsoft"
 """The domain of ONNX Runtime's own operators."""
@@ -206,6 +206,13 @@ class Graph:
         if np.dtype(dtype) != jnp.bfloat16:
             return name
         return self.op("Cast", self.op("Cast", name, to=onnx_type(dtype)), to=onnx_type(np.float32))
+
+    def chosen(self, flag: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        """`first` where a flag is set, else `second`, as they are held."""
+        own, computed = carrier(first.dtype), selectable(first.dtype)
+        name = self.op("Where", flag.name, *(self.cast(x.name, own, computed) for x in (first, second)))
+        held = held_shape([flag, first, second])
+        return Tensor(self.cast(name, computed, own), held, first.shape, first.dtype)
 
     def reshape(self, value: Any, shape: Shape) -> Tensor:
         """A tensor in another shape; axes of size 1 come and go without a broadcast being written."""

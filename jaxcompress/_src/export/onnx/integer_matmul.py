@@ -66,11 +66,13 @@ def _whole_matrix(weight: Any, contracted: Any) -> Any:
 
 
 def _of_7_bits(weight: QuantizedArray) -> QuantizedArray:
-    """Codes less their zero points, rounded to 7 bits, at twice the scale."""
-    codes, zero_points = np.asarray(weight.codes()).astype(np.int16), weight.zero_points()
-    codes = codes if zero_points is None else codes - np.asarray(zero_points).astype(np.int16)
-    halved = jnp.asarray(np.clip(np.round(codes / 2), -64, 63), jnp.int8)
-    return dataclasses.replace(weight, data=halved, scale=2 * weight.scale, zero_point=None)
+    """The values that codes and zero points stand for, as codes in [-63, 63]."""
+    values, zero_points = np.asarray(weight.codes()).astype(np.float32), weight.zero_points()
+    values = values if zero_points is None else values - np.asarray(zero_points, np.float32)
+    shared = tuple(axis for axis, blocks in enumerate(weight.scale.shape) if blocks == 1)
+    step = np.maximum(np.abs(values).max(axis=shared, keepdims=True, initial=0), 1) / 63
+    codes, scale = jnp.asarray(np.round(values / step), jnp.int8), weight.scale.astype(jnp.float32) * step
+    return dataclasses.replace(weight, data=codes, scale=scale, zero_point=None)
 
 
 def _weight_codes(graph: Graph, matrix: QuantizedArray) -> tuple[str, str, str]:

@@ -9,10 +9,11 @@ import numpy as np
 
 from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
 from jaxcompress._src.arrays.low_rank import LowRankArray
-from jaxcompress._src.arrays.protocol import changes_inputs, describe_leaf
+from jaxcompress._src.arrays.protocol import can_unstack, cast, changes_inputs, describe_leaf
 from jaxcompress._src.arrays.quantized import QuantizedArray
 from jaxcompress._src.execution.rules import RULES as MOVES
-from jaxcompress._src.execution.values import Runs, Weight
+from jaxcompress._src.execution.runs import sliced_runs
+from jaxcompress._src.execution.values import Runs, Weight, ignore
 from jaxcompress._src.export.onnx.graph import Tensor
 from jaxcompress._src.export.onnx.integer_matmul import integer_matmul
 from jaxcompress._src.export.onnx.options import LeafOptions, OnnxLeaf
@@ -55,15 +56,25 @@ class LeafRules:
         name = eqn.primitive.name
         if name == "concatenate" and eqn.params["dimension"] == 0:
             return [Runs.joined(values)]
-        if any(isinstance(value, Runs) for value in values):
-            return self._plain(eqn, values)
         first = values[0]
+        if any(isinstance(value, Runs) for value in values):
+            return self._moved_runs(eqn, first) or self._plain(eqn, values)
         if name in _MOVING and isinstance(first, Weight) and all(isinstance(v, np.ndarray) for v in values[1:]):
             moved = MOVES[name](eqn, [first.array, *values[1:]])
             if moved is not None:
                 return [_moved(first, moved[0], eqn, values[1:])]
         written = _WRITERS[name](self, eqn, values) if name in _WRITERS else None
         return self._plain(eqn, values) if written is None else written
+
+    def _moved_runs(self, eqn: Any, first: Any) -> Sequence[Any] | None:
+        """What only casts or cuts a stack leaves its runs in their stored forms."""
+        name = eqn.primitive.name
+        if isinstance(first, Runs) and name == "convert_element_type":
+            parts = [_cast(part, eqn.params["new_dtype"]) for part in first.parts]
+            return None if any(part is None for part in parts) else [Runs(tuple(parts))]
+        if isinstance(first, Runs) and name == "slice" and (pieces := sliced_runs(eqn, first, ignore)) is not None:
+            return [pieces]
+        return None
 
     def note(self, path: str, form: str, reason: str = "") -> None:
         """Says what became of a leaf."""
@@ -85,6 +96,12 @@ class LeafRules:
                 "uses it otherwise; exclude it."
             )
         return self._unpacked(value, use)
+
+    def unstackable(self, value: Any) -> Any:
+        """A stack that can be taken apart as it is stored, or else unpacked."""
+        parts = value.parts if isinstance(value, Runs) else (value,)
+        fit = all(can_unstack(part.array) for part in parts if isinstance(part, Weight))
+        return value if fit else self.plain(value, "scan")
 
     def _unpacked(self, weight: Weight, use: str) -> Any:
         return self._unpacked_for(weight, f"for `{use}`")
@@ -133,14 +150,7 @@ class LeafRules:
         """Two matmuls, each with a factor as it is stored."""
         leaf: Any = weight.array
         parts = {name: getattr(leaf, name) for name in ("left", "right", "residual")}
-        parts = {
-            name: Weight(part, f"{weight.path}/{name}")
-            if is_compressed(part)
-            else part
-            if part is None
-            else np.asarray(part)
-            for name, part in parts.items()
-        }
+        parts = {name: _part_of(weight, name, part) for name, part in parts.items()}
         fits = jax.eval_shape(lambda x: leaf.dot(x, side, eqn.params), jax.ShapeDtypeStruct(other.shape, other.dtype))
         if fits is None:
             return None
@@ -197,6 +207,21 @@ class LeafRules:
         stored = self.stored(table.array)
         self.note(table.path, f"{describe_leaf(table.array)}, rows looked up and unpacked")
         return self._translator.call(lambda leaf, rows: _rows(eqn, leaf, rows), stored, indices)
+
+
+def _part_of(weight: Weight, name: str, part: Any) -> Any:
+    """A factor or residual as a leaf of its own, or a plain array."""
+    if part is None:
+        return None
+    return Weight(part, f"{weight.path}/{name}") if is_compressed(part) else np.asarray(part)
+
+
+def _cast(part: Any, dtype: Any) -> Any:
+    """A run of a stack in another dtype, or None."""
+    if not isinstance(part, Weight):
+        return part.astype(dtype) if isinstance(part, np.ndarray) else None
+    array = cast(part.array, dtype)
+    return None if array is None else Weight(array, part.path)
 
 
 def _moved(weight: Weight, array: Any, eqn: Any, others: Sequence[Any]) -> MovedWeight:

@@ -50,6 +50,12 @@ def _stack(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
     return [graph.new(names[0] if len(names) == 1 else graph.op("Concat", *names, axis=axis), result)]
 
 
+def _unstack(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    tensor, axis = graph.full(values[0]), eqn.params["axis"]
+    names = [graph.op("Gather", tensor.name, graph.scalar(i, np.int64), axis=axis) for i in range(len(eqn.outvars))]
+    return [graph.new(name, var.aval) for name, var in zip(names, eqn.outvars, strict=True)]
+
+
 def _tile(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
     name = graph.op("Tile", graph.full(values[0]).name, graph.shape(eqn.params["reps"]))
     return [graph.new(name, eqn.outvars[0].aval)]
@@ -192,6 +198,7 @@ RULES: dict[str, Callable[[Graph, Any, list[Any]], Sequence[Any]]] = {
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
     "stack": _stack,
+    "unstack": _unstack,
     "tile": _tile,
     "split": _split,
     "slice": _slice,

@@ -3,7 +3,17 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxcompress._src.export.onnx import elementwise, indexing, movement, products, reductions, sorting, windows
+from jaxcompress._src.export.onnx import (
+    dynamic_slices,
+    elementwise,
+    gather,
+    movement,
+    products,
+    reductions,
+    scatter,
+    sorting,
+    windows,
+)
 from jaxcompress._src.export.onnx.graph import Graph
 
 Rule = Callable[[Graph, Any, list[Any]], Sequence[Any]]
@@ -13,7 +23,9 @@ RULES: Mapping[str, Rule] = {
     **elementwise.RULES,
     **movement.RULES,
     **reductions.RULES,
-    **indexing.RULES,
+    **dynamic_slices.RULES,
+    **gather.RULES,
+    **scatter.RULES,
     **products.RULES,
     **windows.RULES,
     **sorting.RULES,

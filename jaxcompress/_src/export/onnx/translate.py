@@ -65,16 +65,27 @@ class Translator:
 
     def _written(self, eqn: Any, name: str, values: list[Any]) -> Sequence[Any]:
         if name in _CONTROL and not all(folding.is_known(value) for value in values):
-            return _CONTROL[name](self.graph, eqn, values, self.run)
+            return self._control(eqn, values)
         if any(isinstance(value, Weight | Runs) for value in values):
             return self.leaves.visit(eqn, values)
         if all(folding.is_known(value) for value in values):
             folded = folding.folded(eqn, values)
             if folded is not None:
                 return folded
-        if name in _CONTROL:
-            return _CONTROL[name](self.graph, eqn, values, self.run)
-        return self.plain(eqn, values)
+        return self._control(eqn, values) if name in _CONTROL else self.plain(eqn, values)
+
+    def _control(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
+        """Loops and branches; what a leaf that is carried, or comes out, stands for is unpacked."""
+        name = eqn.primitive.name
+        carried = control_flow.carried(eqn)
+        values = [self.leaves.plain(value, name) if i in carried else value for i, value in enumerate(values)]
+        if name == "scan":
+            values = [*values[: carried.stop], *map(self.leaves.unstackable, values[carried.stop :])]
+
+        def run(body: Body, values: Sequence[Any]) -> list[Any]:
+            return [self.leaves.plain(result, name) for result in self.run(body, values)]
+
+        return _CONTROL[name](self.graph, eqn, values, run)
 
     def plain(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         """The outputs of an equation of tensors and known arrays."""

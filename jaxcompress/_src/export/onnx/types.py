@@ -51,6 +51,12 @@ def arithmetic(dtype: Any) -> np.dtype:
     return np.dtype({"uint32": "int64", "uint64": "int64"}.get(name, name if name in _COMPUTED else "int32"))
 
 
+def selectable(dtype: Any) -> np.dtype:
+    """The type in which ONNX Runtime chooses between values, or writes them at indices."""
+    own = carrier(dtype)
+    return own if own.name in ("float32", "float64", "int32", "int64", "uint8") else arithmetic(own)
+
+
 _COMPUTED = {"float16", "float32", "float64", "int32", "int64"}
 
 

@@ -1,9 +1,11 @@
 """Compiles the kernels when the package is installed, if there is a C++ compiler.
 
 An installation without one, or where compiling fails, succeeds all the same and records why there is no library, which
-`library.why_missing` tells. The XLA headers need not be installed: the one that is needed, in C and stable, is a copy.
+`library.why_missing` tells. The header of XLA's foreign function interface is that of jaxlib, which the build
+depends on only where there is a compiler.
 """
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -39,6 +41,10 @@ UNITS: Mapping[str, Sequence[str]] = {
 }
 """Sources and what each is compiled with; the slowest first."""
 
+HEADERS = "jaxlib>=0.10.2,<0.11"
+"""What has the header: the range of jax in pyproject.toml, whose interface the library must fit."""
+
+_HEADER = "xla/ffi/api/c_api.h"
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread")
 _X86 = ("x86_64", "amd64")
 
@@ -49,6 +55,10 @@ class BuildError(Exception):
 
 class NativeBuildHook(BuildHookInterface):  # pyright: ignore[reportGeneralTypeIssues]
     """The library beside its sources for editable installs, in the wheel otherwise."""
+
+    def dependencies(self) -> list[str]:
+        """What the build needs besides hatchling; asked for by hatchling before it makes the environment."""
+        return [] if why_not_compiled() else [HEADERS]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compiles; called by hatchling before each build of a wheel."""
@@ -85,6 +95,31 @@ def compiler() -> list[str] | None:
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
+def why_not_compiled() -> str | None:
+    """Why nothing is compiled here, in one clause, or None if there is a compiler to try.
+
+    Example:
+        >>> (why_not_compiled() is None) <= (compiler() is not None)
+        True
+    """
+    if sys.platform == "win32":
+        return "the kernels are not built on Windows"
+    return None if compiler() else "no C++ compiler was found (`CXX`, c++, g++ or clang++)"
+
+
+def header_folder() -> Path | None:
+    """Where jaxlib has XLA's headers; None without them. jaxlib is not imported.
+
+    Example:
+        >>> folder = header_folder()
+        >>> folder is None or (folder / "xla/ffi/api/c_api.h").is_file()
+        True
+    """
+    package = importlib.util.find_spec("jaxlib")
+    places = (package and package.submodule_search_locations) or ()
+    return next((folder for place in places if ((folder := Path(place) / "include") / _HEADER).is_file()), None)
+
+
 def compile_library(
     library: Path, *, flags: Sequence[str] = (), sources: Sequence[Path] = (), link: Sequence[str] = ("-shared",)
 ) -> Path:
@@ -100,13 +135,13 @@ def compile_library(
         `library`.
 
     Raises:
-        BuildError: there is no compiler, or it fails.
+        BuildError: there is no compiler or no header, or compiling fails.
     """
-    command = compiler()
-    if command is None:
-        raise BuildError("no C++ compiler was found (`CXX`, c++, g++ or clang++)")
-    if sys.platform == "win32":
-        raise BuildError("the kernels are not built on Windows")
+    command, headers, reason = compiler(), header_folder(), why_not_compiled()
+    if command is None or reason is not None:
+        raise BuildError(reason)
+    if headers is None:
+        raise BuildError(f"no jaxlib with {_HEADER} was found")
     is_x86 = any(name in sysconfig.get_platform() for name in _X86)
     units = {FOLDER / name: own for name, own in UNITS.items()} | dict.fromkeys(sources, ("-O1",))
     with tempfile.TemporaryDirectory() as scratch:
@@ -114,8 +149,8 @@ def compile_library(
 
         def compile_unit(source: Path, own: Sequence[str], target: Path) -> None:
             kept = own if is_x86 else [flag for flag in own if not flag.startswith("-m")]
-            include = f"-I{FOLDER}"
-            _run([*command, *_FLAGS, *kept, *flags, include, "-c", str(source), "-o", str(target)])
+            include = (f"-I{FOLDER}", "-isystem", str(headers))
+            _run([*command, *_FLAGS, *kept, *flags, *include, "-c", str(source), "-o", str(target)])
 
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             list(pool.map(compile_unit, units.keys(), units.values(), objects))

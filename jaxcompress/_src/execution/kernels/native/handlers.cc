@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "run.h"
-#include "xla_ffi_c_api.h"
+#include "xla/ffi/api/c_api.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -118,8 +118,9 @@ XLA_FFI_Error* weight_only(XLA_FFI_CallFrame* frame) {
   p.N = codes->dims[!p.out_major];
   const bool is_packed = flag(frame, "packed"), has_levels = flag(frame, "has_levels");
   p.is_signed = flag(frame, "signed");
-  if (x->dtype != XLA_FFI_DataType_F32 || y->dtype != XLA_FFI_DataType_F32)
-    return invalid(frame, "expected float32 inputs and outputs");
+  const bool has_whole_inputs = x->dtype == XLA_FFI_DataType_S8 && !has_levels;
+  if ((x->dtype != XLA_FFI_DataType_F32 && !has_whole_inputs) || y->dtype != XLA_FFI_DataType_F32)
+    return invalid(frame, "expected inputs of float32, or of int8 without levels, and outputs of float32");
   if (codes->dtype != (is_packed || !p.is_signed ? XLA_FFI_DataType_U8 : XLA_FFI_DataType_S8))
     return invalid(frame, "unexpected dtype of codes");
   if (codes->dims[p.out_major] != (is_packed ? (p.K + 1) / 2 : p.K))
@@ -142,6 +143,16 @@ XLA_FFI_Error* weight_only(XLA_FFI_CallFrame* frame) {
   p.codes = static_cast<const uint8_t*>(codes->data);
   p.y = static_cast<float*>(y->data);
   XlaPool pool(*frame);
+  if (has_whole_inputs) {
+    Grouped grouped{p.M, p.K, p.N, p.groups, p.out_major, p.is_signed, is_packed};
+    grouped.x = static_cast<const int8_t*>(x->data);
+    grouped.codes = p.codes;
+    grouped.scale = p.scale;
+    grouped.zero = p.zero;
+    grouped.y = p.y;
+    run(grouped, pool);
+    return nullptr;
+  }
   run(p, pool);
   return nullptr;
 }

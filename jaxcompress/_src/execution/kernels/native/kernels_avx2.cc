@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "grouped.h"
 #include "integer.h"
 #include "kernels.h"
 #include "weight_only.h"
@@ -59,17 +60,14 @@ struct Avx2 {
 
 // ---- int8: pairs of int16, because products of bytes saturate (and |-128| is no int8).
 
-constexpr int kStrip = 16;
-constexpr int64_t kPanelInputs = 512;
+struct PanelsOfPairs {
+  static constexpr int kStrip = 16, kPer = 2;
+  using Element = int16_t;
 
-// panel[k / 2][n][k % 2] of inputs [k0, k0 + count), padded to pairs, and outputs [n, n + columns).
-void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t columns, int16_t* panel) {
-  for (int64_t k = 0; k < count; k += 2) {
-    int16_t* to = panel + k * kStrip;
-    if (!p.out_major && columns == kStrip && k + 1 < count) {
-      const auto* row = reinterpret_cast<const __m128i*>(p.codes + (k0 + k) * p.N + n);
-      const auto* next = reinterpret_cast<const __m128i*>(p.codes + (k0 + k + 1) * p.N + n);
-      const __m128i a = _mm_loadu_si128(row), b = _mm_loadu_si128(next);
+  static void pack(const Integer& p, int64_t k, int64_t last, int64_t n, int64_t columns, int16_t* to) {
+    if (!p.out_major && columns == kStrip && k + 2 <= last) {
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.codes + k * p.N + n));
+      const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p.codes + (k + 1) * p.N + n));
       const __m256i wide_a = p.is_signed ? _mm256_cvtepi8_epi16(a) : _mm256_cvtepu8_epi16(a);
       const __m256i wide_b = p.is_signed ? _mm256_cvtepi8_epi16(b) : _mm256_cvtepu8_epi16(b);
       const __m256i low = _mm256_unpacklo_epi16(wide_a, wide_b), high = _mm256_unpackhi_epi16(wide_a, wide_b);
@@ -78,55 +76,36 @@ void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t column
     } else {
       for (int64_t i = 0; i < kStrip; ++i)
         for (int64_t h = 0; h < 2; ++h)
-          to[2 * i + h] =
-              i < columns && k + h < count ? static_cast<int16_t>(code_at(p, k0 + k + h, n + i)) : int16_t{0};
+          to[2 * i + h] = i < columns && k + h < last ? static_cast<int16_t>(code_at(p, k + h, n + i)) : int16_t{0};
     }
   }
-}
 
-template <int kRows>
-void multiply(const Integer& p, const int16_t* panel, int64_t k0, int64_t pairs, int64_t m, int64_t n,
-              int64_t columns) {
-  __m256i sums[kRows][2];
-  const int16_t* x[kRows];
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    sums[i][0] = sums[i][1] = _mm256_setzero_si256();
-    x[i] = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
-  }
-  for (int64_t k = 0; k < pairs; ++k) {
-    const auto* w = reinterpret_cast<const __m256i*>(panel + k * 2 * kStrip);
-    const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const __m256i v = _mm256_set1_epi32(load_int32(x[i] + 2 * k));
-      sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(w0, v));
-      sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(w1, v));
+  template <int kRows>
+  static void multiply(const Integer& p, const int16_t* panel, int64_t k0, int64_t steps, int64_t m, int64_t n,
+                       int64_t columns) {
+    __m256i sums[kRows][2];
+    const int16_t* x[kRows];
+    each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+      sums[i][0] = sums[i][1] = _mm256_setzero_si256();
+      x[i] = static_cast<const int16_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
+    });
+    for (int64_t k = 0; k < steps; ++k) {
+      const auto* w = reinterpret_cast<const __m256i*>(panel + k * 2 * kStrip);
+      const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
+      each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+        const __m256i v = _mm256_set1_epi32(load_int32(x[i] + 2 * k));
+        sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(w0, v));
+        sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(w1, v));
+      });
     }
+    each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+      int32_t lanes[kStrip];
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sums[i][0]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 8), sums[i][1]);
+      add_to_row(p, m + i, n, columns, lanes, k0 == 0);
+    });
   }
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    int32_t lanes[kStrip];
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sums[i][0]);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes + 8), sums[i][1]);
-    add_to_row(p, m + i, n, columns, lanes, k0 == 0);
-  }
-}
-
-void columns(const Integer& p, int64_t begin, int64_t end) {
-  alignas(64) int16_t panel[kPanelInputs * kStrip];
-  for (int64_t n = begin; n < end; n += kStrip) {
-    const int64_t width = least(kStrip, end - n);
-    for (int64_t k = 0; k < p.K; k += kPanelInputs) {
-      const int64_t count = least(kPanelInputs, p.K - k), pairs = (count + 1) / 2;
-      pack(p, k, count, n, width, panel);
-      int64_t m = 0;
-      for (; m + 6 <= p.M; m += 6) multiply<6>(p, panel, k, pairs, m, n, width);
-      for (; m + 2 <= p.M; m += 2) multiply<2>(p, panel, k, pairs, m, n, width);
-      for (; m < p.M; ++m) multiply<1>(p, panel, k, pairs, m, n, width);
-    }
-  }
-}
+};
 
 template <int kRows>
 void dots(const Integer& p, int64_t m, int64_t n) {
@@ -162,10 +141,139 @@ void dot_rows(const Integer& p, int64_t begin, int64_t end) {
   }
 }
 
+// ---- int8 by groups: products of int8 and nibbles, of which 8 pairs fit int16. Bytes are two planes of nibbles.
+
+struct GroupedPanels {
+  static constexpr int kStrip = 16, kRows = 4, kMostPlanes = 2;
+
+  static int64_t planes(const Grouped& p) { return p.is_packed ? 1 : 2; }
+
+  static void pack(const Grouped& p, int64_t block, int64_t n, int64_t columns, uint8_t* to, int64_t plane) {
+    const int64_t bytes = p.is_packed ? 4 : 8, begin = block * bytes, rows = p.is_packed ? (p.K + 1) / 2 : p.K;
+    alignas(32) uint8_t whole[8 * kStrip];
+    if (begin + bytes > rows || columns < kStrip) {
+      if (p.is_packed) return pack_block(p, block, n, columns, kStrip, to);
+      pack_block(p, block, n, columns, kStrip, whole);
+    } else {
+      const __m128i flip = _mm_set1_epi8(static_cast<char>(!p.is_signed ? 0 : p.is_packed ? 0x88 : 0x80));
+      const int64_t pitch = p.out_major ? rows : p.N;
+      const uint8_t* from = p.codes + (p.out_major ? n * rows + begin : begin * p.N + n);
+      const auto quadruples = p.out_major ? gather : interleave;
+      quadruples(from, pitch, flip, whole);
+      if (p.is_packed) return split(whole, to, to + 4 * kStrip);
+      quadruples(from + (p.out_major ? 4 : 4 * p.N), pitch, flip, whole + 4 * kStrip);
+    }
+    split(whole, to, to + plane);
+    split(whole + 4 * kStrip, to + 4 * kStrip, to + plane + 4 * kStrip);
+  }
+
+  // Four rows of 16 codes as 16 quadruples.
+  static void interleave(const uint8_t* from, int64_t pitch, __m128i flip, uint8_t* to) {
+    __m128i r[4];
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < 4; ++i)
+      r[i] = _mm_xor_si128(flip, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * pitch)));
+    const __m128i a = _mm_unpacklo_epi8(r[0], r[1]), b = _mm_unpackhi_epi8(r[0], r[1]);
+    const __m128i c = _mm_unpacklo_epi8(r[2], r[3]), d = _mm_unpackhi_epi8(r[2], r[3]);
+    __m128i* out = reinterpret_cast<__m128i*>(to);
+    _mm_storeu_si128(out, _mm_unpacklo_epi16(a, c));
+    _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(a, c));
+    _mm_storeu_si128(out + 2, _mm_unpacklo_epi16(b, d));
+    _mm_storeu_si128(out + 3, _mm_unpackhi_epi16(b, d));
+  }
+
+  static void gather(const uint8_t* from, int64_t pitch, __m128i flip, uint8_t* to) {
+    gather_quadruples<kStrip>(from, pitch, to);
+    auto* out = reinterpret_cast<__m128i*>(to);
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < 4; ++i) _mm_storeu_si128(out + i, _mm_xor_si128(flip, _mm_loadu_si128(out + i)));
+  }
+
+  // Low and high nibbles of 16 quadruples.
+  static void split(const uint8_t* whole, uint8_t* low, uint8_t* high) {
+    const __m256i mask = _mm256_set1_epi8(15);
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(whole + 32 * j));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(low + 32 * j), _mm256_and_si256(mask, b));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(high + 32 * j), _mm256_and_si256(mask, _mm256_srli_epi16(b, 4)));
+    }
+  }
+
+  // Sums for the outputs of kRows rows, which begin at `begin` of each row. A function of its own, small enough for GCC
+  // to keep the sums in registers.
+  template <int kCount>
+  __attribute__((noinline)) static void multiply_quadruples(const uint8_t* first, int64_t planes, int64_t plane,
+                                                            int64_t steps, const int8_t* inputs, int64_t pitch,
+                                                            const int32_t* begin, int64_t begin_pitch,
+                                                            int32_t (*lanes)[kStrip]) {
+    __m256i sums[kCount][2];
+    const int8_t* x[kCount];
+    each<kCount>([&](auto i) JAXCOMPRESS_INLINE {
+      sums[i][0] = sums[i][1] = _mm256_set1_epi32(begin[i * begin_pitch]);
+      x[i] = inputs + i * pitch;
+    });
+    for (int64_t high = 0; high < planes; ++high) {
+      const uint8_t* panel = first + high * plane;
+      const __m256i weight = _mm256_set1_epi16(high ? 16 : 1);
+      for (int64_t k = 0; k < steps;) {
+        __m256i pairs[kCount][2];
+        each<kCount>([&](auto i) JAXCOMPRESS_INLINE { pairs[i][0] = pairs[i][1] = _mm256_setzero_si256(); });
+        for (const int64_t stop = least(k + 8, steps); k < stop; ++k) {
+          const auto* w = reinterpret_cast<const __m256i*>(panel + 4 * kStrip * k);
+          const __m256i w0 = _mm256_loadu_si256(w), w1 = _mm256_loadu_si256(w + 1);
+          each<kCount>([&](auto i) JAXCOMPRESS_INLINE {
+            const __m256i v = _mm256_set1_epi32(load_int32(x[i] + 4 * k));
+            pairs[i][0] = _mm256_add_epi16(pairs[i][0], _mm256_maddubs_epi16(w0, v));
+            pairs[i][1] = _mm256_add_epi16(pairs[i][1], _mm256_maddubs_epi16(w1, v));
+          });
+        }
+        each<kCount>([&](auto i) JAXCOMPRESS_INLINE {
+          each<2>([&](auto j) JAXCOMPRESS_INLINE {
+            sums[i][j] = _mm256_add_epi32(sums[i][j], _mm256_madd_epi16(pairs[i][j], weight));
+          });
+        });
+      }
+    }
+    each<kCount>([&](auto i) JAXCOMPRESS_INLINE {
+      each<2>([&](auto j) JAXCOMPRESS_INLINE {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes[i] + 8 * j), sums[i][j]);
+      });
+    });
+  }
+
+  template <int kCount>
+  static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
+    const Grouped& p = s.p;
+    const uint8_t* panel = s.panel;
+    for (int64_t segment = s.first; segment < s.last; ++segment) {
+      const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
+      const int64_t at = m * p.segment_count + segment, row = (segment - s.first) * s.pitch;
+      alignas(32) int32_t lanes[kCount][kStrip];
+      multiply_quadruples<kCount>(panel, planes(p), s.plane, steps, p.inputs + m * p.inputs_pitch + begin,
+                                  p.inputs_pitch, p.corrections + at, p.segment_count, lanes);
+      panel += steps * 4 * kStrip;
+      const bool begins = s.is_first && segment == s.first;
+      for (int j = 0; j < kStrip; j += 8) {
+        const __m256 scale = _mm256_loadu_ps(s.scales[row] + j);
+        const __m256 zero = s.zeros ? _mm256_loadu_ps(s.zeros[row] + j) : _mm256_setzero_ps();
+        JAXCOMPRESS_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          __m256 value = _mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(lanes[i] + j)));
+          value = _mm256_fnmadd_ps(zero, _mm256_set1_ps(p.sums[at + i * p.segment_count]), value);
+          const __m256 before = begins ? _mm256_setzero_ps() : _mm256_loadu_ps(totals[i] + j);
+          _mm256_storeu_ps(totals[i] + j, _mm256_fmadd_ps(value, scale, before));
+        }
+      }
+    }
+  }
+};
+
 }  // namespace
 
 const WeightOnlyKernel kAvx2 = {8, 8, in_major<Avx2>, out_major<Avx2>};
-const IntegerKernel kAvx2Integer = {2, 16, false, kStrip, columns, dot_rows};
+const IntegerKernel kAvx2Integer = {2, 16, false, PanelsOfPairs::kStrip, columns<PanelsOfPairs>, dot_rows};
+const GroupedKernel kAvx2Grouped = {GroupedPanels::kStrip, grouped<GroupedPanels>};
 
 }  // namespace jaxcompress
 #endif

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include "grouped.h"
 #include "integer.h"
 #include "kernels.h"
 #include "weight_only.h"
@@ -40,11 +41,13 @@ struct Avx512 {
 // ---- int8: dpbusd multiplies unsigned by signed bytes. Codes are the unsigned ones (signed codes + 128, which adds
 // 128 times the sum of the inputs).
 
-constexpr int kStrip = 64, kRowsAtOnce = 6;
-constexpr int64_t kPanelInputs = 512;
+// As the intrinsic, for which GCC copies and spills the sums of a loop.
+inline void add_products(__m512i& sums, __m512i codes, __m512i inputs) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(inputs));
+}
 
 // Four rows of 64 codes as 64 quadruples, in order.
-inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, uint8_t* to) {
+inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, __m512i (&to)[4]) {
   __m512i r[4];
   JAXCOMPRESS_UNROLL
   for (int i = 0; i < 4; ++i) r[i] = _mm512_xor_si512(flip, _mm512_loadu_si512(from + i * pitch));
@@ -55,25 +58,53 @@ inline void interleave(const uint8_t* from, int64_t pitch, __m512i flip, uint8_t
   const __m512i q2 = _mm512_unpacklo_epi16(b, d), q3 = _mm512_unpackhi_epi16(b, d);
   const __m512i s0 = _mm512_shuffle_i32x4(q0, q1, 0x44), s1 = _mm512_shuffle_i32x4(q2, q3, 0x44);
   const __m512i s2 = _mm512_shuffle_i32x4(q0, q1, 0xee), s3 = _mm512_shuffle_i32x4(q2, q3, 0xee);
-  _mm512_storeu_si512(to, _mm512_shuffle_i32x4(s0, s1, 0x88));
-  _mm512_storeu_si512(to + 64, _mm512_shuffle_i32x4(s0, s1, 0xdd));
-  _mm512_storeu_si512(to + 128, _mm512_shuffle_i32x4(s2, s3, 0x88));
-  _mm512_storeu_si512(to + 192, _mm512_shuffle_i32x4(s2, s3, 0xdd));
+  to[0] = _mm512_shuffle_i32x4(s0, s1, 0x88);
+  to[1] = _mm512_shuffle_i32x4(s0, s1, 0xdd);
+  to[2] = _mm512_shuffle_i32x4(s2, s3, 0x88);
+  to[3] = _mm512_shuffle_i32x4(s2, s3, 0xdd);
 }
 
-// panel[k / 4][n][k % 4] of inputs [k0, k0 + count), padded to quadruples, and outputs [n, n + columns).
-void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t columns, uint8_t* panel) {
-  const uint8_t flip = p.is_signed ? 0x80 : 0;
-  const __m512i flips = _mm512_set1_epi8(static_cast<char>(flip));
-  for (int64_t k = 0; k < count; k += 4) {
-    uint8_t* to = panel + k * kStrip;
-    const bool whole = k + 4 <= count;
-    if (!p.out_major && whole && columns == kStrip) {
-      interleave(p.codes + (k0 + k) * p.N + n, p.N, flips, to);
-    } else if (p.out_major && whole) {
-      const uint32_t flip4 = flip * 0x01010101u;
+// Sums for 64 outputs of kRows rows, which begin at `begin` of each row. A function of its own, small enough for GCC to
+// keep the sums in registers.
+template <int kRows>
+__attribute__((noinline)) void multiply_quadruples(const uint8_t* panel, int64_t steps, const int8_t* inputs,
+                                                   int64_t pitch, const int32_t* begin, int64_t begin_pitch,
+                                                   int32_t (*lanes)[64]) {
+  __m512i sums[kRows][4];
+  const int8_t* x[kRows];
+  each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+    const __m512i first = _mm512_set1_epi32(begin[i * begin_pitch]);
+    each<4>([&](auto j) JAXCOMPRESS_INLINE { sums[i][j] = first; });
+    x[i] = inputs + i * pitch;
+  });
+  for (int64_t k = 0; k < steps; ++k) {
+    __m512i w[4];
+    each<4>([&](auto j) JAXCOMPRESS_INLINE { w[j] = _mm512_loadu_si512(panel + 256 * k + 64 * j); });
+    each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+      const __m512i v = _mm512_set1_epi32(load_int32(x[i] + 4 * k));
+      each<4>([&](auto j) JAXCOMPRESS_INLINE { add_products(sums[i][j], w[j], v); });
+    });
+  }
+  each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+    each<4>([&](auto j) JAXCOMPRESS_INLINE { _mm512_storeu_si512(lanes[i] + 16 * j, sums[i][j]); });
+  });
+}
+
+struct PanelsOfQuadruples {
+  static constexpr int kStrip = 64, kPer = 4;
+  using Element = uint8_t;
+
+  static void pack(const Integer& p, int64_t k, int64_t last, int64_t n, int64_t columns, uint8_t* to) {
+    const uint8_t flip = p.is_signed ? 0x80 : 0;
+    if (!p.out_major && columns == kStrip && k + 4 <= last) {
+      __m512i quadruples[4];
+      interleave(p.codes + k * p.N + n, p.N, _mm512_set1_epi8(static_cast<char>(flip)), quadruples);
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < 4; ++j) _mm512_storeu_si512(to + 64 * j, quadruples[j]);
+    } else if (p.out_major && k + 4 <= last) {
+      const uint32_t flips = flip * 0x01010101u;
       for (int64_t i = 0; i < columns; ++i) {
-        const uint32_t quadruple = static_cast<uint32_t>(load_int32(p.codes + (n + i) * p.K + k0 + k)) ^ flip4;
+        const uint32_t quadruple = static_cast<uint32_t>(load_int32(p.codes + (n + i) * p.K + k)) ^ flips;
         std::memcpy(to + 4 * i, &quadruple, 4);
       }
       std::memset(to + 4 * columns, 0, 4 * (kStrip - columns));
@@ -81,87 +112,45 @@ void pack(const Integer& p, int64_t k0, int64_t count, int64_t n, int64_t column
       for (int64_t i = 0; i < kStrip; ++i)
         for (int64_t h = 0; h < 4; ++h)
           to[4 * i + h] =
-              i < columns && k + h < count ? static_cast<uint8_t>(code_at(p, k0 + k + h, n + i)) ^ flip : uint8_t{0};
+              i < columns && k + h < last ? static_cast<uint8_t>(code_at(p, k + h, n + i)) ^ flip : uint8_t{0};
     }
   }
-}
 
-template <int kRows>
-void multiply(const Integer& p, const uint8_t* panel, int64_t k0, int64_t quadruples, int64_t m, int64_t n,
-              int64_t columns) {
-  __m512i sums[kRows][4];
-  const int8_t* x[kRows];
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    for (auto& sum : sums[i]) sum = _mm512_setzero_si512();
-    x[i] = static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k0;
+  template <int kRows>
+  static void multiply(const Integer& p, const uint8_t* panel, int64_t k0, int64_t steps, int64_t m, int64_t n,
+                       int64_t columns) {
+    const int32_t zero = 0;
+    int32_t lanes[kRows][kStrip];
+    const int8_t* x = static_cast<const int8_t*>(p.inputs) + m * p.inputs_pitch + k0;
+    multiply_quadruples<kRows>(panel, steps, x, p.inputs_pitch, &zero, 0, lanes);
+    for (int i = 0; i < kRows; ++i) add_to_row(p, m + i, n, columns, lanes[i], k0 == 0);
   }
-  for (int64_t k = 0; k < quadruples; ++k) {
-    __m512i w[4];
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < 4; ++j) w[j] = _mm512_loadu_si512(panel + k * 4 * kStrip + 64 * j);
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i) {
-      const __m512i v = _mm512_set1_epi32(load_int32(x[i] + 4 * k));
-      JAXCOMPRESS_UNROLL
-      for (int j = 0; j < 4; ++j) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w[j], v);
-    }
-  }
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) {
-    int32_t lanes[kStrip];
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(lanes + 16 * j, sums[i][j]);
-    add_to_row(p, m + i, n, columns, lanes, k0 == 0);
-  }
-}
-
-void multiply_rows(const Integer& p, const uint8_t* panel, int64_t k, int64_t count, int64_t n, int64_t columns) {
-  const int64_t quadruples = (count + 3) / 4;
-  int64_t m = 0;
-  for (; m + kRowsAtOnce <= p.M; m += kRowsAtOnce) multiply<kRowsAtOnce>(p, panel, k, quadruples, m, n, columns);
-  for (; m + 2 <= p.M; m += 2) multiply<2>(p, panel, k, quadruples, m, n, columns);
-  for (; m < p.M; ++m) multiply<1>(p, panel, k, quadruples, m, n, columns);
-}
-
-void columns(const Integer& p, int64_t begin, int64_t end) {
-  alignas(64) uint8_t panel[kPanelInputs * kStrip];
-  // With few rows, panels in the first cache; rows of several strips are read one after the other.
-  const int64_t depth = p.M <= 16 ? 64 : kPanelInputs, tile = p.M <= 16 ? 512 : kStrip;
-  for (int64_t n0 = begin; n0 < end; n0 += tile)
-    for (int64_t k = 0; k < p.K; k += depth)
-      for (int64_t n = n0; n < least(n0 + tile, end); n += kStrip) {
-        const int64_t count = least(depth, p.K - k), width = least(kStrip, end - n);
-        pack(p, k, count, n, width, panel);
-        multiply_rows(p, panel, k, count, n, width);
-      }
-}
+};
 
 template <int kRows, int kOutputs>
 void dots(const Integer& p, int64_t m, int64_t n) {
   __m512i sums[kRows][kOutputs];
-  for (auto& row : sums)
-    for (auto& sum : row) sum = _mm512_setzero_si512();
+  each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+    each<kOutputs>([&](auto j) JAXCOMPRESS_INLINE { sums[i][j] = _mm512_setzero_si512(); });
+  });
   const __m512i flip = _mm512_set1_epi8(static_cast<char>(p.is_signed ? 0x80 : 0));
   for (int64_t k = 0; k < p.K; k += 64) {
     const __mmask64 mask = p.K - k >= 64 ? ~__mmask64{0} : (__mmask64{1} << (p.K - k)) - 1;
     __m512i x[kRows];
-    JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i)
+    each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
       x[i] = _mm512_loadu_si512(static_cast<const int8_t*>(p.inputs) + (m + i) * p.inputs_pitch + k);
-    JAXCOMPRESS_UNROLL
-    for (int j = 0; j < kOutputs; ++j) {
+    });
+    each<kOutputs>([&](auto j) JAXCOMPRESS_INLINE {
       const __m512i w = _mm512_xor_si512(flip, _mm512_maskz_loadu_epi8(mask, p.codes + (n + j) * p.K + k));
-      JAXCOMPRESS_UNROLL
-      for (int i = 0; i < kRows; ++i) sums[i][j] = _mm512_dpbusd_epi32(sums[i][j], w, x[i]);
-    }
+      each<kRows>([&](auto i) JAXCOMPRESS_INLINE { add_products(sums[i][j], w, x[i]); });
+    });
   }
-  JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
-  for (int j = 0; j < kOutputs; ++j) {
-    const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
-    add_to_row(p, m + i, n + j, 1, &sum, true);
-  }
+  each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
+    each<kOutputs>([&](auto j) JAXCOMPRESS_INLINE {
+      const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
+      add_to_row(p, m + i, n + j, 1, &sum, true);
+    });
+  });
 }
 
 void dot_rows(const Integer& p, int64_t begin, int64_t end) {
@@ -175,10 +164,87 @@ void dot_rows(const Integer& p, int64_t begin, int64_t end) {
     for (int64_t m = 0; m < p.M; ++m) dots<1, 1>(p, m, n);
 }
 
+struct GroupedPanels {
+  static constexpr int kStrip = 64, kRows = 6, kMostPlanes = 1;
+
+  static int64_t planes(const Grouped&) { return 1; }
+
+  static void pack(const Grouped& p, int64_t block, int64_t n, int64_t columns, uint8_t* to, int64_t) {
+    const int64_t bytes = p.is_packed ? 4 : 8, begin = block * bytes, rows = p.is_packed ? (p.K + 1) / 2 : p.K;
+    if (begin + bytes > rows || columns < kStrip) return pack_block(p, block, n, columns, kStrip, to);
+    const __m512i flip = _mm512_set1_epi8(static_cast<char>(!p.is_signed ? 0 : p.is_packed ? 0x88 : 0x80));
+    if (!p.out_major) {
+      const uint8_t* from = p.codes + begin * p.N + n;
+      __m512i quadruples[4];
+      interleave(from, p.N, flip, quadruples);
+      if (p.is_packed) return store_nibbles(quadruples, to);
+      store(quadruples, to);
+      interleave(from + 4 * p.N, p.N, flip, quadruples);
+      store(quadruples, to + 256);
+    } else {
+      const uint8_t* from = p.codes + n * rows + begin;
+      __m512i quadruples[4];
+      gather(from, rows, flip, quadruples);
+      if (p.is_packed) return store_nibbles(quadruples, to);
+      store(quadruples, to);
+      gather(from + 4, rows, flip, quadruples);
+      store(quadruples, to + 256);
+    }
+  }
+
+  static void gather(const uint8_t* from, int64_t pitch, __m512i flip, __m512i (&to)[4]) {
+    alignas(64) uint8_t whole[4 * kStrip];
+    gather_quadruples<kStrip>(from, pitch, whole);
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 4; ++j) to[j] = _mm512_xor_si512(flip, _mm512_load_si512(whole + 64 * j));
+  }
+
+  static void store(const __m512i (&quadruples)[4], uint8_t* to) {
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 4; ++j) _mm512_storeu_si512(to + 64 * j, quadruples[j]);
+  }
+
+  static void store_nibbles(const __m512i (&quadruples)[4], uint8_t* to) {
+    const __m512i mask = _mm512_set1_epi8(15);
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < 4; ++j) {
+      _mm512_storeu_si512(to + 64 * j, _mm512_and_si512(mask, quadruples[j]));
+      _mm512_storeu_si512(to + 256 + 64 * j, _mm512_and_si512(mask, _mm512_srli_epi16(quadruples[j], 4)));
+    }
+  }
+
+  template <int kCount>
+  static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
+    const Grouped& p = s.p;
+    const uint8_t* panel = s.panel;
+    for (int64_t segment = s.first; segment < s.last; ++segment) {
+      const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
+      const int64_t at = m * p.segment_count + segment, row = (segment - s.first) * s.pitch;
+      alignas(64) int32_t lanes[kCount][kStrip];
+      multiply_quadruples<kCount>(panel, steps, p.inputs + m * p.inputs_pitch + begin, p.inputs_pitch,
+                                  p.corrections + at, p.segment_count, lanes);
+      panel += steps * 4 * kStrip;
+      const bool begins = s.is_first && segment == s.first;
+      for (int j = 0; j < kStrip; j += 16) {
+        const __m512 scale = _mm512_loadu_ps(s.scales[row] + j);
+        const __m512 zero = s.zeros ? _mm512_loadu_ps(s.zeros[row] + j) : _mm512_setzero_ps();
+        JAXCOMPRESS_UNROLL
+        for (int i = 0; i < kCount; ++i) {
+          __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(lanes[i] + j));
+          value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(p.sums[at + i * p.segment_count]), value);
+          const __m512 before = begins ? _mm512_setzero_ps() : _mm512_loadu_ps(totals[i] + j);
+          _mm512_storeu_ps(totals[i] + j, _mm512_fmadd_ps(value, scale, before));
+        }
+      }
+    }
+  }
+};
+
 }  // namespace
 
 const WeightOnlyKernel kAvx512 = {16, 0, in_major<Avx512>, out_major<Avx512>};
-const IntegerKernel kVnniInteger = {1, 64, true, kStrip, columns, dot_rows};
+const IntegerKernel kVnniInteger = {1, 64, true, PanelsOfQuadruples::kStrip, columns<PanelsOfQuadruples>, dot_rows};
+const GroupedKernel kVnniGrouped = {GroupedPanels::kStrip, grouped<GroupedPanels>};
 
 }  // namespace jaxcompress
 #endif

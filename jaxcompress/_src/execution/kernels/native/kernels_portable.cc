@@ -1,4 +1,5 @@
 // Kernels for any processor, in vectors that the compiler maps to what there is.
+#include "grouped.h"
 #include "integer.h"
 #include "kernels.h"
 #include "weight_only.h"
@@ -61,7 +62,7 @@ struct Plain {
   };
 };
 
-void columns(const Integer& p, int64_t begin, int64_t end) {
+void columns_one_by_one(const Integer& p, int64_t begin, int64_t end) {
   const int16_t* inputs = static_cast<const int16_t*>(p.inputs);
   for (int64_t m = 0; m < p.M; ++m) {
     const int16_t* x = inputs + m * p.inputs_pitch;
@@ -76,10 +77,41 @@ void columns(const Integer& p, int64_t begin, int64_t end) {
   }
 }
 
+struct PlainPanels {
+  static constexpr int kStrip = 16, kRows = 1, kMostPlanes = 1;
+
+  static int64_t planes(const Grouped&) { return 1; }
+  static void pack(const Grouped& p, int64_t block, int64_t n, int64_t columns, uint8_t* to, int64_t) {
+    pack_block(p, block, n, columns, kStrip, to);
+  }
+
+  template <int>
+  static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
+    const Grouped& p = s.p;
+    const uint8_t* w = s.panel;
+    for (int64_t segment = s.first; segment < s.last; ++segment) {
+      const int64_t at = m * p.segment_count + segment, row = (segment - s.first) * s.pitch;
+      int32_t sums[kStrip];
+      for (int32_t& sum : sums) sum = p.corrections[at];
+      const int8_t* x = p.inputs + m * p.inputs_pitch;
+      for (int64_t k = p.segments[segment].begin; k < p.segments[segment].end; k += 4, w += 4 * kStrip)
+        for (int i = 0; i < kStrip; ++i)
+          for (int h = 0; h < 4; ++h) sums[i] += x[k + h] * w[4 * i + h];
+      for (int i = 0; i < kStrip; ++i) {
+        float value = static_cast<float>(sums[i]);
+        if (s.zeros) value -= s.zeros[row][i] * p.sums[at];
+        const float total = s.is_first && segment == s.first ? 0 : totals[0][i];
+        totals[0][i] = total + value * s.scales[row][i];
+      }
+    }
+  }
+};
+
 }  // namespace
 
 const WeightOnlyKernel kPortable = {4, 0, in_major<Plain<4>>, out_major<Plain<4>>};
 const WeightOnlyKernel kScalar = {1, 0, in_major<Plain<1>>, out_major<Plain<1>>};
-const IntegerKernel kPortableInteger = {2, 1, false, 64, columns, nullptr};
+const IntegerKernel kPortableInteger = {2, 1, false, 64, columns_one_by_one, nullptr};
+const GroupedKernel kPortableGrouped = {PlainPanels::kStrip, grouped<PlainPanels>};
 
 }  // namespace jaxcompress

@@ -24,6 +24,7 @@ from jaxcompress._src.execution.kernels.native import library
 from jaxcompress._src.execution.kernels.native.exported import unless_exported
 
 _FLOATS = ("float32", "bfloat16", "float16")
+_INPUTS = (*_FLOATS, "int8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,18 +64,20 @@ def weight_only_matmul(
     y[m, n] = Σ_g scale[g, n] (Σ_{k in g} x[m, k] value(codes[k, n]) - zero_point[g, n] Σ_{k in g} x[m, k])
 
     in float32, where value(c) is c or levels[c]. That is the product with the dequantized weights but for rounding.
+    Of int8 inputs and weights without levels, sums within a group are whole numbers and exact (larger groups
+    than 256 inputs are cut).
     Works under `jit`, `vmap`, `scan`, forward and reverse derivatives (of x, scale and float zero points), and on
     sharded arrays: rows and outputs stay where they are, sums over sharded inputs are added up.
 
     Args:
-        x: float32, bfloat16 or float16; K = in.
+        x: float32, bfloat16, float16, or int8 codes of quantized inputs; K = in.
         codes: [K, N], or [N, K] if `storage.out_major`; with 4 bits, ceil(K / 2) bytes on the axis of K.
         scale: float32 or bfloat16, with the axes of the codes: [G | 1, N | 1], or [N | 1, G | 1].
         zero_point: uint8 or a float, with axes like `scale`; None for none.
         storage: how the codes are stored.
 
     Returns:
-        y, of the dtype of `x`.
+        y, of the dtype of `x`; float32 for int8.
 
     Raises:
         ValueError: the kernel cannot take this; the message is that of `why_not_weight_only`.
@@ -141,8 +144,8 @@ def why_not_weight_only(x: Any, codes: Any, scale: Any, zero_point: Any, *, stor
     missing = library.why_missing()
     if missing is not None:
         return missing
-    if str(x.dtype) not in _FLOATS:
-        return f"inputs are {x.dtype}, not one of {', '.join(_FLOATS)}"
+    if str(x.dtype) not in _INPUTS:
+        return f"inputs are {x.dtype}, not one of {', '.join(_INPUTS)}"
     expected = "int8" if storage.bits == 8 and storage.signed else "uint8"
     if str(codes.dtype) != expected:
         return f"codes of {storage.bits} bits are {codes.dtype}, not {expected}"
@@ -204,8 +207,9 @@ def why_not_integer(x: Any, codes: Any, *, out_major: bool = False) -> str | Non
 def _weight_only(storage: WeightOnlyFormat, x: Array, codes: Array, scale: Array, zero_point: Array | None) -> Array:
     if zero_point is not None and zero_point.dtype != jnp.uint8:
         zero_point = zero_point.astype(jnp.float32)
-    operands = (x.astype(jnp.float32), codes, scale) + (() if zero_point is None else (zero_point,))
-    return _batched(storage)(*operands).astype(x.dtype)
+    whole = x.dtype == jnp.int8 and storage.levels is None
+    operands = (x if whole else x.astype(jnp.float32), codes, scale) + (() if zero_point is None else (zero_point,))
+    return _batched(storage)(*operands).astype(_result_dtype(x))
 
 
 @functools.partial(_weight_only.defjvp, symbolic_zeros=True)
@@ -235,7 +239,7 @@ def _weight_only_jvp(storage: WeightOnlyFormat, primals: Any, tangents: Any) -> 
 
 
 def plain_weight_only(
-    x: Float[Array, "m in"],
+    x: Num[Array, "m in"],
     codes: Integer[Array, "a b"],
     scale: Shaped[Array, "c d"],
     zero_point: Num[Array, "e f"] | None,
@@ -252,7 +256,7 @@ def plain_weight_only(
         storage: how the codes are stored.
 
     Returns:
-        y, of the dtype of `x`.
+        y, of the dtype of `x`; float32 for int8.
     """
     axis = 1 if storage.out_major else 0
     values = _values(codes, x.shape[1], axis, storage)
@@ -265,8 +269,12 @@ def plain_weight_only(
     weights = (values if zero_point is None else values - spread(zero_point)) * spread(scale)
     dimensions = (((1,), (axis,)), ((), ()))
     return jax.lax.dot_general(x.astype(jnp.float32), weights, dimensions, precision=jax.lax.Precision.HIGHEST).astype(
-        x.dtype
+        _result_dtype(x)
     )
+
+
+def _result_dtype(x: Array) -> Any:
+    return x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else jnp.float32
 
 
 def _values(codes: Array, inputs: int, axis: int, storage: WeightOnlyFormat) -> Array:

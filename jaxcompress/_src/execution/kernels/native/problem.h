@@ -6,8 +6,27 @@
 
 // Loops over registers, which must not stay loops; -O3 unrolls them too, but takes twice as long over the rest.
 #define JAXCOMPRESS_UNROLL _Pragma("GCC unroll 16")
+#define JAXCOMPRESS_INLINE __attribute__((always_inline))
 
 namespace jaxcompress {
+namespace {
+
+template <int kIndex>
+struct Index {
+  constexpr operator int() const { return kIndex; }
+};
+
+// f(Index<0>), ..., f(Index<kCount - 1>). Unlike a loop that is unrolled, this comes before arrays are split: GCC keeps
+// those that loops index in memory.
+template <int kCount, class F>
+JAXCOMPRESS_INLINE inline void each(const F& f) {
+  if constexpr (kCount > 0) {
+    each<kCount - 1>(f);
+    f(Index<kCount - 1>{});
+  }
+}
+
+}  // namespace
 
 enum class Codes { kInt8, kUint8, kNibbles, kTable };  // one byte each, or two to a byte (the low nibble first)
 enum class Type { kFloat32, kBfloat16, kUint8 };
@@ -53,6 +72,30 @@ struct Integer {
   const int32_t* corrections;  // [M]: what the kernel's sums exceed y by, or null
 };
 
+// Inputs [begin, end) of one group that are summed as whole numbers; multiples of 8, in the padded row.
+struct Segment {
+  int64_t begin, end, group;
+};
+
+// As WeightOnly, for int8 x.
+struct Grouped {
+  int64_t M, K, N, groups;
+  bool out_major, is_signed, is_packed;  // of codes: two to a byte along K
+  const int8_t* x;                       // [M, K]
+  const uint8_t* codes;
+  Parameters scale, zero;
+  float* y;  // [M, N]
+
+  // Set by `run`.
+  const int8_t* inputs;  // x in the order of the panels, rows padded with zeros
+  int64_t inputs_pitch;
+  int64_t depth;  // inputs of a panel; segments end there
+  const Segment* segments;
+  int64_t segment_count;
+  const float* sums;           // [M, segments] of x
+  const int32_t* corrections;  // [M, segments]: where sums begin, because signed codes are read as unsigned ones
+};
+
 // Kernels work on outputs [begin, end).
 struct WeightOnlyKernel {
   int width;   // lanes of a vector
@@ -68,6 +111,11 @@ struct IntegerKernel {
   int strip;           // outputs of a panel
   void (*columns)(const Integer&, int64_t begin, int64_t end);
   void (*dot_rows)(const Integer&, int64_t begin, int64_t end);  // out-major and few rows
+};
+
+struct GroupedKernel {
+  int strip;  // outputs of a panel
+  void (*columns)(const Grouped&, int64_t begin, int64_t end);
 };
 
 // Internal linkage: a function that several translation units define for different
@@ -89,5 +137,13 @@ inline float parameter_at(const Parameters& p, int64_t group, int64_t output) {
 }  // namespace
 
 constexpr int kTileOutputs = 512, kTileRows = 16, kMaxWidth = 16;
+
+constexpr int kGroupedDepth = 256, kGroupedBytes = 64 * 1024;  // at most, of a panel of whole numbers
+
+// Outputs of the panels that one thread packs at a time.
+inline int64_t grouped_tile(const Grouped& p) {
+  const int64_t fitting = kGroupedBytes / p.depth / 64 * 64;
+  return fitting < kTileOutputs ? fitting : kTileOutputs;
+}
 
 }  // namespace jaxcompress

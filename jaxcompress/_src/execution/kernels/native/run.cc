@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -124,6 +125,41 @@ std::vector<float> padded_inputs(const WeightOnly& p, int64_t step, bool splits)
   return padded;
 }
 
+// Inputs of a panel: whole groups, unless they are larger than panels. With few rows, panels stay in the first cache.
+int64_t depth_of(const Grouped& p) {
+  const int64_t most = p.M <= 16 ? kGroupedDepth / 4 : kGroupedDepth, group_size = p.K / p.groups;
+  return p.groups == 1 || group_size > kGroupedDepth ? most : std::max<int64_t>(1, most / group_size) * group_size;
+}
+
+// Inputs of each group, cut where panels end.
+std::vector<Segment> segments_of(const Grouped& p) {
+  const int64_t padded = round_up(p.K, 8), group_size = p.groups == 1 ? padded : p.K / p.groups;
+  std::vector<Segment> segments;
+  for (int64_t k = 0; k < padded;) {
+    const int64_t group = k / group_size;
+    const int64_t end = std::min({(group + 1) * group_size, k / p.depth * p.depth + p.depth, padded});
+    segments.push_back({k, end, group});
+    k = end;
+  }
+  return segments;
+}
+
+// Eight bytes, the even ones before the odd ones.
+uint64_t split_pairs(uint64_t block) {
+  const auto even = [](uint64_t bytes) {
+    bytes &= 0x00ff00ff00ff00ff;
+    bytes = (bytes | bytes >> 8) & 0x0000ffff0000ffff;
+    return (bytes | bytes >> 16) & 0xffffffff;
+  };
+  return even(block) | even(block >> 8) << 32;
+}
+
+int32_t sum_of_bytes(uint64_t block) {
+  constexpr uint64_t kMask = 0x00ff00ff00ff00ff;
+  block ^= 0x8080808080808080;  // 128 more, so that they are unsigned
+  return static_cast<int32_t>(((block & kMask) + (block >> 8 & kMask)) * 0x0001000100010001 >> 48) - 8 * 128;
+}
+
 }  // namespace
 
 int instruction_level() {
@@ -202,6 +238,48 @@ void run(Integer& p, Pool& pool) {
   const int64_t size = std::clamp<int64_t>(round_up(p.N / shares, strip), strip, 8 * strip);
   parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall,
            [&](int64_t chunk) { work(p, chunk * size, std::min((chunk + 1) * size, p.N)); });
+}
+
+void run(Grouped& p, Pool& pool) {
+  if (p.M == 0 || p.N == 0) return;
+  if (p.K == 0) return void(std::fill_n(p.y, p.M * p.N, 0.0f));
+  const GroupedKernel* kernel = &kPortableGrouped;
+#if defined(__x86_64__)
+  if (instruction_level() >= 2)
+    kernel = &kVnniGrouped;
+  else if (instruction_level() >= 1)
+    kernel = &kAvx2Grouped;
+#endif
+  p.depth = depth_of(p);
+  const std::vector<Segment> segments = segments_of(p);
+  const int64_t pitch = round_up(p.K, 8), count = static_cast<int64_t>(segments.size());
+  const int32_t offset = !p.is_signed ? 0 : p.is_packed ? 8 : 128;
+  std::vector<int8_t> inputs(p.M * pitch);
+  std::vector<float> sums(p.M * count);
+  std::vector<int32_t> corrections(p.M * count);
+  for (int64_t m = 0; m < p.M; ++m)
+    for (int64_t s = 0; s < count; ++s) {
+      int32_t sum = 0;
+      for (int64_t k = segments[s].begin; k < segments[s].end; k += 8) {
+        uint64_t block = 0;
+        std::memcpy(&block, p.x + m * p.K + k, std::min<int64_t>(8, p.K - k));
+        sum += sum_of_bytes(block);
+        if (p.is_packed) block = split_pairs(block);
+        std::memcpy(inputs.data() + m * pitch + k, &block, 8);
+      }
+      sums[m * count + s] = static_cast<float>(sum);
+      corrections[m * count + s] = -offset * sum;
+    }
+  p.inputs = inputs.data();
+  p.inputs_pitch = pitch;
+  p.segments = segments.data();
+  p.segment_count = count;
+  p.sums = sums.data();
+  p.corrections = corrections.data();
+  const int64_t shares = 2 * std::max(1, pool.threads()), strip = kernel->strip;
+  const int64_t size = std::clamp<int64_t>(round_up(p.N / shares, std::max<int64_t>(strip, 64)), 64, grouped_tile(p));
+  parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall,
+           [&](int64_t chunk) { kernel->columns(p, chunk * size, std::min((chunk + 1) * size, p.N)); });
 }
 
 }  // namespace jaxcompress

@@ -18,5 +18,6 @@ void limit_instructions(int level);
 
 void run(WeightOnly& problem, Pool& pool);
 void run(Integer& problem, Pool& pool);
+void run(Grouped& problem, Pool& pool);
 
 }  // namespace jaxcompress

@@ -95,8 +95,10 @@ struct Tile {
     for (int j = 0; j < kVectors; ++j) codes[j] = p.codes + k / per_byte * p.N + column(v + j);
     V sums[kRows][kVectors];
     JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
-    for (int j = 0; j < kVectors; ++j) sums[i][j] = Simd::set1(0);
+    for (int i = 0; i < kRows; ++i) {
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < kVectors; ++j) sums[i][j] = Simd::set1(0);
+    }
     add_rows<Simd, kind, kRows, kVectors>(decoder, p.inputs + (m0 + m) * p.inputs_pitch + k, p.inputs_pitch, codes, p.N,
                                           (count + per_byte - 1) / per_byte, sums);
     const int64_t blocks = (p.K + p.block - 1) / p.block;
@@ -206,13 +208,17 @@ void out_major_block(const WeightOnly& p, const typename Simd::template Decoder<
   const float* x = p.inputs + m * p.inputs_pitch;
   V totals[kRows][kOutputs];
   JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
-  for (int j = 0; j < kOutputs; ++j) totals[i][j] = Simd::set1(0);
+  for (int i = 0; i < kRows; ++i) {
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < kOutputs; ++j) totals[i][j] = Simd::set1(0);
+  }
   for (int64_t group = 0; group < p.groups; ++group) {
     V sums[kRows][kOutputs];
     JAXCOMPRESS_UNROLL
-    for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
-    for (int j = 0; j < kOutputs; ++j) sums[i][j] = Simd::set1(0);
+    for (int i = 0; i < kRows; ++i) {
+      JAXCOMPRESS_UNROLL
+      for (int j = 0; j < kOutputs; ++j) sums[i][j] = Simd::set1(0);
+    }
     if (p.sums) {  // they begin with what the zero point takes away
       JAXCOMPRESS_UNROLL
       for (int j = 0; j < kOutputs; ++j) {
@@ -241,8 +247,10 @@ void out_major_block(const WeightOnly& p, const typename Simd::template Decoder<
     }
   }
   JAXCOMPRESS_UNROLL
-  for (int i = 0; i < kRows; ++i) JAXCOMPRESS_UNROLL
-  for (int j = 0; j < kOutputs; ++j) p.y[(m + i) * p.N + n + j] = Simd::sum(totals[i][j]);
+  for (int i = 0; i < kRows; ++i) {
+    JAXCOMPRESS_UNROLL
+    for (int j = 0; j < kOutputs; ++j) p.y[(m + i) * p.N + n + j] = Simd::sum(totals[i][j]);
+  }
 }
 
 template <class Simd, Codes kind>

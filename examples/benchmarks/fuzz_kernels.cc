@@ -1,0 +1,274 @@
+// Random problems for the kernels, without Python or JAX: what `sanitize_kernels.py` builds with sanitizers.
+//
+// Every buffer is a heap block of exactly the bytes it needs, so that a read or write past its end is found. Threads
+// come from a pool of std::threads, with several problems running at once. Results are compared with plain loops in
+// double.
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "run.h"
+
+using namespace jaxcompress;
+
+namespace {
+
+class Threads : public Pool {
+ public:
+  explicit Threads(int count) {
+    for (int i = 0; i < count; ++i) workers_.emplace_back([this] { work(); });
+  }
+  ~Threads() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      is_closed_ = true;
+    }
+    changed_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+  int threads() const override { return static_cast<int>(workers_.size()); }
+  void schedule(void (*task)(void*), void* data) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.emplace_back(task, data);
+    }
+    changed_.notify_one();
+  }
+
+ private:
+  void work() {
+    for (;;) {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [this] { return is_closed_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      const auto [task, data] = tasks_.front();
+      tasks_.pop_front();
+      lock.unlock();
+      task(data);
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::deque<std::pair<void (*)(void*), void*>> tasks_;
+  bool is_closed_ = false;
+  std::vector<std::thread> workers_;
+};
+
+struct Random {
+  std::mt19937 engine;
+  int64_t below(int64_t n) { return std::uniform_int_distribution<int64_t>(0, n - 1)(engine); }
+  float real() { return std::normal_distribution<float>()(engine); }
+};
+
+template <class T>
+std::unique_ptr<T[]> block(int64_t count) {
+  return std::unique_ptr<T[]>(new T[count]);
+}
+
+float of_bfloat16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, 4);
+  return value;
+}
+
+// Scales or zero points of [groups | 1, N | 1], as stored, with their values in `values` [groups, N].
+std::unique_ptr<char[]> draw_parameters(Random& random, const WeightOnly& p, int64_t groups, Parameters& to,
+                                        std::vector<double>& values) {
+  const int64_t along_n = random.below(3) ? p.N : 1;
+  to.type = static_cast<Type>(random.below(3));
+  const int64_t bytes = to.type == Type::kFloat32 ? 4 : to.type == Type::kBfloat16 ? 2 : 1;
+  auto data = block<char>(groups * along_n * bytes);
+  to.data = data.get();
+  to.group_stride = groups == 1 ? 0 : p.out_major ? 1 : along_n;
+  to.output_stride = along_n == 1 ? 0 : p.out_major ? groups : 1;
+  values.assign(p.groups * p.N, 0);
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t n = 0; n < along_n; ++n) {
+      const int64_t at = p.out_major ? n * groups + g : g * along_n + n;
+      const uint8_t small = static_cast<uint8_t>(random.below(256));
+      const float value = random.real();
+      uint32_t bits;
+      std::memcpy(&bits, &value, 4);
+      const uint16_t half = static_cast<uint16_t>(bits >> 16);
+      if (bytes == 4) std::memcpy(data.get() + 4 * at, &value, 4);
+      if (bytes == 2) std::memcpy(data.get() + 2 * at, &half, 2);
+      if (bytes == 1) data[at] = static_cast<char>(small);
+      const double stored = bytes == 4 ? value : bytes == 2 ? of_bfloat16(half) : small;
+      for (int64_t i = 0; i < p.groups; ++i)
+        for (int64_t j = 0; j < p.N; ++j)
+          if ((groups == 1 || i == g) && (along_n == 1 || j == n)) values[i * p.N + j] = stored;
+    }
+  return data;
+}
+
+bool weight_only(Random& random, Pool& pool) {
+  WeightOnly p{};
+  p.M = 1 + random.below(20);
+  p.N = 1 + (random.below(4) ? random.below(100) : random.below(700));
+  p.groups = random.below(2) ? 1 : 1 + random.below(5);
+  p.K = p.groups == 1 ? 1 + random.below(300) : p.groups * 8 * (1 + random.below(9));
+  p.out_major = random.below(2);
+  p.kind = static_cast<Codes>(random.below(4));
+  const bool is_nibbles = p.kind == Codes::kNibbles || p.kind == Codes::kTable;
+  p.is_signed = p.kind == Codes::kInt8 || (p.kind == Codes::kNibbles && random.below(2));
+  for (int i = 0; i < 16; ++i)
+    p.table[i] = p.kind == Codes::kTable ? random.real() : static_cast<float>(p.is_signed ? (i ^ 8) - 8 : i);
+  const int64_t rows = is_nibbles ? (p.K + 1) / 2 : p.K;
+  auto codes = block<uint8_t>(rows * p.N);
+  for (int64_t i = 0; i < rows * p.N; ++i) codes[i] = static_cast<uint8_t>(random.below(256));
+  auto x = block<float>(p.M * p.K);
+  for (int64_t i = 0; i < p.M * p.K; ++i) x[i] = random.real();
+  auto y = block<float>(p.M * p.N);
+  std::vector<double> scales, zeros(p.groups * p.N);
+  const auto scale = draw_parameters(random, p, random.below(3) ? p.groups : 1, p.scale, scales);
+  std::unique_ptr<char[]> zero;
+  if (random.below(2)) zero = draw_parameters(random, p, random.below(3) ? p.groups : 1, p.zero, zeros);
+  p.x = x.get();
+  p.codes = codes.get();
+  p.y = y.get();
+  run(p, pool);
+  for (int64_t m = 0; m < p.M; ++m)
+    for (int64_t n = 0; n < p.N; ++n) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < p.K; ++k) {
+        const int64_t row = is_nibbles ? k / 2 : k;
+        const uint8_t byte = codes[p.out_major ? n * rows + row : row * p.N + n];
+        const double code = is_nibbles               ? p.table[k % 2 ? byte >> 4 : byte & 15]
+                            : p.kind == Codes::kInt8 ? static_cast<double>(static_cast<int8_t>(byte))
+                                                     : byte;
+        const int64_t at = k / (p.K / p.groups) * p.N + n;
+        sum += x[m * p.K + k] * (code - zeros[at]) * scales[at];
+        size += std::abs(x[m * p.K + k] * scales[at]) * (std::abs(code) + std::abs(zeros[at]) + 8);
+      }
+      if (!(std::abs(y[m * p.N + n] - sum) <= 1e-6 * size + 1e-30)) {
+        std::printf("wrong: M %ld K %ld N %ld groups %ld kind %d out_major %d: %g, not %g\n", long(p.M), long(p.K),
+                    long(p.N), long(p.groups), int(p.kind), p.out_major, y[m * p.N + n], sum);
+        return false;
+      }
+    }
+  return true;
+}
+
+bool grouped(Random& random, Pool& pool) {
+  WeightOnly w{};  // what parameters are drawn for
+  w.M = 1 + random.below(40);
+  w.N = 1 + random.below(random.below(4) ? 100 : 700);
+  w.groups = random.below(2) ? 1 : 1 + random.below(5);
+  w.K = w.groups == 1 ? 1 + random.below(700) : w.groups * 8 * (1 + random.below(random.below(3) ? 9 : 70));
+  w.out_major = random.below(2);
+  Grouped p{w.M, w.K, w.N, w.groups, w.out_major, random.below(2) == 1, random.below(2) == 1};
+  const int64_t rows = p.is_packed ? (p.K + 1) / 2 : p.K;
+  auto codes = block<uint8_t>(rows * p.N);
+  const bool is_extreme = random.below(4) == 0;  // what saturates
+  const int extreme = static_cast<int>(random.below(256));
+  for (int64_t i = 0; i < rows * p.N; ++i) codes[i] = static_cast<uint8_t>(is_extreme ? extreme : random.below(256));
+  auto x = block<int8_t>(p.M * p.K);
+  for (int64_t i = 0; i < p.M * p.K; ++i)
+    x[i] = static_cast<int8_t>(is_extreme ? (extreme % 2 ? -128 : 127) : random.below(256) - 128);
+  auto y = block<float>(p.M * p.N);
+  std::vector<double> scales, zeros(p.groups * p.N);
+  const auto scale = draw_parameters(random, w, random.below(3) ? p.groups : 1, p.scale, scales);
+  std::unique_ptr<char[]> zero;
+  if (random.below(2)) zero = draw_parameters(random, w, random.below(3) ? p.groups : 1, p.zero, zeros);
+  p.x = x.get();
+  p.codes = codes.get();
+  p.y = y.get();
+  run(p, pool);
+  for (int64_t m = 0; m < p.M; ++m)
+    for (int64_t n = 0; n < p.N; ++n) {
+      double total = 0, size = 0;
+      for (int64_t g = 0; g < p.groups; ++g) {
+        int64_t sum = 0, inputs = 0, terms = 0, magnitude = 0;
+        for (int64_t k = g * (p.K / p.groups); k < (g + 1) * (p.K / p.groups); ++k) {
+          const int64_t row = p.is_packed ? k / 2 : k;
+          const uint8_t byte = codes[p.out_major ? n * rows + row : row * p.N + n];
+          const int nibble = k % 2 ? byte >> 4 : byte & 15;
+          const int64_t code = p.is_packed   ? (p.is_signed ? (nibble ^ 8) - 8 : nibble)
+                               : p.is_signed ? static_cast<int8_t>(byte)
+                                             : byte;
+          sum += x[m * p.K + k] * code;
+          inputs += x[m * p.K + k];
+          terms += std::abs(x[m * p.K + k] * code);
+          magnitude += std::abs(x[m * p.K + k]);
+        }
+        const double zero = zeros[g * p.N + n];
+        total += scales[g * p.N + n] * (sum - zero * inputs);
+        // Whole sums of groups are exact, unless those are cut.
+        const bool is_cut = p.groups == 1 || p.K / p.groups > kGroupedDepth;
+        size += std::abs(scales[g * p.N + n]) *
+                (is_cut ? terms + std::abs(zero) * magnitude : std::abs(sum) + std::abs(zero * inputs));
+      }
+      if (!(std::abs(y[m * p.N + n] - total) <= 1e-6 * size + 1e-30)) {
+        std::printf("wrong: int8 M %ld K %ld N %ld groups %ld packed %d signed %d out_major %d: %g, not %g\n", long(p.M),
+                    long(p.K), long(p.N), long(p.groups), p.is_packed, p.is_signed, p.out_major, y[m * p.N + n], total);
+        return false;
+      }
+    }
+  return true;
+}
+
+bool integer(Random& random, Pool& pool) {
+  Integer p{};
+  p.M = 1 + random.below(40);
+  p.N = 1 + random.below(200);
+  p.K = 1 + (random.below(4) ? random.below(300) : random.below(1500));
+  p.out_major = random.below(2);
+  p.is_signed = random.below(2);
+  auto codes = block<uint8_t>(p.K * p.N);
+  auto x = block<int8_t>(p.M * p.K);
+  auto y = block<int32_t>(p.M * p.N);
+  for (int64_t i = 0; i < p.K * p.N; ++i) codes[i] = static_cast<uint8_t>(random.below(256));
+  for (int64_t i = 0; i < p.M * p.K; ++i) x[i] = static_cast<int8_t>(random.below(4) ? random.below(256) - 128 : -128);
+  p.x = x.get();
+  p.codes = codes.get();
+  p.y = y.get();
+  run(p, pool);
+  for (int64_t m = 0; m < p.M; ++m)
+    for (int64_t n = 0; n < p.N; ++n) {
+      int64_t sum = 0;
+      for (int64_t k = 0; k < p.K; ++k) {
+        const uint8_t code = codes[p.out_major ? n * p.K + k : k * p.N + n];
+        sum += int64_t{x[m * p.K + k]} * (p.is_signed ? static_cast<int8_t>(code) : code);
+      }
+      if (y[m * p.N + n] != sum) {
+        std::printf("wrong: M %ld K %ld N %ld out_major %d\n", long(p.M), long(p.K), long(p.N), p.out_major);
+        return false;
+      }
+    }
+  return true;
+}
+
+}  // namespace
+
+// fuzz COUNT SEED: so many problems of each sort, for each instruction set that the processor has.
+int main(int count, char** arguments) {
+  if (count != 3) return 2;
+  const int problems = std::atoi(arguments[1]), seed = std::atoi(arguments[2]);
+  const int best = instruction_level();
+  std::atomic<int> wrong{0};
+  for (int level = 0; level <= best; ++level) {
+    limit_instructions(level);
+    Threads pool(3);
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 2; ++caller)
+      callers.emplace_back([&, caller] {
+        Random random{std::mt19937(1000 * seed + 10 * level + caller)};
+        for (int i = 0; i < problems; ++i)
+          if (!weight_only(random, pool) || !integer(random, pool) || !grouped(random, pool)) ++wrong;
+      });
+    for (auto& caller : callers) caller.join();
+    std::printf("level %d: %d problems, %d wrong so far\n", level, 6 * problems, wrong.load());
+  }
+  return wrong != 0;
+}

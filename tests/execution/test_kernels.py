@@ -1,0 +1,245 @@
+"""The choice among implementations of products, and that each computes what it replaces."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from optimized import OPTIONS
+
+import jaxcompress as jc
+from jaxcompress._src.execution.kernels import choice
+from jaxcompress._src.execution.kernels.native import library
+from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
+
+INT8 = QuantSpec(bits=8)
+SPECS = {
+    "int8": INT8,
+    "uint8": QuantSpec(bits=8, symmetric=False),
+    "int8 groups": QuantSpec(bits=8, group_size=16),
+    "int4 groups": QuantSpec(bits=4, group_size=16, scale_dtype="bfloat16"),
+    "uint4 groups": QuantSpec(bits=4, group_size=32, symmetric=False),
+    "nf4": QuantSpec(format="nf4", group_size=32),
+}
+INPUTS = {"float inputs": None, "int8 inputs": INT8, "uint8 inputs": QuantSpec(bits=8, symmetric=False)}
+# A kernel (in, out), a table (out, in), and a kernel with several axes on both sides.
+MODELS = {
+    "inputs first": ((96, 40), lambda p, x: x @ p["w"]),
+    "outputs first": ((40, 96), lambda p, x: x @ p["w"].T),
+    "several axes": (
+        (3, 32, 4, 10),
+        lambda p, x: jnp.einsum("...ab,abcd->...cd", x.reshape(*x.shape[:-1], 3, 32), p["w"]),
+    ),
+    "on the left": ((96, 40), lambda p, x: jnp.einsum("io,...i->o...", p["w"], x)),
+}
+needs_library = pytest.mark.skipif(library.why_missing() is not None, reason=f"no kernels: {library.why_missing()}")
+
+
+def _problem(model, weights, inputs=None, rows=3):
+    shape, apply = MODELS[model]
+    rng = np.random.default_rng(len(shape) + rows)
+    plain = {"w": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    layouts = jc.trace.layouts(apply, plain, jnp.zeros((rows, 96)))
+    params, _ = quantize(plain, SPECS[weights], layouts=layouts)
+    if INPUTS.get(inputs) is not None:
+        params, _ = quantize_inputs(params, INPUTS[inputs], layouts=layouts)
+    return apply, params, jnp.asarray(rng.normal(size=(rows, 96)), jnp.float32)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 40])
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("weights", SPECS)
+@pytest.mark.parametrize("model", MODELS)
+def test_what_is_chosen_computes_what_the_array_does_by_itself(model, weights, inputs, rows):
+    apply, params, x = _problem(model, weights, inputs, rows)
+    wanted = jax.jit(jc.execute(apply, kernels=()))(params, x)
+    np.testing.assert_allclose(jax.jit(jc.execute(apply))(params, x), wanted, rtol=1e-4, atol=1e-4)
+    if inputs == "float inputs":
+        np.testing.assert_allclose(wanted, apply(jc.materialize(params), x), rtol=1e-4, atol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("weights", "inputs", "rows", "kernel"),
+    [
+        ("int8", "float inputs", 3, "native_float"),
+        ("uint4 groups", "float inputs", 3, "native_float"),
+        ("nf4", "float inputs", 3, "native_float"),
+        ("int8", "float inputs", 40, "plain"),
+        ("int8", "int8 inputs", 3, "native_int8"),
+        ("uint8", "uint8 inputs", 40, "native_int8"),
+    ],
+)
+@pytest.mark.parametrize("model", ["inputs first", "outputs first"])
+def test_the_plan_says_what_runs(model, weights, inputs, rows, kernel):
+    apply, params, x = _problem(model, weights, inputs, rows)
+    plan = jc.execution.plan(apply, params, x, platform="cpu")
+    assert [each.kernel for each in plan.matmuls] == [kernel]
+    (matmul,) = plan.matmuls
+    assert (matmul.path, matmul.rows, matmul.inputs, matmul.outputs) == ("w", rows, 96, 40)
+    text = jax.jit(jc.execute(apply)).lower(params, x).as_text()
+    assert ("jaxcompress_" in text) == (kernel != "plain")
+    if kernel == "plain":
+        assert matmul.refused["native_float"] == "40 rows: for up to 16"
+    assert f"{rows} x 96 x 40" in str(plan)
+    assert kernel in str(plan)
+
+
+def test_without_kernels_there_is_nothing_but_the_product():
+    apply, params, x = _problem("inputs first", "int4 groups")
+    plan = jc.execution.plan(apply, params, x, kernels=())
+    assert plan.matmuls[0].kernel == "plain"
+    assert "no other kernel was asked for" in str(plan)
+    jaxpr = str(jax.make_jaxpr(jc.execute(apply, kernels=()))(params, x))
+    assert not re.search("zero_when_ready|unless_exported|ffi_call", jaxpr)
+
+
+def test_kernels_that_cannot_be_had_are_named(monkeypatch):
+    apply, params, x = _problem("inputs first", "int8")
+    with pytest.raises(ValueError, match=r"There is no kernel 'fast'; there are native_int8, .*, plain\."):
+        jc.execute(apply, kernels=("fast",))
+    with pytest.raises(ValueError, match=r"write \('native_float',\)"):
+        jc.execute(apply, kernels="native_float")
+    with pytest.raises(ValueError, match="`platform` must be 'cpu', 'gpu' or 'tpu', got 'amiga'"):
+        jc.execution.plan(apply, params, x, platform="amiga")
+    without = tuple(
+        kernel if not kernel.name.startswith("native") else choice.dataclasses.replace(kernel, missing=lambda: "gone")
+        for kernel in choice.KERNELS
+    )
+    monkeypatch.setattr(choice, "KERNELS", without)
+    with pytest.raises(ValueError, match="Kernel 'native_float' cannot run here: gone"):
+        jc.execute(apply, kernels=("native_float",))
+    plan = jc.execution.plan(apply, params, x)
+    assert plan.matmuls[0].kernel == "plain"
+    np.testing.assert_allclose(jc.execute(apply)(params, x), apply(jc.materialize(params), x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("model", "kernel"),
+    [("inputs first", "rounded_floats"), ("outputs first", "int8_padded"), ("on the left", "rounded_floats")],
+)
+def test_few_rows_of_whole_numbers_in_plain_jax(model, kernel):
+    apply, params, x = _problem(model, "int8", "int8 inputs")
+    names = ("int8_padded", "rounded_floats")
+    assert jc.execution.plan(apply, params, x, kernels=names).matmuls[0].kernel == kernel
+    wanted = jc.execute(apply, kernels=())(params, x)
+    np.testing.assert_allclose(jc.execute(apply, kernels=names)(params, x), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_symbolic_number_of_rows_may_be_any():
+    apply, params, _ = _problem("inputs first", "int8", "int8 inputs")
+    (rows,) = jax.export.symbolic_shape("rows")
+    x = jax.ShapeDtypeStruct((rows, 96), jnp.float32)
+    (matmul,) = jc.execution.plan(apply, params, x).matmuls
+    assert matmul.kernel == "plain"
+    assert set(matmul.refused.values()) <= {"the number of rows is symbolic: rows"}
+    exported = jax.export.export(jax.jit(jc.execute(apply)))(params, x)
+    for count in (1, 20):
+        x = jnp.ones((count, 96))
+        np.testing.assert_allclose(exported.call(params, x), jc.execute(apply)(params, x), rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("inputs", ["float inputs", "int8 inputs"])
+def test_exported_programs_call_no_library(inputs):
+    apply, params, x = _problem("inputs first", "int8", inputs)
+    run = jax.jit(jc.execute(apply))
+    assert "jaxcompress_" in run.lower(params, x).as_text()
+    exported = jax.export.export(run)(params, x)
+    assert "jaxcompress_" not in exported.mlir_module()
+    back = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(back.call(params, x), run(params, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("weights", ["int8", "int4 groups", "uint4 groups"])
+def test_derivatives_are_those_of_the_array(weights, inputs):
+    apply, params, x = _problem("inputs first", weights, inputs)
+    floats, rest = jc.tree.partition_trainable(params)
+
+    def gradients(kernels):
+        run = jc.execute(apply, kernels=kernels)
+        return jax.jit(jax.grad(lambda f, x: (run(jc.tree.combine(f, rest), x) ** 2).sum(), argnums=(0, 1)))(floats, x)
+
+    for actual, wanted in zip(jax.tree.leaves(gradients(None)), jax.tree.leaves(gradients(())), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-3, atol=1e-3 * float(jnp.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("inputs", ["float inputs", "int8 inputs"])
+@pytest.mark.parametrize("weights", ["int8", "int4 groups"])
+def test_under_vmap_and_scan(weights, inputs):
+    apply, params, x = _problem("inputs first", weights, inputs)
+    run, wanted = (jc.execute(apply, kernels=kernels) for kernels in (None, ()))
+    several = jnp.stack([x, 2 * x])
+
+    def through_scan(fn, params, xs):
+        return jax.lax.scan(lambda carry, x: (carry, fn(params, x)), 0, xs)[1]
+
+    for way in (
+        lambda fn: jax.vmap(functools.partial(fn, params)),
+        lambda fn: functools.partial(through_scan, fn, params),
+    ):
+        np.testing.assert_allclose(jax.jit(way(run))(several), way(wanted)(several), rtol=1e-4, atol=1e-4)
+    stacked = jax.tree.map(lambda part: jnp.stack([part, part]), params)
+    by_layer = (jax.jit(lambda p, x, fn=fn: jax.lax.scan(lambda x, p: (x, fn(p, x)), x, p)[1]) for fn in (run, wanted))
+    actual, expected = (fn(stacked, x) for fn in by_layer)
+    np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", ["float inputs", "int8 inputs"])
+@pytest.mark.parametrize("spec", [PartitionSpec(None, "x"), PartitionSpec("x"), PartitionSpec()])
+def test_on_eight_devices(spec, inputs):
+    apply, params, x = _problem("inputs first", "int8", inputs, rows=8)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    wanted = jc.execute(apply, kernels=())(params, x)
+    shardings = jax.tree.map(
+        lambda leaf: jc.arrays.component_shardings(leaf, NamedSharding(mesh, spec)),
+        params,
+        is_leaf=lambda leaf: hasattr(leaf, "materialize"),
+    )
+    spread = jax.device_put(params, shardings)
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("x" if spec == PartitionSpec() else None)))
+    np.testing.assert_allclose(jax.jit(jc.execute(apply))(spread, x), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("leaf", ["int8", "int4 groups", "2:4"])
+def test_weights_are_widened_one_after_the_other(leaf):
+    """All at once they would take as much memory as the dense model."""
+    width, layers = 256, 8
+    plain = {f"layer_{i}": jax.random.normal(jax.random.key(i), (width, width)) / 16 for i in range(layers)}
+    if leaf == "2:4":
+        masks = jc.pruning.masks_from_scores(
+            jc.pruning.magnitude_scores(plain), sparsity=0.5, pattern=jc.pruning.n_of_m(2, 4)
+        )
+        params = jax.tree.map(lambda w, m: jc.arrays.sparsify(w * m, m, pattern=(2, 4), axis=0), plain, masks)
+    else:
+        params, _ = quantize(plain, SPECS[leaf])
+
+    def apply(params, x):
+        for i in range(layers):
+            x = jnp.tanh(x @ params[f"layer_{i}"])
+        return x
+
+    x = jnp.ones((64, width))
+    compiled = jax.jit(jc.execute(apply)).lower(params, x).compile(OPTIONS)
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * width**2
+    np.testing.assert_allclose(compiled(params, x), apply(jc.materialize(params), x), rtol=1e-3, atol=1e-4)
+
+
+@needs_library
+def test_a_transposed_table_is_multiplied_as_it_is_stored():
+    apply, params, x = _problem("outputs first", "int4 groups")
+    (matmul,) = jc.execution.plan(apply, params, x).matmuls
+    assert matmul.kernel == "native_float"
+    text = jax.jit(jc.execute(apply)).lower(params, x).as_text()
+    # The kernel takes the bytes of the leaf, which nothing rearranges before.
+    assert "40x48xui8" in text.partition("custom_call @jaxcompress_weight_only")[2].splitlines()[0]
+
+
+def test_transposes_that_change_nothing_and_twice():
+    apply = lambda p, x: x @ jnp.transpose(p["w"], (0, 1)).T.T  # noqa: E731
+    _, params, x = _problem("inputs first", "int8")
+    np.testing.assert_allclose(jc.execute(apply)(params, x), apply(jc.materialize(params), x), rtol=1e-4, atol=1e-4)
