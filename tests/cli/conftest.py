@@ -10,7 +10,12 @@ from flax.traverse_util import unflatten_dict
 
 from jaxcompress._src.cli.main import main
 from jaxcompress._src.models.bert.parameters import parameter_shapes
-from jaxcompress.models import BertConfig, make_module, save_pretrained
+from jaxcompress._src.models.families import family_of
+from jaxcompress._src.recipe.directories import save_compressed
+from jaxcompress._src.recipe.recipe import read_recipe
+from jaxcompress.models import BertConfig, LlamaConfig, make_module, save_pretrained
+from jaxcompress.quantization import QuantSpec, quantize
+from jaxcompress.tree import by_path
 
 POOLING = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
 MODULES = [
@@ -58,3 +63,25 @@ def heads(bert_directory, tmp_path_factory):
     (encoder / "1_Pooling").mkdir()
     (encoder / "1_Pooling" / "config.json").write_text(json.dumps(POOLING))
     return directories
+
+
+@pytest.fixture(scope="package")
+def llamas(tmp_path_factory):
+    """Directories of a Llama of one layer: `dense`; and `int4` and `int8`, whose kernels are compressed."""
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    rng = np.random.default_rng(7)
+    leaves = {
+        path: np.float32(rng.normal("norm" in path, 0.2, parameter.shape))
+        for path, parameter in family_of(config).parameters(config).items()
+    }
+    module, params = make_module(config), unflatten_dict(leaves, sep="/")
+    directory = tmp_path_factory.mktemp("llamas")
+    save_pretrained(directory / "dense", module, params)
+    recipe = read_recipe("int4")
+    for name, spec in (("int4", QuantSpec(bits=4, group_size=32)), ("int8", QuantSpec(bits=8))):
+        small, _ = quantize(params, spec, select=by_path("model/layers/.*/kernel"))
+        save_compressed(directory / name, module, small, source=directory / "dense", recipe=recipe)
+    return {name: directory / name for name in ("dense", "int4", "int8")}

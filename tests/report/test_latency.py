@@ -4,9 +4,11 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxcompress._src.report import latency as _latency
+from jaxcompress._src.report.latency import RatioSpread
 from jaxcompress.report import compare_latency, latency
 
 
@@ -67,3 +69,41 @@ def test_unknown_baselines():
         compare_latency({"a": lambda: None}, baseline="b")
     with pytest.raises(ValueError, match=r"\[\]"):
         compare_latency({})
+
+
+def test_ratios_are_taken_round_by_round_with_their_spread(clock):
+    """A machine that slows down for both changes neither ratio."""
+    slow = [1.0, 1.0, 10.0, 1.0, 1.0]
+    fns = {
+        "a": _taking(clock, [2.0 * each for each in slow]),
+        "b": _taking(clock, [factor * each for factor, each in zip([9.0, 1.0, 2.0, 3.0, 4.0], slow, strict=True)]),
+    }
+    found = compare_latency(fns, repeats=4, warmup=1)
+    assert found.wall["a"] == RatioSpread(median=1.0, low=1.0, high=1.0)
+    assert found.wall["b"].median == 1.25
+    assert (found.wall["b"].low, found.wall["b"].high) == (pytest.approx(0.65), pytest.approx(1.85))
+
+
+def test_cpu_time_is_that_of_the_process(monkeypatch, clock):
+    used = [0.0]
+    monkeypatch.setattr(_latency.time, "process_time", lambda: used[0])
+
+    def fn():
+        clock[0] += 1.0
+        used[0] += 2.0
+
+    idle = _taking(clock, itertools.repeat(1.0))
+    found = compare_latency({"a": fn, "idle": idle}, repeats=2, warmup=1)
+    assert (found.latencies["a"].cpu, found.latencies["idle"].cpu, found.cpu["idle"].median) == (2.0, 0.0, 0.0)
+    # No time at all is no ratio.
+    assert np.isnan(compare_latency({"idle": idle}, repeats=2, warmup=1).cpu["idle"].median)
+
+
+def test_a_function_settles_before_it_is_timed(clock):
+    log = []
+    fns = {name: _taking(clock, itertools.cycle([5.0, 1.0]), log, name) for name in "ab"}
+    found = compare_latency(fns, repeats=1, warmup=1, settle=1)
+    assert log == [*"aabb", *"bbaa"]
+    assert found.latencies["a"].median == 1.0
+    with pytest.raises(ValueError, match="`settle` must be at least 0, got -1"):
+        compare_latency(fns, settle=-1)

@@ -6,9 +6,12 @@ from typing import Annotated
 import typer
 
 from jaxcompress import __version__
+from jaxcompress._src.cli.bench import run_bench
 from jaxcompress._src.cli.commands import run_compress, run_evaluate, run_inspect
 from jaxcompress._src.cli.decoder_demo import run_decoder_demo
 from jaxcompress._src.cli.demo import run_demo
+from jaxcompress._src.cli.export import run_export
+from jaxcompress._src.cli.export_formats import FORMATS
 from jaxcompress._src.cli.recipes import list_recipes, show_recipe
 from jaxcompress._src.cli.screen import Screen
 
@@ -161,6 +164,117 @@ def evaluate(
     """
     screen = Screen(as_json=as_json, hold=True)
     run_evaluate(screen, model, data, against=against, outputs=outputs, max_length=max_length)
+
+
+@app.command()
+def bench(
+    model: _Model,
+    against: Annotated[
+        Path | None, typer.Option(help="Another model as the baseline. Default: the same model with dense leaves.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Rows x tokens of a batch. Default: 8x64.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
+    plan: Annotated[bool, typer.Option("--plan", help="One row for every product: its kernel, and why.")] = False,
+    as_json: _Json = False,
+) -> None:
+    """Measure how fast a model runs here, and what memory it takes.
+
+    The model and its baseline run compiled on the same random tokens, in turns. Shown are medians of the wall and CPU
+    time of a call, their ratios round by round, the time of the first call, bytes of parameters and temporaries, and
+    which kernels multiply with compressed leaves. Causal language models generate 32 tokens, too.
+
+    Examples:
+      jaxcompress bench my-bert-int4
+
+      jaxcompress bench my-bert-int4 --against my-bert --tokens 1x128 --repeats 50
+
+      jaxcompress bench smollm2-int8 --tokens 1x32 --plan --json
+    """
+    run_bench(Screen(as_json=as_json), model, against=against, tokens=tokens, repeats=repeats, show_plan=plan)
+
+
+@app.command()
+def export(
+    model: _Model,
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")],
+    out: Annotated[Path, typer.Option(help="File or directory to write: .onnx, .tflite, .gguf, else a directory.")],
+    tokens: Annotated[
+        str | None, typer.Option(help="Rows x tokens to run; the fixed shape of `litert`. Default: 1x64.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an older export in OUT.")] = False,
+    unsupported: Annotated[
+        str | None,
+        typer.Option(help="Leaves that the format cannot hold: `error` or `dense`. (compressed-tensors, gptq, gguf)"),
+    ] = None,
+    dense: Annotated[
+        str | None, typer.Option(help="Type of plain matrices: `float32`, `float16` or `bfloat16`. (gguf)")
+    ] = None,
+    no_tokenizer: Annotated[
+        bool, typer.Option("--no-tokenizer", help="Leave the tokenizer out. (huggingface and its kin, gguf)")
+    ] = False,
+    float_inputs: Annotated[
+        bool, typer.Option("--float-inputs", help="Multiply in float32 where inputs are not quantized. (litert)")
+    ] = False,
+    input_ranges: Annotated[
+        str | None, typer.Option(help="Ranges of quantized inputs: `tensor` is fast, `row` exact. (onnx)")
+    ] = None,
+    weight_bits: Annotated[
+        int | None, typer.Option(help="7 or 8, of weights whose inputs are quantized. (onnx)")
+    ] = None,
+    accuracy_level: Annotated[
+        int | None, typer.Option(help="Of MatMulNBits: 4 rounds inputs to int8, 0 does not. (onnx)")
+    ] = None,
+    platforms: Annotated[
+        str | None, typer.Option(help="To lower for, such as `cpu,cuda`. Default: cpu,cuda,tpu. (stablehlo)")
+    ] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="Accept outputs that differ by this share of their size. Default: by format."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 10,
+    as_json: _Json = False,
+) -> None:
+    """Write a model for another library or runtime, run what was written, and compare it with JAX.
+
+    `onnx` (ONNX Runtime), `litert` (LiteRT, TensorFlow Lite) and `stablehlo` (JAX alone) hold the whole program, with
+    compressed leaves in their stored forms; they run here, in turns with compiled JAX. Batch and length are free, but
+    fixed in `litert`. `huggingface` is a dense directory, `gguf` a file for llama.cpp: both are read back and run.
+    `compressed-tensors` and `gptq` are for transformers 5 and vLLM, which are not needed here: their tensors are read
+    back and compared with the leaves.
+
+    The exit code is 1 if what was written cannot be run, or differs by more than its format is known to.
+
+    Examples:
+      jaxcompress export my-bert-int4 --format onnx --out my-bert.onnx
+
+      jaxcompress export my-bert-int8 --format litert --out my-bert.tflite --tokens 8x64
+
+      jaxcompress export smollm2-int4 --format gguf --out smollm2.gguf --dense float32
+
+      jaxcompress export smollm2-int4 --format compressed-tensors --out smollm2-vllm --unsupported dense
+    """
+    options = {
+        "unsupported": unsupported,
+        "dense": dense,
+        "tokenizer": False if no_tokenizer else None,
+        "round_inputs": False if float_inputs else None,
+        "input_ranges": input_ranges,
+        "weight_bits": weight_bits,
+        "accuracy_level": accuracy_level,
+        "platforms": None if platforms is None else tuple(platforms.split(",")),
+    }
+    screen = Screen(as_json=as_json, hold=True)
+    run_export(
+        screen,
+        model,
+        format,
+        out,
+        tokens=tokens,
+        overwrite=overwrite,
+        error=max_error,
+        repeats=repeats,
+        options=options,
+    )
 
 
 @app.command()

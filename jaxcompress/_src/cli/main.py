@@ -11,6 +11,8 @@ def main() -> None:
     # Models and tokenizers come from files: transformers must neither look for a hub nor advise on frameworks.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # LiteRT's converter would say that it could use another library for what it does not do here.
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     try:
         from jaxcompress._src.cli.app import app
     except ModuleNotFoundError as err:

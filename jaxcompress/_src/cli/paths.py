@@ -37,6 +37,33 @@ def check_output_directory(out: Path, model: Path | None, *, overwrite: bool) ->
     check_writable(out)
 
 
+def check_export_target(out: Path, model: Path, *, ending: str | None, overwrite: bool) -> None:
+    """Checks that a file or a directory of another format can be written to `out`.
+
+    Args:
+        out: the file, or the directory.
+        model: the model that is read.
+        ending: of the file's name; None: a directory.
+        overwrite: whether an older export may be replaced.
+
+    Raises:
+        OSError: it cannot be written, there is something already, or the model lies there; the message says what to do.
+        ValueError: the file's name ends otherwise.
+    """
+    if ending is not None and out.suffix != ending:
+        raise ValueError(f"--out {str(out)!r} must end in {ending!r} for this format.")
+    if ending is None or out.resolve() == model.resolve():
+        _check_apart(out, model)
+    elif not out.parent.is_dir():
+        raise FileNotFoundError(f"--out {str(out)!r} cannot be written: there is no directory {str(out.parent)!r}.")
+    there = out.exists() or out.is_symlink()
+    if there and (out.is_dir() != (ending is None)):
+        raise FileExistsError(f"--out {str(out)!r} exists and is {'no file' if ending else 'no directory'}.")
+    if there and not overwrite and (ending is not None or any(out.iterdir())):
+        raise FileExistsError(f"--out {str(out)!r} exists already; give --overwrite to replace it.")
+    check_writable(out.parent if ending is not None else out)
+
+
 def check_output_file(path: Path, option: str, *, begins: bytes) -> None:
     """Checks that a file can be written.
 

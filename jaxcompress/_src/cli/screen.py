@@ -35,6 +35,11 @@ class Screen:
         else:
             self._errors.print(text, markup=False, soft_wrap=True)
 
+    def error(self, text: str) -> None:
+        """One line about what is wrong with a result."""
+        self._let_go()
+        print(f"jaxcompress: error: {' '.join(text.split())}", file=sys.stderr)
+
     @contextlib.contextmanager
     def task(self, name: str, total: int) -> Iterator["_Bar | _Lines"]:
         """A piece of work; see `recipe.progress.Progress`."""

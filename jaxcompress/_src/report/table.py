@@ -83,6 +83,17 @@ def format_bytes(count: int) -> str:
     return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
+def format_milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds, three digits or more.
+
+    Example:
+        >>> format_milliseconds(0.0123456), format_milliseconds(1.23456)
+        ('12.3', '1,235')
+    """
+    value = 1e3 * seconds
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def _leaf_row(leaf: LeafSize) -> tuple[str, ...]:
     stored = format_bytes(leaf.stored_bytes) if leaf.tied_to is None else f"tied to {leaf.tied_to}"
     nonzero = _share(leaf.nonzeros, leaf.weights)

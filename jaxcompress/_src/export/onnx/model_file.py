@@ -46,13 +46,14 @@ def import_onnx() -> Any:
     """The package `onnx`.
 
     Raises:
-        ImportError: it is not installed; names the extra.
+        ModuleNotFoundError: it is not installed; names the extra.
     """
     try:
         import onnx
         import onnx.helper
-    except ImportError as err:
-        raise ImportError("ONNX files need the package `onnx`: pip install 'jaxcompress[onnx]'") from err
+    except ModuleNotFoundError as err:
+        text = "ONNX files need the package `onnx`: pip install 'jaxcompress[onnx]'"
+        raise ModuleNotFoundError(text, name=err.name) from err
     return onnx
 
 

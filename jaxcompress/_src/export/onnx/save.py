@@ -86,7 +86,7 @@ def save_onnx(
         What the file holds.
 
     Raises:
-        ImportError: `onnx` is not installed.
+        ModuleNotFoundError: `onnx` is not installed.
         NotImplementedError: a primitive or dtype that cannot be written; names it, its shapes and the line of `apply`.
         FileNotFoundError: there is no such directory.
         ValueError: names that are not one for each leaf, or not distinct; a leaf whose inputs are to be quantized and

@@ -1,0 +1,77 @@
+"""`jaxcompress bench`: what is run, counted and shown. Times are read, never compared."""
+
+import json
+
+import pytest
+
+import jaxcompress as jc
+from jaxcompress.recipe import load_model
+
+KERNELS = 7  # that are compressed
+
+
+def _bench(run, *arguments):
+    code, stdout, stderr = run("bench", *arguments, "--repeats", 2, "--json")
+    assert code == 0, stderr
+    return json.loads(stdout)
+
+
+def test_a_compressed_model_beside_its_dense_form(run, llamas):
+    figures = _bench(run, llamas["int4"], "--tokens", "2x8", "--plan")
+    assert (figures["rows"], figures["length"], figures["repeats"]) == (2, 8, 2)
+    model, baseline = figures["model"], figures["baseline"]
+    assert (model["name"], baseline["name"]) == (str(llamas["int4"]), "the same, dense")
+    params = load_model(llamas["int4"]).params
+    for each, tree in ((model, params), (baseline, jc.materialize(params))):
+        assert each["parameter_bytes"] == jc.report.size_report(tree).total.stored_bytes
+        assert 0 < each["seconds_min"] <= each["seconds"] <= each["seconds_max"]
+        assert each["tokens_per_second"] == pytest.approx(16 / each["seconds"])
+        assert each["first_call_seconds"] > each["compile_seconds"] > 0
+        assert each["temporary_bytes"] >= 0
+    assert baseline["wall_ratio"] == baseline["cpu_ratio"] == [1.0, 1.0, 1.0]
+    assert sorted(model["wall_ratio"])[1] == model["wall_ratio"][0] > 0
+    assert (sum(model["kernels"].values()), baseline["kernels"]) == (KERNELS, {})
+    # One row of one token: nothing else is multiplied with.
+    assert sum(model["decoding"]["kernels"].values()) == KERNELS
+    assert (model["decoding"]["prompt"], model["decoding"]["new_tokens"]) == (8, 32)
+    assert {each["path"].split("/")[2] for each in figures["plan"]} == {"0"}
+    assert {(each["rows"], each["kind"]) for each in figures["plan"]} == {(16, "int4 g32"), (16, "int4 per-channel")}
+
+
+def test_another_model_as_the_baseline_and_none(run, heads, bert_directory, llamas):
+    figures = _bench(run, heads["masked_lm"], "--against", bert_directory, "--tokens", "1x4")
+    assert figures["baseline"]["name"] == str(bert_directory)
+    assert "decoding" not in figures["model"]
+    figures = _bench(run, llamas["dense"])
+    # As many tokens as it has positions; the prompt leaves room for what is generated.
+    assert (figures["rows"], figures["length"]) == (8, 40)
+    assert (figures["model"]["decoding"]["prompt"], figures["model"]["wall_ratio"]) == (8, [1.0, 1.0, 1.0])
+    assert "baseline" not in figures
+
+
+def test_tables(run, llamas):
+    code, stdout, stderr = run("bench", llamas["int8"], "--tokens", "1x2", "--repeats", 1, "--plan")
+    assert code == 0, stderr
+    for text in ("wall time / baseline", "the same, dense", "products by kernel", "decoding", "mlp/down_proj/kernel"):
+        assert text in stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tokens", "1x41"], "has rows of 41 tokens; "),
+        (["--tokens", "8*64"], "--tokens is rows x tokens, such as 8x64, got '8*64'"),
+        (["--tokens", "0x4"], "--tokens is rows x tokens, such as 8x64, got '0x4'"),
+        (["--repeats", "0"], "Invalid value for '--repeats'"),
+    ],
+)
+def test_mistakes(run, llamas, arguments, message):
+    code, stdout, stderr = run("bench", llamas["int4"], *arguments)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+    assert message in stderr
+
+
+def test_the_model_with_fewer_positions_is_named(run, llamas, bert_directory):
+    code, stdout, stderr = run("bench", llamas["int4"], "--against", bert_directory, "--tokens", "1x36")
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+    assert f"--tokens 1x36 has rows of 36 tokens; {str(bert_directory)!r} reads up to 32." in stderr
