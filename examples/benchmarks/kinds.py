@@ -21,6 +21,7 @@ import jax.numpy as jnp
 
 import jaxcompress as jc
 from jaxcompress import arrays, clustering, lowrank, pruning, quantization, structured
+from jaxcompress._src.execution.kernels.processor import instruction_sets
 from jaxcompress._src.report.table import Table, format_table
 from jaxcompress.models import BertConfig, make_module, resized, unit_groups
 
@@ -175,16 +176,6 @@ def ratios(runs: dict[str, Callable[[], Any]], *, repeats: int) -> dict[str, tup
         return statistics.median(own[clock] / base[clock] for own, base in zip(times[name], baseline, strict=True))
 
     return {name: (median(name, 0), median(name, 1)) for name in times}
-
-
-def instruction_sets() -> list[str]:
-    """Those of this processor that matter to matmuls."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            flags = next((line for line in file if line.startswith("flags")), "").split()
-    except OSError:
-        return []
-    return [name for name in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if name in flags]
 
 
 if __name__ == "__main__":

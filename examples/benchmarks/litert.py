@@ -22,6 +22,7 @@ import numpy as np
 from ai_edge_litert.interpreter import Interpreter
 
 import jaxcompress as jc
+from jaxcompress._src.execution.kernels.processor import instruction_sets
 from jaxcompress.export import LitertInfo, save_litert
 from jaxcompress.models import BertConfig, make_module
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
@@ -83,7 +84,9 @@ def main() -> None:
         each |= {"wall": round(float(wall), 3), "cpu": round(float(cpu), 3)}
         print(name, json.dumps(each))
     print(
-        json.dumps({"ratios": figures, "instructions": _instructions(), "threads": arguments.threads, "quick": quick})
+        json.dumps(
+            {"ratios": figures, "instructions": instruction_sets(), "threads": arguments.threads, "quick": quick}
+        )
     )
 
 
@@ -107,13 +110,6 @@ def _times(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, np.nda
 
 def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
-
-
-def _instructions() -> list[str]:
-    """What of the processor's instructions decides how fast integers are."""
-    path = Path("/proc/cpuinfo")
-    words = set(path.read_text().split()) if path.exists() else set()
-    return sorted(words & {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "amx_bf16"})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ The last line is JSON.
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -28,6 +27,7 @@ import onnxruntime
 from safetensors.numpy import load_file, save_file
 
 import jaxcompress as jc
+from jaxcompress._src.execution.kernels.processor import instruction_sets
 from jaxcompress.export import save_onnx
 from jaxcompress.models import BertConfig, from_pretrained, make_module, save_pretrained
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
@@ -188,13 +188,6 @@ def measured(runs: dict[str, Callable[[], Any]], repeats: int, sizes: dict[str, 
             for key, value in row.items()
         }
     return rows
-
-
-def instruction_sets() -> list[str]:
-    """Those that the kernels depend on, where the system says them."""
-    path = Path("/proc/cpuinfo")
-    flags = set(path.read_text().split()) if path.exists() else set()
-    return sorted(flags & {"avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8"}) or [os.uname().machine]
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from jaxcompress._src.cli.screen import Screen
 from jaxcompress._src.cli.token_inputs import random_tokens, token_shape
 from jaxcompress._src.execution.execute import execute
 from jaxcompress._src.execution.kernels.native.library import instruction_set
+from jaxcompress._src.execution.kernels.processor import instruction_sets, processor_count
 from jaxcompress._src.execution.materialize import materialize
 from jaxcompress._src.execution.plan import Plan, plan
 from jaxcompress._src.models.decoder.generate import generate
 from jaxcompress._src.models.families import head_of, max_tokens
 from jaxcompress._src.recipe.directories import LoadedModel, load_model
 from jaxcompress._src.report.latency import LatencyComparison, RatioSpread, compare_latency
-from jaxcompress._src.report.processor import instruction_sets, processor_count
 from jaxcompress._src.report.program import ProgramCost, compile_timed
 from jaxcompress._src.report.size import size_report
 from jaxcompress._src.report.table import format_bytes, format_milliseconds

@@ -17,6 +17,7 @@ from jaxcompress._src.cli.stored_weights import (
     quantization_settings,
     stored_tensors,
 )
+from jaxcompress._src.execution.kernels.processor import processor_count
 from jaxcompress._src.export.gguf import save_gguf
 from jaxcompress._src.export.huggingface import save_huggingface
 from jaxcompress._src.export.info import ExportInfo
@@ -30,7 +31,6 @@ from jaxcompress._src.models.leaves import flatten_params
 from jaxcompress._src.recipe.directories import LoadedModel
 from jaxcompress._src.recipe.heads import SENTENCE_VECTOR, with_sentence_vector
 from jaxcompress._src.recipe.tokens import has_tokenizer
-from jaxcompress._src.report.processor import processor_count
 from jaxcompress._src.types import is_compressed, plain
 
 Runner = Callable[[np.ndarray, np.ndarray], Mapping[str, Any]]

@@ -21,9 +21,14 @@ from jaxcompress._src.execution.kernels.native.matmul import (
     why_not_integer,
     why_not_weight_only,
 )
+from jaxcompress._src.execution.kernels.processor import instruction_sets
 
 _FEW_ROWS = 16
 """With more, a product of float32 numbers is bound by arithmetic, and widening the weights once costs less."""
+
+
+_ROWS_OF_AMX = 8
+"""From so many rows on, XLA's integer product takes a third of the float32 one's time on processors with AMX."""
 
 
 def _why_not_float(matmul: Matmul) -> str | None:
@@ -90,6 +95,8 @@ def _why_not_int8(matmul: Matmul) -> str | None:
         return reason
     if not leaf.is_whole_product(matmul.other, matmul.side, matmul.parameters):
         return "scales vary along the sums, or sums exceed int32"
+    if matmul.rows >= _ROWS_OF_AMX and "amx_int8" in instruction_sets():
+        return "XLA multiplies integers by AMX, which these kernels do not use"
     x, codes = (matmul.rows, matmul.inputs), (matmul.inputs, matmul.outputs)
     out_major = matmul.order == "outputs first"
     shapes = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in (x, codes[::-1] if out_major else codes)]

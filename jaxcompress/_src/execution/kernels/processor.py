@@ -1,5 +1,6 @@
 """What of this machine decides how fast a model runs."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -7,6 +8,7 @@ _SETS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16"
 _SETS += ("asimd", "asimddp", "i8mm", "bf16", "sve")  # of ARM
 
 
+@functools.cache
 def instruction_sets() -> tuple[str, ...]:
     """The instruction sets of this processor that multiply floats and integers, as Linux names them; else none.
 
