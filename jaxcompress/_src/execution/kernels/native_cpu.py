@@ -36,7 +36,9 @@ def _why_not_float(matmul: Matmul) -> str | None:
     if reason is not None:
         return reason
     flat = jax.eval_shape(matmul.flat_leaf)
-    reason = "the stored codes are no matrix" if flat is None else _why_not_stored(flat, matmul)
+    if flat is None:
+        return "the stored codes are no matrix"
+    reason = _why_not_stored(flat, matmul)
     if reason is not None:
         return reason
     x, *parts = jax.eval_shape(lambda: (matmul.flat_other(), *_arguments(matmul.flat_leaf())))
@@ -118,7 +120,9 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
     if not isinstance(leaf.weight, QuantizedArray) or leaf.weight.levels is not None:
         return "weights are no integer codes with scales"
     flat = jax.eval_shape(weight.flat_leaf)
-    reason = "the stored codes are no matrix" if flat is None else _why_not_stored(flat, weight)
+    if flat is None:
+        return "the stored codes are no matrix"
+    reason = _why_not_stored(flat, weight)
     if reason is not None:
         return reason
     codes = jax.eval_shape(lambda x: leaf.input_codes(x, matmul.side, matmul.parameters), matmul.other)
