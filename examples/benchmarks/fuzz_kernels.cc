@@ -210,8 +210,9 @@ bool grouped(Random& random, Pool& pool) {
                 (is_cut ? terms + std::abs(zero) * magnitude : std::abs(sum) + std::abs(zero * inputs));
       }
       if (!(std::abs(y[m * p.N + n] - total) <= 1e-6 * size + 1e-30)) {
-        std::printf("wrong: int8 M %ld K %ld N %ld groups %ld packed %d signed %d out_major %d: %g, not %g\n", long(p.M),
-                    long(p.K), long(p.N), long(p.groups), p.is_packed, p.is_signed, p.out_major, y[m * p.N + n], total);
+        std::printf("wrong: int8 M %ld K %ld N %ld groups %ld", long(p.M), long(p.K), long(p.N), long(p.groups));
+        std::printf(" packed %d signed %d out_major %d: %g, not %g\n", p.is_packed, p.is_signed, p.out_major,
+                    y[m * p.N + n], total);
         return false;
       }
     }

@@ -205,20 +205,30 @@ def test_other_floats_are_rounded_once(dtype):
 
 
 @needs_library
+@pytest.mark.parametrize("rows", [1, 5, 39])
+@pytest.mark.parametrize("name", ["int8", "uint8", "int4", "uint4"])
 @pytest.mark.parametrize("out_major", [False, True])
-def test_quantized_inputs_and_grouped_weights(out_major):
+def test_quantized_inputs_and_grouped_weights(out_major, name, rows):
     """Sums of products of codes are whole numbers, so that scales of powers of two leave nothing to round."""
-    rng = np.random.default_rng(0)
-    storage = dataclasses.replace(FORMATS["int4"], out_major=out_major)
-    codes, x = rng.integers(-8, 8, size=(96, 20)), rng.integers(-128, 128, size=(5, 96)).astype(np.int8)
-    scale = 2.0 ** rng.integers(-2, 3, size=(3, 20))
-    expected = x.astype(np.float64) @ (codes * np.repeat(scale, 32, axis=0))
-    stored, scales = (jnp.asarray(part.T if out_major else part) for part in (packed(codes), scale.astype(np.float32)))
-    for name in library.INSTRUCTION_SETS:
-        with library.limited_to(name):
-            y = weight_only_matmul(jnp.asarray(x), stored, scales, storage=storage)
+    rng = np.random.default_rng(rows)
+    storage = dataclasses.replace(FORMATS[name], out_major=out_major)
+    low = -(2 ** (storage.bits - 1)) if storage.signed else 0
+    codes = rng.integers(low, low + 2**storage.bits, size=(96, 83))
+    x = rng.integers(-128, 128, size=(rows, 96)).astype(np.int8)
+    # Where products of bytes, or sums of pairs of them, would saturate.
+    x[0], codes[:, 0], codes[:, 1] = -128, low, low + 2**storage.bits - 1
+    scale = 2.0 ** rng.integers(-1, 2, size=(3, 83))
+    zeros = None if storage.signed else rng.integers(0, 2**storage.bits, size=(3, 83)).astype(np.uint8)
+    shift = 0 if zeros is None else np.repeat(zeros.astype(np.float64), 32, axis=0)
+    expected = x.astype(np.float64) @ ((codes - shift) * np.repeat(scale, 32, axis=0))
+    stored = packed(codes) if storage.bits == 4 else codes.astype("int8" if storage.signed else "uint8")
+    parts = [part if part is None else part.T if out_major else part for part in (stored, scale.astype("f4"), zeros)]
+    product = jax.jit(functools.partial(weight_only_matmul, storage=storage))
+    for instructions in library.INSTRUCTION_SETS:
+        with library.limited_to(instructions):
+            y = product(x, *parts)
         assert y.dtype == jnp.float32
-        np.testing.assert_array_equal(y, expected, err_msg=name)
+        np.testing.assert_array_equal(y, expected, err_msg=instructions)
 
 
 @needs_library

@@ -97,6 +97,8 @@ def _why_not_int8(matmul: Matmul) -> str | None:
         return "scales vary along the sums, or sums exceed int32"
     if matmul.rows >= _ROWS_OF_AMX and "amx_int8" in instruction_sets():
         return "XLA multiplies integers by AMX, which these kernels do not use"
+    if matmul.rows == 1 and matmul.order == "inputs first" and library.instruction_set() == "avx2":
+        return "one row by AVX2 alone: the float product is faster"
     x, codes = (matmul.rows, matmul.inputs), (matmul.inputs, matmul.outputs)
     out_major = matmul.order == "outputs first"
     shapes = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in (x, codes[::-1] if out_major else codes)]
@@ -127,9 +129,13 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
     if not isinstance(leaf.weight, QuantizedArray) or leaf.weight.levels is not None:
         return "weights are no integer codes with scales"
     flat = jax.eval_shape(weight.flat_leaf)
-    reason = "the stored codes are no matrix" if flat is None else _why_not_stored(flat, weight)
+    if flat is None:
+        return "the stored codes are no matrix"
+    reason = _why_not_stored(flat, weight)
     if reason is not None:
         return reason
+    if leaf.weight.bits == 8 and matmul.rows > _FEW_ROWS and library.instruction_set() == "avx2":
+        return f"8 bits and {matmul.rows} rows by AVX2 alone: the float product is faster"
     codes = jax.eval_shape(lambda x: leaf.input_codes(x, matmul.side, matmul.parameters), matmul.other)
     reason = _why_not_codes(codes, matmul)
     if reason is not None:
