@@ -1,5 +1,6 @@
 """`jaxcompress export`: every format written, run or read back; differences that are seen; nothing half-written."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -135,6 +136,32 @@ def test_a_weight_that_is_not_the_models_is_named(export, llamas, tmp_path, form
     assert wrong == "model/layers/0/mlp/up_proj/kernel"
 
 
+def _raising(path):
+    raise RuntimeError("an operator is missing")
+
+
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        (
+            lambda ids: np.zeros((1, 1)),
+            "its outputs are {'logits': (1, 1)}, those of the model {'logits': (1, 40, 32)}",
+        ),
+        (lambda ids: np.full((*ids.shape, 32), np.nan), "jax.export gives NaN or infinity in 'logits'"),
+        (lambda ids: np.zeros((*ids.shape, 32)), "its outputs differ from JAX's by 100 % of their size"),
+        (None, "jax.export fails on it: an operator is missing"),
+    ],
+)
+def test_runtimes_that_fail_or_give_something_else(run, llamas, tmp_path, monkeypatch, logits, message):
+    run_file = _raising if logits is None else lambda path: lambda ids, mask: {"logits": logits(ids)}
+    monkeypatch.setitem(FORMATS, "stablehlo", dataclasses.replace(FORMATS["stablehlo"], run=run_file))
+    options = ("--format", "stablehlo", "--out", tmp_path / "m", "--platforms", "cpu", "--repeats", 1)
+    code, _, stderr = run("export", llamas["int4"], *options)
+    assert code == 1
+    assert message in stderr.splitlines()[-1]
+    assert (tmp_path / "m" / "export.json").exists()
+
+
 def test_a_model_of_nan_is_said_to_be_one(run, llamas, tmp_path):
     module, params = from_pretrained(llamas["dense"])
     params["lm_head"]["kernel"] = params["lm_head"]["kernel"].at[0, 0].set(np.nan)
@@ -158,6 +185,14 @@ def test_a_model_of_nan_is_said_to_be_one(run, llamas, tmp_path):
         (["--format", "onnx", "--out", "m.onnx", "--dense", "float16"], "--dense is not for --format onnx, whose own"),
         (["--format", "stablehlo", "--out", "m", "--no-tokenizer"], "--no-tokenizer is not for --format stablehlo"),
         (["--format", "onnx", "--out", "m.onnx", "--input-ranges", "all"], "`input_ranges` must be one of"),
+        (
+            ["--format", "stablehlo", "--out", "m", "--platforms", "cpu,gpu"],
+            "--platforms is some of cpu, cuda, rocm, tpu",
+        ),
+        (
+            ["--format", "stablehlo", "--out", "m", "--platforms", "tpu"],
+            "--platforms must have cpu, on which the file is",
+        ),
         (["--format", "gguf", "--out", "m.gguf", "--dense", "int4"], "`dense` must be one of"),
     ],
 )

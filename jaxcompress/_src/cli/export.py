@@ -192,10 +192,15 @@ def _compare_outputs(
             figures["relative_error"] = max(figures["relative_error"], relative)
     if figures["relative_error"] > allowed:
         return (
-            f"its outputs differ from JAX's by {100 * figures['relative_error']:.2g} % of their size, more than the "
-            f"{100 * allowed:.2g} % that are accepted; --max-error accepts more."
+            f"its outputs differ from JAX's by {_percent(figures['relative_error'])} of their size, more than the "
+            f"{_percent(allowed)} that are accepted; --max-error accepts more."
         )
     return None
+
+
+def _percent(share: float) -> str:
+    value = 100 * share
+    return f"{value:.2g} %" if value < 99.5 else f"{value:,.0f} %"
 
 
 def _shapes(outputs: Mapping[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
@@ -234,7 +239,7 @@ def _show(screen: Screen, model: str, out: Path, figures: Mapping[str, Any]) -> 
         rows.append(("largest difference of a weight", f"{figures['weight_difference']:.2g}"))
     if "difference" in figures:
         rows.append(("largest difference of an output", f"{figures['difference']:.2g}"))
-        text = f"{100 * figures['relative_error']:.2g} % (accepted: {100 * figures['accepted_error']:.2g} %)"
+        text = f"{_percent(figures['relative_error'])} (accepted: {_percent(figures['accepted_error'])})"
         rows.append(("difference / size of the outputs", text))
     if "seconds" in figures:
         rows_of, length = figures["shape"]

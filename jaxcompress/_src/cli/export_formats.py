@@ -33,6 +33,8 @@ from jaxcompress._src.recipe.heads import SENTENCE_VECTOR, with_sentence_vector
 from jaxcompress._src.recipe.tokens import has_tokenizer
 from jaxcompress._src.types import is_compressed, plain
 
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of StableHLO
+
 Runner = Callable[[np.ndarray, np.ndarray], Mapping[str, Any]]
 """`(input_ids, attention_mask) -> outputs by name`, of a written model."""
 
@@ -195,7 +197,14 @@ def _litert_error(request: Request) -> float:
 
 
 def _write_stablehlo(request: Request) -> Written:
-    loaded = request.loaded
+    loaded, platforms = request.loaded, request.options.get("platforms")
+    if platforms is not None:
+        if unknown := [name for name in platforms if name not in _PLATFORMS]:
+            raise ValueError(
+                f"--platforms is some of {', '.join(_PLATFORMS)}, with commas between; got {unknown[0]!r}."
+            )
+        if (here := {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())) not in platforms:
+            raise ValueError(f"--platforms must have {here}, on which the file is run here.")
     inputs = _any_tokens(loaded)
     info = save_stablehlo(
         request.out, model_apply(loaded), loaded.params, *inputs, overwrite=request.overwrite, **request.options
