@@ -86,7 +86,7 @@ def test_the_plan_says_what_runs(model, weights, inputs, rows, kernel):
     text = jax.jit(jc.execute(apply)).lower(params, x).as_text()
     assert ("jaxcompress_" in text) == (kernel != "plain")
     if kernel == "plain":
-        assert matmul.refused["native_float"] == "40 rows: for up to 16"
+        assert matmul.refused["native_float"] == "40 rows: for up to 32 at 8 bits"
     assert f"{rows} x 96 x 40" in str(plan)
     assert kernel in str(plan)
 

@@ -23,9 +23,8 @@ from jaxcompress._src.execution.kernels.native.matmul import (
 )
 from jaxcompress._src.execution.kernels.processor import instruction_sets
 
-_FEW_ROWS = 16
-"""With more, a product of float32 numbers is bound by arithmetic, and widening the weights once costs less."""
-
+_FEW_ROWS = {4: 64, 8: 32}
+"""By bits. With more rows, a float32 product is bound by arithmetic, and widening the weights once costs less."""
 
 _ROWS_OF_AMX = 8
 """From so many rows on, XLA's integer product takes a third of the float32 one's time on processors with AMX."""
@@ -35,11 +34,13 @@ def _why_not_float(matmul: Matmul) -> str | None:
     leaf = matmul.leaf
     reason = unless(
         (not isinstance(leaf, QuantizedArray), "weights are no codes with scales, or inputs are quantized"),
-        (matmul.rows > _FEW_ROWS, f"{matmul.rows} rows: for up to {_FEW_ROWS}"),
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
     )
     if reason is not None:
         return reason
+    limit = _FEW_ROWS.get(leaf.bits)
+    if limit is not None and limit < matmul.rows:
+        return f"{matmul.rows} rows: for up to {limit} at {leaf.bits} bits"
     flat = jax.eval_shape(matmul.flat_leaf)
     if flat is None:
         return "the stored codes are no matrix"
@@ -134,7 +135,7 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
     reason = _why_not_stored(flat, weight)
     if reason is not None:
         return reason
-    if leaf.weight.bits == 8 and matmul.rows > _FEW_ROWS and library.instruction_set() == "avx2":
+    if leaf.weight.bits == 8 and matmul.rows > _FEW_ROWS[8] and library.instruction_set() == "avx2":
         return f"8 bits and {matmul.rows} rows by AVX2 alone: the float product is faster"
     codes = jax.eval_shape(lambda x: leaf.input_codes(x, matmul.side, matmul.parameters), matmul.other)
     reason = _why_not_codes(codes, matmul)
