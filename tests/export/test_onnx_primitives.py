@@ -125,6 +125,13 @@ CASES = {
         )
         for dtype in ("int8", "uint8", "int32", "uint32")
     },
+    **{
+        f"population count {dtype}": (
+            lax.population_count,
+            ints(40, dtype=dtype, low=0 if dtype[0] == "u" else -99, high=120),
+        )
+        for dtype in ("int8", "uint8", "int32", "uint32")
+    },
     "casts": (
         lambda x: [x.astype(t) for t in ("int32", "int8", "uint8", "bool", "float16")],
         np.array([-300.7, 1e10, 2.5, np.nan, -0.2, 0], "float32"),

@@ -63,6 +63,15 @@ class BitmaskSparseArray(StoredArray):
         """The plain array."""
         return _materialize(self)
 
+    @property
+    def packing_axis(self) -> int:
+        """The axis along which dense codes are packed: that of the rows."""
+        return self.starts.ndim - 1 - self.ndim
+
+    def expanded(self) -> Any:
+        """The plain array."""
+        return self.materialize()
+
     @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> Shaped[Array, "..."]:
         """`materialize()[rows]`, reading those rows only; not for stacked leaves."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, Shaped
 
-from jaxcompress._src.arrays.packed import PackedArray, unpacked
+from jaxcompress._src.arrays.packed import PackedArray, pack, unpacked
 from jaxcompress._src.arrays.protocol import (
     StoredArray,
     can_unstack,
@@ -68,6 +68,17 @@ class CodedArray(StoredArray):
     def with_plain_parts(self) -> Any:
         """The same array, of which no part but `data` is packed."""
         return self
+
+    @on_auto_axes
+    def expanded(self) -> Any:
+        """All codes, packed along the axis of the pattern or of rows; plain where absent codes are not code 0."""
+        if not isinstance(self.data, SparseArray):
+            return self
+        codes = self._moved_codes(lambda codes: codes)
+        if codes is None:
+            return self.materialize()
+        packed = pack(codes, bits=self.bits, axis=self.data.packing_axis)
+        return dataclasses.replace(self, data=packed)  # type: ignore[type-var]
 
     def transpose(self, permutation: Sequence[int]) -> Any:
         """The axes in another order; sparse codes become dense."""

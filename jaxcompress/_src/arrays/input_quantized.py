@@ -20,6 +20,7 @@ from jaxcompress._src.arrays.protocol import (
     can_unstack,
     cast,
     describe_leaf,
+    expanded,
     product,
     reshape,
     slice_axis,
@@ -165,6 +166,10 @@ class InputQuantizedArray(StoredArray):
         for axis, size in zip(batch, self.scale.shape, strict=False):
             shape[axis] = size
         return self.scale.reshape(shape), None if self.zero_point is None else self.zero_point.reshape(shape)
+
+    def expanded(self) -> Any:
+        """The same with an expanded weight."""
+        return dataclasses.replace(self, weight=expanded(self.weight))
 
     def with_plain_weight(self) -> Any:
         """The same quantization of inputs for the plain weight; None if it is plain."""

@@ -18,6 +18,7 @@ from jaxcompress._src.arrays.protocol import (
     can_unstack,
     cast,
     describe_leaf,
+    expanded,
     product,
     reshape,
     slice_axis,
@@ -80,6 +81,11 @@ class LowRankArray(StoredArray):
         taken = dataclasses.replace(self, left=parts[0], right=parts[1], residual=parts[2])
         dense = jnp.broadcast_to(taken.materialize(), (flat.size, *self.shape[1:]))
         return dense.reshape(*rows.shape, *self.shape[1:])
+
+    def expanded(self) -> Any:
+        """The same with expanded factors and residual."""
+        parts = {"left": self.left, "right": self.right, "residual": self.residual}
+        return dataclasses.replace(self, **{name: expanded(part) for name, part in parts.items()})
 
     def transpose(self, permutation: Sequence[int]) -> Any:
         """The axes in another order; the rank stays the last."""

@@ -71,6 +71,15 @@ class NMSparseArray(StoredArray):
         """The plain array."""
         return self._spread(unpacked(self.values))
 
+    @property
+    def packing_axis(self) -> int:
+        """The axis along which dense codes are packed: that of the pattern."""
+        return self.axis
+
+    def expanded(self) -> Any:
+        """The plain array."""
+        return self.materialize()
+
     @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> Shaped[Array, "..."]:
         """`materialize()[rows]`, reading those rows only if the axis is not the first."""

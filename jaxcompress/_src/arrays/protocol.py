@@ -126,6 +126,10 @@ class StoredArray:
         """
         del inputs, parameters
 
+    def expanded(self) -> Any:
+        """The same values with their zeros stored, plain or as codes; an array that leaves none out, as it is."""
+        return self
+
     def with_plain_weight(self) -> Any:
         """Where an array `changes_inputs`: the same with everything else plain, if anything else is stored; or None."""
 
@@ -255,6 +259,11 @@ def cast(part: Any, dtype: Any) -> Any:
 def can_unstack(part: Any) -> bool:
     """Whether slicing every stored part along its first axis slices the array along its first axis."""
     return call(part, "can_unstack") if is_compressed(part) else True
+
+
+def expanded(part: Any) -> Any:
+    """An array with its zeros stored; what is no compressed array, as it is."""
+    return call(part, "expanded") if is_compressed(part) else part
 
 
 def take_rows(part: Any, rows: Integer[Array, "..."]) -> Any:

@@ -59,7 +59,7 @@ def save_stablehlo(
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     overwrite: bool = False,
 ) -> StablehloInfo:
-    """Writes `execute(apply)` as a StableHLO program, and the parameters beside it, in their stored forms.
+    """Writes `execute(apply, kernels=())` as a StableHLO program, and the parameters beside it, in their stored forms.
 
     The directory holds `model.stablehlo` (a serialized `jax.export.Exported` of `(arrays, *inputs)`),
     `params.safetensors` (the `arrays`: a flat dict) and `export.json` (versions, platforms, shapes, leaves). It loads
@@ -73,8 +73,8 @@ def save_stablehlo(
         arrays = load_file(directory / "params.safetensors")
         outputs = jax.jit(exported.call)(arrays, *inputs)
 
-    Outputs are those of `jax.jit(execute(apply))`, bit for bit where shapes are not symbolic. JAX promises to read a
-    program for six months after it was written.
+    Outputs are those of `jax.jit(execute(apply, kernels=()))`, bit for bit where shapes are not symbolic. JAX promises to
+    read a program for six months after it was written.
 
     Args:
         directory: to write, whole or not at all.

@@ -211,6 +211,21 @@ def _shift(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
     return [_like(_cast_all(graph, number, unsigned, x.dtype), [x, by], eqn.outvars[0].aval)]
 
 
+def _population_count(graph: Graph, eqn: Any, values: list[Any]) -> Sequence[Any]:
+    """From a table of bytes; wider integers are sums of theirs."""
+    x = graph.tensor(values[0])
+    bits = 8 * x.dtype.itemsize
+    table = graph.constant(np.array([number.bit_count() for number in range(256)], np.int64))
+    number = _cast_all(graph, x.name, np.dtype(f"uint{bits}"), np.uint64)
+    counts = []
+    for place in range(0, bits, 8):
+        byte = graph.op("BitShift", number, graph.scalar(place, np.uint64), direction="RIGHT")
+        byte = graph.op("BitwiseAnd", byte, graph.scalar(255, np.uint64))
+        counts.append(graph.op("Gather", table, _cast_all(graph, byte, np.int64), axis=0))
+    total = functools.reduce(lambda first, second: graph.op("Add", first, second), counts)
+    return [_like(_cast_all(graph, total, x.dtype), [x], eqn.outvars[0].aval)]
+
+
 def _cast_all(graph: Graph, name: str, *dtypes: Any) -> str:
     """Casts of integers one after another; they wrap around."""
     return functools.reduce(lambda inner, dtype: graph.op("Cast", inner, to=onnx_type(dtype)), dtypes, name)
@@ -277,6 +292,7 @@ RULES: dict[str, Callable[[Graph, Any, list[Any]], Sequence[Any]]] = {
     "or": _logical("Or", "BitwiseOr"),
     "xor": _logical("Xor", "BitwiseXor"),
     "not": _logical("Not", "BitwiseNot"),
+    "population_count": _population_count,
     "shift_left": _shift,
     "shift_right_logical": _shift,
     "shift_right_arithmetic": _shift,
