@@ -73,8 +73,8 @@ def save_stablehlo(
         arrays = load_file(directory / "params.safetensors")
         outputs = jax.jit(exported.call)(arrays, *inputs)
 
-    Outputs are those of `jax.jit(execute(apply, kernels=()))`, bit for bit where shapes are not symbolic. JAX promises to
-    read a program for six months after it was written.
+    Outputs are those of `jax.jit(execute(apply, kernels=()))`, bit for bit where shapes are not symbolic. JAX promises
+    to read a program for six months after it was written.
 
     Args:
         directory: to write, whole or not at all.
