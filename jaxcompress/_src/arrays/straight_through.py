@@ -32,4 +32,5 @@ def straight_through(rounded: Float[Array, "..."], x: Float[Array, "..."]) -> Fl
 
 @straight_through.defjvp
 def _straight_through_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
-    return primals[0], tangents[1]
+    # Not `primals[0]`, whose derivative the derivative of this rule would take.
+    return straight_through(*primals), tangents[1]
