@@ -82,7 +82,9 @@ def _storage(flat: QuantizedArray, matmul: Matmul) -> WeightOnlyFormat:
 def _float(matmul: Matmul, multiply: Multiply) -> jax.Array:
     del multiply
     flat = matmul.flat_leaf()
-    y = weight_only_matmul(matmul.flat_other(), *_arguments(flat), storage=_storage(flat, matmul))
+    # Sums are float32; they would be rounded to the dtype of `x`, whatever `preferred_element_type` is.
+    x = matmul.flat_other().astype(jnp.float32)
+    y = weight_only_matmul(x, *_arguments(flat), storage=_storage(flat, matmul))
     return matmul.unflattened(y.astype(matmul.dtype))
 
 

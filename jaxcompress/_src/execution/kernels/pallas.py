@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.arrays.protocol import Multiply
@@ -39,6 +40,10 @@ def _why_not(matmul: Matmul, *, bits: int, refusal: Callable[..., str | None]) -
             "codes are not packed along the sums",
         ),
         (bits == 8 and not hasattr(flat.data, "dtype"), "codes are stored sparsely"),
+        (
+            jnp.promote_types(matmul.dtype, matmul.other.dtype) != matmul.other.dtype,
+            f"results are {jnp.dtype(matmul.dtype)}, more than the {matmul.other.dtype} of the inputs",
+        ),
     )
     return reason or refusal(*jax.eval_shape(lambda: _parts(matmul, bits)))
 
