@@ -48,7 +48,7 @@ class Matmul:
     @property
     def rows(self) -> int:
         """Rows of the plain operand, tokens mostly."""
-        return self.other.size // max(self.inputs, 1)
+        return math.prod(size for axis, size in enumerate(self.other.shape) if axis not in self._axes[1])
 
     @property
     def inputs(self) -> int:
@@ -58,7 +58,7 @@ class Matmul:
     @property
     def outputs(self) -> int:
         """Sums of each row."""
-        return self.leaf.size // max(self.inputs, 1)
+        return math.prod(size for axis, size in enumerate(self.leaf.shape) if axis not in self._axes[0])
 
     @property
     def dtype(self) -> Any:
