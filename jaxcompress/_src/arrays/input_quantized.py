@@ -261,12 +261,16 @@ class InputQuantizedArray(StoredArray):
 
     def _input_arguments(self, other: Any, side: int, parameters: Mapping[str, Any]) -> tuple[Any, ...]:
         contracted, batch = parameters["dimension_numbers"]
-        return other, contracted[1 - side], *self.input_parameters(other.ndim, batch[1 - side])
+        return self._as_float(other), contracted[1 - side], *self.input_parameters(other.ndim, batch[1 - side])
+
+    def _as_float(self, inputs: jax.Array) -> jax.Array:
+        """Whole numbers, which `jnp.matmul` leaves as they are, have no steps between them."""
+        return inputs if jnp.issubdtype(inputs.dtype, jnp.inexact) else inputs.astype(self.dtype)
 
     def convolve(self, inputs: jax.Array, parameters: Mapping[str, Any]) -> Any:
         """The convolution of rounded inputs; None where the weight has none of its own."""
         axes = (parameters["dimension_numbers"].lhs_spec[1],)
-        rounded = self.inputs.rounded(inputs, axes, *self.input_parameters(inputs.ndim, ()))
+        rounded = self.inputs.rounded(self._as_float(inputs), axes, *self.input_parameters(inputs.ndim, ()))
         if not is_compressed(self.weight):
             return jax.lax.conv_general_dilated_p.bind(rounded, self.weight, **parameters)
         return call(self.weight, "convolve", rounded, parameters)
