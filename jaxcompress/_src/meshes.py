@@ -9,7 +9,7 @@ arrays of the Explicit mesh. A user's own functions always see the mesh that the
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
@@ -175,10 +175,33 @@ def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
     """
     mesh = explicit_mesh(leaf)
     if mesh is None:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        axes = varying_axes(leaf)
+        if not axes:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        part = jax.typeof(jax.tree.leaves(leaf)[0])
+        replicated = NamedSharding(part.sharding.mesh, PartitionSpec(*[None] * len(leaf.shape)))
+        manual = part.mat.update(varying=axes)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated, manual_axis_type=manual)
     parts = [part for part in jax.tree.leaves(leaf) if part.ndim == len(leaf.shape) and _mesh_of(part) is not None]
     spec = jax.typeof(max(parts, key=lambda part: part.size)).sharding.spec if parts else PartitionSpec()
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_fitted(mesh, spec, leaf.shape))
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The axes of a mesh along which any of these arrays varies, within `jax.shard_map`."""
+    return frozenset().union(
+        *(jax.typeof(leaf).mat.varying for leaf in jax.tree.leaves(tree) if isinstance(leaf, core.Tracer))
+    )
+
+
+def varying(tree: T, axes: Iterable[str]) -> T:
+    """The same arrays, which may vary along these axes of a mesh too, within `jax.shard_map`."""
+
+    def cast(leaf: Any) -> Any:
+        new = tuple(axis for axis in axes if axis not in varying_axes(leaf))
+        return jax.lax.pcast(leaf, new, to="varying") if new else leaf
+
+    return jax.tree.map(cast, tree)
 
 
 def shared_mesh(tree: Any) -> Mesh | None:

@@ -11,7 +11,7 @@ from jaxcompress._src.execution.kernels.choice import Planned, checked_kernels, 
 from jaxcompress._src.execution.rules import RULES
 from jaxcompress._src.execution.runs import boundaries, cut, sliced_runs
 from jaxcompress._src.execution.values import Evaluation, Fallback, Note, Runs, Weight, ignore, plain, with_plain_weight
-from jaxcompress._src.meshes import as_typed, explicit_mesh, on_auto_axes
+from jaxcompress._src.meshes import as_typed, explicit_mesh, on_auto_axes, varying, varying_axes
 from jaxcompress._src.trace.traced import split_arrays, traced
 from jaxcompress._src.trace.walk import CALLS, Body, as_body, bind, called_body, walk
 from jaxcompress._src.tree.paths import path_string
@@ -279,4 +279,5 @@ def _tagged(keys: tuple[Any, ...], leaf: Any) -> Any:
     # The keys begin with (args or kwargs, number or name of the argument).
     argument, inner = keys[1], keys[2:]
     first = keys[0].idx == 0 and argument.idx == 0
+    leaf = varying(leaf, varying_axes(leaf))
     return Weight(leaf, path_string(inner) if first else f"[{path_string((argument,))}]/{path_string(inner)}")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxcompress._src.arrays.protocol import call, cast, reshape, slice_axis, transpose
 from jaxcompress._src.arrays.sharding import component_shardings
+from jaxcompress._src.meshes import varying
 from jaxcompress._src.types import is_compressed
 
 Rule = Callable[[Any, list[Any]], Sequence[Any] | None]
@@ -111,6 +112,11 @@ def _by_part(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     return [jax.tree.map(lambda part: eqn.primitive.bind(part, **eqn.params), values[0])]
 
 
+def _pvary(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    """In `shard_map`: a part gets the axes along which it does not vary yet."""
+    return [varying(values[0], eqn.params["axes"])]
+
+
 RULES: dict[str, Rule] = {
     "conv_general_dilated": _conv,
     "gather": _gather,
@@ -126,4 +132,5 @@ RULES: dict[str, Rule] = {
     "copy": _by_part,
     "copy_p": _by_part,
     "stop_gradient": _by_part,
+    "pvary": _pvary,
 }

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int32, Integer, Num, Shaped
 
 from jaxcompress._src.execution.kernels.native import library
 from jaxcompress._src.execution.kernels.native.exported import unless_exported
+from jaxcompress._src.meshes import varying, varying_axes
 
 _FLOATS = ("float32", "bfloat16", "float16")
 _INPUTS = (*_FLOATS, "int8")
@@ -63,7 +64,8 @@ def weight_only_matmul(
 
     y[m, n] = Σ_g scale[g, n] (Σ_{k in g} x[m, k] value(codes[k, n]) - zero_point[g, n] Σ_{k in g} x[m, k])
 
-    in float32, where value(c) is c or levels[c]. That is the product with the dequantized weights but for rounding.
+    in float32, where value(c) is c or levels[c]. That is the product with the dequantized weights but for rounding, and
+    for inputs that are infinite: with zero points (or codes of 4 bits) their outputs may be NaN, as inf - inf is.
     Of int8 inputs and weights without levels, sums within a group are whole numbers and exact (larger groups
     than 256 inputs are cut).
     Works under `jit`, `vmap`, `scan`, forward and reverse derivatives (of x, scale and float zero points), and on
@@ -124,7 +126,7 @@ def integer_matmul(
     if reason is not None:
         raise ValueError(reason)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = _integer(out_major)(rows, codes)
+    y = varying(_integer(out_major)(rows, codes), varying_axes((rows, codes)))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -209,7 +211,7 @@ def _weight_only(storage: WeightOnlyFormat, x: Array, codes: Array, scale: Array
         zero_point = zero_point.astype(jnp.float32)
     whole = x.dtype == jnp.int8 and storage.levels is None
     operands = (x if whole else x.astype(jnp.float32), codes, scale) + (() if zero_point is None else (zero_point,))
-    return _batched(storage)(*operands).astype(_result_dtype(x))
+    return varying(_batched(storage)(*operands), varying_axes(operands)).astype(_result_dtype(x))
 
 
 @functools.partial(_weight_only.defjvp, symbolic_zeros=True)
