@@ -301,3 +301,86 @@ def test_exact_products_are_not_rounded_once_more():
     apply, params, x = _problem("inputs first", "int8", "int8 inputs", rows=40)
     (matmul,) = jc.execution.plan(apply, params, x, kernels=("requantized_int8",)).matmuls
     assert (matmul.kernel, matmul.refused) == ("plain", {"requantized_int8": "sums are exact"})
+
+
+@needs_library
+@pytest.mark.parametrize("weights", SPECS)
+def test_results_wider_than_the_inputs_are_not_rounded_to_them(weights):
+    def apply(p, x):
+        kernel = p["w"].astype(x.dtype)
+        return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    _, params, x = _problem("inputs first", weights)
+    x = x.astype(jnp.bfloat16)
+    assert jc.execution.plan(apply, params, x, platform="cpu").matmuls[0].kernel == "native_float"
+    wanted = np.asarray(x, np.float64) @ np.asarray(jc.materialize(params)["w"], np.float64)
+    result = jax.jit(jc.execute(apply))(params, x)
+    assert result.dtype == jnp.float32
+    np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_that_round_to_the_inputs_refuse_wider_results():
+    params, _ = quantize({"w": jnp.ones((256, 128))}, INT8)
+    x = jnp.ones((8, 256), jnp.bfloat16)
+
+    def refused(dtype):
+        def apply(p, x):
+            return jnp.dot(x, p["w"].astype(x.dtype), preferred_element_type=dtype)
+
+        return jc.execution.plan(apply, params, x, kernels=("tpu_int8",), platform="tpu").matmuls[0].refused
+
+    assert refused(None) == {}
+    assert refused(jnp.float32) == {"tpu_int8": "results are float32, more than the bfloat16 of the inputs"}
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("weights", ["int8", "uint8"])
+def test_sums_over_nothing(weights, inputs):
+    apply, tree, x = (lambda p, x: x @ p["w"]), {"w": jnp.zeros((0, 5))}, jnp.zeros((3, 0))
+    layouts = jc.trace.layouts(apply, tree, x)
+    params, _ = quantize(tree, SPECS[weights], layouts=layouts)
+    if INPUTS[inputs] is not None:
+        params, _ = quantize_inputs(params, INPUTS[inputs], layouts=layouts)
+    np.testing.assert_array_equal(jax.jit(jc.execute(apply))(params, x), np.zeros((3, 5)))
+
+
+@pytest.mark.parametrize("kernels", [None, ()], ids=str)
+@pytest.mark.parametrize("inputs", ["int8 inputs", "uint8 inputs"])
+@pytest.mark.parametrize("weights", ["int8", "int8 groups", "nf4"])
+def test_second_derivatives_are_those_of_the_product(weights, inputs, kernels):
+    apply, params, x = _problem("inputs first", weights, inputs, rows=1)
+    run = jc.execute(apply, kernels=kernels)
+    hessian = jax.hessian(lambda x: jnp.sin(run(params, x)).sum())(x)
+    w, y = np.asarray(jc.materialize(params)["w"]), np.asarray(run(params, x))
+    np.testing.assert_allclose(hessian[0, :, 0, :], -(w * np.sin(y)) @ w.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int8", "bool"])
+@pytest.mark.parametrize("weights", SPECS)
+def test_inputs_that_are_whole_numbers_are_quantized_too(weights, dtype):
+    apply, params, x = _problem("inputs first", weights, "int8 inputs")
+    x = (3 * x).astype(dtype)
+    result = jax.jit(jc.execute(apply))(params, x)
+    np.testing.assert_allclose(result, jc.execute(apply)(params, x.astype(jnp.float32)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", ["float inputs", "int8 inputs"])
+@pytest.mark.parametrize("weights", ["int8", "int4 groups", "nf4"])
+def test_within_shard_map(weights, inputs):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    apply, params, x = _problem("inputs first", weights, inputs, rows=8)
+    wanted = jc.execute(apply, kernels=())(params, x)
+    columns = jc.arrays.component_shardings(params["w"], NamedSharding(mesh, PartitionSpec(None, "model")))
+    for specs, out in (
+        (PartitionSpec(), PartitionSpec("data")),
+        ({"w": jax.tree.map(lambda each: each.spec, columns)}, PartitionSpec("data", "model")),
+    ):
+
+        def mapped(x, specs=specs, out=out):
+            mapping = {"mesh": mesh, "in_specs": (specs, PartitionSpec("data")), "out_specs": out}
+            return jax.shard_map(jc.execute(apply), **mapping)(params, x)
+
+        np.testing.assert_allclose(jax.jit(mapped)(x), wanted, rtol=1e-4, atol=1e-4)
+        gradient = jax.jit(jax.grad(lambda x, mapped=mapped: jnp.sin(mapped(x)).sum()))(x)
+        plain = jax.grad(lambda x: jnp.sin(jc.execute(apply, kernels=())(params, x)).sum())(x)
+        np.testing.assert_allclose(gradient, plain, rtol=1e-3, atol=1e-3)
