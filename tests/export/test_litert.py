@@ -320,3 +320,25 @@ def test_without_the_converter_the_error_names_the_extra(tmp_path):
     code += "except ModuleNotFoundError as err: print(err)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "LiteRT files need litert_converter: pip install 'jaxcompress[litert]'"
+
+
+def test_remainders_have_the_sign_of_the_dividend(tmp_path):
+    def apply(p, x, y):
+        return {"lax": jax.lax.rem(x, y), "python": x % y, "c": jnp.fmod(x, y)}
+
+    for name, dtype in (("whole", jnp.int32), ("real", jnp.float32)):
+        x, y = jnp.asarray([-7, 7, -1, 0, -6], dtype), jnp.asarray([3, -3, -2, 5, -3], dtype)
+        outputs = _run(save_litert(tmp_path / f"{name}.tflite", apply, {}, x, y), x, y)
+        for output, wanted in apply({}, x, y).items():
+            np.testing.assert_array_equal(outputs[output], wanted, err_msg=output)
+
+
+def test_inputs_and_outputs_whose_paths_read_the_same_stay_apart(tmp_path):
+    tree = {"a/b": _normal(3), "a": {"b": _normal(3)}}
+    info = save_litert(
+        tmp_path / "m.tflite", lambda p, x: {"a/b": x["a/b"] - x["a"]["b"], "a": {"b": x["a"]["b"]}}, {}, tree
+    )
+    assert len(set(info.inputs)) == len(set(info.outputs)) == 2
+    outputs = _run(info, *jax.tree.leaves(tree))
+    np.testing.assert_allclose(outputs[info.outputs[0]], tree["a"]["b"])
+    np.testing.assert_allclose(outputs[info.outputs[1]], tree["a/b"] - tree["a"]["b"])

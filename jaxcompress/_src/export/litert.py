@@ -206,8 +206,15 @@ def _repeated(blocks: np.ndarray, shape: Sequence[int]) -> np.ndarray:
 
 def _names(tree: Any, default: str) -> tuple[str, ...]:
     keyed = jax.tree_util.tree_flatten_with_path(tree)[0]
-    names = [path_string(keys) for keys, _ in keyed]
-    return tuple(f"{default}_{number}" if name == "." or name.isdigit() else name for number, name in enumerate(names))
+    names: list[str] = []
+    for number, (keys, _) in enumerate(keyed):
+        name = path_string(keys)
+        name = f"{default}_{number}" if name == "." or name.isdigit() else name
+        # Different keys may read the same: {"a": {"b": ...}} and {"a/b": ...}.
+        while name in names:
+            name = f"{name}_"
+        names.append(name)
+    return tuple(names)
 
 
 def _module(name: str) -> Any:

@@ -58,8 +58,18 @@ def _read(env: dict[Any, Any], var: Any) -> Any:
 def _visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
     if eqn.primitive.name == "scan":
         return _unrolled(eqn, values)
+    if eqn.primitive.name == "rem":
+        return [_remainder(*values)]
     body = called_body(eqn) if eqn.primitive.name in VALUES else None
     return bind(eqn, values) if body is None else walk(body, values, _visit)
+
+
+def _remainder(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Has the sign of `x`: of `rem` the converter makes a remainder that has the sign of `y`."""
+    if not jnp.issubdtype(x.dtype, jnp.signedinteger) and not jnp.issubdtype(x.dtype, jnp.floating):
+        return jax.lax.rem(x, y)
+    magnitude = jax.lax.rem(jnp.abs(x), jnp.abs(y))
+    return jnp.where(x < 0, -magnitude, magnitude)
 
 
 def _unrolled(eqn: Any, values: list[Any]) -> list[Any]:
