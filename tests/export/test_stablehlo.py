@@ -93,6 +93,24 @@ def test_parameters_whose_paths_read_the_same_stay_apart(tmp_path):
     np.testing.assert_array_equal(run(jnp.ones(2)), [2.0, 2.0])
 
 
+def test_not_even_the_names_that_set_them_apart_read_the_same(tmp_path):
+    tree = {"a": {"b": jnp.ones(2), "b~2": 2 * jnp.ones(2)}, "a/b": 3 * jnp.ones(2)}
+    save_stablehlo(tmp_path / "model", lambda p: (p["a"]["b"], p["a"]["b~2"], p["a/b"]), tree)
+    np.testing.assert_array_equal(load_stablehlo(tmp_path / "model")(), [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
+
+
+def test_links_stay_and_the_working_directory_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for overwrite in (False, True):
+        save_stablehlo(tmp_path / "link", lambda p, x: p["w"] * x, {"w": jnp.ones(2)}, jnp.ones(2), overwrite=overwrite)
+    assert (tmp_path / "link").is_symlink()
+    np.testing.assert_array_equal(load_stablehlo(tmp_path / "real")(jnp.ones(2)), [1.0, 1.0])
+    monkeypatch.chdir(tmp_path / "real")
+    with pytest.raises(FileExistsError, match="working directory"):
+        save_stablehlo(".", lambda p, x: x, {}, jnp.ones(2), overwrite=True)
+
+
 def test_what_exists_stays_unless_asked_and_what_fails_leaves_nothing(tmp_path):
     target, tree, x = tmp_path / "model", {"w": jnp.ones(2)}, jnp.ones(2)
     save_stablehlo(target, lambda p, x: p["w"] * x, tree, x)

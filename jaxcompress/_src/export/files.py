@@ -15,6 +15,7 @@ def new_file(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         FileExistsError: there is a file, and `overwrite` is not set; or there is a directory.
     """
+    path = _target(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise FileExistsError(
             f"{str(path)!r} exists; give a new path{'' if path.is_dir() else ', or `overwrite=True`'}."
@@ -34,6 +35,9 @@ def new_directory(directory: Path, *, overwrite: bool, marker: str = "config.jso
         FileExistsError: it exists and is not empty, and `overwrite` is not set; or what is there has no file `marker`,
             which every directory of the sort holds.
     """
+    directory = _target(directory)
+    if directory == Path.cwd():
+        raise FileExistsError(f"{str(directory)!r} is the working directory, which cannot be replaced; give a new one.")
     older = directory.is_dir() and any(directory.iterdir())
     if (directory.exists() and not directory.is_dir()) or (older and not overwrite):
         raise FileExistsError(f"{str(directory)!r} exists; give a new directory, or `overwrite=True`.")
@@ -54,6 +58,11 @@ def new_directory(directory: Path, *, overwrite: bool, marker: str = "config.jso
         else:
             os.replace(temporary, directory)
         _sync(directory.parent)
+
+
+def _target(path: Path) -> Path:
+    """What a symbolic link stands for: the link itself is not replaced."""
+    return Path(os.path.realpath(path))
 
 
 @contextlib.contextmanager

@@ -179,7 +179,9 @@ def _names(params: Params) -> list[str]:
             parts = path_string(inner).replace("/", ".")
             name = f"{path_string(keys)}.{parts}" if inner else path_string(keys)
             # Different keys may read the same: {"a": {"b": ...}} and {"a/b": ...}.
-            names.append(name if name not in names else f"{name}~{len(names)}")
+            while name in names:
+                name = f"{name}~{len(names)}"
+            names.append(name)
     return names
 
 
