@@ -1,5 +1,6 @@
 """A model as one straight line of equations, as LiteRT's converter takes it."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from jax.extend import core
 
 from jaxcompress._src.export.litert_weights import Site, Sites
 from jaxcompress._src.trace.traced import traced
-from jaxcompress._src.trace.walk import VALUES, as_body, bind, called_body, walk
+from jaxcompress._src.trace.walk import VALUES, Body, as_body, bind, called_body, walk
 from jaxcompress._src.types import Params, is_compressed
 
 
@@ -58,10 +59,17 @@ def _read(env: dict[Any, Any], var: Any) -> Any:
 def _visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
     if eqn.primitive.name == "scan":
         return _unrolled(eqn, values)
+    if eqn.primitive.name == "cond":
+        branches = [functools.partial(_branch, as_body(branch)) for branch in eqn.params["branches"]]
+        return jax.lax.switch(values[0], branches, *values[1:])
     if eqn.primitive.name == "rem":
         return [_remainder(*values)]
     body = called_body(eqn) if eqn.primitive.name in VALUES else None
     return bind(eqn, values) if body is None else walk(body, values, _visit)
+
+
+def _branch(body: Body, *operands: Any) -> list[Any]:
+    return list(walk(body, operands, _visit))
 
 
 def _remainder(x: jax.Array, y: jax.Array) -> jax.Array:
