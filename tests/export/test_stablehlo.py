@@ -130,3 +130,15 @@ def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(TypeError, match="'key' is a random key"):
         save_stablehlo(tmp_path / "model", lambda p, x: x, {"key": jax.random.key(0)}, jnp.ones(2))
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.stablehlo", "params.safetensors", "export.json"])
+def test_damaged_files_are_named(tmp_path, name):
+    save_stablehlo(tmp_path / "model", lambda p, x: x @ p["w"], {"w": jnp.eye(3)}, jnp.ones((2, 3)), platforms=("cpu",))
+    path = tmp_path / "model" / name
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ValueError, match=f"{name}' is damaged"):
+        load_stablehlo(tmp_path / "model")
+    path.unlink()
+    with pytest.raises(OSError, match=name):
+        load_stablehlo(tmp_path / "model")

@@ -138,16 +138,26 @@ def load_stablehlo(directory: str | os.PathLike[str]) -> Callable[..., Any]:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the directory was written by a later version, or not for the platform of this process.
+        ValueError: the directory was written by a later version, or not for the platform of this process; a file is
+            damaged (names it).
     """
     from safetensors.numpy import load_file
 
     directory = Path(directory)
-    description = json.loads((directory / _DESCRIPTION).read_text("utf-8"))
-    if description["version"] > _VERSION:
-        raise ValueError(f"{str(directory)!r} has version {description['version']}; this library reads {_VERSION}.")
-    exported = jax.export.deserialize(bytearray((directory / _PROGRAM).read_bytes()))
-    return functools.partial(jax.jit(exported.call), load_file(directory / _PARAMETERS))
+    version = _read(directory / _DESCRIPTION, lambda path: int(json.loads(path.read_text("utf-8"))["version"]))
+    if version > _VERSION:
+        raise ValueError(f"{str(directory)!r} has version {version}; this library reads {_VERSION}.")
+    exported = _read(directory / _PROGRAM, lambda path: jax.export.deserialize(bytearray(path.read_bytes())))
+    return functools.partial(jax.jit(exported.call), _read(directory / _PARAMETERS, load_file))
+
+
+def _read(path: Path, read: Callable[[Path], Any]) -> Any:
+    try:
+        return read(path)
+    except OSError:
+        raise
+    except Exception as err:  # whatever the parsers make of other bytes
+        raise ValueError(f"{str(path)!r} is damaged, or not what `save_stablehlo` writes: {err}") from err
 
 
 def _abstract_input(keys: tuple[Any, ...], value: Any) -> jax.ShapeDtypeStruct:
