@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from optimized import OPTIONS
 
 import jaxcompress as jc
-from jaxcompress._src.execution.kernels import choice
+from jaxcompress._src.execution.kernels import choice, native_cpu
 from jaxcompress._src.execution.kernels.native import library
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
 
@@ -36,6 +36,13 @@ MODELS = {
     "on the left": ((96, 40), lambda p, x: jnp.einsum("io,...i->o...", p["w"], x)),
 }
 needs_library = pytest.mark.skipif(library.why_missing() is not None, reason=f"no kernels: {library.why_missing()}")
+
+
+@pytest.fixture(autouse=True)
+def _one_processor(monkeypatch):
+    """Choices are those for AVX-512 VNNI without AMX, whatever this machine has; products run by what it has."""
+    monkeypatch.setattr(native_cpu, "instruction_sets", lambda: ("avx2", "avx512_vnni"))
+    monkeypatch.setattr(native_cpu.library, "instruction_set", lambda: "avx512vnni")
 
 
 def _problem(model, weights, inputs=None, rows=3):
@@ -384,3 +391,22 @@ def test_within_shard_map(weights, inputs):
         gradient = jax.jit(jax.grad(lambda x, mapped=mapped: jnp.sin(mapped(x)).sum()))(x)
         plain = jax.grad(lambda x: jnp.sin(jc.execute(apply, kernels=())(params, x)).sum())(x)
         np.testing.assert_allclose(gradient, plain, rtol=1e-3, atol=1e-3)
+
+
+@needs_library
+def test_other_processors_choose_otherwise(monkeypatch):
+    apply, params, x = _problem("inputs first", "int8", "int8 inputs", rows=40)
+    one_row = _problem("inputs first", "int8", "int8 inputs", rows=1)
+    grouped = _problem("inputs first", "int8 groups", "int8 inputs", rows=40)
+    monkeypatch.setattr(native_cpu, "instruction_sets", lambda: ("amx_int8",))
+    (matmul,) = jc.execution.plan(apply, params, x, platform="cpu").matmuls
+    assert (matmul.kernel, "by AMX" in matmul.refused["native_int8"]) == ("plain", True)
+    assert jc.execution.plan(*one_row, platform="cpu").matmuls[0].kernel == "native_int8"
+    monkeypatch.setattr(native_cpu, "instruction_sets", lambda: ("avx2",))
+    monkeypatch.setattr(native_cpu.library, "instruction_set", lambda: "avx2")
+    assert jc.execution.plan(apply, params, x, platform="cpu").matmuls[0].kernel == "native_int8"
+    for problem, name in ((one_row, "native_int8"), (grouped, "native_int8_groups")):
+        matmul = jc.execution.plan(*problem, platform="cpu").matmuls[0]
+        assert "by AVX2 alone" in matmul.refused[name]
+        wanted = jc.execute(problem[0], kernels=())(*problem[1:])
+        np.testing.assert_allclose(jc.execute(problem[0])(*problem[1:]), wanted, rtol=1e-4, atol=1e-4)

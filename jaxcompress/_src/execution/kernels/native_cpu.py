@@ -128,6 +128,8 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
     )
     if reason is not None:
         return reason
+    if leaf.is_whole_product(matmul.other, matmul.side, matmul.parameters):
+        return "one scale for all inputs of an output: no groups"
     weight = dataclasses.replace(matmul, leaf=leaf.weight)
     if not isinstance(leaf.weight, QuantizedArray) or leaf.weight.levels is not None:
         return "weights are no integer codes with scales"
