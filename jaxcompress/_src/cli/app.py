@@ -174,6 +174,10 @@ def bench(
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Rows x tokens of a batch. Default: 8x64.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 20,
+    expand: Annotated[
+        bool,
+        typer.Option("--expand", help="Store the zeros of sparse leaves first, as `execution.expand_sparse` does."),
+    ] = False,
     plan: Annotated[bool, typer.Option("--plan", help="One row for every product: its kernel, and why.")] = False,
     as_json: _Json = False,
 ) -> None:
@@ -190,7 +194,8 @@ def bench(
 
       jaxcompress bench smollm2-int8 --tokens 1x32 --plan --json
     """
-    run_bench(Screen(as_json=as_json), model, against=against, tokens=tokens, repeats=repeats, show_plan=plan)
+    screen = Screen(as_json=as_json)
+    run_bench(screen, model, against=against, tokens=tokens, repeats=repeats, expand=expand, show_plan=plan)
 
 
 @app.command()

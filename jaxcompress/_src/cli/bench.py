@@ -1,5 +1,6 @@
 """What `bench` does: how fast a model runs, beside another one or its own dense form."""
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from flax import linen as nn
 from jaxcompress._src.cli.screen import Screen
 from jaxcompress._src.cli.token_inputs import random_tokens, token_shape
 from jaxcompress._src.execution.execute import execute
+from jaxcompress._src.execution.expand import expand_sparse
 from jaxcompress._src.execution.kernels.native.library import instruction_set
 from jaxcompress._src.execution.kernels.processor import instruction_sets, processor_count
 from jaxcompress._src.execution.materialize import materialize
@@ -33,7 +35,14 @@ _Contender = tuple[nn.Module, Params]
 
 
 def run_bench(
-    screen: Screen, model: Path, *, against: Path | None, tokens: str | None, repeats: int, show_plan: bool
+    screen: Screen,
+    model: Path,
+    *,
+    against: Path | None,
+    tokens: str | None,
+    repeats: int,
+    expand: bool,
+    show_plan: bool,
 ) -> None:
     """Runs a model on random tokens, in turns with its baseline, and shows times, memory and kernels.
 
@@ -43,6 +52,7 @@ def run_bench(
         against: another model; by default the dense form of the same, if it is compressed.
         tokens: rows x tokens, as on the command line; None: 8 x 64.
         repeats: timed rounds.
+        expand: whether sparse leaves are expanded first.
         show_plan: whether to show every product and its kernel.
 
     Raises:
@@ -51,6 +61,8 @@ def run_bench(
     """
     loaded = load_model(model)
     models = [loaded] if against is None else [loaded, load_model(against)]
+    if expand:
+        models = [dataclasses.replace(each, params=expand_sparse(each.params)[0]) for each in models]
     rows, length = token_shape(tokens, models, rows=8, length=64)
     contenders, names = _contenders(models)
     inputs = random_tokens(models, rows, length)
