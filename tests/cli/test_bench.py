@@ -75,3 +75,15 @@ def test_the_model_with_fewer_positions_is_named(run, llamas, bert_directory):
     code, stdout, stderr = run("bench", llamas["int4"], "--against", bert_directory, "--tokens", "1x36")
     assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
     assert f"--tokens 1x36 has rows of 36 tokens; {str(bert_directory)!r} reads up to 32." in stderr
+
+
+def test_zeros_of_sparse_leaves_may_be_stored_first(run, llamas, tmp_path):
+    recipe, out = tmp_path / "half.toml", tmp_path / "half"
+    recipe.write_text("[[prune]]\nmethod = 'magnitude'\nselect = '.*kernel'\npattern = '2:4'\n")
+    assert run("compress", llamas["dense"], "--recipe", recipe, "--out", out)[0] == 0
+    as_stored, expanded = (_bench(run, out, "--tokens", "1x8", "--plan", *more) for more in ((), ("--expand",)))
+    assert {each["kind"] for each in as_stored["plan"]} == {"float32 2:4"}
+    assert expanded["model"]["kernels"] == {}
+    assert "baseline" not in expanded  # it is the dense form
+    assert expanded["model"]["parameter_bytes"] == as_stored["baseline"]["parameter_bytes"]
+    assert as_stored["model"]["parameter_bytes"] < expanded["model"]["parameter_bytes"]
