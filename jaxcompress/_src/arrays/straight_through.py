@@ -3,11 +3,12 @@
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 
 @jax.custom_jvp
-def straight_through(rounded: Float[Array, "..."], x: Float[Array, "..."]) -> Float[Array, "..."]:
+def straight_through(rounded: Float[ArrayLike, "..."], x: Float[ArrayLike, "..."]) -> Any:
     """`rounded`, with the gradient of `x`.
 
     Unlike `x + stop_gradient(rounded - x)` it is exactly `rounded`, also where `x` is not finite, and costs nothing.
