@@ -153,6 +153,8 @@ def test_kernels_that_cannot_be_had_are_named(monkeypatch):
         jc.execute(apply, kernels=("native_float",))
     plan = jc.execution.plan(apply, params, x)
     assert plan.matmuls[0].kernel == "plain"
+    assert plan.matmuls[0].refused["native_float"] == "gone"
+    assert "gone (native_int8, native_int8_groups, native_float)" in str(plan)
     np.testing.assert_allclose(jc.execute(apply)(params, x), apply(jc.materialize(params), x), rtol=1e-5, atol=1e-5)
 
 

@@ -108,7 +108,7 @@ class StoredArray:
         del rows
 
     def dot(self, other: jax.Array, side: int, parameters: Mapping[str, Any]) -> Any:
-        """The plain product with a plain array, or None.
+        """The plain product with a plain array, or None. Kinds that `multiplies_parts` take `multiply=`, too.
 
         Args:
             other: the other operand.
@@ -277,18 +277,15 @@ Multiply = Callable[[Any, Any, Mapping[str, Any]], jax.Array]
 
 
 def product(left: Any, right: Any, parameters: Mapping[str, Any]) -> jax.Array:
-    """`lax.dot_general` of arrays, from what is stored where the kind can do that."""
-    result = product_of_stored(left, right, parameters) if is_compressed(left) or is_compressed(right) else None
-    return jax.lax.dot_general_p.bind(plain(left), plain(right), **parameters) if result is None else result
-
-
-def product_of_stored(left: Any, right: Any, parameters: Mapping[str, Any]) -> Any:
-    """`lax.dot_general` where an operand is compressed: from what it stores; None where the kind cannot.
+    """`lax.dot_general` of arrays, from what is stored where the kind can do that.
 
     Of two compressed operands, the one that changes its inputs or else the left one is asked; the other is plain.
     """
-    leaf, other, side = leaf_of_product(left, right)
-    return call(leaf, "dot", plain(other), side, parameters)
+    result = None
+    if is_compressed(left) or is_compressed(right):
+        leaf, other, side = leaf_of_product(left, right)
+        result = call(leaf, "dot", plain(other), side, parameters)
+    return jax.lax.dot_general_p.bind(plain(left), plain(right), **parameters) if result is None else result
 
 
 def leaf_of_product(left: Any, right: Any) -> tuple[Any, Any, int]:

@@ -65,7 +65,7 @@ def checked_kernels(names: Sequence[str] | None) -> tuple[Kernel, ...]:
         ValueError: an unknown name; a kernel that this machine lacks (says what is missing).
     """
     if names is None:
-        return tuple(kernel for kernel in KERNELS if kernel.default and kernel.missing() is None)
+        return tuple(kernel for kernel in KERNELS if kernel.default)
     if isinstance(names, str):
         raise ValueError(f"`kernels` is a sequence of names, got the text {names!r}; write ({names!r},).")
     by_name = {kernel.name: kernel for kernel in KERNELS}
@@ -138,7 +138,7 @@ def _within(leaf: Any, multiply: Multiply) -> dict[str, Any]:
 def _first_fit(matmul: Matmul, kernels: Sequence[Kernel]) -> tuple[Kernel | None, dict[str, str]]:
     refused: dict[str, str] = {}
     for kernel in kernels:
-        reason = kernel.why_not(matmul)
+        reason = kernel.missing() or kernel.why_not(matmul)
         if reason is None:
             return kernel, refused
         refused[kernel.name] = reason
