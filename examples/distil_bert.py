@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from minilm import Lines, Models, Task, batches, compare, load_task, table
+from minilm import Lines, Models, Task, batches, compare, first, load_task, table
 from minilm_l3 import with_weights_of_l3
 from workbench import note
 
@@ -59,7 +59,7 @@ def main() -> None:
     note(f"layers {layers}")
     rows, tested = task.train, getattr(task, arguments.rows)
     if arguments.quick:
-        rows, tested, arguments.epochs = _first(rows, 64), _first(tested, 100), 1
+        rows, tested, arguments.epochs = first(rows, 64), first(tested, 100), 1
     models = students(task, rows, layers, arguments)
     figures = compare(models, tested)
     print(table(figures))
@@ -140,10 +140,6 @@ def recovered_shares(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, 
         for name in figures
         if name not in ("dense", "untaught")
     }
-
-
-def _first(rows: Tokens, count: int) -> Tokens:
-    return Tokens(ids=rows.ids[:count], labels=rows.labels[:count], pad_id=rows.pad_id)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,10 @@ def load_task(model: Path | None) -> Task:
     return Task(module=module, params=params, **rows)
 
 
+def first(rows: Tokens, count: int) -> Tokens:
+    return Tokens(ids=rows.ids[:count], labels=rows.labels[:count], pad_id=rows.pad_id)
+
+
 def batches(tokens: Tokens, rows: np.ndarray, *, size: int = 32) -> list[dict[str, np.ndarray]]:
     """Rows of similar length together, padded to one of few widths: each width is one compilation."""
     ordered = sorted(rows, key=lambda row: len(tokens.ids[row]))

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from minilm import load_task
+from minilm import first, load_task
 from workbench import Table, evaluation_batches, format_table, note, predictor
 
 import jaxcompress as jc
@@ -100,7 +100,7 @@ def main() -> None:
     task = load_task(arguments.model)
     model = Model(task.module, task.params)
     rows = task.validation if arguments.validation else task.test
-    rows = _first(rows, 100) if arguments.quick else rows
+    rows = first(rows, 100) if arguments.quick else rows
     dense = model.outputs(model.params, rows)
     found = []
     for seed in arguments.seeds:
@@ -271,10 +271,6 @@ METHODS: dict[str, Method] = {
 }
 OWN_BITS = {"allocated": [3.5], "W8A8": [8], "W8A8-asym": [8], "W8A8-smooth": [8]}
 WITHOUT_DATA = ("RTN", "HQQ", "W8A8", "W8A8-asym")
-
-
-def _first(tokens: Tokens, count: int) -> Tokens:
-    return Tokens(ids=tokens.ids[:count], labels=tokens.labels[:count], pad_id=tokens.pad_id)
 
 
 def _arguments() -> argparse.Namespace:

@@ -24,6 +24,7 @@ from jaxcompress._src.recipe.text import rotten_tomatoes as rotten_tomatoes
 from jaxcompress._src.recipe.tokens import evaluation_batches as evaluation_batches
 from jaxcompress._src.recipe.train import model_apply as model_apply
 from jaxcompress._src.report.disk import disk_bytes as disk_bytes
+from jaxcompress._src.report.mean import sample_mean as sample_mean
 from jaxcompress._src.report.table import Table as Table
 from jaxcompress._src.report.table import format_table as format_table
 from jaxcompress._src.tree.unselected import is_unselected as is_unselected
