@@ -72,7 +72,7 @@ def encoder(directory: Path, arguments: argparse.Namespace, repeats: int) -> dic
     for name, leaves, options in (
         ("float", params, {}),
         ("int8", tables, {}),
-        ("int8, rows", tables, {"input_ranges": "row"}),
+        ("int8, ranges by tensor", tables, {"input_ranges": "tensor"}),
         ("int8, 7 bits", tables, {"weight_bits": 7}),
     ):
         files[name] = directory / f"{name}.onnx"

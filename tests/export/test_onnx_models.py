@@ -82,7 +82,7 @@ def test_compressed_transformers(model, name, tmp_path):
         # 7 bits: sums do not saturate on any processor.
         small, _ = quantize(params, QuantSpec(bits=7), select=KERNELS)
         small, _ = quantize_inputs(small, QuantSpec(bits=8), select=KERNELS)
-    info = save_onnx(tmp_path / "m.onnx", apply, small, *tokens(), input_ranges="row")
+    info = save_onnx(tmp_path / "m.onnx", apply, small, *tokens())
     outputs = run_session(session(tmp_path / "m.onnx"), info.inputs, (IDS, MASK))
     assert_same(outputs, jax.jit(jc.execute(apply))(small, IDS, MASK), rtol=2e-3, atol=2e-3)
     assert not any("unpacked" in leaf.form for leaf in info.leaves)

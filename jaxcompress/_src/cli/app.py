@@ -221,7 +221,8 @@ def export(
         bool, typer.Option("--float-inputs", help="Multiply in float32 where inputs are not quantized. (litert)")
     ] = False,
     input_ranges: Annotated[
-        str | None, typer.Option(help="Ranges of quantized inputs: `tensor` is fast, `row` exact. (onnx)")
+        str | None,
+        typer.Option(help="Ranges of quantized inputs: `row`, as in JAX, or `tensor`, for speed. (onnx)"),
     ] = None,
     weight_bits: Annotated[
         int | None, typer.Option(help="7 or 8, of weights whose inputs are quantized. (onnx)")

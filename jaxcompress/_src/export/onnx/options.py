@@ -8,14 +8,14 @@ from typing import Literal
 class LeafOptions:
     """The options of `save_onnx` that are about compressed leaves."""
 
-    input_ranges: Literal["tensor", "row"]
+    input_ranges: Literal["row", "tensor"]
     weight_bits: Literal[7, 8]
     accuracy_level: int
 
     def __post_init__(self) -> None:
         """Checks the choices."""
         for name, choices in (
-            ("input_ranges", ("tensor", "row")),
+            ("input_ranges", ("row", "tensor")),
             ("weight_bits", (7, 8)),
             ("accuracy_level", range(5)),
         ):
