@@ -305,3 +305,38 @@ def test_what_is_no_sum_and_count_is_named(kind, result, found):
     init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), **options)
     with pytest.raises(ValueError, match=rf"'own' must return two scalars, \(sum, count\), got shapes {found}\."):
         step(init_state(_params(), key=_key()), _params(1), {"x": X})
+
+
+def _sgd_steps():
+    teacher = _params(1)
+    init_state, step = make_train_step(_apply, _apply, optax.sgd(0.1), losses={"soft": soft_targets()})
+    return init_state(_params(), key=_key()), step, teacher
+
+
+def test_steps_within_a_scan_are_those_of_a_loop():
+    state, step, teacher = _sgd_steps()
+    scanned, metrics = jax.jit(
+        lambda state, xs: jax.lax.scan(lambda state, x: step(state, teacher, {"x": x}), state, xs)
+    )(state, jnp.stack([X, 2 * X]))
+    for x in (X, 2 * X):
+        state, last = step(state, teacher, {"x": x})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), scanned.params, state.params)
+    np.testing.assert_allclose(metrics["soft"][0][-1], last["soft"][0], rtol=1e-5)
+
+
+def test_a_step_of_known_arrays_within_a_trace():
+    state, step, teacher = _sgd_steps()
+    traced, _ = jax.eval_shape(lambda: step(state, teacher, {"x": X}))
+    assert jax.tree.map(jnp.shape, traced.params) == jax.tree.map(jnp.shape, state.params)
+
+
+def test_the_derivative_of_a_step_by_its_batch():
+    init_state, step = make_train_step(_apply, None, optax.sgd(0.1), losses={"hard": hard_labels()})
+
+    def loss(scale):
+        batch = {"x": scale * X, "labels": jnp.arange(16) % 4}
+        return step(init_state(_params(), key=_key()), None, batch)[1]["hard"][0]
+
+    _, derivative = jax.jvp(loss, (jnp.float32(1),), (jnp.float32(1),))
+    difference = loss(jnp.float32(1.01)) - loss(jnp.float32(0.99))
+    np.testing.assert_allclose(derivative, difference / 0.02, rtol=1e-3)

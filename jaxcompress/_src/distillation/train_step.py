@@ -157,23 +157,47 @@ def make_train_step(
     def step(state: TrainState, teacher_params: Params, batch: Mapping[str, Any], shardings: Any) -> Any:
         return _step(setup, state, teacher_params, batch, shardings)
 
-    return init_state, _Step(jax.jit(step, donate_argnums=0, static_argnums=3))
+    return init_state, _Step(step)
+
+
+_COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
+"""By platform. XLA orders the work of CPUs for concurrency, not for memory, unless it is told otherwise: more arrays are
+alive at once, and a step of a decoder takes a fifth longer."""
 
 
 class _Step:
     """A jitted step that leaves its state where it lies."""
 
-    def __init__(self, jitted: Any) -> None:
-        self._jitted = jitted
+    def __init__(self, step: Callable[..., Any]) -> None:
+        self._step = step
+        self._by_platform: dict[str, Any] = {}
 
     def __call__(
         self, state: TrainState, teacher_params: Params, batch: Mapping[str, Any]
     ) -> tuple[TrainState, Metrics]:
-        return self._jitted(state, teacher_params, batch, shardings_of(state))
+        arguments = (state, teacher_params, batch)
+        return self._jitted(*arguments)(*arguments, shardings_of(state))
 
     def lower(self, state: TrainState, teacher_params: Params, batch: Mapping[str, Any]) -> Any:
         """As `lower` of functions by `jax.jit`; arguments may be abstract."""
-        return self._jitted.lower(state, teacher_params, batch, shardings_of(state))
+        arguments = (state, teacher_params, batch)
+        return self._jitted(*arguments).lower(*arguments, shardings_of(state))
+
+    def _jitted(self, state: TrainState, *others: Any) -> Any:
+        platform = _platform(state, *others)
+        if platform not in self._by_platform:
+            options = _COMPILER_OPTIONS.get(platform)
+            jitted = jax.jit(self._step, donate_argnums=0, static_argnums=3, compiler_options=options)
+            self._by_platform[platform] = jitted
+        return self._by_platform[platform]
+
+
+def _platform(state: TrainState, *others: Any) -> str:
+    """Where a state lies; "traced" within transformations of JAX, because only an outermost `jax.jit` takes options."""
+    if any(is_traced(leaf) for leaf in jax.tree.leaves((state, others, jnp.zeros(())))):
+        return "traced"
+    sharding = getattr(state.step, "sharding", None)
+    return jax.default_backend() if sharding is None else next(iter(sharding.device_set)).platform
 
 
 def _init(setup: Setup, params: Params, key: jax.Array, statistics: Any) -> TrainState:
