@@ -1,6 +1,5 @@
 """Products with weights under a bit mask, which a compiled kernel writes out just before."""
 
-import dataclasses
 import math
 from typing import Any
 

@@ -14,7 +14,7 @@ struct Blocks {
   int64_t row_size = 1, column_size = 1;  // of a block; the last ones may be smaller
 };
 
-// out[e, r, c] = (value − zero) · scale where bit c of row r is set, else 0 (without zero points: 0 · scale). Words and
+// out[e, r, c] = (value − zero) · scale where bit c of row r is set, else 0; without zero points, 0 · scale. Words and
 // halves without scales are copied.
 //
 // Rows are cut into `shards` equal runs; the kept values of row r lie, in the order of their columns, from `starts[r]`

@@ -108,10 +108,11 @@ def plain_expand_bitmask(
     """
     bits = bits + ready.astype(bits.dtype)
     index = PackedArray(data=bits, bits=1, signed=False, axis=-1, width=storage.columns)
+    stored: Any = values
     if storage.packed:
-        values = PackedArray(data=values, bits=4, signed=storage.signed, axis=-1, width=2 * values.shape[-1])
+        stored = PackedArray(data=values, bits=4, signed=storage.signed, axis=-1, width=2 * values.shape[-1])
     sparse = BitmaskSparseArray(
-        values=values, index=index, starts=starts + ready.astype(starts.dtype), row_shape=(storage.columns,)
+        values=stored, index=index, starts=starts + ready.astype(starts.dtype), row_shape=(storage.columns,)
     )
     if scale is None:
         return sparse.materialize()
@@ -148,7 +149,7 @@ def _expand(
 def _expand_jvp(storage: BitmaskFormat, primals: Any, tangents: Any) -> tuple[Array, Any]:
     weights = _expand(storage, *primals)
     names = ("values", "bits", "starts", "ready", "scale", "zero")
-    parts = dict(zip(names, primals, strict=True))
+    parts: dict[str, Any] = dict(zip(names, primals, strict=True))
     varied = {
         name: tangent
         for name, tangent in zip(names, tangents, strict=True)

@@ -12,7 +12,8 @@ struct Permutations {
   alignas(8) int8_t places[256][8];
   constexpr Permutations() : places() {
     for (int mask = 0; mask < 256; ++mask)
-      for (int lane = 0, next = 0; lane < 8; ++lane) places[mask][lane] = static_cast<int8_t>(mask >> lane & 1 ? next++ : -1);
+      for (int lane = 0, next = 0; lane < 8; ++lane)
+        places[mask][lane] = static_cast<int8_t>(mask >> lane & 1 ? next++ : -1);
   }
 };
 

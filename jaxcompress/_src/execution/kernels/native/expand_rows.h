@@ -1,9 +1,10 @@
 // Expansion by bit masks, written once for all vector types.
 //
 // `Simd` is a vector of `kWidth` lanes of 32 bits, V: `expand(mask, from)` puts the next words or halves where the mask
-// is set and 0 elsewhere; `store` writes lanes as words or halves; `scaled(v, scale)` and `shifted(v, zero)` read them as
-// floats; `masked(mask, v)` clears lanes. `nibbles(from, table, to)` and `bytes<is_signed>(from, to)` turn `kBytes` bytes
-// into floats. Everything here has internal linkage, because each translation unit is compiled for other instructions.
+// is set and 0 elsewhere; `store` writes lanes as words or halves; `scaled(v, scale)` and `shifted(v, zero)` take them
+// for floats; `masked(mask, v)` clears lanes. `nibbles(from, table, to)` and `bytes<is_signed>(from, to)` turn `kBytes`
+// bytes into floats. Everything here has internal linkage, because each translation unit is compiled for other
+// instructions.
 #pragma once
 
 #include "expand.h"
@@ -64,7 +65,8 @@ inline float decoded(const Expand& p, const uint8_t* from, int64_t place) {
 template <class Simd>
 const float* decode(const Expand& p, const uint8_t* from, int64_t start, int64_t kept, float* to) {
   const int64_t per_byte = p.stored == Stored::kNibbles ? 2 : 1, pitch = (p.count + per_byte - 1) / per_byte;
-  const int64_t first = start / per_byte, skipped = start % per_byte, end = first + (skipped + kept + per_byte - 1) / per_byte;
+  const int64_t first = start / per_byte, skipped = start % per_byte;
+  const int64_t end = first + (skipped + kept + per_byte - 1) / per_byte;
   int64_t at = first;
   for (; at < end && at + Simd::kBytes <= pitch; at += Simd::kBytes) {
     float* place = to + (at - first) * per_byte;
@@ -75,13 +77,15 @@ const float* decode(const Expand& p, const uint8_t* from, int64_t start, int64_t
     else
       Simd::template bytes<false>(from + at, place);
   }
-  for (int64_t i = at * per_byte; i < least(end * per_byte, p.count); ++i) to[i - first * per_byte] = decoded(p, from, i);
+  for (int64_t i = at * per_byte; i < least(end * per_byte, p.count); ++i)
+    to[i - first * per_byte] = decoded(p, from, i);
   return to + skipped;
 }
 
 // One row whose values lie at `from`, with as many behind them as a vector has lanes.
 template <class Simd, class Word, Scaling scaling>
-void expand_row(const uint8_t* bits, int64_t columns, const Word* from, const float* scale, const float* zero, Word* out) {
+void expand_row(const uint8_t* bits, int64_t columns, const Word* from, const float* scale, const float* zero,
+                Word* out) {
   constexpr int kWidth = Simd::kWidth;
   const auto lanes = [&](unsigned mask, const float* scales, const float* zeros) JAXCOMPRESS_INLINE {
     typename Simd::V v = Simd::expand(mask, from);
@@ -120,7 +124,8 @@ void expand_words(const Expand& p, int64_t begin, int64_t end, float* scratch) {
   BlockRow zeros(p.zero, p.columns, scratch + 2 * (p.columns + kExpandPadding));
   const bool has_codes = p.stored != Stored::kWords && p.stored != Stored::kHalves;
   const int64_t bytes = (p.columns + 7) / 8, per_shard = p.rows / p.shards;
-  const int64_t pitch = p.stored == Stored::kNibbles ? (p.count + 1) / 2 : p.count * (has_codes ? 1 : int64_t{sizeof(Word)});
+  const int64_t width = has_codes ? 1 : sizeof(Word);
+  const int64_t pitch = p.stored == Stored::kNibbles ? (p.count + 1) / 2 : width * p.count;
   for (int64_t r = begin; r < end; ++r) {
     const int64_t entry = r / p.rows, row = r % p.rows;
     const uint8_t* bits = p.bits + r * bytes;

@@ -180,7 +180,7 @@ XLA_FFI_Error* integer(XLA_FFI_CallFrame* frame) {
 }
 
 bool read_blocks(const XLA_FFI_Buffer* buffer, const int32_t* sizes, const Expand& p, Blocks& to) {
-  if (!buffer || buffer->rank != 3 || buffer->dtype != XLA_FFI_DataType_F32 || buffer->dims[0] != p.entries) return false;
+  if (buffer->rank != 3 || buffer->dtype != XLA_FFI_DataType_F32 || buffer->dims[0] != p.entries) return false;
   to.data = static_cast<const float*>(buffer->data);
   to.row_blocks = buffer->dims[1];
   to.column_blocks = buffer->dims[2];
