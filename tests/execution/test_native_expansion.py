@@ -346,3 +346,10 @@ def test_without_a_library_masked_weights_multiply_by_themselves(monkeypatch):
 def test_formats_of_masks_check_themselves():
     with pytest.raises(ValueError, match="`levels`"):
         BitmaskFormat(columns=3, levels=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0)], ids=str)
+def test_products_with_empty_masked_weights(shape):
+    leaf, x = masked(np.random.default_rng(18), shape), jnp.ones((3, shape[0]))
+    y = jax.jit(jc.execute(lambda p, x: x @ p["w"]))({"w": leaf}, x)
+    np.testing.assert_array_equal(y, np.zeros((3, shape[1])))
