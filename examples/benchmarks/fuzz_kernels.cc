@@ -3,11 +3,13 @@
 // Every buffer is a heap block of exactly the bytes it needs, so that a read or write past its end is found. Threads
 // come from a pool of std::threads, with several problems running at once. Results are compared with plain loops in
 // double.
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <mutex>
@@ -250,6 +252,107 @@ bool integer(Random& random, Pool& pool) {
   return true;
 }
 
+// Blocks of rows and columns, the last ones perhaps smaller, with their values.
+std::unique_ptr<float[]> draw_blocks(Random& random, const Expand& p, Blocks& to) {
+  const auto draw = [&](int64_t size, int64_t& blocks, int64_t& block_size) {
+    block_size = random.below(3) ? 1 + random.below(size) : random.below(2) ? 1 : size;
+    blocks = (size + block_size - 1) / block_size;
+  };
+  draw(p.rows, to.row_blocks, to.row_size);
+  draw(p.columns, to.column_blocks, to.column_size);
+  const int64_t count = p.entries * to.row_blocks * to.column_blocks;
+  auto data = block<float>(count);
+  for (int64_t i = 0; i < count; ++i) data[i] = random.real();
+  to.data = data.get();
+  return data;
+}
+
+float in_blocks(const Blocks& blocks, int64_t entry, int64_t row, int64_t column) {
+  return blocks.data[(entry * blocks.row_blocks + row / blocks.row_size) * blocks.column_blocks +
+                     column / blocks.column_size];
+}
+
+bool expand(Random& random, Pool& pool) {
+  Expand p{};
+  p.entries = 1 + random.below(3);
+  p.shards = 1 + random.below(4);
+  p.rows = p.shards * (1 + random.below(20));
+  p.columns = 1 + (random.below(4) ? random.below(100) : random.below(3000));
+  p.stored = static_cast<Stored>(random.below(5));
+  const bool is_nibbles = p.stored == Stored::kNibbles, is_halves = p.stored == Stored::kHalves;
+  const int64_t bytes = (p.columns + 7) / 8, rows = p.entries * p.rows, per_shard = p.rows / p.shards;
+  const int64_t density = random.below(5);  // of 4; nothing and everything too
+  auto bits = block<uint8_t>(rows * bytes);
+  for (int64_t i = 0; i < rows * bytes; ++i) {
+    bits[i] = 0;
+    for (int j = 0; j < 8; ++j) bits[i] |= static_cast<uint8_t>((random.below(4) < density) << j);
+  }
+  const auto bit = [&](int64_t r, int64_t c) { return bits[r * bytes + c / 8] >> (c % 8) & 1; };
+  auto starts = block<int32_t>(rows);
+  p.count = 1;
+  for (int64_t r = 0, at = 0; r < rows; ++r) {
+    if (r % per_shard == 0) at = 0;
+    starts[r] = static_cast<int32_t>(at);
+    for (int64_t c = 0; c < p.columns; ++c) at += bit(r, c);
+    p.count = std::max(p.count, at);
+  }
+  // Starts that point anywhere read no other memory.
+  if (random.below(5) == 0)
+    for (int64_t r = 0; r < rows; ++r) starts[r] = static_cast<int32_t>(random.engine());
+  const int64_t width = p.stored == Stored::kWords ? 4 : is_halves ? 2 : 1;
+  const int64_t pitch = is_nibbles ? (p.count + 1) / 2 : width * p.count;
+  auto values = block<uint8_t>(p.entries * p.shards * pitch);
+  for (int64_t i = 0; i < p.entries * p.shards * pitch; ++i) values[i] = static_cast<uint8_t>(random.below(256));
+  for (float& value : p.table) value = random.real();
+  std::unique_ptr<float[]> scale, zero;
+  const bool has_scale = !is_halves && (p.stored != Stored::kWords || random.below(2));
+  if (has_scale) scale = draw_blocks(random, p, p.scale);
+  if (has_scale && random.below(2)) zero = draw_blocks(random, p, p.zero);
+  const int64_t item = is_halves ? 2 : 4;
+  auto out = block<uint8_t>(rows * p.columns * item);
+  p.values = values.get();
+  p.bits = bits.get();
+  p.starts = starts.get();
+  p.out = out.get();
+  run(p, pool);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t entry = r / p.rows, row = r % p.rows;
+    const uint8_t* from = values.get() + (entry * p.shards + row / per_shard) * pitch;
+    for (int64_t c = 0, next = starts[r]; c < p.columns; ++c) {
+      const int64_t place = std::min(std::max<int64_t>(next, 0), p.count - 1);
+      const bool is_kept = bit(r, c);
+      next += is_kept;
+      uint8_t expected[4] = {};
+      if (is_kept && width > 1) std::memcpy(expected, from + width * place, width);
+      if (has_scale) {
+        float value = 0;
+        const uint8_t byte = from[is_nibbles ? place / 2 : place];
+        if (p.stored == Stored::kWords) std::memcpy(&value, expected, 4);
+        if (is_kept && is_nibbles) value = p.table[place % 2 ? byte >> 4 : byte & 15];
+        if (is_kept && p.stored == Stored::kInt8) value = static_cast<int8_t>(byte);
+        if (is_kept && p.stored == Stored::kUint8) value = byte;
+        if (zero) value -= in_blocks(p.zero, entry, row, c);
+        value *= in_blocks(p.scale, entry, row, c);
+        if (zero && !is_kept) value = 0;
+        std::memcpy(expected, &value, 4);
+      }
+      const uint8_t* actual = out.get() + (r * p.columns + c) * item;
+      float numbers[2];
+      std::memcpy(&numbers[0], actual, item == 4 ? 4 : 0);
+      std::memcpy(&numbers[1], expected, 4);
+      // Not a number stays so, whatever arithmetic makes of its bits.
+      const bool is_nan = has_scale && numbers[0] != numbers[0] && numbers[1] != numbers[1];
+      if (!is_nan && std::memcmp(actual, expected, item) != 0) {
+        std::printf("wrong: expand entries %ld rows %ld columns %ld shards %ld stored %d scale %d zero %d at %ld %ld\n",
+                    long(p.entries), long(p.rows), long(p.columns), long(p.shards), int(p.stored), int(has_scale),
+                    int(zero != nullptr), long(r), long(c));
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 // fuzz COUNT SEED: so many problems of each sort, for each instruction set that the processor has.
@@ -265,11 +368,13 @@ int main(int count, char** arguments) {
     for (int caller = 0; caller < 2; ++caller)
       callers.emplace_back([&, caller] {
         Random random{std::mt19937(1000 * seed + 10 * level + caller)};
+        Random of_expansions{std::mt19937(1000 * seed + 10 * level + caller + 500)};
         for (int i = 0; i < problems; ++i)
-          if (!weight_only(random, pool) || !integer(random, pool) || !grouped(random, pool)) ++wrong;
+          if (!weight_only(random, pool) || !integer(random, pool) || !grouped(random, pool) || !expand(of_expansions, pool))
+            ++wrong;
       });
     for (auto& caller : callers) caller.join();
-    std::printf("level %d: %d problems, %d wrong so far\n", level, 6 * problems, wrong.load());
+    std::printf("level %d: %d problems, %d wrong so far\n", level, 8 * problems, wrong.load());
   }
   return wrong != 0;
 }

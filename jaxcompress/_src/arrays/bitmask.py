@@ -172,19 +172,19 @@ def _materialize(array: BitmaskSparseArray) -> Shaped[Array, "..."]:
     within = jax.lax.population_count(bits[..., None] & below).astype(jnp.int32)
     positions = (array.starts[..., None] + _counted_before(counts))[..., None] + within
     mask = (bits[..., None] >> places) & jnp.uint8(1)
-    positions = positions.reshape(*lead, shards, -1)
+    positions = positions.reshape(*lead, shards, rows // shards * bits.shape[-1] * 8)
     taken = jnp.take_along_axis(values, positions, axis=-1, mode="clip")
     plain = jnp.where(mask.astype(bool), taken.reshape(mask.shape), jnp.zeros((), taken.dtype))
-    return plain.reshape(*lead, rows, -1)[..., :columns].reshape(array.shape)
+    return plain.reshape(*lead, rows, bits.shape[-1] * 8)[..., :columns].reshape(array.shape)
 
 
 def _counted_before(counts: Integer[Array, "... n"]) -> Integer[Array, "... n"]:
     """The sum of all entries before each one, along the last axis."""
     width, run = counts.shape[-1], 32
     blocks = jnp.pad(counts, [(0, 0)] * (counts.ndim - 1) + [(0, -width % run)])
-    blocks = blocks.reshape(*counts.shape[:-1], -1, run).astype(jnp.float32)
+    blocks = blocks.reshape(*counts.shape[:-1], blocks.shape[-1] // run, run).astype(jnp.float32)
     # Whole numbers, which float32 sums exactly; a matmul is the fastest cumulative sum of short runs.
     within = (blocks @ jnp.triu(jnp.ones((run, run), jnp.float32), 1)).astype(jnp.int32)
     totals = blocks.sum(-1).astype(jnp.int32)
     before = within + (jnp.cumsum(totals, axis=-1) - totals)[..., None]
-    return before.reshape(*counts.shape[:-1], -1)[..., :width]
+    return before.reshape(*counts.shape[:-1], before.shape[-2] * run)[..., :width]

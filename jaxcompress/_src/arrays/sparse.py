@@ -89,7 +89,7 @@ def _sparsify_bitmask(array: np.ndarray, mask: np.ndarray, stack_ndim: int, shar
     starts = (np.cumsum(counts, axis=-1) - counts).reshape(*stack, rows).astype(np.int32)
     # At least one slot, because Orbax cannot save arrays of size 0.
     longest = max(int(counts.sum(axis=-1).max(initial=0)), 1)
-    run_mask = mask.reshape(-1, rows // shards * flat.shape[-1])
+    run_mask = mask.reshape(math.prod(stack) * shards, rows // shards * flat.shape[-1])
     values = np.zeros((len(run_mask), longest), array.dtype)
     for line, run, kept in zip(values, array.reshape(run_mask.shape), run_mask, strict=True):
         line[: kept.sum()] = run[kept]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxcompress._src.arrays.protocol import Multiply, call, describe_leaf, leaf_of_product
-from jaxcompress._src.execution.kernels import cpu, native_cpu, pallas
+from jaxcompress._src.execution.kernels import cpu, native_cpu, native_expansion, pallas
 from jaxcompress._src.execution.kernels.kernel import PLAIN, Kernel
 from jaxcompress._src.execution.kernels.matmul import Matmul
 from jaxcompress._src.execution.kernels.ordering import widened_after
@@ -18,6 +18,7 @@ KERNELS: tuple[Kernel, ...] = (
     native_cpu.INT8,
     native_cpu.INT8_GROUPS,
     native_cpu.FLOAT,
+    native_expansion.EXPANSION,
     cpu.INT8_PADDED,
     cpu.ROUNDED_FLOATS,
     cpu.REQUANTIZED_INT8,

@@ -25,12 +25,25 @@ def widened_after(leaf: Any, x: jax.Array) -> Any:
     if not x.size or not parts:
         return leaf
     largest = max(range(len(parts)), key=lambda number: parts[number].nbytes)
-    zero = _zero_p.bind(jax.lax.stop_gradient(x))
+    zero = known_when_ready(x)
     # The largest part is left alone: it may be the operand of a gather, which would be written out again.
     tied = [
         part if number == largest and len(parts) > 1 else _increased(part, zero) for number, part in enumerate(parts)
     ]
     return structure.unflatten(tied)
+
+
+def known_when_ready(x: jax.Array) -> jax.Array:
+    """float32 0, which XLA on one CPU does not know before `x` is computed.
+
+    Args:
+        x: any array.
+
+    Example:
+        >>> float(known_when_ready(jnp.ones(3)))
+        0.0
+    """
+    return _zero_p.bind(jax.lax.stop_gradient(x)) if x.size else _constant(x)
 
 
 def _increased(part: jax.Array, zero: jax.Array) -> jax.Array:

@@ -36,7 +36,11 @@ UNITS: Mapping[str, Sequence[str]] = {
         *("-O2", "-fno-tree-vectorize", "-mavx2", "-mfma"),
         *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")),
     ),
+    "expand_avx2.cc": ("-O2", "-mavx2", "-mfma", "-mpopcnt"),
+    "expand_avx512.cc": ("-O2", *(f"-m{part}" for part in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "popcnt"))),
+    "expand_portable.cc": ("-O2",),
     "run.cc": ("-O2",),
+    "run_expand.cc": ("-O2",),
     "handlers.cc": ("-O2",),
 }
 """Sources and what each is compiled with; the slowest first."""

@@ -1,4 +1,4 @@
-// What XLA calls: two handlers of its foreign function interface, by its C interface alone.
+// What XLA calls: the handlers of its foreign function interface, by its C interface alone.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -179,6 +179,66 @@ XLA_FFI_Error* integer(XLA_FFI_CallFrame* frame) {
   return nullptr;
 }
 
+bool read_blocks(const XLA_FFI_Buffer* buffer, const int32_t* sizes, const Expand& p, Blocks& to) {
+  if (buffer->rank != 3 || buffer->dtype != XLA_FFI_DataType_F32 || buffer->dims[0] != p.entries) return false;
+  to.data = static_cast<const float*>(buffer->data);
+  to.row_blocks = buffer->dims[1];
+  to.column_blocks = buffer->dims[2];
+  to.row_size = sizes[0];
+  to.column_size = sizes[1];
+  // There is a block for every row and column.
+  return to.row_blocks > 0 && to.row_size > 0 && to.column_size > 0 &&
+         (p.columns + to.column_size - 1) / to.column_size <= to.column_blocks;
+}
+
+// Values, bits, starts, something to wait for, and scales and zero points if there are any.
+XLA_FFI_Error* expand(XLA_FFI_CallFrame* frame) {
+  const XLA_FFI_Buffer *values = argument(frame, 0), *bits = argument(frame, 1), *starts = argument(frame, 2),
+                       *scale = argument(frame, 4), *zero = argument(frame, 5), *out = result(frame);
+  if (!starts || values->rank != 3 || bits->rank != 3 || starts->rank != 2 || out->rank != 3)
+    return invalid(frame, "expected stacks of matrices");
+  Expand p{};
+  p.entries = out->dims[0];
+  p.rows = out->dims[1];
+  p.columns = out->dims[2];
+  p.shards = values->dims[1];
+  if (values->dims[0] != p.entries || bits->dims[0] != p.entries || bits->dims[1] != p.rows ||
+      bits->dims[2] != (p.columns + 7) / 8 || starts->dims[0] != p.entries || starts->dims[1] != p.rows)
+    return invalid(frame, "the parts do not fit");
+  if (p.shards < 1 || p.rows % p.shards || values->dims[2] < 1) return invalid(frame, "the values do not fit the rows");
+  if (bits->dtype != XLA_FFI_DataType_U8 || starts->dtype != XLA_FFI_DataType_S32)
+    return invalid(frame, "expected bits in uint8 and starts in int32");
+  const bool is_packed = flag(frame, "packed");
+  p.count = values->dims[2] * (is_packed ? 2 : 1);
+  switch (values->dtype) {
+    case XLA_FFI_DataType_F32: p.stored = Stored::kWords; break;
+    case XLA_FFI_DataType_F16:
+    case XLA_FFI_DataType_BF16: p.stored = Stored::kHalves; break;
+    case XLA_FFI_DataType_S8: p.stored = Stored::kInt8; break;
+    case XLA_FFI_DataType_U8: p.stored = is_packed ? Stored::kNibbles : Stored::kUint8; break;
+    default: return invalid(frame, "unexpected dtype of values");
+  }
+  const bool is_raw = p.stored == Stored::kHalves || (p.stored == Stored::kWords && !scale);
+  if (is_raw ? out->dtype != values->dtype || scale : out->dtype != XLA_FFI_DataType_F32 || !scale)
+    return invalid(frame, "unexpected dtype of the result, or scales");
+  const auto* sizes = static_cast<const XLA_FFI_Array*>(attribute(frame, "block_sizes", XLA_FFI_AttrType_ARRAY));
+  const auto* table = static_cast<const XLA_FFI_Array*>(attribute(frame, "table", XLA_FFI_AttrType_ARRAY));
+  if (!sizes || sizes->size != 4 || sizes->dtype != XLA_FFI_DataType_S32 || !table || table->size != 16 ||
+      table->dtype != XLA_FFI_DataType_F32)
+    return invalid(frame, "expected 4 sizes of blocks and 16 float32 values of codes");
+  const auto* size = static_cast<const int32_t*>(sizes->data);
+  if ((scale && !read_blocks(scale, size, p, p.scale)) || (zero && !read_blocks(zero, size + 2, p, p.zero)))
+    return invalid(frame, "the scales or zero points do not fit");
+  std::memcpy(p.table, table->data, sizeof(p.table));
+  p.values = static_cast<const uint8_t*>(values->data);
+  p.bits = static_cast<const uint8_t*>(bits->data);
+  p.starts = static_cast<const int32_t*>(starts->data);
+  p.out = static_cast<uint8_t*>(out->data);
+  XlaPool pool(*frame);
+  run(p, pool);
+  return nullptr;
+}
+
 }  // namespace
 }  // namespace jaxcompress
 
@@ -188,6 +248,10 @@ EXPORT XLA_FFI_Error* jaxcompress_weight_only(XLA_FFI_CallFrame* frame) {
 
 EXPORT XLA_FFI_Error* jaxcompress_integer(XLA_FFI_CallFrame* frame) {
   return jaxcompress::answers_metadata(frame) ? nullptr : jaxcompress::integer(frame);
+}
+
+EXPORT XLA_FFI_Error* jaxcompress_expand(XLA_FFI_CallFrame* frame) {
+  return jaxcompress::answers_metadata(frame) ? nullptr : jaxcompress::expand(frame);
 }
 
 EXPORT int jaxcompress_instruction_level() { return jaxcompress::instruction_level(); }

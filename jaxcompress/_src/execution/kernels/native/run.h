@@ -1,6 +1,7 @@
 // Chooses kernels by what the processor has, prepares their inputs, and spreads them over threads.
 #pragma once
 
+#include "expand.h"
 #include "problem.h"
 
 namespace jaxcompress {
@@ -19,5 +20,6 @@ void limit_instructions(int level);
 void run(WeightOnly& problem, Pool& pool);
 void run(Integer& problem, Pool& pool);
 void run(Grouped& problem, Pool& pool);
+void run(const Expand& problem, Pool& pool);
 
 }  // namespace jaxcompress

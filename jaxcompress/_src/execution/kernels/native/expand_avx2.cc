@@ -1,0 +1,82 @@
+// Expansion for AVX2: for each byte of a mask, the permutation that puts values where they belong.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include "expand_rows.h"
+
+namespace jaxcompress {
+namespace {
+
+// For each mask, the place among the kept lanes of each lane, or -1.
+struct Permutations {
+  alignas(8) int8_t places[256][8];
+  constexpr Permutations() : places() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int lane = 0, next = 0; lane < 8; ++lane)
+        places[mask][lane] = static_cast<int8_t>(mask >> lane & 1 ? next++ : -1);
+  }
+};
+
+constexpr Permutations kPermutations;
+
+struct Avx2Lanes {
+  static constexpr int kWidth = 8, kBytes = 16;
+  using V = __m256i;
+  static __m256i places(unsigned mask) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPermutations.places[mask])));
+  }
+  // The permutation reads the lowest 3 bits of each place, and its sign says that nothing goes there.
+  static V permuted(unsigned mask, __m256i words) {
+    const __m256i at = places(mask);
+    return _mm256_andnot_si256(_mm256_srai_epi32(at, 31), _mm256_permutevar8x32_epi32(words, at));
+  }
+  static V expand(unsigned mask, const uint32_t* from) {
+    return permuted(mask, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
+  static V expand(unsigned mask, const uint16_t* from) {
+    return permuted(mask, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+  }
+  static void store(uint32_t* to, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
+  static void store(uint16_t* to, V v) {
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), halves);
+  }
+  static V masked(unsigned mask, V v) { return _mm256_andnot_si256(_mm256_srai_epi32(places(mask), 31), v); }
+  static V scaled(V v, const float* scale) {
+    return _mm256_castps_si256(_mm256_mul_ps(_mm256_castsi256_ps(v), _mm256_loadu_ps(scale)));
+  }
+  static V shifted(V v, const float* zero) {
+    return _mm256_castps_si256(_mm256_sub_ps(_mm256_castsi256_ps(v), _mm256_loadu_ps(zero)));
+  }
+  static void nibbles(const uint8_t* from, const float* table, float* to) {
+    const __m256 first = _mm256_loadu_ps(table), second = _mm256_loadu_ps(table + 8);
+    const __m256i pairs = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    // A byte each, the low nibble first.
+    const __m256i codes =
+        _mm256_and_si256(_mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4)), _mm256_set1_epi8(15));
+    alignas(32) uint8_t bytes[32];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(bytes), codes);
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const __m256i at = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + 8 * i)));
+      _mm256_storeu_ps(to + 8 * i, _mm256_blendv_ps(_mm256_permutevar8x32_ps(first, at),
+                                                    _mm256_permutevar8x32_ps(second, at),
+                                                    _mm256_castsi256_ps(_mm256_slli_epi32(at, 28))));
+    }
+  }
+  template <bool is_signed>
+  static void bytes(const uint8_t* from, float* to) {
+    JAXCOMPRESS_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + 8 * i));
+      _mm256_storeu_ps(to + 8 * i, _mm256_cvtepi32_ps(is_signed ? _mm256_cvtepi8_epi32(b) : _mm256_cvtepu8_epi32(b)));
+    }
+  }
+};
+
+}  // namespace
+
+const ExpandRows kAvx2Expand = expand_rows<Avx2Lanes>;
+
+}  // namespace jaxcompress
+#endif
