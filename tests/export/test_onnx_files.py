@@ -154,7 +154,7 @@ def test_an_older_file_stays_where_writing_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_onnx(path, lambda p, x: multiplied(p, x) + 1, W, X)
+        save_onnx(path, lambda p, x: multiplied(p, x) + 1, W, X, overwrite=True)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
 

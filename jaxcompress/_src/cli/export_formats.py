@@ -137,7 +137,14 @@ def _any_tokens(loaded: LoadedModel) -> list[jax.ShapeDtypeStruct]:
 def _write_onnx(request: Request) -> Written:
     loaded = request.loaded
     try:
-        info = save_onnx(request.out, model_apply(loaded), loaded.params, *_any_tokens(loaded), **request.options)
+        info = save_onnx(
+            request.out,
+            model_apply(loaded),
+            loaded.params,
+            *_any_tokens(loaded),
+            overwrite=request.overwrite,
+            **request.options,
+        )
     except NotImplementedError as err:
         raise ValueError(" ".join([str(err), *getattr(err, "__notes__", ())])) from err
     forms: dict[str, list[str]] = {}

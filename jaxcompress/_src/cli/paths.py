@@ -1,10 +1,10 @@
 """What can be written where, found before the work: no result is lost, and nothing of the user's is overwritten."""
 
-import tempfile
 from pathlib import Path
 
 from jaxcompress._src.checkpoint.errors import CheckpointError
 from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress._src.export.files import check_writable
 from jaxcompress._src.models.hf.companions import companion_files
 
 _TAKEN = ("config.json", "model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
@@ -86,25 +86,6 @@ def check_output_file(path: Path, option: str, *, begins: bytes) -> None:
             if file.read(len(begins)) not in (begins, b""):
                 raise FileExistsError(f"{option} {str(path)!r} is a file of another kind; it is not overwritten.")
     check_writable(path.parent)
-
-
-def check_writable(directory: Path) -> None:
-    """Raises before hours of work when their result could not be written.
-
-    Raises:
-        OSError: `directory` cannot be made or written to.
-    """
-    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{str(directory)!r} cannot be written: {str(existing)!r} is not a directory.")
-    if directory.is_symlink() and not directory.exists():
-        raise FileExistsError(f"{str(directory)!r} cannot be written: it is a link to nothing.")
-    try:
-        # Permissions alone do not tell: a file system may be read-only, or full, or made of something else than files.
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".jaxcompress-"):
-            pass
-    except OSError as err:
-        raise OSError(f"{str(directory)!r} cannot be written: {err.strerror} in {str(existing)!r}.") from err
 
 
 def _check_apart(out: Path, model: Path) -> None:

@@ -85,6 +85,7 @@ def save_gguf(
 
     Raises:
         FileExistsError: there is a file, without `overwrite`.
+        FileNotFoundError: there is no such directory.
         ModuleNotFoundError: the package `gguf` is missing: the extra `jaxcompress[gguf]`.
         ValueError: a leaf cannot be held or does not fit the module, or the format does not say what the config does
             (sliding windows, biases of a Llama, other activations). The message names the leaf or the setting.
@@ -118,11 +119,11 @@ def save_gguf(
     if path.suffix != ".gguf":
         raise ValueError(f"`path` must end in '.gguf', by which `from_pretrained` knows such files, got {str(path)!r}.")
     gguf_package()
-    architecture = architecture_of(config)
-    fields, divisors = model_fields(config, architecture), rope_divisors(config)
-    check_described(config, architecture, fields, divisors)
-    fields |= tokenizer_fields(None if source is None else Path(source), vocab_size=config.vocab_size)
     with new_file(path, overwrite=overwrite) as temporary:
+        architecture = architecture_of(config)
+        fields, divisors = model_fields(config, architecture), rope_divisors(config)
+        check_described(config, architecture, fields, divisors)
+        fields |= tokenizer_fields(None if source is None else Path(source), vocab_size=config.vocab_size)
         tensors, names = _tensors(config, params, ARCHITECTURES[architecture], dense, unsupported)
         fields |= _general_fields(name or path.stem, tensors)
         more = {} if divisors is None else {SLOWED: _Tensor(divisors, "F32", 0.0)}

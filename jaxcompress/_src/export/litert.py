@@ -90,6 +90,7 @@ def save_litert(
 
     Raises:
         FileExistsError: there is a file, and `overwrite` is not set.
+        FileNotFoundError: there is no such directory.
         ModuleNotFoundError: the converter is not installed.
         ValueError: a shape is symbolic, or the converter has no rule for an operation; names it.
 
@@ -105,13 +106,12 @@ def save_litert(
     _import_converter()
     abstract_inputs = jax.tree_util.tree_map_with_path(_abstract_input, inputs)
     sites = Sites()
-    constants = map_with_path(lambda path, leaf: _on_host(path, leaf, sites, round_inputs), params)
-    program = execute(straight_line(apply, params, abstract_inputs, sites), kernels=())
-
-    def run(*inputs: Any) -> Any:
-        return program(constants, *inputs)
-
     with new_file(Path(path), overwrite=overwrite) as place:
+        constants = map_with_path(lambda path, leaf: _on_host(path, leaf, sites, round_inputs), params)
+        program = execute(straight_line(apply, params, abstract_inputs, sites), kernels=())
+
+        def run(*inputs: Any) -> Any:
+            return program(constants, *inputs)
         lowered = jax.jit(run, keep_unused=True).trace(*abstract_inputs).lower(lowering_platforms=("cpu",))
         names, outputs = _names(abstract_inputs, "input"), _names(lowered.out_info, "output")
         content = filled(_converted(lowered.as_text()), sites.sites, names, outputs)

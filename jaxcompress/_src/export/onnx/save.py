@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -11,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._src.execution.values import Weight
+from jaxcompress._src.export.files import new_file
 from jaxcompress._src.export.onnx.graph import Graph, Tensor
-from jaxcompress._src.export.onnx.model_file import OPSET, Port, import_onnx, write_model
+from jaxcompress._src.export.onnx.model_file import DATA, OPSET, Port, import_onnx, write_model
 from jaxcompress._src.export.onnx.options import LeafOptions, OnnxLeaf
 from jaxcompress._src.export.onnx.translate import Translator
 from jaxcompress._src.export.onnx.types import onnx_type
@@ -53,6 +55,7 @@ def save_onnx(
     input_ranges: Literal["tensor", "row"] = "tensor",
     weight_bits: Literal[7, 8] = 8,
     accuracy_level: int = 0,
+    overwrite: bool = False,
 ) -> OnnxInfo:
     """Writes a model as an ONNX file, which ONNX Runtime runs without JAX.
 
@@ -81,11 +84,13 @@ def save_onnx(
             of 8 bits saturate.
         accuracy_level: of `MatMulNBits`: 0 (float32 inputs) or 4 (int8 ones: faster, an error of about 1 %); 1 to 3 are
             float types that ONNX Runtime may choose.
+        overwrite: whether a file that exists is replaced, and the one beside it.
 
     Returns:
         What the file holds.
 
     Raises:
+        FileExistsError: there is a file, at `path` or beside it, and `overwrite` is not set.
         ModuleNotFoundError: `onnx` is not installed.
         NotImplementedError: a primitive or dtype that cannot be written; names it, its shapes and the line of `apply`.
         FileNotFoundError: there is no such directory.
@@ -105,20 +110,21 @@ def save_onnx(
     import_onnx()
     options = LeafOptions(input_ranges=input_ranges, weight_bits=weight_bits, accuracy_level=accuracy_level)
     names = _input_names(apply, inputs, input_names)
-    model = traced(apply, params, inputs)
-    outputs = _distinct("output_names", _output_names(model.outputs), output_names, taken=names)
-    graph = Graph(taken=[*names, *outputs])
-    translator = Translator(graph, options)
-    ports = [_port(name, value) for name, value in zip(names, model.values, strict=True)]
-    for port in ports:
-        graph.dimensions.add_input(port.name, port.shape)
-    leaves = [_known(path, leaf) for path, leaf in zip(model.paths, model.leaves, strict=True)]
-    results = translator.run(as_body(model.closed), [*leaves, *(_carried(graph, port) for port in ports)])
-    written = [
-        _write_output(graph, name, translator.leaves.plain(value), var.aval)
-        for name, value, var in zip(outputs, results, model.closed.jaxpr.outvars, strict=True)
-    ]
-    file = write_model(os.fspath(path), graph, ports, written)
+    with new_file(Path(path), overwrite=overwrite, companion=DATA) as place:
+        model = traced(apply, params, inputs)
+        outputs = _distinct("output_names", _output_names(model.outputs), output_names, taken=names)
+        graph = Graph(taken=[*names, *outputs])
+        translator = Translator(graph, options)
+        ports = [_port(name, value) for name, value in zip(names, model.values, strict=True)]
+        for port in ports:
+            graph.dimensions.add_input(port.name, port.shape)
+        leaves = [_known(path, leaf) for path, leaf in zip(model.paths, model.leaves, strict=True)]
+        results = translator.run(as_body(model.closed), [*leaves, *(_carried(graph, port) for port in ports)])
+        written = [
+            _write_output(graph, name, translator.leaves.plain(value), var.aval)
+            for name, value, var in zip(outputs, results, model.closed.jaxpr.outvars, strict=True)
+        ]
+        file = write_model(place, graph, ports, written)
     return OnnxInfo(
         inputs=tuple(names),
         outputs=tuple(outputs),
