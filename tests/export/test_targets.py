@@ -60,7 +60,7 @@ def test_what_exists_is_replaced_only_where_asked(writers, tmp_path, name):
     path, write = tmp_path / name, writers[name]
     write(path)
     before = _contents(tmp_path)
-    with pytest.raises(FileExistsError, match="exists; give a new .*overwrite=True"):
+    with pytest.raises(FileExistsError, match=r"exists; give a new .*overwrite=True"):
         write(path, apply=_worked)
     assert _contents(tmp_path) == before
     write(path, overwrite=True)

@@ -56,7 +56,7 @@ def new_directory(directory: Path, *, overwrite: bool, marker: str = "config.jso
         temporary.mkdir()
         yield temporary
         # Another process may have written there since.
-        if older := _check_directory(directory, overwrite=overwrite, marker=marker):
+        if _check_directory(directory, overwrite=overwrite, marker=marker):
             aside = temporary.with_name(f"{temporary.name}.older")
             os.rename(directory, aside)
             try:

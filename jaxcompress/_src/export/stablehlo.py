@@ -107,6 +107,7 @@ def save_stablehlo(
 
         def program(stored: dict[str, jax.Array], *inputs: Any) -> Any:
             return execute(apply, kernels=())(rebuild(stored), *inputs)
+
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
         exported = jax.export.export(jax.jit(program), platforms=tuple(platforms))(shapes, *abstract_inputs)
         content = bytes(exported.serialize())
