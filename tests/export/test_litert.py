@@ -287,6 +287,41 @@ def test_quantized_factors(tmp_path):
     assert _relative(_run(info, x)["output_0"], np.asarray(x) @ np.asarray(leaf.materialize())) < 1e-5
 
 
+LOW_RANK = [kind for kind in kinds.KINDS if kind.startswith("low rank")]
+SMALL = ["bfloat16", "float16"]
+
+
+@pytest.mark.filterwarnings("ignore::jaxcompress.export.FloatLeafWarning")  # their residuals
+@pytest.mark.parametrize("kind", LOW_RANK)
+def test_low_rank_leaves_are_looked_up_and_multiplied(tmp_path, kind):
+    leaf = kinds.KINDS[kind](_normal(64, 8), LAYOUT)
+    rows = jnp.array([[3, 63, 0]])
+    info = save_litert(tmp_path / "m.tflite", lambda p, i: p["w"][i] @ p["w"].T, {"w": leaf}, rows, round_inputs=False)
+    w = np.asarray(leaf.materialize())
+    assert _relative(_run(info, rows)["output_0"], w[np.asarray(rows)] @ w.T) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::jaxcompress.export.FloatLeafWarning")  # kinds that LiteRT lacks
+@pytest.mark.parametrize("dtype", SMALL)
+@pytest.mark.parametrize("kind", ["int8 per channel", "int4 groups", "one bit", "codebook", "2:4", *LOW_RANK])
+def test_leaves_of_other_dtypes(tmp_path, kind, dtype):
+    leaf, x = kinds.KINDS[kind](_normal(64, 8).astype(dtype), LAYOUT), _normal(3, 64)
+    info = save_litert(
+        tmp_path / "m.tflite", lambda p, x: (x.astype(dtype) @ p["w"]).astype(jnp.float32), {"w": leaf}, x,
+        round_inputs=False,
+    )  # fmt: skip
+    wanted = np.asarray(x.astype(dtype), np.float32) @ np.asarray(leaf.materialize(), np.float32)
+    assert _relative(_run(info, x)["output_0"], wanted) < 1e-2
+
+
+def test_groups_are_floats_where_inputs_are_not_rounded(tmp_path):
+    """The runtime's dequantization of groups gives zeros."""
+    leaf, x = _scattered(4, 32), _normal(5, 64)
+    with pytest.warns(FloatLeafWarning, match="groups of int4 codes beside inputs of 8 bits alone"):
+        info = save_litert(tmp_path / "m.tflite", lambda p, x: x @ p["w"], {"w": leaf}, x, round_inputs=False)
+    assert _relative(_run(info, x)["output_0"], np.asarray(x) @ np.asarray(leaf.materialize())) < 1e-6
+
+
 def test_arguments_are_checked_first(tmp_path):
     path, tree = tmp_path / "m.tflite", {"w": jnp.ones((4, 4))}
     symbolic = jax.ShapeDtypeStruct(jax.export.symbolic_shape("batch, 4"), jnp.float32)

@@ -129,6 +129,18 @@ def test_random_numbers_of_keys_that_are_known_are_constants(tmp_path):
     _same(tmp_path, apply, np.ones((2, 3), np.float32))
 
 
+@pytest.mark.parametrize("mode", ["fill", "clip"])
+@pytest.mark.parametrize("dtype", ["float32", "int32", "uint32", "bfloat16"])
+def test_rows_that_are_not_there(tmp_path, mode, dtype):
+    table = jnp.arange(12).reshape(4, 3).astype(dtype)
+    rows = np.array([[0, 3], [4, -1], [-4, 2**31 - 1]], np.int32)
+
+    def apply(_, rows):
+        return jnp.take(table, rows, axis=0, mode=mode), jnp.take(table, rows[0], axis=1, mode=mode)
+
+    _same(tmp_path, apply, rows)
+
+
 def _line_of_the_model(x):
     return jax.lax.population_count(x.astype(jnp.int32))
 

@@ -66,7 +66,7 @@ def save_litert(
     |---|---|
     | 8 bits (or 5 to 7), scales by output | int8 with the same codes and scales |
     | 4 bits or fewer, scales by output | int4 with the same codes and scales; kernels of convolutions int8 |
-    | the same, scales by groups of 32, 64, ... inputs | int4 with the same codes; scales as bfloat16 |
+    | the same, scales by groups of 32, 64, ... inputs | int4 with the same codes; scales as bfloat16; rounded inputs |
     | looked up (embeddings), any scales | the same codes of 8 or 4 bits, multiplied by their scales in float32 |
     | low rank | its factors |
     | other groups, formats, kinds; codes less zero points beyond 8 bits | float32, and a warning |
@@ -148,7 +148,9 @@ def _on_host(path: str, leaf: Any, sites: Sites, round_inputs: bool) -> Any:
     if isinstance(leaf, LowRankArray):
         # Its factors may be quantized.
         sites.note(path, "factors")
-        return jax.tree.map(lambda part: _on_host(path, part, sites, round_inputs), leaf, is_leaf=_is_part(leaf))
+        return jax.tree.map(
+            lambda part: _factor(_on_host(path, part, sites, round_inputs)), leaf, is_leaf=_is_part(leaf)
+        )
     inputs, weight = None, leaf
     if isinstance(leaf, InputQuantizedArray):
         inputs, weight = leaf.inputs, leaf.weight
@@ -176,6 +178,14 @@ def _on_host(path: str, leaf: Any, sites: Sites, round_inputs: bool) -> Any:
 
 def _is_part(whole: Any) -> Callable[[Any], bool]:
     return lambda node: node is not whole and is_compressed(node)
+
+
+def _factor(part: Any) -> Any:
+    """In float32, which the runtime multiplies; as an array of JAX, which traced rows may index."""
+    if isinstance(part, HostWeight):
+        return part.cast(jnp.float32)
+    part = jnp.asarray(part)
+    return part.astype(jnp.float32) if jnp.issubdtype(part.dtype, jnp.floating) else part
 
 
 def _host(leaf: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from jaxcompress._src.trace.walk import as_body, bind, called_body, walk
 
@@ -73,7 +74,7 @@ def known(values: Sequence[Any]) -> contextlib.AbstractContextManager[Any]:
 
 
 def _is_traced(value: Any) -> bool:
-    return isinstance(value, jax.core.Tracer)
+    return isinstance(value, core.Tracer)
 
 
 def has_keys(eqn: Any) -> bool:
@@ -94,12 +95,9 @@ def _rule(eqn: Any, values: Sequence[Any], within: frozenset[str]) -> _Rule | No
         return None
     if name not in _CASTS and any((*_wide_inputs(eqn), *_wide_outputs(eqn))):
         return _WIDE
-    if name in within:
-        return None
-    for rule in (_RULES.get(name), None if name in _CASTS | _BY_VALUE else _BY_BITS):
-        if rule is not None and rule.applies(eqn, values):
-            return rule
-    return None
+    rules = [] if name in within or name not in _RULES else [_RULES[name]]
+    rules += [] if name in _CASTS | _BY_VALUE else [_BY_BITS]
+    return next((rule for rule in rules if rule.applies(eqn, values)), None)
 
 
 def _wide_inputs(eqn: Any) -> list[Any]:
@@ -180,7 +178,7 @@ def _is_boolean(eqn: Any, values: Sequence[Any]) -> bool:
 def _is_needed_division(eqn: Any, values: Sequence[Any]) -> bool:
     if eqn.outvars[0].aval.dtype != jnp.int32:
         return False
-    return _is_traced(values[1]) or bool(np.isin(values[1], (0, -1)).any())
+    return _is_traced(values[1]) or bool(np.isin(np.asarray(values[1]), (0, -1)).any())
 
 
 def _flipped(x: Any) -> jax.Array:
@@ -279,6 +277,39 @@ def _cube_root(eqn: Any, x: Any) -> jax.Array:
     return jnp.sign(x) * eqn.primitive.bind(jnp.abs(x), **eqn.params)
 
 
+def _is_unsafe_look_up(eqn: Any, values: Sequence[Any]) -> bool:
+    if eqn.params["mode"] == jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS:
+        return False
+    if _is_traced(values[1]):
+        return True
+    indices = np.asarray(values[1])
+    return bool((np.clip(indices, 0, _last_starts(eqn)) != indices).any())
+
+
+def _last_starts(eqn: Any) -> np.ndarray:
+    """The largest indices of a gather that are within its operand."""
+    shape, sizes = eqn.invars[0].aval.shape, eqn.params["slice_sizes"]
+    axes = eqn.params["dimension_numbers"].start_index_map
+    return np.array([shape[axis] - sizes[axis] for axis in axes], eqn.invars[1].aval.dtype)
+
+
+def _looked_up(eqn: Any, table: Any, indices: Any) -> jax.Array:
+    """Rows outside are the last ones, or filled, as `mode` has it; the runtime stops at them."""
+    within = jnp.clip(indices, 0, np.broadcast_to(_last_starts(eqn), indices.shape))
+    modes = jax.lax.GatherScatterMode
+    rows = eqn.primitive.bind(table, within, **{**eqn.params, "mode": modes.PROMISE_IN_BOUNDS})
+    if eqn.params["mode"] != modes.FILL_OR_DROP:
+        return rows
+    fill = eqn.params["fill_value"]
+    if fill is None and jnp.issubdtype(rows.dtype, jnp.integer):
+        limits = jnp.iinfo(rows.dtype)
+        fill = limits.min or limits.max
+    offset = eqn.params["dimension_numbers"].offset_dims
+    batch = [axis for axis in range(rows.ndim) if axis not in offset]
+    is_within = jax.lax.broadcast_in_dim((within == indices).all(-1), rows.shape, batch)
+    return jnp.where(is_within, rows, jnp.asarray(jnp.nan if fill is None else fill, rows.dtype))
+
+
 def _sorted(eqn: Any, *values: Any) -> list[jax.Array]:
     """By `top_k` in the reversed order, whose ties keep the lower index first, as a stable sort does."""
     axis = eqn.params["dimension"]
@@ -312,6 +343,7 @@ _RULES: Mapping[str, _Rule] = {
     "cbrt": _Rule(_always, _cube_root),
     "convert_element_type": _Rule(_is_uncommon_truth, _truth),
     "div": _Rule(_is_needed_division, _divided),
+    "gather": _Rule(_is_unsafe_look_up, _looked_up),
     "or": _Rule(_is_whole, _as_unsigned(_or)),
     "rem": _Rule(lambda eqn, values: eqn.outvars[0].aval.dtype != jnp.uint32, _remainder),
     "round": _Rule(
