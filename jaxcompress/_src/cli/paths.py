@@ -1,5 +1,6 @@
 """What can be written where, found before the work: no result is lost, and nothing of the user's is overwritten."""
 
+import os
 from pathlib import Path
 
 from jaxcompress._src.checkpoint.errors import CheckpointError
@@ -52,7 +53,7 @@ def check_export_target(out: Path, model: Path, *, ending: str | None, overwrite
     """
     if ending is not None and out.suffix != ending:
         raise ValueError(f"--out {str(out)!r} must end in {ending!r} for this format.")
-    if ending is None or out.resolve() == model.resolve():
+    if ending is None or _real(out) == _real(model):
         _check_apart(out, model)
     elif not out.parent.is_dir():
         raise FileNotFoundError(f"--out {str(out)!r} cannot be written: there is no directory {str(out.parent)!r}.")
@@ -88,8 +89,13 @@ def check_output_file(path: Path, option: str, *, begins: bytes) -> None:
     check_writable(path.parent)
 
 
+def _real(path: Path) -> Path:
+    """Without links; not by `Path.resolve`, which raises a `RuntimeError` for one that leads to itself."""
+    return Path(os.path.realpath(path))
+
+
 def _check_apart(out: Path, model: Path) -> None:
-    here, there = out.resolve(), model.resolve()
+    here, there = _real(out), _real(model)
     if here == there:
         raise FileExistsError(f"--out {str(out)!r} is the model's own folder; give another one.")
     if here in there.parents or there in here.parents:
