@@ -12,7 +12,7 @@ import numpy as np
 import typer
 
 from jaxcompress._src.cli.export_formats import FORMATS, ExportFormat, Request, Written
-from jaxcompress._src.cli.export_runners import Runner, largest_difference, model_apply
+from jaxcompress._src.cli.export_runners import Runner, compare_weights, model_apply
 from jaxcompress._src.cli.memory import is_out_of_memory
 from jaxcompress._src.cli.paths import check_export_target
 from jaxcompress._src.cli.screen import Screen
@@ -144,7 +144,7 @@ def _check(
     problem = None
     if target.weights is not None:
         weights = target.weights(request.out, request.loaded.module)
-        figures["weight_difference"], wrong = largest_difference(request.loaded.params, written.rounding, weights)
+        figures["weight_difference"], wrong = compare_weights(request.loaded.params, written.rounding, weights)
         if wrong:
             problem = f"weights differ from the model's by more than their rounding, first {wrong!r}."
     if target.run is None:

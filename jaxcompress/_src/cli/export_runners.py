@@ -17,6 +17,7 @@ from jaxcompress._src.cli.stored_weights import (
     stored_tensors,
 )
 from jaxcompress._src.execution.kernels.processor import processor_count
+from jaxcompress._src.export.info import largest_difference
 from jaxcompress._src.export.stablehlo import load_stablehlo
 from jaxcompress._src.models.families import config_of, family_of, head_of
 from jaxcompress._src.models.hf.companions import sentence_pooling
@@ -110,7 +111,7 @@ def read_gptq(out: Path, module: nn.Module) -> dict[str, np.ndarray]:
     return _decoded(out, module, gptq_weight)
 
 
-def largest_difference(
+def compare_weights(
     params: Params, rounding: Mapping[str, float], weights: Mapping[str, np.ndarray]
 ) -> tuple[float, str]:
     """The largest difference of a weight that was read back, and the first leaf that differs by more than it may.
@@ -128,9 +129,10 @@ def largest_difference(
         ours = np.asarray(plain(leaf))
         wanted = ours.astype(np.float32)
         found = weights[path].astype(np.float32)
-        difference = float(np.abs(found - wanted).max(initial=0)) if found.shape == wanted.shape else np.inf
+        difference = largest_difference(found, wanted) if found.shape == wanted.shape else np.inf
         # Files hold float32 products of codes and scales, which a leaf of another dtype rounds; and sums of float32.
-        step = float(jnp.finfo(ours.dtype).eps) * float(np.abs(wanted).max(initial=0)) if is_compressed(leaf) else 0.0
+        size = float(np.abs(wanted[np.isfinite(wanted)]).max(initial=0))
+        step = float(jnp.finfo(ours.dtype).eps) * size if is_compressed(leaf) else 0.0
         if not difference <= rounding.get(path, 0.0) + step:
             wrong = wrong or path
         largest = difference if np.isnan(difference) else max(largest, difference)

@@ -20,7 +20,14 @@ from jaxcompress._src.export.gguf_fields import (
     rope_divisors,
 )
 from jaxcompress._src.export.gguf_tokenizer import tokenizer_fields
-from jaxcompress._src.export.info import CannotHoldError, ExportedLeaf, ExportInfo, Unsupported, check_unsupported
+from jaxcompress._src.export.info import (
+    CannotHoldError,
+    ExportedLeaf,
+    ExportInfo,
+    Unsupported,
+    check_unsupported,
+    largest_difference,
+)
 from jaxcompress._src.export.integers import integer_rows
 from jaxcompress._src.models.families import config_of, family_of
 from jaxcompress._src.models.hf.gguf import ARCHITECTURES, SLOWED, Architecture, gguf_package
@@ -167,7 +174,7 @@ def _quantized(path: str, leaf: Any, order: np.ndarray | None) -> _Tensor:
     rows = integer_rows(leaf, inputs=0 if path.endswith("/kernel") else 1)
     rows = rows if order is None else rows.take_rows(order)
     blocks = blocks_of(rows)
-    return _Tensor(blocks.data, blocks.kind, float(np.abs(blocks.values - rows.values()).max(initial=0)))
+    return _Tensor(blocks.data, blocks.kind, largest_difference(blocks.values, rows.values()))
 
 
 def _dense(path: str, leaf: Any, order: np.ndarray | None, dense: DenseType) -> _Tensor:
@@ -183,12 +190,12 @@ def _dense(path: str, leaf: Any, order: np.ndarray | None, dense: DenseType) -> 
     with np.errstate(over="ignore"):
         data = quants.quantize(array, GGMLQuantizationType[kind])
     values = quants.dequantize(data, GGMLQuantizationType[kind])
-    if not np.isfinite(values).all():
+    if (np.isfinite(values) != np.isfinite(array)).any():
+        size = np.abs(array[np.isfinite(array)]).max(initial=0)
         raise ValueError(
-            f"Leaf {path!r} has values up to {np.abs(array).max():.3g}, which {dense} does not hold: take another "
-            "`dense`."
+            f"Leaf {path!r} has values up to {size:.3g}, which {dense} does not hold: take another `dense`."
         )
-    return _Tensor(data, kind, float(np.abs(values - array).max(initial=0)))
+    return _Tensor(data, kind, largest_difference(values, array))
 
 
 def _order(parameter: Parameter, config: Any, architecture: Architecture) -> np.ndarray | None:

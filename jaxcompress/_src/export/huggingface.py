@@ -16,6 +16,7 @@ from jaxcompress._src.export.info import ExportedLeaf, ExportInfo, Unsupported, 
 from jaxcompress._src.models.families import config_of
 from jaxcompress._src.models.hf.companions import copy_companions
 from jaxcompress._src.models.hf.config import config_to_huggingface
+from jaxcompress._src.models.hf.gguf import is_gguf
 from jaxcompress._src.models.hf.names import Parameter
 from jaxcompress._src.models.hf.shards import size_in_bytes
 from jaxcompress._src.models.hf.write import (
@@ -95,6 +96,7 @@ def save_huggingface(
 
     Raises:
         FileExistsError: `directory` is not empty, without `overwrite`.
+        FileNotFoundError: `source` is neither a directory nor a GGUF file.
         ValueError: a leaf cannot be held, or does not fit the module; transformers cannot load the shape; nothing is
             quantized. The message names the leaf, what it is, and what would be right.
 
@@ -126,6 +128,8 @@ def save_huggingface(
     parameters, leaves = model_leaves(module, params)
     check_unsupported({}, unsupported, target=encoding.title)
     limit = size_in_bytes(max_shard_size)
+    if source is not None and not (Path(source).is_dir() or is_gguf(Path(source))):
+        raise FileNotFoundError(f"`source` must be a directory or a GGUF file, got {os.fspath(source)!r}.")
     with new_directory(Path(directory), overwrite=overwrite) as temporary:
         encoded = _encoded(encoding, leaves, parameters, config, unsupported)
         tensors, exported = dict(encoded.tensors), dict(encoded.leaves)

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -63,6 +64,8 @@ def save_onnx(
     they are stored, as in `execute`. `MatMulNBits` of ONNX Runtime multiplies with quantized ones of up to 8 bits,
     `MatMulInteger` with those whose inputs are quantized, low-rank ones are two matmuls, rows that are looked up are
     unpacked alone; all others are unpacked in the graph, once when the file is loaded. `info.leaves` has them all.
+
+    An option that concerns no leaf of the model is said in a warning.
 
     Equal to JAX up to the order of float sums: everything but the following. `input_ranges="tensor"` quantizes dynamic
     inputs with one range for a whole tensor, to unsigned codes, where JAX has one for each row; it is the fast way,
@@ -125,6 +128,8 @@ def save_onnx(
             for name, value, var in zip(outputs, results, model.closed.jaxpr.outvars, strict=True)
         ]
         file = write_model(place, graph, ports, written)
+    if unused := options.without_effect(tuple(translator.leaves.notes)):
+        warnings.warn(f"Options without an effect on {os.fspath(path)!r}: {'; '.join(unused)}.", stacklevel=2)
     return OnnxInfo(
         inputs=tuple(names),
         outputs=tuple(outputs),
