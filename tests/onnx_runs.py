@@ -30,7 +30,7 @@ def run_session(runner, names, inputs):
 def exported(tmp_path, apply, params, *inputs, specs=None, **options):
     """(outputs of ONNX Runtime, info); `specs` are traced in place of the inputs, symbols and all."""
     path = tmp_path / "model.onnx"
-    info = save_onnx(path, apply, params, *(inputs if specs is None else specs), **options)
+    info = save_onnx(path, apply, params, *(inputs if specs is None else specs), overwrite=True, **options)
     return run_session(session(path), info.inputs, inputs), info
 
 

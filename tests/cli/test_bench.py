@@ -2,9 +2,12 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxcompress as jc
+from jaxcompress.models import LlamaConfig, make_module
 from jaxcompress.recipe import load_model
 
 KERNELS = 7  # that are compressed
@@ -69,6 +72,29 @@ def test_mistakes(run, llamas, arguments, message):
     code, stdout, stderr = run("bench", llamas["int4"], *arguments)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
     assert message in stderr
+
+
+def test_more_tokens_than_there_is_memory_for(run, llamas, tmp_path):
+    """Of the arrays of NumPy, and of those of JAX."""
+    for tokens in ("99999999999999x40", "99999999999x1"):
+        code, stdout, stderr = run("bench", llamas["dense"], "--tokens", tokens)
+        assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+        assert "there is not enough memory here" in stderr
+        options = ("--format", "stablehlo", "--out", tmp_path / tokens, "--platforms", "cpu", "--tokens", tokens)
+        code, stdout, stderr = run("export", llamas["dense"], *options)
+        assert (code, stdout) == (2, "")
+        assert "there is not enough memory here" in stderr.splitlines()[-1]
+
+
+def test_a_model_of_one_position_generates_nothing(run, tmp_path):
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        max_position_embeddings=1,
+    )  # fmt: skip
+    module = make_module(config)
+    params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 1), int))["params"]
+    jc.models.save_pretrained(tmp_path / "m", module, params)
+    assert "decoding" not in _bench(run, tmp_path / "m")["model"]
 
 
 def test_the_model_with_fewer_positions_is_named(run, llamas, bert_directory):

@@ -10,10 +10,14 @@ import onnxruntime
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxcompress._src.cli.export_formats import FORMATS, Request, Written, largest_difference
+from jaxcompress._src.cli.export_formats import FORMATS
+from jaxcompress._src.cli.export_runners import compare_weights
 from jaxcompress._src.models.leaves import flatten_params
+from jaxcompress.export import save_huggingface
 from jaxcompress.models import from_pretrained, save_pretrained
+from jaxcompress.quantization import QuantSpec, quantize
 from jaxcompress.recipe import load_model
+from jaxcompress.tree import by_path
 
 NAMES = {"onnx": "m.onnx", "litert": "m.tflite", "gguf": "m.gguf"}
 
@@ -121,8 +125,6 @@ def test_differences_are_seen_and_the_file_stays(run, llamas, tmp_path):
 def test_a_weight_that_is_not_the_models_is_named(export, llamas, tmp_path, format):
     export(llamas["int8"], format, tmp_path / "m")
     loaded = load_model(llamas["int8"])
-    options = {"loaded": loaded, "out": tmp_path / "m", "shape": (1, 4), "options": {}, "tokenizer": True}
-    request = Request(**options, overwrite=False)
     file = tmp_path / "m" / "model.safetensors"
     tensors = load_file(file)
     stored = {"compressed-tensors": "weight_packed", "gptq": "qweight", "huggingface": "weight"}[format]
@@ -130,8 +132,9 @@ def test_a_weight_that_is_not_the_models_is_named(export, llamas, tmp_path, form
     tensors[name] = np.array(tensors[name])
     tensors[name].flat[3] += 1 << 6 if tensors[name].dtype == np.int32 else 0.1
     save_file(tensors, file)
-    written = Written({}, dict.fromkeys(flatten_params(loaded.params), 1e-3))
-    difference, wrong = largest_difference(request, written, FORMATS[format].weights(request))
+    weights = FORMATS[format].weights(tmp_path / "m", loaded.module)
+    rounding = dict.fromkeys(flatten_params(loaded.params), 1e-3)
+    difference, wrong = compare_weights(loaded.params, rounding, weights)
     assert difference > 0.01
     assert wrong == "model/layers/0/mlp/up_proj/kernel"
 
@@ -170,6 +173,18 @@ def test_a_model_of_nan_is_said_to_be_one(run, llamas, tmp_path):
     code, _, stderr = run("export", tmp_path / "model", *options)
     assert code == 1
     assert "could not be compared: the model itself gives NaN or infinity in 'logits'" in stderr
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "huggingface"])
+def test_weights_that_are_not_finite_are_those_of_the_model(llamas, tmp_path, format):
+    module, params = from_pretrained(llamas["dense"])
+    params["lm_head"]["kernel"] = params["lm_head"]["kernel"].at[0, :3].set([np.nan, np.inf, -np.inf])
+    small, _ = quantize(params, QuantSpec(bits=8), select=by_path("model/layers/.*/kernel"))
+    info = save_huggingface(tmp_path / "m", module, small, format="dense" if format == "huggingface" else format)
+    weights = FORMATS[format].weights(tmp_path / "m", module)
+    rounding = {path: leaf.rounding for path, leaf in info.leaves.items()}
+    difference, wrong = compare_weights(small, rounding, weights)
+    assert (difference < 0.01, wrong) == (True, "")
 
 
 @pytest.mark.parametrize(
@@ -233,6 +248,14 @@ def test_what_is_there_is_replaced_when_asked_for(export, fails, llamas, tmp_pat
     model = shutil.copytree(llamas["int4"], tmp_path / "model")
     line = fails(model, "--format", "huggingface", "--out", model, "--overwrite")
     assert "is the model's own folder" in line
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_link_that_leads_to_itself(fails, llamas, tmp_path, format):
+    out = tmp_path / NAMES.get(format, "m")
+    out.symlink_to(out)
+    for more in ((), ("--overwrite",)):
+        assert repr(str(out)) in fails(llamas["int4"], "--format", format, "--out", out, *more)
 
 
 def _folder(parent, name):

@@ -342,6 +342,15 @@ def test_only_saved_models_are_overwritten(model, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["letters", "out"]
 
 
+@pytest.mark.parametrize("name", ["none", "file.txt"])
+def test_a_source_that_is_no_model_is_named(model, tmp_path, name):
+    (tmp_path / "file.txt").write_text("")
+    module, params = model("llama")
+    with pytest.raises(FileNotFoundError, match=r"`source` must be a directory or a GGUF file, got .*" + name):
+        save_huggingface(tmp_path / "out", module, params, format="gptq", source=tmp_path / name)
+    assert not (tmp_path / "out").exists()
+
+
 def _failing_at(number, function):
     calls = []
 

@@ -287,18 +287,39 @@ def test_quantized_factors(tmp_path):
     assert _relative(_run(info, x)["output_0"], np.asarray(x) @ np.asarray(leaf.materialize())) < 1e-5
 
 
-REFUSED = {
-    "vhlo.fft_v1": lambda p, x: jnp.abs(jnp.fft.fft(x)),
-    "tfl.batch_matmul": lambda p, x: (x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16)).astype(jnp.float32),
-    "while": lambda p, x: jax.lax.while_loop(lambda x: x.sum() < 1, lambda x: 2 * x, x),
-}
+LOW_RANK = [kind for kind in kinds.KINDS if kind.startswith("low rank")]
+SMALL = ["bfloat16", "float16"]
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_the_converter_cannot_is_named_and_nothing_is_written(tmp_path, name):
-    with pytest.raises(ValueError, match=rf"LiteRT's converter has no (form for {name}|`{name}`)"):
-        save_litert(tmp_path / "m.tflite", REFUSED[name], {"w": jnp.ones((4, 4))}, jnp.ones((4, 4)))
-    assert not any(tmp_path.iterdir())
+@pytest.mark.filterwarnings("ignore::jaxcompress.export.FloatLeafWarning")  # their residuals
+@pytest.mark.parametrize("kind", LOW_RANK)
+def test_low_rank_leaves_are_looked_up_and_multiplied(tmp_path, kind):
+    leaf = kinds.KINDS[kind](_normal(64, 8), LAYOUT)
+    rows = jnp.array([[3, 63, 0]])
+    info = save_litert(tmp_path / "m.tflite", lambda p, i: p["w"][i] @ p["w"].T, {"w": leaf}, rows, round_inputs=False)
+    w = np.asarray(leaf.materialize())
+    assert _relative(_run(info, rows)["output_0"], w[np.asarray(rows)] @ w.T) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore::jaxcompress.export.FloatLeafWarning")  # kinds that LiteRT lacks
+@pytest.mark.parametrize("dtype", SMALL)
+@pytest.mark.parametrize("kind", ["int8 per channel", "int4 groups", "one bit", "codebook", "2:4", *LOW_RANK])
+def test_leaves_of_other_dtypes(tmp_path, kind, dtype):
+    leaf, x = kinds.KINDS[kind](_normal(64, 8).astype(dtype), LAYOUT), _normal(3, 64)
+    info = save_litert(
+        tmp_path / "m.tflite", lambda p, x: (x.astype(dtype) @ p["w"]).astype(jnp.float32), {"w": leaf}, x,
+        round_inputs=False,
+    )  # fmt: skip
+    wanted = np.asarray(x.astype(dtype), np.float32) @ np.asarray(leaf.materialize(), np.float32)
+    assert _relative(_run(info, x)["output_0"], wanted) < 1e-2
+
+
+def test_groups_are_floats_where_inputs_are_not_rounded(tmp_path):
+    """The runtime's dequantization of groups gives zeros."""
+    leaf, x = _scattered(4, 32), _normal(5, 64)
+    with pytest.warns(FloatLeafWarning, match="groups of int4 codes beside inputs of 8 bits alone"):
+        info = save_litert(tmp_path / "m.tflite", lambda p, x: x @ p["w"], {"w": leaf}, x, round_inputs=False)
+    assert _relative(_run(info, x)["output_0"], np.asarray(x) @ np.asarray(leaf.materialize())) < 1e-6
 
 
 def test_arguments_are_checked_first(tmp_path):
@@ -320,18 +341,6 @@ def test_without_the_converter_the_error_names_the_extra(tmp_path):
     code += "except ModuleNotFoundError as err: print(err)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.strip() == "LiteRT files need litert_converter: pip install 'jaxcompress[litert]'"
-
-
-def test_remainders_have_the_sign_of_the_dividend(tmp_path):
-    def apply(p, x, y):
-        within = jax.lax.cond(x[0] < 0, jax.lax.rem, jnp.add, x, y)
-        return {"lax": jax.lax.rem(x, y), "python": x % y, "c": jnp.fmod(x, y), "within": within}
-
-    for name, dtype in (("whole", jnp.int32), ("real", jnp.float32)):
-        x, y = jnp.asarray([-7, 7, -1, 0, -6], dtype), jnp.asarray([3, -3, -2, 5, -3], dtype)
-        outputs = _run(save_litert(tmp_path / f"{name}.tflite", apply, {}, x, y), x, y)
-        for output, wanted in apply({}, x, y).items():
-            np.testing.assert_array_equal(outputs[output], wanted, err_msg=output)
 
 
 def test_inputs_and_outputs_whose_paths_read_the_same_stay_apart(tmp_path):

@@ -70,6 +70,12 @@ def test_options_that_do_not_fit(options, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("options", "operator"), [({"weight_bits": 7}, "Integer"), ({"accuracy_level": 4}, "NBits")])
+def test_options_that_concern_no_leaf_are_said(options, operator, tmp_path):
+    with pytest.warns(UserWarning, match=rf"Options without an effect .*{next(iter(options))}=.*`MatMul{operator}`"):
+        save_onnx(tmp_path / "m.onnx", multiplied, W, X, **options)
+
+
 def test_flags_are_static(tmp_path):
     def apply(params, x, double, nothing):
         assert nothing is None
@@ -154,7 +160,7 @@ def test_an_older_file_stays_where_writing_fails(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_onnx(path, lambda p, x: multiplied(p, x) + 1, W, X)
+        save_onnx(path, lambda p, x: multiplied(p, x) + 1, W, X, overwrite=True)
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
 

@@ -165,6 +165,9 @@ def _decode(
 ) -> None:
     """Adds the tokens per second of `generate`, and the kernels of one row of one token."""
     room = min(max_tokens(module) for module, _ in contenders.values())
+    if room < 2:
+        screen.note("Generating nothing: a model reads one token alone.")
+        return
     new = min(_NEW_TOKENS, room - 1)
     prompt = ids[:1, : room - new]
     screen.note(f"Generating {new} tokens after {prompt.shape[1]} ...")

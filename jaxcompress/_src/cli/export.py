@@ -1,6 +1,7 @@
 """What `export` does: a model in another format, run or read back at once, and compared with JAX."""
 
 import importlib
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,15 +11,9 @@ import jax
 import numpy as np
 import typer
 
-from jaxcompress._src.cli.export_formats import (
-    FORMATS,
-    ExportFormat,
-    Request,
-    Runner,
-    Written,
-    largest_difference,
-    model_apply,
-)
+from jaxcompress._src.cli.export_formats import FORMATS, ExportFormat, Request, Written
+from jaxcompress._src.cli.export_runners import Runner, compare_weights, model_apply
+from jaxcompress._src.cli.memory import is_out_of_memory
 from jaxcompress._src.cli.paths import check_export_target
 from jaxcompress._src.cli.screen import Screen
 from jaxcompress._src.cli.token_inputs import random_tokens, token_shape
@@ -86,7 +81,7 @@ def run_export(
     written = target.write(request)
     sizes = size_report(loaded.params)
     figures: dict[str, Any] = {
-        "path": str(out.resolve()),
+        "path": os.path.realpath(out),
         "format": format,
         "forms": dict(Counter(written.forms.values())),
         "bytes_disk": disk_bytes(out),
@@ -98,6 +93,8 @@ def run_export(
     try:
         problem = _check(screen, target, request, written, figures, error=error, repeats=repeats)
     except Exception as err:  # whatever a runtime raises about a file of ours
+        if is_out_of_memory(err):
+            raise
         problem = f"{target.runtime} fails on it: {str(err).strip() or type(err).__name__}"
     figures["problem"] = problem
     _show(screen, str(model), out, figures)
@@ -146,7 +143,8 @@ def _check(
     """Fills `figures`; what is the matter, or None."""
     problem = None
     if target.weights is not None:
-        figures["weight_difference"], wrong = largest_difference(request, written, target.weights(request))
+        weights = target.weights(request.out, request.loaded.module)
+        figures["weight_difference"], wrong = compare_weights(request.loaded.params, written.rounding, weights)
         if wrong:
             problem = f"weights differ from the model's by more than their rounding, first {wrong!r}."
     if target.run is None:

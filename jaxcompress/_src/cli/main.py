@@ -19,6 +19,7 @@ def main() -> None:
         if err.name not in ("typer", "rich"):
             raise
         _fail(f"the command line needs {err.name}: pip install 'jaxcompress[demo]'")
+    from jaxcompress._src.cli.memory import is_out_of_memory
     from jaxcompress._src.recipe.assets import AssetError
 
     shown = warnings.showwarning
@@ -35,6 +36,8 @@ def main() -> None:
             raise
         _fail(_one_line(err))
     except Exception as err:
+        if is_out_of_memory(err):
+            _fail(f"there is not enough memory here: {_one_line(err)} Fewer rows or tokens at a time take less.")
         # What typer finds wrong with the arguments; some versions of it carry their own copy of click's exceptions.
         if not hasattr(err, "format_message"):
             raise

@@ -1,10 +1,11 @@
 """What can be written where, found before the work: no result is lost, and nothing of the user's is overwritten."""
 
-import tempfile
+import os
 from pathlib import Path
 
 from jaxcompress._src.checkpoint.errors import CheckpointError
 from jaxcompress._src.checkpoint.read import read_manifest
+from jaxcompress._src.export.files import check_writable
 from jaxcompress._src.models.hf.companions import companion_files
 
 _TAKEN = ("config.json", "model.safetensors", "model.safetensors.index.json", "flax_model.msgpack")
@@ -52,7 +53,7 @@ def check_export_target(out: Path, model: Path, *, ending: str | None, overwrite
     """
     if ending is not None and out.suffix != ending:
         raise ValueError(f"--out {str(out)!r} must end in {ending!r} for this format.")
-    if ending is None or out.resolve() == model.resolve():
+    if ending is None or _real(out) == _real(model):
         _check_apart(out, model)
     elif not out.parent.is_dir():
         raise FileNotFoundError(f"--out {str(out)!r} cannot be written: there is no directory {str(out.parent)!r}.")
@@ -88,27 +89,13 @@ def check_output_file(path: Path, option: str, *, begins: bytes) -> None:
     check_writable(path.parent)
 
 
-def check_writable(directory: Path) -> None:
-    """Raises before hours of work when their result could not be written.
-
-    Raises:
-        OSError: `directory` cannot be made or written to.
-    """
-    existing = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise NotADirectoryError(f"{str(directory)!r} cannot be written: {str(existing)!r} is not a directory.")
-    if directory.is_symlink() and not directory.exists():
-        raise FileExistsError(f"{str(directory)!r} cannot be written: it is a link to nothing.")
-    try:
-        # Permissions alone do not tell: a file system may be read-only, or full, or made of something else than files.
-        with tempfile.TemporaryDirectory(dir=existing, prefix=".jaxcompress-"):
-            pass
-    except OSError as err:
-        raise OSError(f"{str(directory)!r} cannot be written: {err.strerror} in {str(existing)!r}.") from err
+def _real(path: Path) -> Path:
+    """Without links; not by `Path.resolve`, which raises a `RuntimeError` for one that leads to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _check_apart(out: Path, model: Path) -> None:
-    here, there = out.resolve(), model.resolve()
+    here, there = _real(out), _real(model)
     if here == there:
         raise FileExistsError(f"--out {str(out)!r} is the model's own folder; give another one.")
     if here in there.parents or there in here.parents:

@@ -20,7 +20,14 @@ from jaxcompress._src.export.gguf_fields import (
     rope_divisors,
 )
 from jaxcompress._src.export.gguf_tokenizer import tokenizer_fields
-from jaxcompress._src.export.info import CannotHoldError, ExportedLeaf, ExportInfo, Unsupported, check_unsupported
+from jaxcompress._src.export.info import (
+    CannotHoldError,
+    ExportedLeaf,
+    ExportInfo,
+    Unsupported,
+    check_unsupported,
+    largest_difference,
+)
 from jaxcompress._src.export.integers import integer_rows
 from jaxcompress._src.models.families import config_of, family_of
 from jaxcompress._src.models.hf.gguf import ARCHITECTURES, SLOWED, Architecture, gguf_package
@@ -85,6 +92,7 @@ def save_gguf(
 
     Raises:
         FileExistsError: there is a file, without `overwrite`.
+        FileNotFoundError: there is no such directory.
         ModuleNotFoundError: the package `gguf` is missing: the extra `jaxcompress[gguf]`.
         ValueError: a leaf cannot be held or does not fit the module, or the format does not say what the config does
             (sliding windows, biases of a Llama, other activations). The message names the leaf or the setting.
@@ -118,11 +126,11 @@ def save_gguf(
     if path.suffix != ".gguf":
         raise ValueError(f"`path` must end in '.gguf', by which `from_pretrained` knows such files, got {str(path)!r}.")
     gguf_package()
-    architecture = architecture_of(config)
-    fields, divisors = model_fields(config, architecture), rope_divisors(config)
-    check_described(config, architecture, fields, divisors)
-    fields |= tokenizer_fields(None if source is None else Path(source), vocab_size=config.vocab_size)
     with new_file(path, overwrite=overwrite) as temporary:
+        architecture = architecture_of(config)
+        fields, divisors = model_fields(config, architecture), rope_divisors(config)
+        check_described(config, architecture, fields, divisors)
+        fields |= tokenizer_fields(None if source is None else Path(source), vocab_size=config.vocab_size)
         tensors, names = _tensors(config, params, ARCHITECTURES[architecture], dense, unsupported)
         fields |= _general_fields(name or path.stem, tensors)
         more = {} if divisors is None else {SLOWED: _Tensor(divisors, "F32", 0.0)}
@@ -166,7 +174,7 @@ def _quantized(path: str, leaf: Any, order: np.ndarray | None) -> _Tensor:
     rows = integer_rows(leaf, inputs=0 if path.endswith("/kernel") else 1)
     rows = rows if order is None else rows.take_rows(order)
     blocks = blocks_of(rows)
-    return _Tensor(blocks.data, blocks.kind, float(np.abs(blocks.values - rows.values()).max(initial=0)))
+    return _Tensor(blocks.data, blocks.kind, largest_difference(blocks.values, rows.values()))
 
 
 def _dense(path: str, leaf: Any, order: np.ndarray | None, dense: DenseType) -> _Tensor:
@@ -182,12 +190,12 @@ def _dense(path: str, leaf: Any, order: np.ndarray | None, dense: DenseType) -> 
     with np.errstate(over="ignore"):
         data = quants.quantize(array, GGMLQuantizationType[kind])
     values = quants.dequantize(data, GGMLQuantizationType[kind])
-    if not np.isfinite(values).all():
+    if (np.isfinite(values) != np.isfinite(array)).any():
+        size = np.abs(array[np.isfinite(array)]).max(initial=0)
         raise ValueError(
-            f"Leaf {path!r} has values up to {np.abs(array).max():.3g}, which {dense} does not hold: take another "
-            "`dense`."
+            f"Leaf {path!r} has values up to {size:.3g}, which {dense} does not hold: take another `dense`."
         )
-    return _Tensor(data, kind, float(np.abs(values - array).max(initial=0)))
+    return _Tensor(data, kind, largest_difference(values, array))
 
 
 def _order(parameter: Parameter, config: Any, architecture: Architecture) -> np.ndarray | None:

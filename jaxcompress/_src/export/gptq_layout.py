@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxcompress._src.export.encoding import EncodedLeaves, form, linear_layer, written
-from jaxcompress._src.export.info import CannotHoldError, ExportedLeaf
+from jaxcompress._src.export.info import CannotHoldError, ExportedLeaf, largest_difference
 from jaxcompress._src.export.integers import IntegerRows, float16_scales, integer_rows, packed_words
 from jaxcompress._src.models.hf.names import Parameter
 from jaxcompress._src.models.hf.write import TensorToWrite
@@ -52,7 +52,7 @@ def gptq_layout(compressed: Mapping[str, Any], parameters: Mapping[str, Paramete
         leaves[path] = ExportedLeaf(
             form=form(bits, size, each.zero_point is None),
             nbytes=sum(array.nbytes for array in arrays.values()),
-            rounding=float(np.abs(rounded.values() - grouped.values()).max(initial=0)),
+            rounding=largest_difference(rounded.values(), grouped.values()),
         )
     symmetric = all(kernels[path][1].zero_point is None for path in leaves)
     return EncodedLeaves(tensors, leaves, refusals, _settings(bits, size, symmetric, leaves, parameters, config))

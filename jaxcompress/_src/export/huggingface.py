@@ -9,16 +9,17 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxcompress._src.export.compressed_tensors import compressed_tensors
+from jaxcompress._src.export.encoding import EncodedLeaves
 from jaxcompress._src.export.files import new_directory
 from jaxcompress._src.export.gptq_layout import gptq_layout
 from jaxcompress._src.export.info import ExportedLeaf, ExportInfo, Unsupported, check_unsupported
 from jaxcompress._src.models.families import config_of
 from jaxcompress._src.models.hf.companions import copy_companions
 from jaxcompress._src.models.hf.config import config_to_huggingface
+from jaxcompress._src.models.hf.gguf import is_gguf
 from jaxcompress._src.models.hf.names import Parameter
 from jaxcompress._src.models.hf.shards import size_in_bytes
 from jaxcompress._src.models.hf.write import (
-    TensorToWrite,
     common_dtype,
     dense_tensor,
     model_leaves,
@@ -39,7 +40,7 @@ class _Encoding(NamedTuple):
     """
 
     title: str
-    encode: Callable[[Mapping[str, Any], Mapping[str, Parameter], Any], Any] | None = None
+    encode: Callable[[Mapping[str, Any], Mapping[str, Parameter], Any], EncodedLeaves] | None = None
     settings_file: str | None = None
 
 
@@ -95,6 +96,7 @@ def save_huggingface(
 
     Raises:
         FileExistsError: `directory` is not empty, without `overwrite`.
+        FileNotFoundError: `source` is neither a directory nor a GGUF file.
         ValueError: a leaf cannot be held, or does not fit the module; transformers cannot load the shape; nothing is
             quantized. The message names the leaf, what it is, and what would be right.
 
@@ -124,28 +126,39 @@ def save_huggingface(
         raise ValueError(f"`format` must be one of {get_args(Format)}, got {format!r}.")
     encoding, config = _FORMATS[format], config_of(module)
     parameters, leaves = model_leaves(module, params)
-    settings = config_to_huggingface(config) | {"torch_dtype": common_dtype(leaves)}
-    tensors: dict[str, TensorToWrite] = {}
-    exported: dict[str, ExportedLeaf] = {}
-    quantization = None
-    compressed = {path: leaf for path, leaf in leaves.items() if is_compressed(leaf)}
     check_unsupported({}, unsupported, target=encoding.title)
-    if encoding.encode is not None:
-        encoded = encoding.encode(compressed, parameters, config)
-        check_unsupported(encoded.refusals, unsupported, target=encoding.title)
-        if not encoded.leaves:
-            raise ValueError(f"{encoding.title} has nothing to hold: no kernel is quantized. Take `format='dense'`.")
-        quantization, exported = encoded.settings, dict(encoded.leaves)
-        settings["quantization_config"] = quantization
-        tensors = dict(encoded.tensors)
-    for path, leaf in leaves.items():
-        if path not in exported:
-            tensors[parameters[path].tensor] = dense = dense_tensor(leaf, parameters[path])
-            exported[path] = ExportedLeaf(form=jnp.dtype(leaf.dtype).name, nbytes=dense.nbytes)
     limit = size_in_bytes(max_shard_size)
+    if source is not None and not (Path(source).is_dir() or is_gguf(Path(source))):
+        raise FileNotFoundError(f"`source` must be a directory or a GGUF file, got {os.fspath(source)!r}.")
     with new_directory(Path(directory), overwrite=overwrite) as temporary:
-        more = {} if encoding.settings_file is None else {encoding.settings_file: quantization}
+        encoded = _encoded(encoding, leaves, parameters, config, unsupported)
+        tensors, exported = dict(encoded.tensors), dict(encoded.leaves)
+        for path, leaf in leaves.items():
+            if path not in exported:
+                tensors[parameters[path].tensor] = dense = dense_tensor(leaf, parameters[path])
+                exported[path] = ExportedLeaf(form=jnp.dtype(leaf.dtype).name, nbytes=dense.nbytes)
+        settings = config_to_huggingface(config) | {"torch_dtype": common_dtype(leaves)}
+        if encoded.settings:
+            settings["quantization_config"] = encoded.settings
+        more = {} if encoding.settings_file is None else {encoding.settings_file: encoded.settings}
         write_directory(temporary, tensors, settings, limit=limit, more=more)
         if source is not None:
             copy_companions(Path(source), temporary)
     return ExportInfo(leaves={path: exported[path] for path in leaves})
+
+
+def _encoded(
+    encoding: _Encoding,
+    leaves: Mapping[str, Any],
+    parameters: Mapping[str, Parameter],
+    config: Any,
+    unsupported: Unsupported,
+) -> EncodedLeaves:
+    if encoding.encode is None:
+        return EncodedLeaves({}, {}, {}, {})
+    compressed = {path: leaf for path, leaf in leaves.items() if is_compressed(leaf)}
+    encoded = encoding.encode(compressed, parameters, config)
+    check_unsupported(encoded.refusals, unsupported, target=encoding.title)
+    if not encoded.leaves:
+        raise ValueError(f"{encoding.title} has nothing to hold: no kernel is quantized. Take `format='dense'`.")
+    return encoded

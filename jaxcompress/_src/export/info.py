@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 Unsupported: TypeAlias = Literal["error", "dense"]
 """What becomes of compressed leaves that a format cannot hold: an error, or plain arrays."""
 
@@ -52,6 +54,12 @@ class ExportInfo:
     def rounding(self) -> float:
         """The largest `rounding` of a leaf."""
         return max((leaf.rounding for leaf in self.leaves.values()), default=0.0)
+
+
+def largest_difference(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The largest absolute difference of an entry; none where both are NaN, or the same infinity."""
+    same = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
+    return float(np.abs(np.subtract(found, wanted, where=~same, out=np.zeros_like(wanted))).max(initial=0))
 
 
 def check_unsupported(refusals: Mapping[str, str], unsupported: Unsupported, *, target: str) -> None:

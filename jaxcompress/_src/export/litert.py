@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from jaxcompress._src.arrays.sparse import SparseArray
 from jaxcompress._src.execution.execute import execute
 from jaxcompress._src.export.files import new_file
 from jaxcompress._src.export.litert_file import filled
-from jaxcompress._src.export.litert_program import straight_line
+from jaxcompress._src.export.litert_program import straight_line, unsupported_equation
 from jaxcompress._src.export.litert_weights import HostWeight, Sites
 from jaxcompress._src.meshes import to_host
 from jaxcompress._src.tree.maps import leaves_with_paths, map_with_path
@@ -67,7 +66,7 @@ def save_litert(
     |---|---|
     | 8 bits (or 5 to 7), scales by output | int8 with the same codes and scales |
     | 4 bits or fewer, scales by output | int4 with the same codes and scales; kernels of convolutions int8 |
-    | the same, scales by groups of 32, 64, ... inputs | int4 with the same codes; scales as bfloat16 |
+    | the same, scales by groups of 32, 64, ... inputs | int4 with the same codes; scales as bfloat16; rounded inputs |
     | looked up (embeddings), any scales | the same codes of 8 or 4 bits, multiplied by their scales in float32 |
     | low rank | its factors |
     | other groups, formats, kinds; codes less zero points beyond 8 bits | float32, and a warning |
@@ -77,7 +76,10 @@ def save_litert(
     rounding more. Leaves whose inputs are to be rounded in another way (static, other bits) are written as floats,
     whose inputs are rounded as asked.
 
-    Shapes are static. Scans are unrolled. It needs `pip install 'jaxcompress[litert]'`, and no TensorFlow.
+    Shapes are static. Scans are unrolled. What the runtime has for float32 and int32 alone is computed in these, and
+    rounded to the dtype of the model after each operation. Random numbers whose keys depend on no input are constants.
+    Sums and products beyond float32's largest number stop there, and sorting does not know of NaN. It needs
+    `pip install 'jaxcompress[litert]'`, and no TensorFlow.
 
     Args:
         path: to write, whole or not at all.
@@ -90,8 +92,10 @@ def save_litert(
 
     Raises:
         FileExistsError: there is a file, and `overwrite` is not set.
-        ModuleNotFoundError: the converter is not installed.
-        ValueError: a shape is symbolic, or the converter has no rule for an operation; names it.
+        FileNotFoundError: there is no such directory.
+        ModuleNotFoundError: the converter or the runtime is not installed.
+        ValueError: a shape is symbolic, or LiteRT has no form for an operation; names it, its shapes and the line of
+            `apply`.
 
     Example:
         >>> import tempfile
@@ -105,16 +109,20 @@ def save_litert(
     _import_converter()
     abstract_inputs = jax.tree_util.tree_map_with_path(_abstract_input, inputs)
     sites = Sites()
-    constants = map_with_path(lambda path, leaf: _on_host(path, leaf, sites, round_inputs), params)
-    program = execute(straight_line(apply, params, abstract_inputs, sites), kernels=())
-
-    def run(*inputs: Any) -> Any:
-        return program(constants, *inputs)
-
     with new_file(Path(path), overwrite=overwrite) as place:
+        constants = map_with_path(lambda path, leaf: _on_host(path, leaf, sites, round_inputs), params)
+        program = straight_line(apply, params, abstract_inputs, sites)
+
+        def run(*inputs: Any) -> Any:
+            return execute(program.run, kernels=())(constants, *inputs)
+
         lowered = jax.jit(run, keep_unused=True).trace(*abstract_inputs).lower(lowering_platforms=("cpu",))
         names, outputs = _names(abstract_inputs, "input"), _names(lowered.out_info, "output")
-        content = filled(_converted(lowered.as_text()), sites.sites, names, outputs)
+        try:
+            content = filled(_converted(lowered.as_text()), sites.sites, names, outputs)
+            _check_runs(content)
+        except _RefusedError as err:
+            raise _refusal(err, program.eqns) from err
         place.write_bytes(content)
     compressed = [path for path, leaf in leaves_with_paths(params) if is_compressed(leaf)]
     leaves = {path: "; ".join(sites.forms.get(path, ["not used"])) for path in compressed}
@@ -140,7 +148,9 @@ def _on_host(path: str, leaf: Any, sites: Sites, round_inputs: bool) -> Any:
     if isinstance(leaf, LowRankArray):
         # Its factors may be quantized.
         sites.note(path, "factors")
-        return jax.tree.map(lambda part: _on_host(path, part, sites, round_inputs), leaf, is_leaf=_is_part(leaf))
+        return jax.tree.map(
+            lambda part: _factor(_on_host(path, part, sites, round_inputs)), leaf, is_leaf=_is_part(leaf)
+        )
     inputs, weight = None, leaf
     if isinstance(leaf, InputQuantizedArray):
         inputs, weight = leaf.inputs, leaf.weight
@@ -168,6 +178,14 @@ def _on_host(path: str, leaf: Any, sites: Sites, round_inputs: bool) -> Any:
 
 def _is_part(whole: Any) -> Callable[[Any], bool]:
     return lambda node: node is not whole and is_compressed(node)
+
+
+def _factor(part: Any) -> Any:
+    """In float32, which the runtime multiplies; as an array of JAX, which traced rows may index."""
+    if isinstance(part, HostWeight):
+        return part.cast(jnp.float32)
+    part = jnp.asarray(part)
+    return part.astype(jnp.float32) if jnp.issubdtype(part.dtype, jnp.floating) else part
 
 
 def _host(leaf: Any) -> Any:
@@ -222,18 +240,23 @@ def _module(name: str) -> Any:
 
 
 def _import_converter() -> None:
-    try:
-        importlib.import_module("litert_converter")
-    except ModuleNotFoundError as err:
-        text = f"LiteRT files need {err.name}: pip install 'jaxcompress[litert]'"
-        raise ModuleNotFoundError(text, name=err.name) from err
+    for name in ("litert_converter", "ai_edge_litert.interpreter"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as err:
+            text = f"LiteRT files need {err.name}: pip install 'jaxcompress[litert]'"
+            raise ModuleNotFoundError(text, name=err.name) from err
+
+
+class _RefusedError(Exception):
+    """What the converter or the runtime says of a program that it does not take."""
 
 
 def _converted(program: str) -> bytes:
     """The file that the converter makes of StableHLO.
 
     Raises:
-        ValueError: it has no rule for an operation.
+        _RefusedError: it has no rule for an operation.
     """
     # Compiled modules, of which type checkers see nothing.
     modules = ("converter_api_ext", "mlir.ir", "mlir.passmanager")
@@ -242,18 +265,45 @@ def _converted(program: str) -> bytes:
     converter.prepare_mlir_context(context)
     context.allow_unregistered_dialects = True
     with context, ir.Location.unknown():
-        module = ir.Module.parse(program)
         try:
+            module = ir.Module.parse(program)
             converter.run_convert_to_tfl_passes(module, passmanager.PassManager(), converter.ConvertToTFLConfig())
             return converter.export_flatbuffer_to_bytes(module.operation)
         except Exception as err:
-            # Some errors name no operation: it is one that the converter has left as it was.
-            pattern = r"'(\w+\.\w+)'|\"(v?hlo\.\w+|stablehlo\.\w+)\""
-            found = [
-                name for pair in re.findall(pattern, str(err)) or re.findall(pattern, str(module)) for name in pair
-            ]
-            names = ", ".join(dict.fromkeys(name for name in found if name)) or "an operation"
-            raise ValueError(
-                f"LiteRT's converter has no form for {names}: compute it outside of the model, in float32 or int32, or "
-                f"write it with other operations. It says: {str(err).splitlines()[0][:300]}"
-            ) from err
+            raise _RefusedError(f"LiteRT's converter says: {_first_line(err)}") from err
+
+
+def _check_runs(content: bytes) -> None:
+    """Raises if the runtime does not take a file.
+
+    Raises:
+        _RefusedError: it has no such operation, or not of these types.
+    """
+    runtime = importlib.import_module("ai_edge_litert.interpreter")
+    # Without delegates, which would copy the weights into another form.
+    resolver = runtime.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    try:
+        runtime.Interpreter(model_content=content, experimental_op_resolver_type=resolver).allocate_tensors()
+    except (RuntimeError, ValueError) as err:
+        raise _RefusedError(f"LiteRT says: {_first_line(err)}") from err
+
+
+def _refusal(err: _RefusedError, eqns: Sequence[Any]) -> ValueError:
+    """The error of a program that is refused, which names the operation of the model."""
+
+    def accepts(program: str) -> bool:
+        try:
+            _check_runs(filled(_converted(program), (), (), ()))
+        except _RefusedError:
+            return False
+        return True
+
+    name = unsupported_equation(eqns, accepts) or "an operation of the model, though it has each of them alone"
+    return ValueError(
+        f"LiteRT has no form for {name}: compute it outside of the model, in float32 or int32, or write it with other "
+        f"operations. {err}"
+    )
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0][:300]

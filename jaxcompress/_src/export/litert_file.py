@@ -16,6 +16,9 @@ _OPERATIONS = {
     "depthwise": ("DEPTHWISE_CONV_2D", 6),
     "gelu": ("GELU", 1),
 }
+_COMBINES = ("ADD", "MUL", "MAXIMUM", "MINIMUM")
+_STABLEHLO = ("STABLEHLO_ADD", "STABLEHLO_MULTIPLY", "STABLEHLO_MAXIMUM", "STABLEHLO_MINIMUM")
+"""What the runtime knows of those where a scatter combines with them; the converter writes the others."""
 _ALIGNMENT = 16
 
 
@@ -26,7 +29,7 @@ def filled(content: bytes, sites: Sequence[Site], inputs: Sequence[str], outputs
         content: what the converter wrote.
         sites: by number.
         inputs: names of the model's inputs, in order.
-        outputs: names of its outputs, in order.
+        outputs: names of its outputs, in order; where there are none of both, the file has no signature.
     """
     schema: Any = importlib.import_module("litert_converter.schema_py_generated")
     model = schema.ModelT.InitFromPackedBuf(content, 0)
@@ -35,8 +38,10 @@ def filled(content: bytes, sites: Sequence[Site], inputs: Sequence[str], outputs
         graph.operators = [new for old in graph.operators for new in editor.replaced(graph, old, sites)]
         _fuse_biases(schema, model, graph)
         editor.add_biases(graph)
+    editor.combine_by_stablehlo()
     _drop_unused_codes(model)
-    _name(schema, model, inputs, outputs)
+    if inputs or outputs:
+        _name(schema, model, inputs, outputs)
     _share_buffers(model)
     builder = _aligned_builder()
     builder.Finish(model.Pack(builder), b"TFL3")
@@ -69,6 +74,18 @@ class _Editor:
             before[0].outputs = np.array([weight], np.int32)
         operation.inputs = np.array([operation.inputs[0], weight, -1], np.int32)
         return [*before, operation]
+
+    def combine_by_stablehlo(self) -> None:
+        """Gives the bodies of scatters the operations that the runtime looks for there."""
+        operators = self.schema.BuiltinOperator
+        names = {getattr(operators, old): new for old, new in zip(_COMBINES, _STABLEHLO, strict=True)}
+        kind = self.schema.BuiltinOptions2.StablehloScatterOptions
+        scatters = [each for graph in self.model.subgraphs for each in graph.operators]
+        for scatter in [each for each in scatters if each.builtinOptions2Type == kind]:
+            for operation in self.model.subgraphs[scatter.builtinOptions2.updateComputationSubgraphIndex].operators:
+                if (code := self.model.operatorCodes[operation.opcodeIndex].builtinCode) in names:
+                    operation.opcodeIndex = self.opcode(names[code], 1)
+                    operation.builtinOptionsType, operation.builtinOptions = 0, None
 
     def options(self, site: Site) -> tuple[int, Any]:
         """Those of the operation of a site, with their type."""

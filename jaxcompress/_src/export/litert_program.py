@@ -3,20 +3,33 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+from jax.extend import core, source_info_util
 
+from jaxcompress._src.export.litert_rewrites import has_keys, known, rewritten
 from jaxcompress._src.export.litert_weights import Site, Sites
 from jaxcompress._src.trace.traced import traced
 from jaxcompress._src.trace.walk import VALUES, Body, as_body, bind, called_body, walk
 from jaxcompress._src.types import Params, is_compressed
 
 
-def straight_line(apply: Callable[..., Any], params: Params, inputs: Sequence[Any], sites: Sites) -> Callable[..., Any]:
+class Program(NamedTuple):
+    """A model without scans and calls.
+
+    Attributes:
+        run: the model, of parameters and inputs.
+        eqns: its equations.
+    """
+
+    run: Callable[..., Any]
+    eqns: Sequence[Any]
+
+
+def straight_line(apply: Callable[..., Any], params: Params, inputs: Sequence[Any], sites: Sites) -> Program:
     """`apply` without scans and calls, and with the runtime's own GELU.
 
     What a scan runs over are layers of their own, whose weights are constants. Of `erf` the converter makes a
@@ -24,17 +37,16 @@ def straight_line(apply: Callable[..., Any], params: Params, inputs: Sequence[An
 
     Args:
         apply: as it is.
-        params: as for `apply`; the function that is returned takes others of the same shapes.
+        params: as for `apply`; the program takes others of the same shapes.
         inputs: those of `apply`, perhaps abstract.
         sites: where the operations of the runtime are noted.
 
     Raises:
-        ValueError: there is a loop of no fixed length.
+        ValueError: there is a loop of no fixed length, or a random key that depends on an input.
     """
     model = traced(apply, params, inputs)
     closed = jax.make_jaxpr(lambda *values: walk(as_body(model.closed), values, _visit))(*model.closed.in_avals)
-    if any(eqn.primitive.name == "while" for eqn in closed.jaxpr.eqns):
-        raise ValueError("LiteRT's converter has no `while` loops: give loops a fixed length (`scan`, `fori_loop`).")
+    _check(closed.jaxpr.eqns)
     activations = {eqn.outvars[0]: x for eqn, x in _gelus(closed.jaxpr.eqns)}
 
     def run(params: Params, *inputs: Any) -> Any:
@@ -49,7 +61,67 @@ def straight_line(apply: Callable[..., Any], params: Params, inputs: Sequence[An
                 env.update(zip(eqn.outvars, bind(eqn, [_read(env, var) for var in eqn.invars]), strict=True))
         return model.outputs.unflatten([_read(env, var) for var in closed.jaxpr.outvars])
 
-    return run
+    return Program(run, closed.jaxpr.eqns)
+
+
+def unsupported_equation(eqns: Sequence[Any], accepts: Callable[[str], bool]) -> str | None:
+    """The first equation that the converter or the runtime refuses by itself, in words; None if each alone is accepted.
+
+    Args:
+        eqns: of the program that was refused.
+        accepts: whether a program, as StableHLO, is accepted.
+    """
+    tried: set[str] = set()
+    for eqn in eqns:
+        text = f"{eqn.primitive.name} of {_shapes(eqn)} {eqn.params}"
+        if text in tried:
+            continue
+        tried.add(text)
+        if not accepts(_alone(eqn)):
+            return f"`{eqn.primitive.name}` of {_shapes(eqn)}, at {_place(eqn)}"
+    return None
+
+
+def _check(eqns: Sequence[Any]) -> None:
+    for eqn in eqns:
+        if eqn.primitive.name == "while":
+            raise ValueError(
+                "LiteRT's converter has no `while` loops: give loops a fixed length (`scan`, `fori_loop`); there is one"
+                f" of {_shapes(eqn)}, at {_place(eqn)}."
+            )
+        if has_keys(eqn):
+            raise ValueError(
+                "LiteRT has no random keys; those that depend on no input are drawn from while the file is written, but"
+                f" this one does: `{eqn.primitive.name}` of {_shapes(eqn)}, at {_place(eqn)}."
+            )
+
+
+def _place(eqn: Any) -> str:
+    return source_info_util.summarize(eqn.source_info)
+
+
+def _alone(eqn: Any) -> str:
+    """The StableHLO of one equation."""
+    literals = [isinstance(var, core.Literal) for var in eqn.invars]
+
+    def run(*inputs: Any) -> Any:
+        given = iter(inputs)
+        return bind(
+            eqn, [var.val if literal else next(given) for var, literal in zip(eqn.invars, literals, strict=True)]
+        )
+
+    specs = [
+        jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        for var, literal in zip(eqn.invars, literals, strict=True)
+        if not literal
+    ]
+    return jax.jit(run).trace(*specs).lower(lowering_platforms=("cpu",)).as_text()
+
+
+def _shapes(eqn: Any) -> str:
+    """Shapes and dtypes of an equation."""
+    inputs = ", ".join(var.aval.str_short() for var in eqn.invars)
+    return f"({inputs}) -> ({', '.join(var.aval.str_short() for var in eqn.outvars)})"
 
 
 def _read(env: dict[Any, Any], var: Any) -> Any:
@@ -57,27 +129,26 @@ def _read(env: dict[Any, Any], var: Any) -> Any:
 
 
 def _visit(eqn: Any, values: list[Any]) -> Sequence[Any]:
-    if eqn.primitive.name == "scan":
+    # Equations keep the lines of the model that they stand for; what JAX's own functions are made of has none.
+    if ":" not in source_info_util.summarize(eqn.source_info):
+        return _written(eqn, values)
+    with source_info_util.user_context(eqn.source_info.traceback):
+        return _written(eqn, values)
+
+
+def _written(eqn: Any, values: list[Any]) -> Sequence[Any]:
+    name = eqn.primitive.name
+    if name == "scan":
         return _unrolled(eqn, values)
-    if eqn.primitive.name == "cond":
+    if name == "cond":
         branches = [functools.partial(_branch, as_body(branch)) for branch in eqn.params["branches"]]
         return jax.lax.switch(values[0], branches, *values[1:])
-    if eqn.primitive.name == "rem":
-        return [_remainder(*values)]
-    body = called_body(eqn) if eqn.primitive.name in VALUES else None
-    return bind(eqn, values) if body is None else walk(body, values, _visit)
+    body = called_body(eqn) if name in VALUES else None
+    return rewritten(eqn, values) if body is None else walk(body, values, _visit)
 
 
 def _branch(body: Body, *operands: Any) -> list[Any]:
     return list(walk(body, operands, _visit))
-
-
-def _remainder(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Has the sign of `x`: of `rem` the converter makes a remainder that has the sign of `y`."""
-    if not jnp.issubdtype(x.dtype, jnp.signedinteger) and not jnp.issubdtype(x.dtype, jnp.floating):
-        return jax.lax.rem(x, y)
-    magnitude = jax.lax.rem(jnp.abs(x), jnp.abs(y))
-    return jnp.where(x < 0, -magnitude, magnitude)
 
 
 def _unrolled(eqn: Any, values: list[Any]) -> list[Any]:
@@ -85,12 +156,17 @@ def _unrolled(eqn: Any, values: list[Any]) -> list[Any]:
     given, carry, stacks = values[:consts], values[consts : consts + carried], values[consts + carried :]
     written: dict[int, list[Any]] = {}
     for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
-        entries = [jax.lax.squeeze(jax.lax.slice_in_dim(stack, i, i + 1), (0,)) for stack in stacks]
+        entries = [_entry(stack, i) for stack in stacks]
         results = walk(as_body(eqn.params["jaxpr"]), [*given, *carry, *entries], _visit)
         carry, written[i] = results[:carried], results[carried:]
     columns = [[written[i][column] for i in range(length)] for column in range(len(eqn.outvars) - carried)]
     empty = [jnp.zeros(var.aval.shape, var.aval.dtype) for var in eqn.outvars[carried:]]
     return [*carry, *(jnp.stack(column) if column else zeros for column, zeros in zip(columns, empty, strict=True))]
+
+
+def _entry(stack: Any, number: int) -> Any:
+    with known([stack]):
+        return jax.lax.squeeze(jax.lax.slice_in_dim(stack, number, number + 1), (0,))
 
 
 def _gelus(eqns: Sequence[Any]) -> list[tuple[Any, Any]]:

@@ -170,7 +170,7 @@ class HostWeight(StoredArray):
         free = [axis for axis in range(self.ndim) if axis not in contracted[side]]
         order, terms = [*free, *contracted[side]], math.prod(self.shape[axis] for axis in contracted[side])
         codes, scale = (part.transpose(order).reshape(-1, terms) for part in (self.codes, self.scale))
-        steps, bits, form = _steps(codes, scale, self.bits)
+        steps, bits, form = _steps(codes, scale, self.bits, rounded=self.rounded)
         if steps is None:
             self.sites.note_float(self.path, form)
             return self._plain_dot(other, side, parameters)
@@ -247,10 +247,12 @@ def _row_steps(scale: np.ndarray, rows: jax.Array) -> jax.Array:
     """The scales of rows, one for each group of features that shares one."""
     changes = np.flatnonzero((scale[:, 1:] != scale[:, :-1]).any(axis=0)) + 1
     scale = np.ascontiguousarray(scale[:, :: math.gcd(scale.shape[1], *changes.tolist())])
-    return jnp.asarray(scale[0]) if (scale == scale[:1]).all() else _picked(scale, rows)
+    if (scale == scale[:1]).all():
+        return jnp.asarray(scale[0]).reshape(*(1,) * rows.ndim, -1)
+    return _picked(scale, rows)
 
 
-def _steps(codes: np.ndarray, scale: np.ndarray, bits: int) -> tuple[np.ndarray | None, int, str]:
+def _steps(codes: np.ndarray, scale: np.ndarray, bits: int, *, rounded: bool) -> tuple[np.ndarray | None, int, str]:
     """The scales of (O, I) codes as the runtime holds them, its bits, and the form; or None, and why it cannot."""
     terms = codes.shape[1]
     # Two codes of an output to a byte.
@@ -264,6 +266,9 @@ def _steps(codes: np.ndarray, scale: np.ndarray, bits: int) -> tuple[np.ndarray 
     size = math.gcd(terms, *changes.tolist())
     if bits != 4 or size % 32:
         return None, bits, f"LiteRT has groups of 32, 64, ... int4 codes, not {size} of int{bits}"
+    if not rounded:
+        # Its dequantization makes zeros of them.
+        return None, bits, "LiteRT has groups of int4 codes beside inputs of 8 bits alone"
     steps = scale[:, ::size]
     # The file has float16, and the runtime computes with bfloat16.
     stored = steps.astype(jnp.bfloat16).astype(np.float32)
@@ -287,7 +292,7 @@ def _convolution(
         return f"LiteRT has no convolutions of {groups} groups with int8 weights"
     codes, scale = (part.transpose((output, *spatial, feature)) for part in (kernel.codes, kernel.scale))
     count = codes.shape[0]
-    steps, _, form = _steps(codes.reshape(count, -1), scale.reshape(count, -1), 8)
+    steps, _, form = _steps(codes.reshape(count, -1), scale.reshape(count, -1), 8, rounded=kernel.rounded)
     if steps is None:
         return form
     if len(spatial) == 1:

@@ -102,12 +102,12 @@ def save_stablehlo(
         (3, 8)
     """
     abstract_inputs = jax.tree_util.tree_map_with_path(_abstract_input, inputs)
-    arrays, rebuild = _flat(params)
-
-    def program(stored: dict[str, jax.Array], *inputs: Any) -> Any:
-        return execute(apply, kernels=())(rebuild(stored), *inputs)
-
     with new_directory(Path(directory), overwrite=overwrite, marker=_DESCRIPTION) as place:
+        arrays, rebuild = _flat(params)
+
+        def program(stored: dict[str, jax.Array], *inputs: Any) -> Any:
+            return execute(apply, kernels=())(rebuild(stored), *inputs)
+
         shapes = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
         exported = jax.export.export(jax.jit(program), platforms=tuple(platforms))(shapes, *abstract_inputs)
         content = bytes(exported.serialize())

@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import os
-import uuid
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -20,6 +19,8 @@ IR_VERSION = 10
 _MOST_INSIDE = 1_900_000_000
 """Bytes of constants; a protobuf message holds 2 GiB, so that more go to a file beside it."""
 _ALIGNMENT = 64
+DATA = ".data"
+"""What the name of that file ends in."""
 
 
 class Port(NamedTuple):
@@ -57,23 +58,19 @@ def import_onnx() -> Any:
     return onnx
 
 
-def write_model(path: str, graph: Graph, inputs: Sequence[Port], outputs: Sequence[Port]) -> Written:
-    """Writes the file, whole or not at all."""
+def write_model(path: Path, graph: Graph, inputs: Sequence[Port], outputs: Sequence[Port]) -> Written:
+    """Writes the file, and a second one, `path` with `DATA` behind, of constants that are too large for the first."""
     onnx = import_onnx()
     nodes = _live(graph.nodes, {port.name for port in outputs})
     used = {name for node in nodes for name in _reads(node)} | {port.name for port in outputs}
     stored, moved = graph.constants.stored(used)
     nodes = [*_arrangements(graph, moved), *nodes]
     beside = sum(array.nbytes for array in stored.values()) > _MOST_INSIDE
-    directory, name = os.path.split(os.path.abspath(path))
-    if not os.path.isdir(directory):
-        raise FileNotFoundError(f"There is no directory {directory!r} to write {name!r} to.")
-    data_name = f"{name}.data"
     with contextlib.ExitStack() as stack:
         place = None
         if beside:
-            data = stack.enter_context(_replacing(os.path.join(directory, data_name)))
-            place = _Beside(data, data_name)
+            data = path.with_name(f"{path.name}{DATA}")
+            place = _Beside(stack.enter_context(data.open("xb")), data.name)
         model = onnx.helper.make_model(
             onnx.helper.make_graph(
                 [_node(onnx, node) for node in nodes],
@@ -86,30 +83,11 @@ def write_model(path: str, graph: Graph, inputs: Sequence[Port], outputs: Sequen
             ir_version=IR_VERSION,
             producer_name="jaxcompress",
         )
-        content = model.SerializeToString()
-        file = stack.enter_context(_replacing(path))
-        file.write(content)
+    content = model.SerializeToString()
+    path.write_bytes(content)
     nbytes = len(content) + (place.size if place is not None else 0)
     operators = Counter(node.op for node in _all_nodes(nodes))
     return Written(nbytes, dict(sorted(operators.items())))
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[BinaryIO]:
-    """A file that takes its name when it is whole; until then there is what was there before."""
-    directory, name = os.path.split(os.path.abspath(path))
-    # Not by `tempfile`, whose files are for the eyes of their owner alone.
-    temporary = os.path.join(directory, f".{name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 class _Beside:

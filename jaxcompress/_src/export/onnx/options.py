@@ -1,6 +1,7 @@
 """How compressed leaves are written."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 
@@ -21,6 +22,19 @@ class LeafOptions:
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"`{name}` must be one of {tuple(choices)}, got {getattr(self, name)!r}.")
+
+    def without_effect(self, leaves: Sequence["OnnxLeaf"]) -> list[str]:
+        """What was asked for and concerns none of the leaves, with the reason."""
+        # `input_ranges="row"` asks for what JAX does, which the other forms do in any case.
+        operators = {
+            "weight_bits": ("MatMulInteger", self.weight_bits == 8),
+            "accuracy_level": ("MatMulNBits", self.accuracy_level == 0),
+        }
+        return [
+            f"`{name}={getattr(self, name)!r}`, for no leaf is multiplied by `{operator}`"
+            for name, (operator, default) in operators.items()
+            if not default and not any(operator in leaf.form for leaf in leaves)
+        ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

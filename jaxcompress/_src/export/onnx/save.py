@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -11,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcompress._src.execution.values import Weight
+from jaxcompress._src.export.files import new_file
 from jaxcompress._src.export.onnx.graph import Graph, Tensor
-from jaxcompress._src.export.onnx.model_file import OPSET, Port, import_onnx, write_model
+from jaxcompress._src.export.onnx.model_file import DATA, OPSET, Port, import_onnx, write_model
 from jaxcompress._src.export.onnx.options import LeafOptions, OnnxLeaf
 from jaxcompress._src.export.onnx.translate import Translator
 from jaxcompress._src.export.onnx.types import onnx_type
@@ -53,6 +56,7 @@ def save_onnx(
     input_ranges: Literal["row", "tensor"] = "row",
     weight_bits: Literal[7, 8] = 8,
     accuracy_level: int = 0,
+    overwrite: bool = False,
 ) -> OnnxInfo:
     """Writes a model as an ONNX file, which ONNX Runtime runs without JAX.
 
@@ -60,6 +64,8 @@ def save_onnx(
     they are stored, as in `execute`. `MatMulNBits` of ONNX Runtime multiplies with quantized ones of up to 8 bits,
     `MatMulInteger` with those whose inputs are quantized, low-rank ones are two matmuls, rows that are looked up are
     unpacked alone; all others are unpacked in the graph, once when the file is loaded. `info.leaves` has them all.
+
+    An option that concerns no leaf of the model is said in a warning.
 
     Equal to JAX up to the order of float sums: everything but the following. `input_ranges="tensor"` quantizes dynamic
     inputs with one range for a whole tensor, to unsigned codes, where JAX has one for each row: a BERT is a fifth
@@ -81,11 +87,13 @@ def save_onnx(
             of 8 bits saturate.
         accuracy_level: of `MatMulNBits`: 0 (float32 inputs) or 4 (int8 ones: faster, an error of about 1 %); 1 to 3 are
             float types that ONNX Runtime may choose.
+        overwrite: whether a file that exists is replaced, and the one beside it.
 
     Returns:
         What the file holds.
 
     Raises:
+        FileExistsError: there is a file, at `path` or beside it, and `overwrite` is not set.
         ModuleNotFoundError: `onnx` is not installed.
         NotImplementedError: a primitive or dtype that cannot be written; names it, its shapes and the line of `apply`.
         FileNotFoundError: there is no such directory.
@@ -105,20 +113,23 @@ def save_onnx(
     import_onnx()
     options = LeafOptions(input_ranges=input_ranges, weight_bits=weight_bits, accuracy_level=accuracy_level)
     names = _input_names(apply, inputs, input_names)
-    model = traced(apply, params, inputs)
-    outputs = _distinct("output_names", _output_names(model.outputs), output_names, taken=names)
-    graph = Graph(taken=[*names, *outputs])
-    translator = Translator(graph, options)
-    ports = [_port(name, value) for name, value in zip(names, model.values, strict=True)]
-    for port in ports:
-        graph.dimensions.add_input(port.name, port.shape)
-    leaves = [_known(path, leaf) for path, leaf in zip(model.paths, model.leaves, strict=True)]
-    results = translator.run(as_body(model.closed), [*leaves, *(_carried(graph, port) for port in ports)])
-    written = [
-        _write_output(graph, name, translator.leaves.plain(value), var.aval)
-        for name, value, var in zip(outputs, results, model.closed.jaxpr.outvars, strict=True)
-    ]
-    file = write_model(os.fspath(path), graph, ports, written)
+    with new_file(Path(path), overwrite=overwrite, companion=DATA) as place:
+        model = traced(apply, params, inputs)
+        outputs = _distinct("output_names", _output_names(model.outputs), output_names, taken=names)
+        graph = Graph(taken=[*names, *outputs])
+        translator = Translator(graph, options)
+        ports = [_port(name, value) for name, value in zip(names, model.values, strict=True)]
+        for port in ports:
+            graph.dimensions.add_input(port.name, port.shape)
+        leaves = [_known(path, leaf) for path, leaf in zip(model.paths, model.leaves, strict=True)]
+        results = translator.run(as_body(model.closed), [*leaves, *(_carried(graph, port) for port in ports)])
+        written = [
+            _write_output(graph, name, translator.leaves.plain(value), var.aval)
+            for name, value, var in zip(outputs, results, model.closed.jaxpr.outvars, strict=True)
+        ]
+        file = write_model(place, graph, ports, written)
+    if unused := options.without_effect(tuple(translator.leaves.notes)):
+        warnings.warn(f"Options without an effect on {os.fspath(path)!r}: {'; '.join(unused)}.", stacklevel=2)
     return OnnxInfo(
         inputs=tuple(names),
         outputs=tuple(outputs),
