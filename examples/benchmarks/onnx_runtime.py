@@ -76,7 +76,7 @@ def encoder(directory: Path, arguments: argparse.Namespace, repeats: int) -> dic
         ("int8, 7 bits", tables, {"weight_bits": 7}),
     ):
         files[name] = directory / f"{name}.onnx"
-        save_onnx(files[name], apply, leaves, tokens, tokens, overwrite=True, **options)
+        save_onnx(files[name], apply, leaves, tokens, tokens, **options)
     files["quantize_dynamic"] = directory / "theirs.onnx"
     quantize_dynamic(files["float"], files["quantize_dynamic"])
     feeds = {"ids": ids, "mask": mask}
@@ -109,7 +109,7 @@ def decoding(directory: Path, width: int, repeats: int) -> dict[str, Any]:
         ("int8, int8 inputs", int8, {"accuracy_level": 4}),
     ):
         path = directory / f"decoding, {name}.onnx"
-        save_onnx(path, apply, leaves, x, overwrite=True, **options)
+        save_onnx(path, apply, leaves, x, **options)
         runs[name], sizes[name] = in_onnxruntime(path, {"x": x}), path.stat().st_size
     return measured(runs, repeats, sizes)
 
