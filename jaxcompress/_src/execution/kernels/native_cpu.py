@@ -146,8 +146,9 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
     if reason is not None:
         return reason
     x = jax.ShapeDtypeStruct((matmul.rows, matmul.inputs), jnp.int8)
+    x_zeros = None if codes.zero_point is None else jax.ShapeDtypeStruct((matmul.rows, 1), jnp.int8)
     parts = jax.eval_shape(lambda: _arguments(weight.flat_leaf()))
-    return why_not_weight_only(x, *parts, storage=_storage(flat, weight))
+    return why_not_weight_only(x, *parts, storage=_storage(flat, weight), x_zero_point=x_zeros)
 
 
 def _why_not_codes(codes: QuantizedArray, matmul: Matmul) -> str | None:
@@ -155,9 +156,14 @@ def _why_not_codes(codes: QuantizedArray, matmul: Matmul) -> str | None:
     shape = list(codes.shape)
     for axis in contracted[1 - matmul.side]:
         shape[axis] = 1
+    zeros = codes.zero_point
     return unless(
-        (codes.levels is not None or codes.zero_point is not None, "inputs are not rounded to symmetric integers"),
-        (getattr(codes.data, "dtype", None) != jnp.int8, "codes of inputs are not int8"),
+        (codes.levels is not None, "inputs are not rounded to integers"),
+        (
+            getattr(codes.data, "dtype", None) != (jnp.int8 if zeros is None else jnp.uint8),
+            "codes of inputs are not int8, or uint8 with zero points",
+        ),
+        (zeros is not None and zeros.dtype != jnp.uint8, "zero points of inputs are no whole numbers"),
         (
             any(count not in (1, size) for count, size in zip(codes.scale.shape, shape, strict=True)),
             "scales of inputs vary along the sums",
@@ -169,21 +175,25 @@ def _int8_groups(matmul: Matmul, multiply: Multiply) -> jax.Array:
     leaf = matmul.leaf
 
     def coded_product(codes: QuantizedArray) -> jax.Array:
-        whole = dataclasses.replace(matmul, leaf=leaf.weight, other=codes.data)
+        data, zeros = codes.data, None
+        if codes.zero_point is not None:
+            # 128 less, so that both are int8.
+            data, zeros = ((part ^ jnp.uint8(128)).view(jnp.int8) for part in (data, codes.zero_point))
+            zeros = _of_rows(zeros, codes, matmul)
+        whole = dataclasses.replace(matmul, leaf=leaf.weight, other=data)
         flat = whole.flat_leaf()
-        y = weight_only_matmul(whole.flat_other(), *_arguments(flat), storage=_storage(flat, whole))
-        return matmul.unflattened(y * _scale_of_rows(codes, matmul))
+        y = weight_only_matmul(whole.flat_other(), *_arguments(flat), storage=_storage(flat, whole), x_zero_point=zeros)
+        return matmul.unflattened(y * _of_rows(codes.scale.astype(jnp.float32), codes, matmul))
 
     return leaf.dot(matmul.other, matmul.side, matmul.parameters, multiply=multiply, coded_product=coded_product)
 
 
-def _scale_of_rows(codes: QuantizedArray, matmul: Matmul) -> jax.Array:
-    """Scales of inputs as (rows, 1)."""
+def _of_rows(parameter: jax.Array, codes: QuantizedArray, matmul: Matmul) -> jax.Array:
+    """Scales or zero points of inputs as (rows, 1)."""
     contracted, _ = matmul.parameters["dimension_numbers"]
     axes = tuple(contracted[1 - matmul.side])
     shape = [1 if axis in axes else size for axis, size in enumerate(codes.shape)]
-    scale = jnp.broadcast_to(codes.scale.astype(jnp.float32), shape)
-    return scale.reshape(matmul.rows, 1)
+    return jnp.broadcast_to(parameter, shape).reshape(matmul.rows, 1)
 
 
 FLOAT = Kernel(

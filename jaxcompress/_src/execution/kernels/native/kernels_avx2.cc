@@ -243,16 +243,23 @@ struct GroupedPanels {
   }
 
   template <int kCount>
+  static const uint8_t* whole_sums(const GroupedStrip& s, int64_t segment, const uint8_t* panel, int64_t m,
+                                   int32_t (*lanes)[kStrip]) {
+    const Grouped& p = s.p;
+    const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
+    multiply_quadruples<kCount>(panel, planes(p), s.plane, steps, p.inputs + m * p.inputs_pitch + begin,
+                                p.inputs_pitch, p.corrections + m * p.segment_count + segment, p.segment_count, lanes);
+    return panel + steps * 4 * kStrip;
+  }
+
+  template <int kCount>
   static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
     const Grouped& p = s.p;
     const uint8_t* panel = s.panel;
     for (int64_t segment = s.first; segment < s.last; ++segment) {
-      const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
       const int64_t at = m * p.segment_count + segment, row = (segment - s.first) * s.pitch;
       alignas(32) int32_t lanes[kCount][kStrip];
-      multiply_quadruples<kCount>(panel, planes(p), s.plane, steps, p.inputs + m * p.inputs_pitch + begin,
-                                  p.inputs_pitch, p.corrections + at, p.segment_count, lanes);
-      panel += steps * 4 * kStrip;
+      panel = whole_sums<kCount>(s, segment, panel, m, lanes);
       const bool begins = s.is_first && segment == s.first;
       for (int j = 0; j < kStrip; j += 8) {
         const __m256 scale = _mm256_loadu_ps(s.scales[row] + j);
@@ -260,6 +267,9 @@ struct GroupedPanels {
         JAXCOMPRESS_UNROLL
         for (int i = 0; i < kCount; ++i) {
           __m256 value = _mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(lanes[i] + j)));
+          if (s.code_sums)
+            value = _mm256_fnmadd_ps(_mm256_loadu_ps(s.code_sums + row * kStrip + j),
+                                    _mm256_set1_ps(p.input_zeros[m + i]), value);
           value = _mm256_fnmadd_ps(zero, _mm256_set1_ps(p.sums[at + i * p.segment_count]), value);
           const __m256 before = begins ? _mm256_setzero_ps() : _mm256_loadu_ps(totals[i] + j);
           _mm256_storeu_ps(totals[i] + j, _mm256_fmadd_ps(value, scale, before));
