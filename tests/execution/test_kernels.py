@@ -163,6 +163,47 @@ def test_inputs_that_are_not_finite_are_those_of_the_plain_product(model, inputs
     assert np.isnan(plain[1]).all()
 
 
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("weights", SPECS)
+def test_a_kernel_is_chosen_once_outside_of_jit(weights, inputs, monkeypatch):
+    apply, params, x = _problem("inputs first", weights, inputs)
+    choices = []
+    described = choice._described
+    monkeypatch.setattr(choice, "_described", lambda *args: choices.append(1) or described(*args))
+    choice._compiled_once.cache_clear()
+    first = jc.execute(apply)(params, x)
+    count = len(choices)
+    np.testing.assert_array_equal(jc.execute(apply)(params, x), first)
+    np.testing.assert_array_equal(jc.execute(apply)(params, np.asarray(x)), first)
+    assert len(choices) == count
+    np.testing.assert_allclose(jax.jit(jc.execute(apply))(params, x), first, rtol=1e-6, atol=1e-6)
+    jc.execute(apply)(params, x[:2])
+    assert len(choices) == 3 * count  # of the first call, of `jit`, and of two rows
+
+
+@needs_library
+def test_what_was_chosen_outside_of_jit_is_chosen_anew_for_another_processor(monkeypatch):
+    apply, params, x = _problem("inputs first", "int8", "int8 inputs", rows=40)
+    exact = jc.execute(apply)(params, x)
+    compiled = choice._compiled_once.cache_info().currsize
+    monkeypatch.setattr(choice, "instruction_sets", lambda: ("amx_int8",))
+    np.testing.assert_array_equal(jc.execute(apply)(params, x), exact)
+    assert choice._compiled_once.cache_info().currsize == compiled + 1
+
+
+def test_static_fields_that_cannot_be_looked_up_are_chosen_for_anew():
+    apply, params, x = _problem("inputs first", "int8", "int8 inputs")
+
+    class Unhashable:
+        __hash__ = None
+
+        def __getattr__(self, name):
+            return getattr(params["w"].inputs, name)
+
+    own = {"w": choice.dataclasses.replace(params["w"], inputs=Unhashable())}
+    np.testing.assert_allclose(jc.execute(apply)(own, x), jc.execute(apply)(params, x), rtol=1e-6, atol=1e-6)
+
+
 def test_without_kernels_there_is_nothing_but_the_product():
     apply, params, x = _problem("inputs first", "int4 groups")
     plan = jc.execution.plan(apply, params, x, kernels=())

@@ -127,6 +127,14 @@ struct PanelsOfQuadruples {
   }
 };
 
+// As `_mm512_reduce_add_epi32`, which adds the last lanes as numbers that may not wrap around.
+inline int32_t sum_of_lanes(__m512i v) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  __m128i a = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  a = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
+}
+
 template <int kRows, int kOutputs>
 void dots(const Integer& p, int64_t m, int64_t n) {
   __m512i sums[kRows][kOutputs];
@@ -147,7 +155,7 @@ void dots(const Integer& p, int64_t m, int64_t n) {
   }
   each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
     each<kOutputs>([&](auto j) JAXCOMPRESS_INLINE {
-      const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
+      const int32_t sum = sum_of_lanes(sums[i][j]);
       add_to_row(p, m + i, n + j, 1, &sum, true);
     });
   });
