@@ -263,7 +263,7 @@ bool grouped(Random& random, Pool& pool) {
 
 bool integer(Random& random, Pool& pool) {
   Integer p{};
-  p.M = 1 + random.below(40);
+  p.M = random.below(4) ? 1 + random.below(40) : 1;
   p.N = 1 + random.below(200);
   p.K = 1 + (random.below(4) ? random.below(300) : random.below(1500));
   draw_odd_size(random, p);

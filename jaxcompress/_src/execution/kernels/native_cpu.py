@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
 from jaxcompress._src.arrays.packed import PackedArray
@@ -30,11 +31,18 @@ _ROWS_OF_AMX = 8
 """From so many rows on, XLA's integer product takes a third of the float32 one's time on processors with AMX."""
 
 
+def _is_partly_manual() -> bool:
+    """Whether XLA partitions what is traced here along some axes of a mesh; its custom calls do not know the others."""
+    kinds = set(jax.sharding.get_abstract_mesh().axis_types)
+    return AxisType.Manual in kinds and len(kinds) > 1
+
+
 def _why_not_float(matmul: Matmul) -> str | None:
     leaf = matmul.leaf
     reason = unless(
         (not isinstance(leaf, QuantizedArray), "weights are no codes with scales, or inputs are quantized"),
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
+        (_is_partly_manual(), "in `shard_map` along some axes of the mesh only"),
     )
     if reason is not None:
         return reason
@@ -93,6 +101,7 @@ def _why_not_int8(matmul: Matmul) -> str | None:
     reason = unless(
         (not isinstance(leaf, InputQuantizedArray), "inputs are not quantized"),
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
+        (_is_partly_manual(), "in `shard_map` along some axes of the mesh only"),
     )
     if reason is not None:
         return reason
@@ -100,8 +109,6 @@ def _why_not_int8(matmul: Matmul) -> str | None:
         return "scales vary along the sums, or sums exceed int32"
     if matmul.rows >= _ROWS_OF_AMX and "amx_int8" in instruction_sets():
         return "XLA multiplies integers by AMX, which these kernels do not use"
-    if matmul.rows == 1 and matmul.order == "inputs first" and library.instruction_set() == "avx2":
-        return "one row by AVX2 alone: the float product is faster"
     x, codes = (matmul.rows, matmul.inputs), (matmul.inputs, matmul.outputs)
     out_major = matmul.order == "outputs first"
     shapes = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in (x, codes[::-1] if out_major else codes)]
@@ -125,6 +132,7 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
     reason = unless(
         (not isinstance(leaf, InputQuantizedArray), "inputs are not quantized"),
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
+        (_is_partly_manual(), "in `shard_map` along some axes of the mesh only"),
     )
     if reason is not None:
         return reason

@@ -261,7 +261,7 @@ struct GroupedPanels {
 }  // namespace
 
 const WeightOnlyKernel kAvx512 = {16, 0, in_major<Avx512>, out_major<Avx512>};
-const IntegerKernel kVnniInteger = {1, 64, true, PanelsOfQuadruples::kStrip, columns<PanelsOfQuadruples>, dot_rows};
+const IntegerKernel kVnniInteger = {1, 64, true, PanelsOfQuadruples::kStrip, columns<PanelsOfQuadruples>, dot_rows, nullptr};
 const GroupedKernel kVnniGrouped = {GroupedPanels::kStrip, grouped<GroupedPanels>};
 
 }  // namespace jaxcompress

@@ -120,7 +120,7 @@ struct PlainPanels {
 
 const WeightOnlyKernel kPortable = {4, 0, in_major<Plain<4>>, out_major<Plain<4>>};
 const WeightOnlyKernel kScalar = {1, 0, in_major<Plain<1>>, out_major<Plain<1>>};
-const IntegerKernel kPortableInteger = {2, 1, false, 64, columns_one_by_one, nullptr};
+const IntegerKernel kPortableInteger = {2, 1, false, 64, columns_one_by_one, nullptr, nullptr};
 const GroupedKernel kPortableGrouped = {PlainPanels::kStrip, grouped<PlainPanels>};
 
 }  // namespace jaxcompress

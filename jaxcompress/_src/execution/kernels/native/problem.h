@@ -111,7 +111,8 @@ struct IntegerKernel {
   bool shifts_codes;   // signed codes are read as code + 128
   int strip;           // outputs of a panel
   void (*columns)(const Integer&, int64_t begin, int64_t end);
-  void (*dot_rows)(const Integer&, int64_t begin, int64_t end);  // out-major and few rows
+  void (*dot_rows)(const Integer&, int64_t begin, int64_t end);  // out-major and few rows, or null
+  void (*row)(const Integer&, int64_t begin, int64_t end);       // in-major and one row, or null
 };
 
 struct GroupedKernel {

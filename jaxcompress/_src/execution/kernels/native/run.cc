@@ -329,9 +329,13 @@ void run(Integer& p, Pool& pool) {
     }
     p.corrections = corrections.data();
   }
-  const int64_t shares = 2 * std::max(1, pool.threads()), strip = kernel->strip;
-  const auto work = p.out_major && p.M <= 16 && kernel->dot_rows ? kernel->dot_rows : kernel->columns;
-  const int64_t size = std::clamp<int64_t>(round_up(p.N / shares, strip), strip, 8 * strip);
+  const int64_t threads = std::max(1, pool.threads()), strip = kernel->strip;
+  const bool is_row = p.M == 1 && !p.out_major && kernel->row;
+  const auto work = is_row                                          ? kernel->row
+                    : p.out_major && p.M <= 16 && kernel->dot_rows ? kernel->dot_rows
+                                                                    : kernel->columns;
+  const int64_t size = is_row ? std::clamp<int64_t>(round_up(p.N / threads, 64), 64, kLongTileOutputs)
+                              : std::clamp<int64_t>(round_up(p.N / (2 * threads), strip), strip, 8 * strip);
   parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall,
            [&](int64_t chunk) { work(p, chunk * size, std::min((chunk + 1) * size, p.N)); });
 }
