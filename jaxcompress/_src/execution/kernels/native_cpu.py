@@ -204,12 +204,14 @@ def _of_rows(parameter: jax.Array, codes: QuantizedArray, matmul: Matmul) -> jax
     return jnp.broadcast_to(parameter, shape).reshape(matmul.rows, 1)
 
 
+_ERROR = "the order of float32 sums (weights of 16 bits are not rounded to those)"
+
 FLOAT = Kernel(
     name="native_float",
     platform="cpu",
     multiply=_float,
     why_not=_why_not_float,
-    error="the order of float32 sums",
+    error=_ERROR,
     missing=library.why_missing,
 )
 INT8 = Kernel(
@@ -225,6 +227,6 @@ INT8_GROUPS = Kernel(
     platform="cpu",
     multiply=_int8_groups,
     why_not=_why_not_int8_groups,
-    error="the order of float32 sums",
+    error=_ERROR,
     missing=library.why_missing,
 )
