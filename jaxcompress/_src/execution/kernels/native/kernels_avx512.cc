@@ -222,7 +222,7 @@ struct GroupedPanels {
   }
 
   template <int kCount>
-  static const uint8_t* whole_sums(const GroupedStrip& s, int64_t segment, const uint8_t* panel, int64_t m,
+  JAXCOMPRESS_INLINE static inline const uint8_t* whole_sums(const GroupedStrip& s, int64_t segment, const uint8_t* panel, int64_t m,
                                    int32_t (*lanes)[kStrip]) {
     const Grouped& p = s.p;
     const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;

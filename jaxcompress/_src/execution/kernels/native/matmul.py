@@ -326,7 +326,8 @@ def _batched(storage: WeightOnlyFormat, of_rows: int) -> Callable[..., Array]:
 
     def plain(x: Array, *operands: Array) -> Array:
         x_zero_point = operands[0] if of_rows == 2 else None
-        codes, scale, zero_point = (*operands[of_rows - 1 :], None)[:3]
+        codes, scale, *zero_points = operands[of_rows - 1 :]
+        zero_point = zero_points[0] if zero_points else None
         return plain_weight_only(x, codes, scale, zero_point, storage=storage, x_zero_point=x_zero_point)
 
     return with_rows_merged(unless_exported(product, plain), of_rows)
