@@ -188,8 +188,9 @@ class QuantizedArray(CodedArray):
     def why_no_share(self) -> str | None:
         """Scales or zero points that are not those of the codes."""
         for axis, (size, count) in enumerate(zip(self.shape, self.scale.shape, strict=True)):
-            is_partial = self.partial is not None and axis == self.partial[0] + self.ndim
-            if count > 1 and (-(-size // self.partial[1]) != count if is_partial else size % count):
+            partial = self.partial if self.partial is not None and axis == self.partial[0] + self.ndim else None
+            fits = size % max(count, 1) == 0 if partial is None else -(-size // partial[1]) == count
+            if count > 1 and not fits:
                 return f"{count} scales along axis {axis} do not belong to {size} codes: scales are cut as codes are"
         if self.zero_point is not None:
             for axis, (zeros, count) in enumerate(zip(self.zero_point.shape, self.scale.shape, strict=True)):

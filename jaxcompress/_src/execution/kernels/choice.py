@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import core
 
 from jaxcompress._src.arrays.protocol import Multiply, call, describe_leaf, leaf_of_product
 from jaxcompress._src.execution.kernels import cpu, native_cpu, pallas
@@ -106,7 +107,7 @@ def multiplier(names: Sequence[str] | None, planned: Planned) -> Multiplier:
 def _key(names: Sequence[str] | None, left: Any, right: Any, parameters: Mapping[str, Any]) -> tuple[Any, ...] | None:
     """What a choice depends on besides the operands; None within a trace, and where a leaf cannot be looked up."""
     leaves, structure = jax.tree.flatten((left, right))
-    if any(not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, core.Tracer) for leaf in leaves):
         return None
     key = (
         None if names is None else tuple(names),
