@@ -84,9 +84,18 @@ float of_bfloat16(uint16_t bits) {
   return value;
 }
 
+// What the sum of finite and other terms may be.
+bool agrees(float y, double sum, double size) {
+  if (std::isnan(sum)) return std::isnan(y);
+  if (std::isinf(sum)) return y == static_cast<float>(sum);
+  return std::abs(y - sum) <= 1e-6 * size + 1e-30;
+}
+
+constexpr float kSpecial[] = {INFINITY, -INFINITY, NAN};
+
 // Scales or zero points of [groups | 1, N | 1], as stored, with their values in `values` [groups, N].
 std::unique_ptr<char[]> draw_parameters(Random& random, const WeightOnly& p, int64_t groups, Parameters& to,
-                                        std::vector<double>& values) {
+                                        std::vector<double>& values, bool is_special) {
   const int64_t along_n = random.below(3) ? p.N : 1;
   to.type = static_cast<Type>(random.below(3));
   const int64_t bytes = to.type == Type::kFloat32 ? 4 : to.type == Type::kBfloat16 ? 2 : 1;
@@ -99,7 +108,7 @@ std::unique_ptr<char[]> draw_parameters(Random& random, const WeightOnly& p, int
     for (int64_t n = 0; n < along_n; ++n) {
       const int64_t at = p.out_major ? n * groups + g : g * along_n + n;
       const uint8_t small = static_cast<uint8_t>(random.below(256));
-      const float value = random.real();
+      const float value = is_special && random.below(20) == 0 ? kSpecial[random.below(3)] : random.real();
       uint32_t bits;
       std::memcpy(&bits, &value, 4);
       const uint16_t half = static_cast<uint16_t>(bits >> 16);
@@ -114,12 +123,27 @@ std::unique_ptr<char[]> draw_parameters(Random& random, const WeightOnly& p, int
   return data;
 }
 
+// Sometimes nothing to multiply, or so many outputs that they fill several tiles, in rows that are pages apart.
+template <class Problem>
+void draw_odd_size(Random& random, Problem& p) {
+  const int64_t sort = random.below(40);
+  if (sort == 0) p.M = 0;
+  if (sort == 1) p.N = 0;
+  if (sort == 2) p.K = 0;
+  if (sort < 5 && sort > 2) {
+    p.M = 1 + random.below(3);
+    p.N = sort == 3 ? 1024 * (1 + random.below(5)) : 4000 + random.below(500);
+    p.K = std::min<int64_t>(p.K, 64);
+  }
+}
+
 bool weight_only(Random& random, Pool& pool) {
   WeightOnly p{};
   p.M = 1 + random.below(20);
   p.N = 1 + (random.below(4) ? random.below(100) : random.below(700));
   p.groups = random.below(2) ? 1 : 1 + random.below(5);
   p.K = p.groups == 1 ? 1 + random.below(300) : p.groups * 8 * (1 + random.below(9));
+  if (p.groups == 1) draw_odd_size(random, p);
   p.out_major = random.below(2);
   p.kind = static_cast<Codes>(random.below(4));
   const bool is_nibbles = p.kind == Codes::kNibbles || p.kind == Codes::kTable;
@@ -131,11 +155,14 @@ bool weight_only(Random& random, Pool& pool) {
   for (int64_t i = 0; i < rows * p.N; ++i) codes[i] = static_cast<uint8_t>(random.below(256));
   auto x = block<float>(p.M * p.K);
   for (int64_t i = 0; i < p.M * p.K; ++i) x[i] = random.real();
+  // Few enough for rows and outputs that stay finite beside others.
+  const bool is_special = random.below(3) == 0;
+  for (int64_t i = is_special && p.M * p.K ? random.below(4) : 0; i > 0; --i) x[random.below(p.M * p.K)] = kSpecial[random.below(3)];
   auto y = block<float>(p.M * p.N);
   std::vector<double> scales, zeros(p.groups * p.N);
-  const auto scale = draw_parameters(random, p, random.below(3) ? p.groups : 1, p.scale, scales);
+  const auto scale = draw_parameters(random, p, random.below(3) ? p.groups : 1, p.scale, scales, is_special);
   std::unique_ptr<char[]> zero;
-  if (random.below(2)) zero = draw_parameters(random, p, random.below(3) ? p.groups : 1, p.zero, zeros);
+  if (random.below(2)) zero = draw_parameters(random, p, random.below(3) ? p.groups : 1, p.zero, zeros, is_special);
   p.x = x.get();
   p.codes = codes.get();
   p.y = y.get();
@@ -150,10 +177,10 @@ bool weight_only(Random& random, Pool& pool) {
                             : p.kind == Codes::kInt8 ? static_cast<double>(static_cast<int8_t>(byte))
                                                      : byte;
         const int64_t at = k / (p.K / p.groups) * p.N + n;
-        sum += x[m * p.K + k] * (code - zeros[at]) * scales[at];
+        sum += x[m * p.K + k] * ((code - zeros[at]) * scales[at]);
         size += std::abs(x[m * p.K + k] * scales[at]) * (std::abs(code) + std::abs(zeros[at]) + 8);
       }
-      if (!(std::abs(y[m * p.N + n] - sum) <= 1e-6 * size + 1e-30)) {
+      if (!agrees(y[m * p.N + n], sum, size)) {
         std::printf("wrong: M %ld K %ld N %ld groups %ld kind %d out_major %d: %g, not %g\n", long(p.M), long(p.K),
                     long(p.N), long(p.groups), int(p.kind), p.out_major, y[m * p.N + n], sum);
         return false;
@@ -169,6 +196,7 @@ bool grouped(Random& random, Pool& pool) {
   w.groups = random.below(2) ? 1 : 1 + random.below(5);
   w.K = w.groups == 1 ? 1 + random.below(700) : w.groups * 8 * (1 + random.below(random.below(3) ? 9 : 70));
   w.out_major = random.below(2);
+  if (w.groups == 1) draw_odd_size(random, w);
   Grouped p{w.M, w.K, w.N, w.groups, w.out_major, random.below(2) == 1, random.below(2) == 1};
   const int64_t rows = p.is_packed ? (p.K + 1) / 2 : p.K;
   auto codes = block<uint8_t>(rows * p.N);
@@ -178,11 +206,15 @@ bool grouped(Random& random, Pool& pool) {
   auto x = block<int8_t>(p.M * p.K);
   for (int64_t i = 0; i < p.M * p.K; ++i)
     x[i] = static_cast<int8_t>(is_extreme ? (extreme % 2 ? -128 : 127) : random.below(256) - 128);
+  auto input_zeros = block<int8_t>(p.M);
+  for (int64_t m = 0; m < p.M; ++m) input_zeros[m] = static_cast<int8_t>(is_extreme ? 127 : random.below(256) - 128);
+  if (random.below(2)) p.input_zeros = input_zeros.get();
   auto y = block<float>(p.M * p.N);
+  const bool is_special = random.below(4) == 0;
   std::vector<double> scales, zeros(p.groups * p.N);
-  const auto scale = draw_parameters(random, w, random.below(3) ? p.groups : 1, p.scale, scales);
+  const auto scale = draw_parameters(random, w, random.below(3) ? p.groups : 1, p.scale, scales, is_special);
   std::unique_ptr<char[]> zero;
-  if (random.below(2)) zero = draw_parameters(random, w, random.below(3) ? p.groups : 1, p.zero, zeros);
+  if (random.below(2)) zero = draw_parameters(random, w, random.below(3) ? p.groups : 1, p.zero, zeros, is_special);
   p.x = x.get();
   p.codes = codes.get();
   p.y = y.get();
@@ -192,6 +224,9 @@ bool grouped(Random& random, Pool& pool) {
       double total = 0, size = 0;
       for (int64_t g = 0; g < p.groups; ++g) {
         int64_t sum = 0, inputs = 0, terms = 0, magnitude = 0;
+        double others = 0;  // terms that are not finite, one by one
+        const double scale = scales[g * p.N + n], zero = zeros[g * p.N + n];
+        const int64_t input_zero = p.input_zeros ? p.input_zeros[m] : 0;
         for (int64_t k = g * (p.K / p.groups); k < (g + 1) * (p.K / p.groups); ++k) {
           const int64_t row = p.is_packed ? k / 2 : k;
           const uint8_t byte = codes[p.out_major ? n * rows + row : row * p.N + n];
@@ -199,22 +234,28 @@ bool grouped(Random& random, Pool& pool) {
           const int64_t code = p.is_packed   ? (p.is_signed ? (nibble ^ 8) - 8 : nibble)
                                : p.is_signed ? static_cast<int8_t>(byte)
                                              : byte;
-          sum += x[m * p.K + k] * code;
-          inputs += x[m * p.K + k];
-          terms += std::abs(x[m * p.K + k] * code);
-          magnitude += std::abs(x[m * p.K + k]);
+          const int64_t input = x[m * p.K + k] - input_zero;
+          sum += input * code;
+          inputs += input;
+          terms += std::abs(input * code);
+          magnitude += std::abs(input);
+          others += input * ((code - zero) * scale);
         }
-        const double zero = zeros[g * p.N + n];
-        total += scales[g * p.N + n] * (sum - zero * inputs);
+        if (!std::isfinite(scale) || !std::isfinite(zero)) {
+          total += others;
+          continue;
+        }
+        total += scale * (sum - zero * inputs);
         // Whole sums of groups are exact, unless those are cut, or rows are few enough for floats.
         const bool is_cut = p.M <= 8 || p.groups == 1 || p.K / p.groups > kGroupedDepth;
-        size += std::abs(scales[g * p.N + n]) *
+        // One lane that adds the same number hundreds of times rounds the same way each time.
+        size += std::abs(scale) * (is_cut && is_extreme ? 10 : 1) *
                 (is_cut ? terms + std::abs(zero) * magnitude : std::abs(sum) + std::abs(zero * inputs));
       }
-      if (!(std::abs(y[m * p.N + n] - total) <= 1e-6 * size + 1e-30)) {
+      if (!agrees(y[m * p.N + n], total, size)) {
         std::printf("wrong: int8 M %ld K %ld N %ld groups %ld", long(p.M), long(p.K), long(p.N), long(p.groups));
-        std::printf(" packed %d signed %d out_major %d: %g, not %g\n", p.is_packed, p.is_signed, p.out_major,
-                    y[m * p.N + n], total);
+        std::printf(" packed %d signed %d out_major %d input zeros %d: %g, not %g\n", p.is_packed, p.is_signed,
+                    p.out_major, p.input_zeros != nullptr, y[m * p.N + n], total);
         return false;
       }
     }
@@ -223,16 +264,25 @@ bool grouped(Random& random, Pool& pool) {
 
 bool integer(Random& random, Pool& pool) {
   Integer p{};
-  p.M = 1 + random.below(40);
+  p.M = random.below(4) ? 1 + random.below(40) : 1;
   p.N = 1 + random.below(200);
   p.K = 1 + (random.below(4) ? random.below(300) : random.below(1500));
+  draw_odd_size(random, p);
   p.out_major = random.below(2);
   p.is_signed = random.below(2);
+  const bool wraps = random.below(50) == 0;  // sums beyond int32
+  if (wraps) {
+    p.M = 1 + random.below(8);
+    p.N = 1 + random.below(20);
+    p.K = 70000 + random.below(100);
+    p.is_signed = false;
+  }
   auto codes = block<uint8_t>(p.K * p.N);
   auto x = block<int8_t>(p.M * p.K);
   auto y = block<int32_t>(p.M * p.N);
-  for (int64_t i = 0; i < p.K * p.N; ++i) codes[i] = static_cast<uint8_t>(random.below(256));
-  for (int64_t i = 0; i < p.M * p.K; ++i) x[i] = static_cast<int8_t>(random.below(4) ? random.below(256) - 128 : -128);
+  for (int64_t i = 0; i < p.K * p.N; ++i) codes[i] = static_cast<uint8_t>(wraps ? 255 : random.below(256));
+  for (int64_t i = 0; i < p.M * p.K; ++i)
+    x[i] = static_cast<int8_t>(!wraps && random.below(4) ? random.below(256) - 128 : -128);
   p.x = x.get();
   p.codes = codes.get();
   p.y = y.get();
@@ -244,7 +294,7 @@ bool integer(Random& random, Pool& pool) {
         const uint8_t code = codes[p.out_major ? n * p.K + k : k * p.N + n];
         sum += int64_t{x[m * p.K + k]} * (p.is_signed ? static_cast<int8_t>(code) : code);
       }
-      if (y[m * p.N + n] != sum) {
+      if (y[m * p.N + n] != static_cast<int32_t>(static_cast<uint64_t>(sum))) {
         std::printf("wrong: M %ld K %ld N %ld out_major %d\n", long(p.M), long(p.K), long(p.N), p.out_major);
         return false;
       }

@@ -13,6 +13,7 @@ from optimized import OPTIONS
 import jaxcompress as jc
 from jaxcompress._src.execution.kernels import choice, native_cpu
 from jaxcompress._src.execution.kernels.native import library
+from jaxcompress.arrays import QuantizedArray
 from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
 
 INT8 = QuantSpec(bits=8)
@@ -81,6 +82,7 @@ def test_what_is_chosen_computes_what_the_array_does_by_itself(model, weights, i
         ("int8 groups", "int8 inputs", 40, "native_int8_groups"),
         ("int4 groups", "int8 inputs", 3, "native_int8_groups"),
         ("uint4 groups", "int8 inputs", 40, "native_int8_groups"),
+        ("uint4 groups", "uint8 inputs", 40, "native_int8_groups"),
     ],
 )
 @pytest.mark.parametrize("model", ["inputs first", "outputs first"])
@@ -101,13 +103,14 @@ def test_the_plan_says_what_runs(model, weights, inputs, rows, kernel):
 @needs_library
 @pytest.mark.parametrize("rows", [1, 20])
 @pytest.mark.parametrize("ranges", ["dynamic", "static"])
+@pytest.mark.parametrize("inputs", ["int8 inputs", "uint8 inputs"])
 @pytest.mark.parametrize("weights", ["int8 groups", "int4 groups", "uint4 groups"])
 @pytest.mark.parametrize("model", MODELS)
-def test_whole_numbers_by_groups(model, weights, ranges, rows):
-    apply, params, x = _problem(model, weights, "int8 inputs", rows)
+def test_whole_numbers_by_groups(model, weights, inputs, ranges, rows):
+    apply, params, x = _problem(model, weights, inputs, rows)
     if ranges == "static":
-        scale = jnp.float32(0.02)
-        params = {"w": choice.dataclasses.replace(params["w"], scale=scale)}
+        zero = jnp.uint8(90) if inputs == "uint8 inputs" else None
+        params = {"w": choice.dataclasses.replace(params["w"], scale=jnp.float32(0.02), zero_point=zero)}
     names = ("native_int8_groups",)
     assert jc.execution.plan(apply, params, x, kernels=names).matmuls[0].kernel == names[0]
     wanted = jc.execute(apply, kernels=())(params, x)
@@ -123,8 +126,82 @@ def test_what_is_not_summed_as_whole_numbers_by_groups():
         return matmul.refused["native_int8_groups"]
 
     assert refused("int4 groups", "float inputs") == "inputs are not quantized"
-    assert refused("int4 groups", "uint8 inputs") == "inputs are not rounded to symmetric integers"
     assert refused("nf4", "int8 inputs") == "weights are no integer codes with scales"
+
+
+@needs_library
+def test_learned_zero_points_of_inputs_are_no_whole_numbers():
+    apply, params, x = _problem("inputs first", "int4 groups", "uint8 inputs")
+
+    class Learned:
+        def rounded(self, x, axes, scale, zero_point):
+            return x
+
+        def codes(self, x, axes, scale, zero_point):
+            one = jnp.ones((1,) * x.ndim)
+            return QuantizedArray(data=x.astype(jnp.uint8), scale=one, dtype=x.dtype, zero_point=0.5 * one)
+
+    params = {"w": choice.dataclasses.replace(params["w"], inputs=Learned())}
+    matmul, *_ = jc.execution.plan(apply, params, x, kernels=("native_int8_groups",)).matmuls
+    assert matmul.refused["native_int8_groups"] == "zero points of inputs are no whole numbers"
+
+
+@needs_library
+@pytest.mark.parametrize("weights", SPECS)
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("model", ["inputs first", "outputs first"])
+@pytest.mark.parametrize("rows", [6, 40])
+def test_inputs_that_are_not_finite_are_those_of_the_plain_product(model, inputs, weights, rows):
+    apply, params, x = _problem(model, weights, inputs, rows)
+    x = np.array(x)
+    x[1, 5], x[2, 7], x[3, 20], x[4, [1, 2]] = np.nan, np.inf, -np.inf, (np.inf, -np.inf)
+    found, by_itself = (jax.jit(jc.execute(apply, kernels=names))(params, x) for names in (None, ()))
+    plain = by_itself if inputs != "float inputs" else apply(jc.materialize(params), x)
+    np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(by_itself, plain, rtol=1e-4, atol=1e-4)
+    assert np.isfinite(plain[0]).all()
+    assert np.isnan(plain[1]).all()
+
+
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("weights", SPECS)
+def test_a_kernel_is_chosen_once_outside_of_jit(weights, inputs, monkeypatch):
+    apply, params, x = _problem("inputs first", weights, inputs)
+    choices = []
+    described = choice._described
+    monkeypatch.setattr(choice, "_described", lambda *args: choices.append(1) or described(*args))
+    choice._compiled_once.cache_clear()
+    first = jc.execute(apply)(params, x)
+    count = len(choices)
+    np.testing.assert_array_equal(jc.execute(apply)(params, x), first)
+    np.testing.assert_array_equal(jc.execute(apply)(params, np.asarray(x)), first)
+    assert len(choices) == count
+    np.testing.assert_allclose(jax.jit(jc.execute(apply))(params, x), first, rtol=1e-6, atol=1e-6)
+    jc.execute(apply)(params, x[:2])
+    assert len(choices) == 3 * count  # of the first call, of `jit`, and of two rows
+
+
+@needs_library
+def test_what_was_chosen_outside_of_jit_is_chosen_anew_for_another_processor(monkeypatch):
+    apply, params, x = _problem("inputs first", "int8", "int8 inputs", rows=40)
+    exact = jc.execute(apply)(params, x)
+    compiled = choice._compiled_once.cache_info().currsize
+    monkeypatch.setattr(choice, "instruction_sets", lambda: ("amx_int8",))
+    np.testing.assert_array_equal(jc.execute(apply)(params, x), exact)
+    assert choice._compiled_once.cache_info().currsize == compiled + 1
+
+
+def test_static_fields_that_cannot_be_looked_up_are_chosen_for_anew():
+    apply, params, x = _problem("inputs first", "int8", "int8 inputs")
+
+    class Unhashable:
+        __hash__ = None
+
+        def __getattr__(self, name):
+            return getattr(params["w"].inputs, name)
+
+    own = {"w": choice.dataclasses.replace(params["w"], inputs=Unhashable())}
+    np.testing.assert_allclose(jc.execute(apply)(own, x), jc.execute(apply)(params, x), rtol=1e-6, atol=1e-6)
 
 
 def test_without_kernels_there_is_nothing_but_the_product():
@@ -407,8 +484,9 @@ def test_other_processors_choose_otherwise(monkeypatch):
     monkeypatch.setattr(native_cpu, "instruction_sets", lambda: ("avx2",))
     monkeypatch.setattr(native_cpu.library, "instruction_set", lambda: "avx2")
     assert jc.execution.plan(apply, params, x, platform="cpu").matmuls[0].kernel == "native_int8"
-    for problem, name in ((one_row, "native_int8"), (grouped, "native_int8_groups")):
-        matmul = jc.execution.plan(*problem, platform="cpu").matmuls[0]
-        assert "by AVX2 alone" in matmul.refused[name]
+    assert jc.execution.plan(*one_row, platform="cpu").matmuls[0].kernel == "native_int8"
+    matmul = jc.execution.plan(*grouped, platform="cpu").matmuls[0]
+    assert "by AVX2 alone" in matmul.refused["native_int8_groups"]
+    for problem in (one_row, grouped):
         wanted = jc.execute(problem[0], kernels=())(*problem[1:])
         np.testing.assert_allclose(jc.execute(problem[0])(*problem[1:]), wanted, rtol=1e-4, atol=1e-4)

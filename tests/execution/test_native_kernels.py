@@ -252,6 +252,112 @@ def test_nan_and_infinity_stay_in_their_rows():
     assert not np.isfinite(y[2]).any()
 
 
+def assert_as_plain(y, expected):
+    """What is not finite is the same, and the rest close."""
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(np.asarray(y)[~finite], expected[~finite].astype(np.float32))
+    np.testing.assert_allclose(np.asarray(y)[finite], expected[finite], rtol=1e-4, atol=5e-3)
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [6, 40])
+@pytest.mark.parametrize("out_major", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("name", FORMATS)
+def test_infinite_inputs_and_scales_are_multiplied_as_the_widened_weights_would_be(name, groups, out_major, rows):
+    storage = dataclasses.replace(FORMATS[name], out_major=out_major)
+    rng = np.random.default_rng(0)
+    zeros = "uint8" if name == "uint8" else "float32" if name == "uint4" else None
+    weights = drawn(rng, storage, 64, 70, groups, zeros=zeros)
+    x = rng.normal(size=(rows, 64)).astype(np.float32)
+    x[1, 5], x[2, 7], x[3, 20], x[4, [1, 2]] = np.nan, np.inf, -np.inf, (np.inf, -np.inf)
+    scale, dense = np.array(weights.scale), weights.dense.copy()
+    wide = scale.T if out_major else scale
+    for column, value in ((3, np.inf), (40, np.nan)):
+        wide[-1, column] = value
+        share = slice(64 - 64 // groups, None)
+        dense[share, column] = np.where(dense[share, column] == 0, np.nan, np.copysign(value, dense[share, column]))
+    with np.errstate(invalid="ignore"):
+        expected = x.astype(np.float64) @ weights.dense, x.astype(np.float64) @ dense
+    assert np.isinf(expected[0][2]).any()
+    product = jax.jit(functools.partial(weight_only_matmul, storage=storage))
+    for instructions in library.INSTRUCTION_SETS:
+        with library.limited_to(instructions):
+            assert_as_plain(product(x, weights.codes, weights.scale, weights.zero_point), expected[0])
+            assert_as_plain(product(x, weights.codes, scale, weights.zero_point), expected[1])
+
+
+@needs_library
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("out_major", [False, True])
+@pytest.mark.parametrize("name", ["int8", "uint8", "int4", "uint4"])
+def test_infinite_scales_of_whole_inputs(name, out_major, rows):
+    storage = dataclasses.replace(FORMATS[name], out_major=out_major)
+    rng = np.random.default_rng(0)
+    weights = drawn(rng, storage, 64, 70, 4, zeros=None if storage.signed else "uint8")
+    x = rng.integers(1, 128, size=(rows, 64)).astype(np.int8)
+    scale, dense = np.array(weights.scale), weights.dense.copy()
+    (scale.T if out_major else scale)[1, 3] = np.inf
+    dense[16:32, 3] = np.where(dense[16:32, 3] == 0, np.nan, np.copysign(np.inf, dense[16:32, 3]))
+    with np.errstate(invalid="ignore"):
+        expected = x.astype(np.float64) @ dense
+    product = jax.jit(functools.partial(weight_only_matmul, storage=storage))
+    for instructions in library.INSTRUCTION_SETS:
+        with library.limited_to(instructions):
+            y = product(x, weights.codes, scale, weights.zero_point)
+            assert_as_plain(y, expected)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(1, 64, 40, 4), (7, 63, 33, 1), (20, 1088, 130, 34), (50, 600, 17, 1)], ids=str)
+@pytest.mark.parametrize("out_major", [False, True])
+@pytest.mark.parametrize("name", ["int8", "uint8", "int4", "uint4"])
+def test_zero_points_of_whole_inputs(name, out_major, shape):
+    rows, inputs, outputs, groups = shape
+    storage = dataclasses.replace(FORMATS[name], out_major=out_major)
+    rng = np.random.default_rng(rows)
+    weights = drawn(rng, storage, inputs, outputs, groups, zeros=None if storage.signed else "uint8")
+    x = rng.integers(-128, 128, size=(rows, inputs)).astype(np.int8)
+    zero = rng.integers(-128, 128, size=(rows, 1)).astype(np.int8)
+    zero[0] = -128  # every input is above it
+    centred = x.astype(np.float64) - zero
+    x, zero = jnp.asarray(x), jnp.asarray(zero)
+    for instructions in library.INSTRUCTION_SETS:
+        with library.limited_to(instructions):
+            y = weight_only_matmul(
+                x, weights.codes, weights.scale, weights.zero_point, storage=storage, x_zero_point=zero
+            )
+        bound = np.abs(centred) @ weights.magnitude
+        assert np.all(np.abs(y - centred @ weights.dense) <= 3e-7 * bound + 1e-30), instructions
+    plain = plain_weight_only(x, weights.codes, weights.scale, weights.zero_point, storage=storage, x_zero_point=zero)
+    np.testing.assert_allclose(plain, centred @ weights.dense, rtol=1e-4, atol=1e-6 * bound.max())
+
+
+@needs_library
+def test_zero_points_of_whole_inputs_in_batches():
+    storage = FORMATS["int4"]
+    rng = np.random.default_rng(0)
+    weights = drawn(rng, storage, 64, 24, 4)
+    x = rng.integers(-128, 128, size=(3, 5, 64)).astype(np.int8)
+    zero = rng.integers(-128, 128, size=(3, 5, 1)).astype(np.int8)
+
+    @jax.jit
+    def product(x, zero, scale):
+        return weight_only_matmul(x, weights.codes, scale, storage=storage, x_zero_point=zero)
+
+    expected = (x.astype(np.float64) - zero) @ weights.dense
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-3)
+    close(product(x, zero, weights.scale), expected)
+    close(jax.vmap(product, (0, 0, None))(x, zero, weights.scale), expected)
+    close(jax.vmap(product, (0, None, None))(x, zero[0], weights.scale), (x - zero[0].astype(float)) @ weights.dense)
+    scales = jnp.stack([weights.scale, 2 * weights.scale, weights.scale])
+    close(jax.vmap(product)(x, zero, scales), expected * np.array([1, 2, 1])[:, None, None])
+    by_scale = jax.grad(lambda scale: product(x, zero, scale).sum())(weights.scale)
+    ratio = weights.dense / np.repeat(np.asarray(weights.scale, np.float64), 16, axis=0)
+    total = (x.astype(np.float64) - zero).sum((0, 1))
+    close(by_scale, (total[:, None] * ratio).reshape(4, 16, 24).sum(1))
+
+
 @needs_library
 def test_calls_from_several_threads():
     rng = np.random.default_rng(0)
@@ -399,6 +505,25 @@ def test_on_8_devices(case, name, out_major, mesh):
 
 
 @needs_library
+@pytest.mark.parametrize("case", SHARDED)
+def test_zero_points_of_inputs_on_8_devices(case, mesh):
+    *specs, of_result, collectives = SHARDED[case]
+    storage = FORMATS["int4"]
+    rng = np.random.default_rng(0)
+    weights = drawn(rng, storage, 64, 48, 4)
+    x, zero = (rng.integers(-128, 128, size=(8, size)).astype(np.int8) for size in (64, 1))
+    parts = zip([x, weights.codes, weights.scale], specs, strict=True)
+    arrays = [jax.device_put(part, NamedSharding(mesh, spec)) for part, spec in parts]
+    zeros = jax.device_put(zero, NamedSharding(mesh, P(specs[0][0] if specs[0] else None)))
+    product = jax.jit(lambda *arrays: weight_only_matmul(*arrays[1:], storage=storage, x_zero_point=arrays[0]))
+    program = product.lower(zeros, *arrays).compile()
+    y = program(zeros, *arrays)
+    assert y.sharding.is_equivalent_to(NamedSharding(mesh, of_result), 2)
+    assert set(re.findall("all-gather|all-reduce|all-to-all|collective-permute", program.as_text())) == collectives
+    np.testing.assert_allclose(y, (x.astype(np.float64) - zero) @ weights.dense, rtol=1e-4, atol=2e-3)
+
+
+@needs_library
 @pytest.mark.parametrize("spec", [P(None, "a"), P("b", "a")])
 def test_integers_on_8_devices(spec, mesh):
     rng = np.random.default_rng(0)
@@ -452,6 +577,17 @@ def test_what_kernels_refuse(reason):
     assert re.search(reason, why_not_weight_only(*arrays, storage=FORMATS[name]))
     with pytest.raises(ValueError, match=reason):
         jax.eval_shape(lambda *parts: weight_only_matmul(*parts, storage=FORMATS[name]), *arrays)
+
+
+@needs_library
+def test_what_zero_points_of_inputs_ask_for():
+    whole = of((2, 64), "int8"), of((64, 4), "int8"), of((4, 4)), None
+    refused = functools.partial(why_not_weight_only, *whole, storage=FORMATS["int8"])
+    assert refused(x_zero_point=of((2, 1), "int8")) is None
+    assert "float32 of shape (2, 1), not int8 of (2, 1)" in refused(x_zero_point=of((2, 1)))
+    assert "int8 of shape (1, 1), not int8 of (2, 1)" in refused(x_zero_point=of((1, 1), "int8"))
+    floats = why_not_weight_only(of((2, 64)), *whole[1:], storage=FORMATS["int8"], x_zero_point=of((2, 1), "int8"))
+    assert floats == "only inputs of int8 to weights without levels have zero points"
 
 
 @needs_library

@@ -23,7 +23,13 @@ from jaxcompress._src.arrays.protocol import (
     transpose,
 )
 from jaxcompress._src.arrays.reshaping import reshape_runs, reshaped_blocks
-from jaxcompress._src.arrays.sharding import component_shardings, ones_replicated, spec_entries, whole_blocks
+from jaxcompress._src.arrays.sharding import (
+    component_shardings,
+    entries_here,
+    ones_replicated,
+    spec_entries,
+    whole_blocks,
+)
 from jaxcompress._src.arrays.static_fields import DTYPE, INT
 from jaxcompress._src.arrays.validate import is_finite, require
 from jaxcompress._src.meshes import on_auto_axes
@@ -67,8 +73,21 @@ class AdditiveCodebookArray(StoredArray):
     def shape(self) -> tuple[int, ...]:
         """Logical shape."""
         shape = list(self.data.shape[:-1])
-        shape[self.axis] = self.width
+        shape[self.axis] = self._weights_here
         return tuple(shape)
+
+    @property
+    def _weights_here(self) -> int:
+        runs = self.data.shape[self.axis - 1]
+        return entries_here(self.width, runs, block=self.length, stored_per_block=1)
+
+    def why_no_share(self) -> str | None:
+        """Codes that are not of whole runs."""
+        runs = self.data.shape[self.axis - 1]
+        if runs == -(-self._weights_here // self.length):
+            return None
+        axis = self.axis + self.ndim
+        return f"{runs} codes along axis {axis} are no share of {self.width} weights in whole runs of {self.length}"
 
     @property
     def length(self) -> int:
@@ -88,7 +107,7 @@ class AdditiveCodebookArray(StoredArray):
     @on_auto_axes
     def materialize(self) -> Float[Array, "..."]:
         """The plain array, of the logical shape and dtype."""
-        return _add_entries(self.codes(), self.table, self.scale, self.axis, self.width, self.dtype)
+        return _add_entries(self.codes(), self.table, self.scale, self.axis, self._weights_here, self.dtype)
 
     @on_auto_axes
     def take_rows(self, rows: Integer[Array, "..."]) -> Float[Array, "..."]:
@@ -98,7 +117,7 @@ class AdditiveCodebookArray(StoredArray):
         flat = rows.reshape(-1)
         codes = take_code_rows(self.data, flat)
         table, scale = (take_parameter_rows(part, flat, self.shape[0]) for part in (self.table, self.scale))
-        taken = _add_entries(codes, table, scale, self.axis, self.width, self.dtype)
+        taken = _add_entries(codes, table, scale, self.axis, self._weights_here, self.dtype)
         return taken.reshape(*rows.shape, *self.shape[1:])
 
     def transpose(self, permutation: Sequence[int]) -> Any:

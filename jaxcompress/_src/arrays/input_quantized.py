@@ -265,6 +265,7 @@ class InputQuantizedArray(StoredArray):
 
     def _as_float(self, inputs: jax.Array) -> jax.Array:
         """Whole numbers, which `jnp.matmul` leaves as they are, have no steps between them."""
+        inputs = jnp.asarray(inputs)
         return inputs if jnp.issubdtype(inputs.dtype, jnp.inexact) else inputs.astype(self.dtype)
 
     def convolve(self, inputs: jax.Array, parameters: Mapping[str, Any]) -> Any:

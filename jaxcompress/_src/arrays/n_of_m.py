@@ -20,7 +20,7 @@ from jaxcompress._src.arrays.protocol import (
     slice_axis,
     transpose,
 )
-from jaxcompress._src.arrays.sharding import component_shardings, whole_blocks
+from jaxcompress._src.arrays.sharding import component_shardings, entries_here, whole_blocks
 from jaxcompress._src.arrays.static_fields import INT, INTS
 from jaxcompress._src.arrays.validate import require, validate_array
 from jaxcompress._src.meshes import on_auto_axes
@@ -53,8 +53,21 @@ class NMSparseArray(StoredArray):
     def shape(self) -> tuple[int, ...]:
         """Logical shape."""
         shape = list(self.values.shape)
-        shape[self.axis] = self.width
+        shape[self.axis] = self._entries_here
         return tuple(shape)
+
+    @property
+    def _entries_here(self) -> int:
+        count, run = self.pattern
+        return entries_here(self.width, self.values.shape[self.axis], block=run, stored_per_block=count)
+
+    def why_no_share(self) -> str | None:
+        """Values that are no whole runs."""
+        (count, run), stored = self.pattern, self.values.shape[self.axis]
+        if stored == -(-self._entries_here // run) * count:
+            return None
+        axis = self.axis + len(self.values.shape)
+        return f"{stored} values along axis {axis} are no share of {self.width} entries in whole runs of {run}"
 
     @property
     def dtype(self) -> Any:
@@ -154,7 +167,7 @@ class NMSparseArray(StoredArray):
         return jax.tree.map(lambda part: part[rows], self)
 
     def _spread(self, values: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-        return _spread(values, self.index, self.pattern, self.axis, self.width)
+        return _spread(values, self.index, self.pattern, self.axis, self._entries_here)
 
 
 _UNROLLED = 16

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Integer, UInt8
 
 from jaxcompress._src.arrays.protocol import PartCoding, StoredArray, array_kind, product_with_plain, slice_axis
-from jaxcompress._src.arrays.sharding import whole_blocks
+from jaxcompress._src.arrays.sharding import entries_here, whole_blocks
 from jaxcompress._src.arrays.static_fields import BOOL, INT
 from jaxcompress._src.arrays.validate import require
 from jaxcompress._src.meshes import on_auto_axes
@@ -27,7 +27,8 @@ class PackedArray(StoredArray):
     sharded, at every block. A block of 8 codes of 3, 5, 6 or 7 bits holds one plane for each power of two in `bits`
     (5 = 4 + 1), the widest first; the widest plane holds the lowest bits of the code.
 
-    Invariants: `-data.ndim <= axis < 0`; `data.shape[axis]` bytes hold `width` codes and less than one block of zeros.
+    Invariants: `-data.ndim <= axis < 0`; `data.shape[axis]` bytes hold `width` codes and less than one block of zeros;
+    in `jax.shard_map`, they may be one of equal shares of whole blocks, and the shape is that of the share.
 
     Attributes:
         data: uint8, of the logical shape but for the packed axis.
@@ -47,8 +48,24 @@ class PackedArray(StoredArray):
     def shape(self) -> tuple[int, ...]:
         """Logical shape."""
         shape = list(self.data.shape)
-        shape[self.axis] = self.width
+        shape[self.axis] = self._codes_here
         return tuple(shape)
+
+    @property
+    def _codes_here(self) -> int:
+        block = codes_per_block(self.bits)
+        stored = self.data.shape[self.axis]
+        return entries_here(self.width, stored, block=block, stored_per_block=block * self.bits // 8)
+
+    def why_no_share(self) -> str | None:
+        """Bytes that are no whole blocks."""
+        block, axis, stored = codes_per_block(self.bits), self.axis + self.data.ndim, self.data.shape[self.axis]
+        if stored == -(-self._codes_here // block) * block * self.bits // 8:
+            return None
+        return (
+            f"{stored} bytes along axis {axis} of codes are no share of {self.width} codes of {self.bits} bits in "
+            f"whole blocks of {block}"
+        )
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -58,7 +75,7 @@ class PackedArray(StoredArray):
     @on_auto_axes
     def materialize(self) -> Integer[Array, "..."]:
         """The codes as int8 or uint8."""
-        return _unpack(self.data, self.bits, self.axis, self.width, self.signed)
+        return _unpack(self.data, self.bits, self.axis, self._codes_here, self.signed)
 
     @on_auto_axes
     def take(self, positions: Integer[Array, "..."]) -> Integer[Array, "..."]:

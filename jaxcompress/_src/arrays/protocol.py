@@ -133,6 +133,10 @@ class StoredArray:
     def with_plain_weight(self) -> Any:
         """Where an array `changes_inputs`: the same with everything else plain, if anything else is stored; or None."""
 
+    def why_no_share(self) -> str | None:
+        """Why what is stored is neither the whole array nor an equal share of it (its parts say so themselves)."""
+        return None
+
     def shardings(self, sharding: NamedSharding) -> Any:
         """The same structure with a `NamedSharding` for each part, see `component_shardings`; by default replicated.
 
@@ -225,6 +229,18 @@ def _import_static(kind: ArrayKind, content: bytes) -> tuple[Any, ...]:
 def call(leaf: Any, method: str, *arguments: Any, **keywords: Any) -> Any:
     """A method of a compressed array; classes that do not derive from `StoredArray` have its defaults, too."""
     return getattr(type(leaf), method, getattr(StoredArray, method))(leaf, *arguments, **keywords)
+
+
+def why_no_share(leaf: Any) -> str | None:
+    """Why a compressed array, or a part of it, is neither whole nor an equal share, in one clause; None if it is.
+
+    `jax.shard_map` hands out what lies on a device, however it was cut.
+    """
+    if not is_compressed(leaf):
+        return None
+    parts = (getattr(leaf, field.name) for field in dataclasses.fields(leaf)) if dataclasses.is_dataclass(leaf) else ()
+    reasons = (why_no_share(part) for part in parts)
+    return call(leaf, "why_no_share") or next((reason for reason in reasons if reason), None)
 
 
 def changes_inputs(part: Any) -> bool:

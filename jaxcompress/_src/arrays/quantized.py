@@ -185,6 +185,22 @@ class QuantizedArray(CodedArray):
         zero_point = None if self.zero_point is None else _cut_zero_points(self.zero_point, sharding)
         return dataclasses.replace(self, data=data, scale=scale, zero_point=zero_point)
 
+    def why_no_share(self) -> str | None:
+        """Scales or zero points that are not those of the codes."""
+        for axis, (size, count) in enumerate(zip(self.shape, self.scale.shape, strict=True)):
+            partial = self.partial if self.partial is not None and axis == self.partial[0] + self.ndim else None
+            fits = size % max(count, 1) == 0 if partial is None else -(-size // partial[1]) == count
+            if count > 1 and not fits:
+                return f"{count} scales along axis {axis} do not belong to {size} codes: scales are cut as codes are"
+        if self.zero_point is not None:
+            for axis, (zeros, count) in enumerate(zip(self.zero_point.shape, self.scale.shape, strict=True)):
+                if zeros not in (1, count):
+                    return (
+                        f"{zeros} zero points along axis {axis} do not belong to {count} scales: packed ones can be "
+                        "cut into whole bytes only; `QuantizedArray.with_plain_parts` unpacks them"
+                    )
+        return None
+
     def describe(self) -> str:
         """Codes, how weights share scales, and how zeros are stored: `int4 g32 2:4`."""
         codes, pattern = describe_codes(self.data)

@@ -60,6 +60,30 @@ def ones_replicated(part: Any, sharding: NamedSharding) -> NamedSharding:
     return NamedSharding(sharding.mesh, PartitionSpec(*entries))
 
 
+def entries_here(width: int, stored: int, *, block: int, stored_per_block: int) -> int:
+    """How many of `width` entries an array holds: all, or those of the whole blocks of a share.
+
+    Static sizes are those of the whole array. `jax.shard_map` hands out shares of what is stored, and puts them
+    together again.
+
+    Args:
+        width: entries of the whole array.
+        stored: what is stored along the axis.
+        block: entries of a block.
+        stored_per_block: what is stored of a block.
+
+    Returns:
+        The entries; `width` where they are no whole blocks of equal shares.
+
+    Example:
+        >>> entries_here(64, 32, block=2, stored_per_block=1), entries_here(64, 8, block=2, stored_per_block=1)
+        (64, 16)
+    """
+    whole = -(-width // block) * stored_per_block
+    is_share = 0 < stored < whole and whole % stored == width % block == stored % stored_per_block == 0
+    return stored // stored_per_block * block if is_share else width
+
+
 def whole_blocks(leaf: Any, axis: int, block: int, sharding: NamedSharding) -> NamedSharding:
     """The same sharding, with an entry for every axis.
 

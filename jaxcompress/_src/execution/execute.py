@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxcompress._src.arrays.protocol import can_unstack
+from jaxcompress._src.arrays.protocol import can_unstack, why_no_share
 from jaxcompress._src.execution.kernels.choice import Planned, checked_kernels, multiplier
 from jaxcompress._src.execution.rules import RULES
 from jaxcompress._src.execution.runs import boundaries, cut, sliced_runs
@@ -39,7 +39,8 @@ def execute(apply: Callable[..., Any], *, kernels: Sequence[str] | None = None) 
         A function of the same arguments and outputs. Without compressed arguments it calls `apply` as it is.
 
     Raises:
-        ValueError: there is no kernel of a name, or this machine lacks what it needs.
+        ValueError: there is no kernel of a name, or this machine lacks what it needs; in `jax.shard_map`, a leaf was
+            cut into shares that are not whole (names it and the axis).
 
     Example:
         >>> import jax.numpy as jnp
@@ -98,8 +99,9 @@ def run_compressed(apply: Callable[..., Any], evaluation: Callable[[], Evaluatio
     keyed, _ = jax.tree_util.tree_flatten_with_path((args, kwargs), is_leaf=is_compressed)
     if not any(is_compressed(leaf) for _, leaf in keyed):
         return apply(*args, **kwargs)
+    tagged = [_tagged(*each) for each in keyed]
     model = traced(lambda tree: apply(*tree[0], **tree[1]), (args, kwargs), ())
-    results = _interpret(as_body(model.closed), [_tagged(*keyed[number]) for number in model.numbers], evaluation())
+    results = _interpret(as_body(model.closed), [tagged[number] for number in model.numbers], evaluation())
     return model.outputs.unflatten(results)
 
 
@@ -279,5 +281,10 @@ def _tagged(keys: tuple[Any, ...], leaf: Any) -> Any:
     # The keys begin with (args or kwargs, number or name of the argument).
     argument, inner = keys[1], keys[2:]
     first = keys[0].idx == 0 and argument.idx == 0
-    leaf = varying(leaf, varying_axes(leaf))
-    return Weight(leaf, path_string(inner) if first else f"[{path_string((argument,))}]/{path_string(inner)}")
+    path = path_string(inner) if first else f"[{path_string((argument,))}]/{path_string(inner)}"
+    if (axes := varying_axes(leaf)) and (reason := why_no_share(leaf)) is not None:
+        raise ValueError(
+            f"Leaf {path!r} was cut along {sorted(axes)} so that a device has no share to compute with: {reason}. "
+            "`arrays.component_shardings` says how a leaf can be cut."
+        )
+    return Weight(varying(leaf, axes), path)

@@ -6,12 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax import core
 
 from jaxcompress._src.arrays.protocol import Multiply, call, describe_leaf, leaf_of_product
 from jaxcompress._src.execution.kernels import cpu, native_cpu, native_expansion, pallas
 from jaxcompress._src.execution.kernels.kernel import PLAIN, Kernel
 from jaxcompress._src.execution.kernels.matmul import Matmul
+from jaxcompress._src.execution.kernels.native import library
 from jaxcompress._src.execution.kernels.ordering import widened_after
+from jaxcompress._src.execution.kernels.processor import instruction_sets
 from jaxcompress._src.types import is_compressed, plain
 
 KERNELS: tuple[Kernel, ...] = (
@@ -82,10 +86,51 @@ def checked_kernels(names: Sequence[str] | None) -> tuple[Kernel, ...]:
 def multiplier(names: Sequence[str] | None, planned: Planned) -> Multiplier:
     """A product that chooses among kernels, for each platform that the program may be lowered for.
 
+    Outside of a trace it is compiled, with its choice, once for each kind, shape and dtype: to choose takes longer than
+    most products do.
+
     Args:
         names: as for `checked_kernels`; where there are none, programs hold nothing but what computes their values.
         planned: told about each choice.
     """
+    checked_kernels(names)
+    chosen_anew = _choosing(names, planned)
+
+    def multiply(left: Any, right: Any, parameters: Mapping[str, Any], path: str) -> Any:
+        key = _key(names, left, right, parameters)
+        if key is None:
+            return chosen_anew(left, right, parameters, path)
+        return _compiled_once(*key)(left, right)
+
+    return multiply
+
+
+def _key(names: Sequence[str] | None, left: Any, right: Any, parameters: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What a choice depends on besides the operands; None within a trace, and where a leaf cannot be looked up."""
+    leaves, structure = jax.tree.flatten((left, right))
+    if any(not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, core.Tracer) for leaf in leaves):
+        return None
+    key = (
+        None if names is None else tuple(names),
+        tuple(sorted(parameters.items())),
+        (library.instruction_set(), instruction_sets()),
+    )
+    try:
+        hash((structure, key))
+    except TypeError:  # of a static field, such as a quantizer of the user's
+        return None
+    return key
+
+
+@functools.lru_cache(maxsize=1024)
+def _compiled_once(names: tuple[str, ...] | None, parameters: tuple[Any, ...], processor: Any) -> Callable[..., Any]:
+    """The product of two operands as one program; it is not for tracers."""
+    del processor
+    choose = _choosing(names, lambda *_: None)
+    return jax.jit(lambda left, right: choose(left, right, dict(parameters), ""))
+
+
+def _choosing(names: Sequence[str] | None, planned: Planned) -> Callable[..., Any]:
     kernels = checked_kernels(names)
     ordered = names is None or len(names) > 0
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
 from jaxcompress._src.arrays.input_quantized import InputQuantizedArray
 from jaxcompress._src.arrays.packed import PackedArray
@@ -30,11 +31,18 @@ _ROWS_OF_AMX = 8
 """From so many rows on, XLA's integer product takes a third of the float32 one's time on processors with AMX."""
 
 
+def _is_partly_manual() -> bool:
+    """Whether XLA partitions what is traced here along some axes of a mesh; its custom calls do not know the others."""
+    kinds = set(jax.sharding.get_abstract_mesh().axis_types)
+    return AxisType.Manual in kinds and len(kinds) > 1
+
+
 def _why_not_float(matmul: Matmul) -> str | None:
     leaf = matmul.leaf
     reason = unless(
         (not isinstance(leaf, QuantizedArray), "weights are no codes with scales, or inputs are quantized"),
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
+        (_is_partly_manual(), "in `shard_map` along some axes of the mesh only"),
     )
     if reason is not None:
         return reason
@@ -93,6 +101,7 @@ def _why_not_int8(matmul: Matmul) -> str | None:
     reason = unless(
         (not isinstance(leaf, InputQuantizedArray), "inputs are not quantized"),
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
+        (_is_partly_manual(), "in `shard_map` along some axes of the mesh only"),
     )
     if reason is not None:
         return reason
@@ -100,8 +109,6 @@ def _why_not_int8(matmul: Matmul) -> str | None:
         return "scales vary along the sums, or sums exceed int32"
     if matmul.rows >= _ROWS_OF_AMX and "amx_int8" in instruction_sets():
         return "XLA multiplies integers by AMX, which these kernels do not use"
-    if matmul.rows == 1 and matmul.order == "inputs first" and library.instruction_set() == "avx2":
-        return "one row by AVX2 alone: the float product is faster"
     x, codes = (matmul.rows, matmul.inputs), (matmul.inputs, matmul.outputs)
     out_major = matmul.order == "outputs first"
     shapes = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in (x, codes[::-1] if out_major else codes)]
@@ -125,6 +132,7 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
     reason = unless(
         (not isinstance(leaf, InputQuantizedArray), "inputs are not quantized"),
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
+        (_is_partly_manual(), "in `shard_map` along some axes of the mesh only"),
     )
     if reason is not None:
         return reason
@@ -146,8 +154,9 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
     if reason is not None:
         return reason
     x = jax.ShapeDtypeStruct((matmul.rows, matmul.inputs), jnp.int8)
+    x_zeros = None if codes.zero_point is None else jax.ShapeDtypeStruct((matmul.rows, 1), jnp.int8)
     parts = jax.eval_shape(lambda: _arguments(weight.flat_leaf()))
-    return why_not_weight_only(x, *parts, storage=_storage(flat, weight))
+    return why_not_weight_only(x, *parts, storage=_storage(flat, weight), x_zero_point=x_zeros)
 
 
 def _why_not_codes(codes: QuantizedArray, matmul: Matmul) -> str | None:
@@ -155,9 +164,14 @@ def _why_not_codes(codes: QuantizedArray, matmul: Matmul) -> str | None:
     shape = list(codes.shape)
     for axis in contracted[1 - matmul.side]:
         shape[axis] = 1
+    zeros = codes.zero_point
     return unless(
-        (codes.levels is not None or codes.zero_point is not None, "inputs are not rounded to symmetric integers"),
-        (getattr(codes.data, "dtype", None) != jnp.int8, "codes of inputs are not int8"),
+        (codes.levels is not None, "inputs are not rounded to integers"),
+        (
+            getattr(codes.data, "dtype", None) != (jnp.int8 if zeros is None else jnp.uint8),
+            "codes of inputs are not int8, or uint8 with zero points",
+        ),
+        (zeros is not None and zeros.dtype != jnp.uint8, "zero points of inputs are no whole numbers"),
         (
             any(count not in (1, size) for count, size in zip(codes.scale.shape, shape, strict=True)),
             "scales of inputs vary along the sums",
@@ -169,29 +183,35 @@ def _int8_groups(matmul: Matmul, multiply: Multiply) -> jax.Array:
     leaf = matmul.leaf
 
     def coded_product(codes: QuantizedArray) -> jax.Array:
-        whole = dataclasses.replace(matmul, leaf=leaf.weight, other=codes.data)
+        data, zeros = codes.data, None
+        if codes.zero_point is not None:
+            # 128 less, so that both are int8.
+            data, zeros = ((part ^ jnp.uint8(128)).view(jnp.int8) for part in (data, codes.zero_point))
+            zeros = _of_rows(zeros, codes, matmul)
+        whole = dataclasses.replace(matmul, leaf=leaf.weight, other=data)
         flat = whole.flat_leaf()
-        y = weight_only_matmul(whole.flat_other(), *_arguments(flat), storage=_storage(flat, whole))
-        return matmul.unflattened(y * _scale_of_rows(codes, matmul))
+        y = weight_only_matmul(whole.flat_other(), *_arguments(flat), storage=_storage(flat, whole), x_zero_point=zeros)
+        return matmul.unflattened(y * _of_rows(codes.scale.astype(jnp.float32), codes, matmul))
 
     return leaf.dot(matmul.other, matmul.side, matmul.parameters, multiply=multiply, coded_product=coded_product)
 
 
-def _scale_of_rows(codes: QuantizedArray, matmul: Matmul) -> jax.Array:
-    """Scales of inputs as (rows, 1)."""
+def _of_rows(parameter: jax.Array, codes: QuantizedArray, matmul: Matmul) -> jax.Array:
+    """Scales or zero points of inputs as (rows, 1)."""
     contracted, _ = matmul.parameters["dimension_numbers"]
     axes = tuple(contracted[1 - matmul.side])
     shape = [1 if axis in axes else size for axis, size in enumerate(codes.shape)]
-    scale = jnp.broadcast_to(codes.scale.astype(jnp.float32), shape)
-    return scale.reshape(matmul.rows, 1)
+    return jnp.broadcast_to(parameter, shape).reshape(matmul.rows, 1)
 
+
+_ERROR = "the order of float32 sums (weights of 16 bits are not rounded to those)"
 
 FLOAT = Kernel(
     name="native_float",
     platform="cpu",
     multiply=_float,
     why_not=_why_not_float,
-    error="the order of float32 sums",
+    error=_ERROR,
     missing=library.why_missing,
 )
 INT8 = Kernel(
@@ -207,6 +227,6 @@ INT8_GROUPS = Kernel(
     platform="cpu",
     multiply=_int8_groups,
     why_not=_why_not_int8_groups,
-    error="the order of float32 sums",
+    error=_ERROR,
     missing=library.why_missing,
 )

@@ -1,4 +1,7 @@
-// y = x · dequantized codes for int8 x: whole numbers within a group, one float product for each group.
+// y = (x − its zero points) · dequantized codes for int8 x: whole numbers within a group, one float product for each.
+//
+// Zero points of x take away their product with the sum of the codes of each segment, which is the product of the panel
+// with a row of ones.
 //
 // Codes are packed into panels: quadruples of inputs for each output, as unsigned bytes (signed codes plus `offset`),
 // in blocks of 8 inputs. A block of nibbles comes from 4 bytes, whose low nibbles are the first quadruple and whose
@@ -19,6 +22,7 @@ struct GroupedStrip {
   const uint8_t* panel;
   int64_t plane;                      // bytes from one plane of the panel to the next
   const float *const *scales, *const *zeros;  // of each segment, `pitch` apart; zeros may be null
+  float* code_sums;                           // of each segment, `pitch` strips apart; may be null
   int64_t pitch;
 };
 
@@ -47,6 +51,18 @@ inline void gather_quadruples(const uint8_t* from, int64_t pitch, uint8_t* to) {
   for (int i = 0; i < kOutputs; ++i) std::memcpy(to + 4 * i, from + i * pitch, 4);
 }
 
+// The sums of the codes of each segment: what its panel gives for the row of ones behind the inputs.
+template <class Panels>
+void sum_codes(const GroupedStrip& s) {
+  const uint8_t* panel = s.panel;
+  for (int64_t segment = s.first; segment < s.last; ++segment) {
+    alignas(64) int32_t lanes[1][Panels::kStrip];
+    panel = Panels::template whole_sums<1>(s, segment, panel, s.p.M, lanes);
+    float* to = s.code_sums + (segment - s.first) * s.pitch * Panels::kStrip;
+    for (int i = 0; i < Panels::kStrip; ++i) to[i] = static_cast<float>(lanes[0][i]);
+  }
+}
+
 // Rows [m, m + kRows) of one strip. Totals are y itself, where the strip is whole.
 template <class Panels, int kRows>
 void multiply_strip(const GroupedStrip& s, int64_t m, int64_t n, int64_t columns) {
@@ -64,13 +80,14 @@ void multiply_strip(const GroupedStrip& s, int64_t m, int64_t n, int64_t columns
 }
 
 // Outputs [begin, end). `Panels` has `kStrip` outputs of a panel, `kRows` that are multiplied at a time, `planes(p)`,
-// `pack(p, block, n, columns, to, plane)` and `multiply<rows>(strip, m, totals)`.
+// `pack(p, block, n, columns, to, plane)`, `whole_sums<rows>(strip, segment, panel, m, lanes)`, which returns the panel
+// of the next segment, and `multiply<rows>(strip, m, totals)`.
 template <class Panels>
 void grouped(const Grouped& p, int64_t begin, int64_t end) {
   constexpr int64_t kStrip = Panels::kStrip, kAhead = 16, row_block = 96;
   constexpr int64_t kBytes = kGroupedBytes, kPointers = kBytes / 8 / kStrip;
   alignas(64) uint8_t panels[kBytes * Panels::kMostPlanes];
-  float scale_buffer[kBytes / 8], zero_buffer[kBytes / 8];
+  float scale_buffer[kBytes / 8], zero_buffer[kBytes / 8], code_sums[kBytes / 8];
   const float *scales[kPointers], *zeros[kPointers];
   const int64_t planes = Panels::planes(p), tile = grouped_tile(p);
   const int64_t block_bytes = p.is_packed ? 4 : 8;
@@ -103,11 +120,23 @@ void grouped(const Grouped& p, int64_t begin, int64_t end) {
               __builtin_prefetch(p.codes + ((k0 / 8 + b) * block_bytes + kAhead + h) * p.N + n, 0, 2);
           Panels::pack(p, k0 / 8 + b, n, least(kStrip, stop - n), panels + j * planes * plane + b * 8 * kStrip, plane);
         }
+      const auto strip_at = [&](int64_t j) {
+        return GroupedStrip{p,
+                            first,
+                            last,
+                            k0 == 0,
+                            panels + j * planes * plane,
+                            plane,
+                            scales + j,
+                            p.zero.data ? zeros + j : nullptr,
+                            p.input_zeros ? code_sums + j * kStrip : nullptr,
+                            strips};
+      };
+      if (p.input_zeros)
+        for (int64_t j = 0; j < strips; ++j) sum_codes<Panels>(strip_at(j));
       for (int64_t m0 = 0; m0 < p.M; m0 += row_block)
         for (int64_t j = 0; j < strips; ++j) {
-          const GroupedStrip strip{p,     first,      last,
-                                   k0 == 0, panels + j * planes * plane, plane,
-                                   scales + j, p.zero.data ? zeros + j : nullptr, strips};
+          const GroupedStrip strip = strip_at(j);
           const int64_t n = n0 + j * kStrip, width = least(kStrip, stop - n), m1 = least(m0 + row_block, p.M);
           int64_t m = m0;
           for (; m + Panels::kRows <= m1; m += Panels::kRows) multiply_strip<Panels, Panels::kRows>(strip, m, n, width);

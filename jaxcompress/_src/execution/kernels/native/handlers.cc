@@ -106,8 +106,11 @@ bool read_parameters(const XLA_FFI_Buffer* buffer, const WeightOnly& p, int64_t 
 }
 
 XLA_FFI_Error* weight_only(XLA_FFI_CallFrame* frame) {
-  const XLA_FFI_Buffer *x = argument(frame, 0), *codes = argument(frame, 1), *scale = argument(frame, 2),
-                       *zero = argument(frame, 3);
+  // Behind x come its zero points, if it has any.
+  const bool has_input_zeros = flag(frame, "has_input_zeros");
+  const int64_t at = 1 + has_input_zeros;
+  const XLA_FFI_Buffer *x = argument(frame, 0), *input_zeros = has_input_zeros ? argument(frame, 1) : nullptr,
+                       *codes = argument(frame, at), *scale = argument(frame, at + 1), *zero = argument(frame, at + 2);
   const XLA_FFI_Buffer* y = result(frame);
   if (!is_matrix(x) || !is_matrix(codes) || !is_matrix(scale) || !is_matrix(y))
     return invalid(frame, "expected matrices");
@@ -121,6 +124,9 @@ XLA_FFI_Error* weight_only(XLA_FFI_CallFrame* frame) {
   const bool has_whole_inputs = x->dtype == XLA_FFI_DataType_S8 && !has_levels;
   if ((x->dtype != XLA_FFI_DataType_F32 && !has_whole_inputs) || y->dtype != XLA_FFI_DataType_F32)
     return invalid(frame, "expected inputs of float32, or of int8 without levels, and outputs of float32");
+  if (has_input_zeros && (!has_whole_inputs || !is_matrix(input_zeros) || input_zeros->dtype != XLA_FFI_DataType_S8 ||
+                          input_zeros->dims[0] != p.M || input_zeros->dims[1] != 1))
+    return invalid(frame, "expected one zero point of int8 for each row of inputs of int8");
   if (codes->dtype != (is_packed || !p.is_signed ? XLA_FFI_DataType_U8 : XLA_FFI_DataType_S8))
     return invalid(frame, "unexpected dtype of codes");
   if (codes->dims[p.out_major] != (is_packed ? (p.K + 1) / 2 : p.K))
@@ -146,6 +152,7 @@ XLA_FFI_Error* weight_only(XLA_FFI_CallFrame* frame) {
   if (has_whole_inputs) {
     Grouped grouped{p.M, p.K, p.N, p.groups, p.out_major, p.is_signed, is_packed};
     grouped.x = static_cast<const int8_t*>(x->data);
+    if (has_input_zeros) grouped.input_zeros = static_cast<const int8_t*>(input_zeros->data);
     grouped.codes = p.codes;
     grouped.scale = p.scale;
     grouped.zero = p.zero;

@@ -141,6 +141,47 @@ void dot_rows(const Integer& p, int64_t begin, int64_t end) {
   }
 }
 
+// One row by codes as they lie, of a block of inputs at a time; y holds the sums so far.
+void row_in_major(const Integer& p, int64_t begin, int64_t end) {
+  constexpr int64_t kStrip = 16;
+  const int64_t block = p.N % 1024 ? 16 : 8;  // rows that are a page apart evict one another
+  const int16_t* x = static_cast<const int16_t*>(p.inputs);
+  const int64_t whole = begin + (end - begin) / kStrip * kStrip;
+  std::memset(p.y + begin, 0, (end - begin) * sizeof(int32_t));
+  for (int64_t k0 = 0; k0 < p.K; k0 += block) {
+    const int64_t last = least(k0 + block, p.K), pairs = last - (last - k0) % 2;
+    for (int64_t n = begin; n < whole; n += kStrip) {
+      __m256i low = _mm256_setzero_si256(), high = low;
+      const auto add = [&](int64_t k, int64_t rows) {
+        const uint8_t* from = p.codes + k * p.N + n;
+        const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        const __m128i b =
+            rows == 2 ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + p.N)) : _mm_setzero_si128();
+        const __m256i wide_a = p.is_signed ? _mm256_cvtepi8_epi16(a) : _mm256_cvtepu8_epi16(a);
+        const __m256i wide_b = p.is_signed ? _mm256_cvtepi8_epi16(b) : _mm256_cvtepu8_epi16(b);
+        const __m256i v = _mm256_set1_epi32(load_int32(x + k));  // rows of inputs are padded
+        low = _mm256_add_epi32(low, _mm256_madd_epi16(_mm256_unpacklo_epi16(wide_a, wide_b), v));
+        high = _mm256_add_epi32(high, _mm256_madd_epi16(_mm256_unpackhi_epi16(wide_a, wide_b), v));
+      };
+      // The rows of the next block, which lie in other pages. Past the end of the array this reads nothing.
+      if ((n - begin) % 64 == 0)
+        for (int64_t h = 0; h < block; ++h) __builtin_prefetch(p.codes + (k0 + block + h) * p.N + n, 0, 2);
+      for (int64_t k = k0; k < pairs; k += 2) add(k, 2);
+      if (pairs < last) add(pairs, 1);
+      __m256i* y = reinterpret_cast<__m256i*>(p.y + n);
+      const __m256i first = _mm256_permute2x128_si256(low, high, 0x20),
+                    second = _mm256_permute2x128_si256(low, high, 0x31);
+      _mm256_storeu_si256(y, _mm256_add_epi32(_mm256_loadu_si256(y), first));
+      _mm256_storeu_si256(y + 1, _mm256_add_epi32(_mm256_loadu_si256(y + 1), second));
+    }
+    for (int64_t n = whole; n < end; ++n) {
+      uint32_t sum = static_cast<uint32_t>(p.y[n]);
+      for (int64_t k = k0; k < last; ++k) sum += static_cast<uint32_t>(x[k] * code_at(p, k, n));
+      p.y[n] = static_cast<int32_t>(sum);
+    }
+  }
+}
+
 // ---- int8 by groups: products of int8 and nibbles, of which 8 pairs fit int16. Bytes are two planes of nibbles.
 
 struct GroupedPanels {
@@ -243,16 +284,23 @@ struct GroupedPanels {
   }
 
   template <int kCount>
+  JAXCOMPRESS_INLINE static inline const uint8_t* whole_sums(const GroupedStrip& s, int64_t segment, const uint8_t* panel, int64_t m,
+                                   int32_t (*lanes)[kStrip]) {
+    const Grouped& p = s.p;
+    const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
+    multiply_quadruples<kCount>(panel, planes(p), s.plane, steps, p.inputs + m * p.inputs_pitch + begin,
+                                p.inputs_pitch, p.corrections + m * p.segment_count + segment, p.segment_count, lanes);
+    return panel + steps * 4 * kStrip;
+  }
+
+  template <int kCount>
   static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
     const Grouped& p = s.p;
     const uint8_t* panel = s.panel;
     for (int64_t segment = s.first; segment < s.last; ++segment) {
-      const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
       const int64_t at = m * p.segment_count + segment, row = (segment - s.first) * s.pitch;
       alignas(32) int32_t lanes[kCount][kStrip];
-      multiply_quadruples<kCount>(panel, planes(p), s.plane, steps, p.inputs + m * p.inputs_pitch + begin,
-                                  p.inputs_pitch, p.corrections + at, p.segment_count, lanes);
-      panel += steps * 4 * kStrip;
+      panel = whole_sums<kCount>(s, segment, panel, m, lanes);
       const bool begins = s.is_first && segment == s.first;
       for (int j = 0; j < kStrip; j += 8) {
         const __m256 scale = _mm256_loadu_ps(s.scales[row] + j);
@@ -260,6 +308,9 @@ struct GroupedPanels {
         JAXCOMPRESS_UNROLL
         for (int i = 0; i < kCount; ++i) {
           __m256 value = _mm256_cvtepi32_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(lanes[i] + j)));
+          if (s.code_sums)
+            value = _mm256_fnmadd_ps(_mm256_loadu_ps(s.code_sums + row * kStrip + j),
+                                    _mm256_set1_ps(p.input_zeros[m + i]), value);
           value = _mm256_fnmadd_ps(zero, _mm256_set1_ps(p.sums[at + i * p.segment_count]), value);
           const __m256 before = begins ? _mm256_setzero_ps() : _mm256_loadu_ps(totals[i] + j);
           _mm256_storeu_ps(totals[i] + j, _mm256_fmadd_ps(value, scale, before));
@@ -272,7 +323,7 @@ struct GroupedPanels {
 }  // namespace
 
 const WeightOnlyKernel kAvx2 = {8, 8, in_major<Avx2>, out_major<Avx2>};
-const IntegerKernel kAvx2Integer = {2, 16, false, PanelsOfPairs::kStrip, columns<PanelsOfPairs>, dot_rows};
+const IntegerKernel kAvx2Integer = {2, 16, false, PanelsOfPairs::kStrip, columns<PanelsOfPairs>, dot_rows, row_in_major};
 const GroupedKernel kAvx2Grouped = {GroupedPanels::kStrip, grouped<GroupedPanels>};
 
 }  // namespace jaxcompress

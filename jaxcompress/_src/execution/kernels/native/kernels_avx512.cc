@@ -127,6 +127,14 @@ struct PanelsOfQuadruples {
   }
 };
 
+// As `_mm512_reduce_add_epi32`, which adds the last lanes as numbers that may not wrap around.
+inline int32_t sum_of_lanes(__m512i v) {
+  const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+  __m128i a = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  a = _mm_add_epi32(a, _mm_shuffle_epi32(a, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(a, _mm_shuffle_epi32(a, 0xb1)));
+}
+
 template <int kRows, int kOutputs>
 void dots(const Integer& p, int64_t m, int64_t n) {
   __m512i sums[kRows][kOutputs];
@@ -147,7 +155,7 @@ void dots(const Integer& p, int64_t m, int64_t n) {
   }
   each<kRows>([&](auto i) JAXCOMPRESS_INLINE {
     each<kOutputs>([&](auto j) JAXCOMPRESS_INLINE {
-      const int32_t sum = _mm512_reduce_add_epi32(sums[i][j]);
+      const int32_t sum = sum_of_lanes(sums[i][j]);
       add_to_row(p, m + i, n + j, 1, &sum, true);
     });
   });
@@ -214,16 +222,23 @@ struct GroupedPanels {
   }
 
   template <int kCount>
+  JAXCOMPRESS_INLINE static inline const uint8_t* whole_sums(const GroupedStrip& s, int64_t segment, const uint8_t* panel, int64_t m,
+                                   int32_t (*lanes)[kStrip]) {
+    const Grouped& p = s.p;
+    const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
+    multiply_quadruples<kCount>(panel, steps, p.inputs + m * p.inputs_pitch + begin, p.inputs_pitch,
+                                p.corrections + m * p.segment_count + segment, p.segment_count, lanes);
+    return panel + steps * 4 * kStrip;
+  }
+
+  template <int kCount>
   static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
     const Grouped& p = s.p;
     const uint8_t* panel = s.panel;
     for (int64_t segment = s.first; segment < s.last; ++segment) {
-      const int64_t begin = p.segments[segment].begin, steps = (p.segments[segment].end - begin) / 4;
       const int64_t at = m * p.segment_count + segment, row = (segment - s.first) * s.pitch;
       alignas(64) int32_t lanes[kCount][kStrip];
-      multiply_quadruples<kCount>(panel, steps, p.inputs + m * p.inputs_pitch + begin, p.inputs_pitch,
-                                  p.corrections + at, p.segment_count, lanes);
-      panel += steps * 4 * kStrip;
+      panel = whole_sums<kCount>(s, segment, panel, m, lanes);
       const bool begins = s.is_first && segment == s.first;
       for (int j = 0; j < kStrip; j += 16) {
         const __m512 scale = _mm512_loadu_ps(s.scales[row] + j);
@@ -231,6 +246,9 @@ struct GroupedPanels {
         JAXCOMPRESS_UNROLL
         for (int i = 0; i < kCount; ++i) {
           __m512 value = _mm512_cvtepi32_ps(_mm512_load_si512(lanes[i] + j));
+          if (s.code_sums)
+            value = _mm512_fnmadd_ps(_mm512_loadu_ps(s.code_sums + row * kStrip + j),
+                                    _mm512_set1_ps(p.input_zeros[m + i]), value);
           value = _mm512_fnmadd_ps(zero, _mm512_set1_ps(p.sums[at + i * p.segment_count]), value);
           const __m512 before = begins ? _mm512_setzero_ps() : _mm512_loadu_ps(totals[i] + j);
           _mm512_storeu_ps(totals[i] + j, _mm512_fmadd_ps(value, scale, before));
@@ -243,7 +261,7 @@ struct GroupedPanels {
 }  // namespace
 
 const WeightOnlyKernel kAvx512 = {16, 0, in_major<Avx512>, out_major<Avx512>};
-const IntegerKernel kVnniInteger = {1, 64, true, PanelsOfQuadruples::kStrip, columns<PanelsOfQuadruples>, dot_rows};
+const IntegerKernel kVnniInteger = {1, 64, true, PanelsOfQuadruples::kStrip, columns<PanelsOfQuadruples>, dot_rows, nullptr};
 const GroupedKernel kVnniGrouped = {GroupedPanels::kStrip, grouped<GroupedPanels>};
 
 }  // namespace jaxcompress

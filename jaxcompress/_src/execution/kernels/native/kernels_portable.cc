@@ -86,19 +86,28 @@ struct PlainPanels {
   }
 
   template <int>
+  static const uint8_t* whole_sums(const GroupedStrip& s, int64_t segment, const uint8_t* panel, int64_t m,
+                                   int32_t (*lanes)[kStrip]) {
+    const Grouped& p = s.p;
+    for (int32_t& lane : lanes[0]) lane = p.corrections[m * p.segment_count + segment];
+    const int8_t* x = p.inputs + m * p.inputs_pitch;
+    for (int64_t k = p.segments[segment].begin; k < p.segments[segment].end; k += 4, panel += 4 * kStrip)
+      for (int i = 0; i < kStrip; ++i)
+        for (int h = 0; h < 4; ++h) lanes[0][i] += x[k + h] * panel[4 * i + h];
+    return panel;
+  }
+
+  template <int>
   static void multiply(const GroupedStrip& s, int64_t m, float* const* totals) {
     const Grouped& p = s.p;
-    const uint8_t* w = s.panel;
+    const uint8_t* panel = s.panel;
     for (int64_t segment = s.first; segment < s.last; ++segment) {
       const int64_t at = m * p.segment_count + segment, row = (segment - s.first) * s.pitch;
-      int32_t sums[kStrip];
-      for (int32_t& sum : sums) sum = p.corrections[at];
-      const int8_t* x = p.inputs + m * p.inputs_pitch;
-      for (int64_t k = p.segments[segment].begin; k < p.segments[segment].end; k += 4, w += 4 * kStrip)
-        for (int i = 0; i < kStrip; ++i)
-          for (int h = 0; h < 4; ++h) sums[i] += x[k + h] * w[4 * i + h];
+      int32_t lanes[1][kStrip];
+      panel = whole_sums<1>(s, segment, panel, m, lanes);
       for (int i = 0; i < kStrip; ++i) {
-        float value = static_cast<float>(sums[i]);
+        float value = static_cast<float>(lanes[0][i]);
+        if (s.code_sums) value -= s.code_sums[row * kStrip + i] * p.input_zeros[m];
         if (s.zeros) value -= s.zeros[row][i] * p.sums[at];
         const float total = s.is_first && segment == s.first ? 0 : totals[0][i];
         totals[0][i] = total + value * s.scales[row][i];
@@ -111,7 +120,7 @@ struct PlainPanels {
 
 const WeightOnlyKernel kPortable = {4, 0, in_major<Plain<4>>, out_major<Plain<4>>};
 const WeightOnlyKernel kScalar = {1, 0, in_major<Plain<1>>, out_major<Plain<1>>};
-const IntegerKernel kPortableInteger = {2, 1, false, 64, columns_one_by_one, nullptr};
+const IntegerKernel kPortableInteger = {2, 1, false, 64, columns_one_by_one, nullptr, nullptr};
 const GroupedKernel kPortableGrouped = {PlainPanels::kStrip, grouped<PlainPanels>};
 
 }  // namespace jaxcompress

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, Int32, Integer, Num, Shaped
+from jaxtyping import Array, Float, Int8, Int32, Integer, Num, Shaped
 
 from jaxcompress._src.execution.kernels.native import library
 from jaxcompress._src.execution.kernels.native.exported import unless_exported
@@ -58,13 +58,15 @@ def weight_only_matmul(
     zero_point: Shaped[Array, "..."] | None = None,
     *,
     storage: WeightOnlyFormat,
+    x_zero_point: Int8[Array, "... 1"] | None = None,
 ) -> Float[Array, "... out"]:
     """Inputs times dequantized weights, which are widened in registers: in memory there are only the codes.
 
-    y[m, n] = Σ_g scale[g, n] (Σ_{k in g} x[m, k] value(codes[k, n]) - zero_point[g, n] Σ_{k in g} x[m, k])
+    y[m, n] = Σ_g scale[g, n] Σ_{k in g} (x[m, k] - x_zero_point[m]) (value(codes[k, n]) - zero_point[g, n])
 
-    in float32, where value(c) is c or levels[c]. That is the product with the dequantized weights but for rounding, and
-    for inputs that are infinite: with zero points (or codes of 4 bits) their outputs may be NaN, as inf - inf is.
+    in float32, where value(c) is c or levels[c]. That is the product with the dequantized weights but for rounding,
+    also of inputs, scales and zero points that are infinite or NaN (outputs that are not finite are computed again,
+    weight by weight: slowly, where there are many).
     Of int8 inputs and weights without levels, sums within a group are whole numbers and exact (larger groups
     than 256 inputs are cut).
     Works under `jit`, `vmap`, `scan`, forward and reverse derivatives (of x, scale and float zero points), and on
@@ -76,6 +78,7 @@ def weight_only_matmul(
         scale: float32 or bfloat16, with the axes of the codes: [G | 1, N | 1], or [N | 1, G | 1].
         zero_point: uint8 or a float, with axes like `scale`; None for none.
         storage: how the codes are stored.
+        x_zero_point: one for each row of int8 inputs to weights without levels; None for none.
 
     Returns:
         y, of the dtype of `x`; float32 for int8.
@@ -93,11 +96,12 @@ def weight_only_matmul(
         >>> y
         Array([[ 2., 20.]], dtype=float32)
     """
-    reason = why_not_weight_only(x, codes, scale, zero_point, storage=storage)
+    reason = why_not_weight_only(x, codes, scale, zero_point, storage=storage, x_zero_point=x_zero_point)
     if reason is not None:
         raise ValueError(reason)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    y = _weight_only(storage, rows, codes, scale, zero_point)
+    count = math.prod(x.shape[:-1])
+    x_zeros = None if x_zero_point is None else x_zero_point.reshape(count, 1)
+    y = _weight_only(storage, x.reshape(count, x.shape[-1]), x_zeros, codes, scale, zero_point)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -129,7 +133,9 @@ def integer_matmul(
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def why_not_weight_only(x: Any, codes: Any, scale: Any, zero_point: Any, *, storage: WeightOnlyFormat) -> str | None:
+def why_not_weight_only(
+    x: Any, codes: Any, scale: Any, zero_point: Any, *, storage: WeightOnlyFormat, x_zero_point: Any = None
+) -> str | None:
     """Why `weight_only_matmul` cannot take these arrays, or their shapes and dtypes; None if it can.
 
     Args:
@@ -138,6 +144,7 @@ def why_not_weight_only(x: Any, codes: Any, scale: Any, zero_point: Any, *, stor
         scale: of that function, too.
         zero_point: of that function, too, or None.
         storage: how the codes are stored.
+        x_zero_point: of `weight_only_matmul`, or None.
 
     Returns:
         One clause for people, or None.
@@ -147,6 +154,12 @@ def why_not_weight_only(x: Any, codes: Any, scale: Any, zero_point: Any, *, stor
         return missing
     if str(x.dtype) not in _INPUTS:
         return f"inputs are {x.dtype}, not one of {', '.join(_INPUTS)}"
+    if x_zero_point is not None:
+        if str(x.dtype) != "int8" or storage.levels is not None:
+            return "only inputs of int8 to weights without levels have zero points"
+        given = str(x_zero_point.dtype), tuple(x_zero_point.shape)
+        if given != ("int8", (*x.shape[:-1], 1)):
+            return f"zero points of inputs are {given[0]} of shape {given[1]}, not int8 of {(*x.shape[:-1], 1)}"
     expected = "int8" if storage.bits == 8 and storage.signed else "uint8"
     if str(codes.dtype) != expected:
         return f"codes of {storage.bits} bits are {codes.dtype}, not {expected}"
@@ -205,22 +218,31 @@ def why_not_integer(x: Any, codes: Any, *, out_major: bool = False) -> str | Non
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _weight_only(storage: WeightOnlyFormat, x: Array, codes: Array, scale: Array, zero_point: Array | None) -> Array:
+def _weight_only(
+    storage: WeightOnlyFormat,
+    x: Array,
+    x_zero_point: Array | None,
+    codes: Array,
+    scale: Array,
+    zero_point: Array | None,
+) -> Array:
     if zero_point is not None and zero_point.dtype != jnp.uint8:
         zero_point = zero_point.astype(jnp.float32)
     whole = x.dtype == jnp.int8 and storage.levels is None
-    operands = (x if whole else x.astype(jnp.float32), codes, scale) + (() if zero_point is None else (zero_point,))
-    return varying(_batched(storage)(*operands), varying_axes(operands)).astype(_result_dtype(x))
+    of_rows = (x if whole else x.astype(jnp.float32),) + (() if x_zero_point is None else (x_zero_point,))
+    operands = (*of_rows, codes, scale) + (() if zero_point is None else (zero_point,))
+    return varying(_batched(storage, len(of_rows))(*operands), varying_axes(operands)).astype(_result_dtype(x))
 
 
 @functools.partial(_weight_only.defjvp, symbolic_zeros=True)
 def _weight_only_jvp(storage: WeightOnlyFormat, primals: Any, tangents: Any) -> tuple[Array, Any]:
-    x, codes, scale, zero_point = primals
-    y = _weight_only(storage, x, codes, scale, zero_point)
+    x, x_zero_point, codes, scale, zero_point = primals
+    y = _weight_only(storage, *primals)
+    names = ("x", "x_zero_point", "codes", "scale", "zero_point")
     # Only what has a tangent, so that nothing is multiplied with zeros.
     varied = {
         name: (primal, tangent)
-        for name, primal, tangent in zip(("x", "codes", "scale", "zero_point"), primals, tangents, strict=True)
+        for name, primal, tangent in zip(names, primals, tangents, strict=True)
         if primal is not None and jnp.issubdtype(primal.dtype, jnp.floating) and not isinstance(tangent, SymbolicZero)
     }
     if not varied:
@@ -228,13 +250,14 @@ def _weight_only_jvp(storage: WeightOnlyFormat, primals: Any, tangents: Any) -> 
 
     def plain(**parts: Array) -> Array:
         whole = {"x": x, "scale": scale, "zero_point": zero_point} | parts
-        return plain_weight_only(whole["x"], codes, whole["scale"], whole["zero_point"], storage=storage)
+        return plain_weight_only(
+            whole["x"], codes, whole["scale"], whole["zero_point"], storage=storage, x_zero_point=x_zero_point
+        )
 
-    names = list(varied)
     _, tangent = jax.jvp(
-        lambda *parts: plain(**dict(zip(names, parts, strict=True))),
-        tuple(varied[name][0] for name in names),
-        tuple(varied[name][1] for name in names),
+        lambda *parts: plain(**dict(zip(varied, parts, strict=True))),
+        tuple(primal for primal, _ in varied.values()),
+        tuple(tangent for _, tangent in varied.values()),
     )
     return y, tangent
 
@@ -246,6 +269,7 @@ def plain_weight_only(
     zero_point: Num[Array, "e f"] | None,
     *,
     storage: WeightOnlyFormat,
+    x_zero_point: Int8[Array, "m one"] | None = None,
 ) -> Float[Array, "m out"]:
     """What `weight_only_matmul` computes, in plain JAX: its derivatives, and a reference.
 
@@ -255,6 +279,7 @@ def plain_weight_only(
         scale: as stored.
         zero_point: as stored, or None.
         storage: how the codes are stored.
+        x_zero_point: of the rows of x, or None.
 
     Returns:
         y, of the dtype of `x`; float32 for int8.
@@ -268,10 +293,10 @@ def plain_weight_only(
         return wide if wide.shape[axis] == 1 else jnp.repeat(wide, x.shape[1] // groups, axis=axis)
 
     weights = (values if zero_point is None else values - spread(zero_point)) * spread(scale)
+    centred = x.astype(jnp.float32) - (0 if x_zero_point is None else x_zero_point.astype(jnp.float32))
     dimensions = (((1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(x.astype(jnp.float32), weights, dimensions, precision=jax.lax.Precision.HIGHEST).astype(
-        _result_dtype(x)
-    )
+    y = jax.lax.dot_general(centred, weights, dimensions, precision=jax.lax.Precision.HIGHEST)
+    return y.astype(_result_dtype(x))
 
 
 def _result_dtype(x: Array) -> Any:
@@ -296,13 +321,16 @@ def _table(levels: Sequence[float]) -> Array:
 
 
 @functools.cache
-def _batched(storage: WeightOnlyFormat) -> Callable[..., Array]:
-    product = partitioned(functools.partial(_call_weight_only, storage), storage.out_major)
+def _batched(storage: WeightOnlyFormat, of_rows: int) -> Callable[..., Array]:
+    product = partitioned(functools.partial(_call_weight_only, storage, of_rows), storage.out_major, of_rows)
 
-    def plain(x: Array, codes: Array, scale: Array, zero_point: Array | None = None) -> Array:
-        return plain_weight_only(x, codes, scale, zero_point, storage=storage)
+    def plain(x: Array, *operands: Array) -> Array:
+        x_zero_point = operands[0] if of_rows == 2 else None
+        codes, scale, *zero_points = operands[of_rows - 1 :]
+        zero_point = zero_points[0] if zero_points else None
+        return plain_weight_only(x, codes, scale, zero_point, storage=storage, x_zero_point=x_zero_point)
 
-    return with_rows_merged(unless_exported(product, plain))
+    return with_rows_merged(unless_exported(product, plain), of_rows)
 
 
 @functools.cache
@@ -319,15 +347,14 @@ def _plain_integer(out_major: bool, x: Array, codes: Array) -> Array:
 # ---- the foreign calls
 
 
-def _call_weight_only(storage: WeightOnlyFormat, x: Array, codes: Array, *parameters: Array) -> Array:
-    outputs = codes.shape[0 if storage.out_major else 1]
-    call = jax.ffi.ffi_call(library.WEIGHT_ONLY, jax.ShapeDtypeStruct((x.shape[0], outputs), jnp.float32))
+def _call_weight_only(storage: WeightOnlyFormat, of_rows: int, *operands: Array) -> Array:
+    rows, outputs = operands[0].shape[0], operands[of_rows].shape[0 if storage.out_major else 1]
+    call = jax.ffi.ffi_call(library.WEIGHT_ONLY, jax.ShapeDtypeStruct((rows, outputs), jnp.float32))
     levels = np.zeros(16, np.float32)
     levels[: len(storage.levels or ())] = storage.levels or ()
     return call(
-        x,
-        codes,
-        *parameters,
+        *operands,
+        has_input_zeros=np.int32(of_rows == 2),
         packed=np.int32(storage.bits == 4),
         signed=np.int32(storage.signed),
         out_major=np.int32(storage.out_major),

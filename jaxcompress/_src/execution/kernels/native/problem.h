@@ -77,23 +77,24 @@ struct Segment {
   int64_t begin, end, group;
 };
 
-// As WeightOnly, for int8 x.
+// y[m, n] = Σ_g scale[g, n] Σ_{k in g} (x[m, k] − input_zeros[m]) (codes[k, n] − zero[g, n]), for int8 x.
 struct Grouped {
   int64_t M, K, N, groups;
   bool out_major, is_signed, is_packed;  // of codes: two to a byte along K
   const int8_t* x;                       // [M, K]
+  const int8_t* input_zeros;             // [M], or null: there are none
   const uint8_t* codes;
   Parameters scale, zero;
   float* y;  // [M, N]
 
   // Set by `run`.
-  const int8_t* inputs;  // x in the order of the panels, rows padded with zeros
+  const int8_t* inputs;  // x in the order of the panels, rows padded with zeros; with input zeros, then a row of ones
   int64_t inputs_pitch;
   int64_t depth;  // inputs of a panel; segments end there
   const Segment* segments;
   int64_t segment_count;
-  const float* sums;           // [M, segments] of x
-  const int32_t* corrections;  // [M, segments]: where sums begin, because signed codes are read as unsigned ones
+  const float* sums;           // [M, segments] of x − input_zeros
+  const int32_t* corrections;  // [rows of inputs, segments]: where sums begin: signed codes are read as unsigned ones
 };
 
 // Kernels work on outputs [begin, end).
@@ -110,7 +111,8 @@ struct IntegerKernel {
   bool shifts_codes;   // signed codes are read as code + 128
   int strip;           // outputs of a panel
   void (*columns)(const Integer&, int64_t begin, int64_t end);
-  void (*dot_rows)(const Integer&, int64_t begin, int64_t end);  // out-major and few rows
+  void (*dot_rows)(const Integer&, int64_t begin, int64_t end);  // out-major and few rows, or null
+  void (*row)(const Integer&, int64_t begin, int64_t end);       // in-major and one row, or null
 };
 
 struct GroupedKernel {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -98,7 +99,9 @@ int64_t rows_of_floats(const Grouped& p) {
 }
 
 void run_as_floats(const Grouped& p, Pool& pool) {
-  const std::vector<float> x(p.x, p.x + p.M * p.K);
+  std::vector<float> x(p.x, p.x + p.M * p.K);
+  if (p.input_zeros)
+    for (int64_t i = 0; i < p.M * p.K; ++i) x[i] -= p.input_zeros[i / p.K];
   WeightOnly wide{p.M, p.K, p.N, p.groups, p.out_major, p.is_signed};
   wide.kind = p.is_packed ? Codes::kNibbles : p.is_signed ? Codes::kInt8 : Codes::kUint8;
   for (int i = 0; i < 16; ++i) wide.table[i] = static_cast<float>(p.is_signed ? (i ^ 8) - 8 : i);
@@ -137,6 +140,74 @@ uint64_t split_pairs(uint64_t block) {
     return (bytes | bytes >> 16) & 0xffffffff;
   };
   return even(block) | even(block >> 8) << 32;
+}
+
+// The values of stored codes and inputs, where a weight is widened before it is multiplied.
+float value_at(const WeightOnly& p, int64_t k, int64_t n) {
+  const bool is_nibbles = p.kind == Codes::kNibbles || p.kind == Codes::kTable;
+  const int64_t rows = is_nibbles ? (p.K + 1) / 2 : p.K, row = is_nibbles ? k / 2 : k;
+  const uint8_t byte = p.codes[p.out_major ? n * rows + row : row * p.N + n];
+  if (is_nibbles) return p.table[k % 2 ? byte >> 4 : byte & 15];
+  return p.kind == Codes::kInt8 ? static_cast<float>(static_cast<int8_t>(byte)) : byte;
+}
+
+float value_at(const Grouped& p, int64_t k, int64_t n) {
+  const int64_t rows = p.is_packed ? (p.K + 1) / 2 : p.K, row = p.is_packed ? k / 2 : k;
+  const uint8_t byte = p.codes[p.out_major ? n * rows + row : row * p.N + n];
+  if (!p.is_packed) return p.is_signed ? static_cast<float>(static_cast<int8_t>(byte)) : byte;
+  const int nibble = k % 2 ? byte >> 4 : byte & 15;
+  return static_cast<float>(p.is_signed ? (nibble ^ 8) - 8 : nibble);
+}
+
+float input_at(const WeightOnly& p, int64_t m, int64_t k) { return p.x[m * p.K + k]; }
+
+float input_at(const Grouped& p, int64_t m, int64_t k) {
+  return static_cast<float>(p.x[m * p.K + k] - (p.input_zeros ? p.input_zeros[m] : 0));
+}
+
+bool are_finite(const float* y, int64_t count) {
+  float lanes[8] = {}, total = 0;  // 0, unless a difference is NaN
+  int64_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (int j = 0; j < 8; ++j) lanes[j] += y[i + j] - y[i + j];
+  for (; i < count; ++i) total += y[i] - y[i];
+  for (const float lane : lanes) total += lane;
+  return total == 0;
+}
+
+bool has_nan(const WeightOnly& p, int64_t m) {
+  return std::any_of(p.x + m * p.K, p.x + (m + 1) * p.K, [](float x) { return std::isnan(x); });
+}
+
+bool has_nan(const Grouped&, int64_t) { return false; }
+
+// Those of outputs [begin, end) that are not finite once more, as the sums of x (value − zero) scale. Kernels take scales
+// and zero points out of the sums, where inf − inf and 0 inf are NaN although no product may be. Whatever is not finite
+// among the operands has made y so, too: only y need be looked at.
+template <class Problem>
+void mend_infinite(const Problem& p, int64_t begin, int64_t end) {
+  constexpr int64_t kCount = 64;
+  const int64_t group_size = p.K / p.groups;
+  for (int64_t m = 0; m < p.M; ++m) {
+    float* y = p.y + m * p.N;
+    // A row with NaN is NaN, as it should be.
+    if (are_finite(y + begin, end - begin) || has_nan(p, m)) continue;
+    for (int64_t n0 = begin; n0 < end; n0 += kCount) {
+      const int64_t count = least(kCount, end - n0);
+      if (are_finite(y + n0, count)) continue;
+      float totals[kCount] = {}, scales[kCount], zeros[kCount] = {};
+      for (int64_t k = 0; k < p.K; ++k) {
+        for (int64_t i = 0; k % group_size == 0 && i < count; ++i) {
+          scales[i] = parameter_at(p.scale, k / group_size, n0 + i);
+          if (p.zero.data) zeros[i] = parameter_at(p.zero, k / group_size, n0 + i);
+        }
+        const float x = input_at(p, m, k);
+        for (int64_t i = 0; i < count; ++i) totals[i] += x * ((value_at(p, k, n0 + i) - zeros[i]) * scales[i]);
+      }
+      for (int64_t i = 0; i < count; ++i)
+        if (!std::isfinite(y[n0 + i])) y[n0 + i] = totals[i];
+    }
+  }
 }
 
 int32_t sum_of_bytes(uint64_t block) {
@@ -180,8 +251,11 @@ void run(WeightOnly& p, Pool& pool) {
   const int64_t size = p.out_major ? std::clamp<int64_t>(round_up(p.N / shares, 4), 4, 64)
                                    : std::clamp<int64_t>(round_up(p.N / shares, 64), 64, most);
   const auto work = p.out_major ? kernel.out_major : kernel.in_major;
-  parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall,
-           [&](int64_t chunk) { work(p, chunk * size, std::min((chunk + 1) * size, p.N)); });
+  parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall, [&](int64_t chunk) {
+    const int64_t begin = chunk * size, end = std::min(begin + size, p.N);
+    work(p, begin, end);
+    mend_infinite(p, begin, end);
+  });
 }
 
 void run(Integer& p, Pool& pool) {
@@ -219,9 +293,13 @@ void run(Integer& p, Pool& pool) {
     }
     p.corrections = corrections.data();
   }
-  const int64_t shares = 2 * std::max(1, pool.threads()), strip = kernel->strip;
-  const auto work = p.out_major && p.M <= 16 && kernel->dot_rows ? kernel->dot_rows : kernel->columns;
-  const int64_t size = std::clamp<int64_t>(round_up(p.N / shares, strip), strip, 8 * strip);
+  const int64_t threads = std::max(1, pool.threads()), strip = kernel->strip;
+  const bool is_row = p.M == 1 && !p.out_major && kernel->row;
+  const auto work = is_row                                          ? kernel->row
+                    : p.out_major && p.M <= 16 && kernel->dot_rows ? kernel->dot_rows
+                                                                    : kernel->columns;
+  const int64_t size = is_row ? std::clamp<int64_t>(round_up(p.N / threads, 64), 64, kLongTileOutputs)
+                              : std::clamp<int64_t>(round_up(p.N / (2 * threads), strip), strip, 8 * strip);
   parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall,
            [&](int64_t chunk) { work(p, chunk * size, std::min((chunk + 1) * size, p.N)); });
 }
@@ -241,22 +319,28 @@ void run(Grouped& p, Pool& pool) {
   const std::vector<Segment> segments = segments_of(p);
   const int64_t pitch = round_up(p.K, 8), count = static_cast<int64_t>(segments.size());
   const int32_t offset = !p.is_signed ? 0 : p.is_packed ? 8 : 128;
-  std::vector<int8_t> inputs(p.M * pitch);
-  std::vector<float> sums(p.M * count);
-  std::vector<int32_t> corrections(p.M * count);
-  for (int64_t m = 0; m < p.M; ++m)
+  const int64_t rows = p.M + (p.input_zeros ? 1 : 0);
+  const std::vector<int8_t> ones(rows == p.M ? 0 : p.K, 1);
+  std::vector<int8_t> inputs(rows * pitch);
+  std::vector<float> sums(rows * count);
+  std::vector<int32_t> corrections(rows * count);
+  for (int64_t m = 0; m < rows; ++m) {
+    const int8_t* x = m == p.M ? ones.data() : p.x + m * p.K;
+    const int32_t zero = m < p.M && p.input_zeros ? p.input_zeros[m] : 0;
     for (int64_t s = 0; s < count; ++s) {
       int32_t sum = 0;
       for (int64_t k = segments[s].begin; k < segments[s].end; k += 8) {
         uint64_t block = 0;
-        std::memcpy(&block, p.x + m * p.K + k, std::min<int64_t>(8, p.K - k));
+        std::memcpy(&block, x + k, std::min<int64_t>(8, p.K - k));
         sum += sum_of_bytes(block);
         if (p.is_packed) block = split_pairs(block);
         std::memcpy(inputs.data() + m * pitch + k, &block, 8);
       }
-      sums[m * count + s] = static_cast<float>(sum);
+      const int64_t size = std::min(segments[s].end, p.K) - segments[s].begin;
+      sums[m * count + s] = static_cast<float>(sum - zero * size);
       corrections[m * count + s] = -offset * sum;
     }
+  }
   p.inputs = inputs.data();
   p.inputs_pitch = pitch;
   p.segments = segments.data();
@@ -265,8 +349,11 @@ void run(Grouped& p, Pool& pool) {
   p.corrections = corrections.data();
   const int64_t shares = 2 * std::max(1, pool.threads()), strip = kernel->strip;
   const int64_t size = std::clamp<int64_t>(round_up(p.N / shares, std::max<int64_t>(strip, 64)), 64, grouped_tile(p));
-  parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall,
-           [&](int64_t chunk) { kernel->columns(p, chunk * size, std::min((chunk + 1) * size, p.N)); });
+  parallel(pool, (p.N + size - 1) / size, p.M * p.K * p.N < kSmall, [&](int64_t chunk) {
+    const int64_t begin = chunk * size, end = std::min(begin + size, p.N);
+    kernel->columns(p, begin, end);
+    mend_infinite(p, begin, end);
+  });
 }
 
 }  // namespace jaxcompress

@@ -32,6 +32,9 @@ inline const float* parameter_row(const Parameters& p, int64_t group, int64_t be
     }
     if (offset != 0)
       for (int64_t i = 0; i < count; ++i) buffer[i] += offset;
+  } else if (p.type == Type::kUint8 && p.output_stride == 1) {
+    const uint8_t* row = static_cast<const uint8_t*>(p.data) + group * p.group_stride + begin;
+    for (int64_t i = 0; i < count; ++i) buffer[i] = row[i] + offset;
   } else {
     for (int64_t i = 0; i < count; ++i) buffer[i] = parameter_at(p, group, begin + i) + offset;
   }
