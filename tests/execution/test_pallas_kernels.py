@@ -3,14 +3,20 @@
 None has run on a device here.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+import jaxcompress as jc
 from jaxcompress._src.arrays.packed import pack
-from jaxcompress._src.execution.kernels import mosaic_gpu, tpu
+from jaxcompress._src.execution.kernels import mosaic_gpu, pallas, tpu
+from jaxcompress._src.execution.kernels.matmul import Matmul
+from jaxcompress.arrays import sparsify
+from jaxcompress.quantization import QuantSpec, quantize, quantize_inputs
 
 K, N = 512, 128
 RNG = np.random.default_rng(0)
@@ -123,6 +129,62 @@ def test_lowered_for_a_tpu(name):
     matmul, shapes = CALLS[name]
     exported = jax.export.export(jax.jit(matmul), platforms=["tpu"])(*(jax.ShapeDtypeStruct(*each) for each in shapes))
     assert exported.mlir_module().count("tpu_custom_call") == 1
+
+
+def _whole_numbers(w, *, inputs=None, **spec):
+    params, _ = quantize({"w": w}, QuantSpec(**{"bits": 8} | spec))
+    return quantize_inputs(params, QuantSpec(**{"bits": 8} | (inputs or {})))[0]
+
+
+def _multiplied(params, x):
+    return x @ params["w"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whole_numbers_of_leaves_are_those_of_the_plain_product(dtype, monkeypatch):
+    params = _whole_numbers(jnp.asarray(RNG.normal(size=(256, 128)), dtype))
+    x = jnp.asarray(RNG.normal(size=(2, 5, 256)), dtype)
+    numbers = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None, "preferred_element_type": None}
+    matmul = Matmul(leaf=params["w"], other=x, side=1, parameters=numbers | {"out_sharding": None})
+    (kernel,) = (each for each in pallas.KERNELS if each.name == "tpu_w8a8")
+    assert kernel.why_not(matmul) is None
+    interpreted = functools.partial(tpu.w8a8_matmul, interpret=True)
+    monkeypatch.setattr(pallas, "_function", lambda module, name: interpreted)
+    found, wanted = kernel.multiply(matmul, jnp.matmul), jc.execute(_multiplied, kernels=())(params, x)
+    assert found.dtype == wanted.dtype
+    np.testing.assert_allclose(np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=1e-6)
+
+
+def test_whole_numbers_of_leaves_are_lowered_for_a_tpu():
+    params, x = _whole_numbers(jnp.ones((256, 128))), jnp.ones((37, 256))
+    multiply = jax.jit(jc.execute(_multiplied, kernels=("tpu_w8a8",)))
+    assert jax.export.export(multiply, platforms=["tpu"])(params, x).mlir_module().count("tpu_custom_call") == 1
+
+
+W = jnp.asarray(RNG.normal(size=(256, 128)), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        (quantize({"w": W}, QuantSpec(bits=8))[0], "inputs are not quantized"),
+        (_whole_numbers(W, group_size=32), "scales vary along the sums, or sums exceed int32"),
+        (_whole_numbers(W, inputs={"symmetric": False}), "inputs have zero points"),
+        (_whole_numbers(W, symmetric=False), "weights have zero points"),
+        (_whole_numbers(W, bits=4), "codes are packed or stored sparsely"),
+        (_whole_numbers(sparsify(W, W > 0)), "codes are packed or stored sparsely"),
+        (_whole_numbers(W[:, :100]), "N must be a multiple of 128, got 100"),
+    ],
+)
+def test_reasons_against_whole_numbers(params, reason):
+    planned = jc.execution.plan(_multiplied, params, jnp.ones((8, 256)), kernels=("tpu_w8a8",), platform="tpu")
+    assert planned.matmuls[0].refused == {"tpu_w8a8": reason}
+
+
+def test_sparse_codes_are_none_that_a_kernel_takes():
+    params, _ = quantize({"w": sparsify(W, W > 0)}, QuantSpec(bits=8))
+    planned = jc.execution.plan(_multiplied, params, jnp.ones((8, 256)), kernels=("tpu_int8",), platform="tpu")
+    assert planned.matmuls[0].refused == {"tpu_int8": "codes are stored sparsely"}
 
 
 @pytest.mark.parametrize(

@@ -161,8 +161,8 @@ def make_train_step(
 
 
 _COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
-"""By platform. XLA orders the work of CPUs for concurrency, not for memory, unless it is told otherwise: more arrays are
-alive at once, and a step of a decoder takes a fifth longer."""
+"""By platform. Unless it is told otherwise, XLA orders the work of CPUs for concurrency, not for memory: more arrays
+are alive at once, and a step of a decoder takes a fifth longer."""
 
 
 class _Step:

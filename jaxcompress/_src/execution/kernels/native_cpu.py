@@ -12,6 +12,7 @@ from jaxcompress._src.arrays.packed import PackedArray
 from jaxcompress._src.arrays.protocol import Multiply
 from jaxcompress._src.arrays.quantized import QuantizedArray
 from jaxcompress._src.arrays.sparse import SparseArray
+from jaxcompress._src.execution.kernels.input_codes import of_rows, why_not_codes
 from jaxcompress._src.execution.kernels.kernel import Kernel, unless
 from jaxcompress._src.execution.kernels.matmul import Matmul
 from jaxcompress._src.execution.kernels.native import library
@@ -150,33 +151,13 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
     if leaf.weight.bits == 8 and matmul.rows > _FEW_ROWS[8] and library.instruction_set() == "avx2":
         return f"8 bits and {matmul.rows} rows by AVX2 alone: the float product is faster"
     codes = jax.eval_shape(lambda x: leaf.input_codes(x, matmul.side, matmul.parameters), matmul.other)
-    reason = _why_not_codes(codes, matmul)
+    reason = why_not_codes(codes, matmul)
     if reason is not None:
         return reason
     x = jax.ShapeDtypeStruct((matmul.rows, matmul.inputs), jnp.int8)
     x_zeros = None if codes.zero_point is None else jax.ShapeDtypeStruct((matmul.rows, 1), jnp.int8)
     parts = jax.eval_shape(lambda: _arguments(weight.flat_leaf()))
     return why_not_weight_only(x, *parts, storage=_storage(flat, weight), x_zero_point=x_zeros)
-
-
-def _why_not_codes(codes: QuantizedArray, matmul: Matmul) -> str | None:
-    contracted, _ = matmul.parameters["dimension_numbers"]
-    shape = list(codes.shape)
-    for axis in contracted[1 - matmul.side]:
-        shape[axis] = 1
-    zeros = codes.zero_point
-    return unless(
-        (codes.levels is not None, "inputs are not rounded to integers"),
-        (
-            getattr(codes.data, "dtype", None) != (jnp.int8 if zeros is None else jnp.uint8),
-            "codes of inputs are not int8, or uint8 with zero points",
-        ),
-        (zeros is not None and zeros.dtype != jnp.uint8, "zero points of inputs are no whole numbers"),
-        (
-            any(count not in (1, size) for count, size in zip(codes.scale.shape, shape, strict=True)),
-            "scales of inputs vary along the sums",
-        ),
-    )
 
 
 def _int8_groups(matmul: Matmul, multiply: Multiply) -> jax.Array:
@@ -187,21 +168,13 @@ def _int8_groups(matmul: Matmul, multiply: Multiply) -> jax.Array:
         if codes.zero_point is not None:
             # 128 less, so that both are int8.
             data, zeros = ((part ^ jnp.uint8(128)).view(jnp.int8) for part in (data, codes.zero_point))
-            zeros = _of_rows(zeros, codes, matmul)
+            zeros = of_rows(zeros, codes, matmul)
         whole = dataclasses.replace(matmul, leaf=leaf.weight, other=data)
         flat = whole.flat_leaf()
         y = weight_only_matmul(whole.flat_other(), *_arguments(flat), storage=_storage(flat, whole), x_zero_point=zeros)
-        return matmul.unflattened(y * _of_rows(codes.scale.astype(jnp.float32), codes, matmul))
+        return matmul.unflattened(y * of_rows(codes.scale.astype(jnp.float32), codes, matmul))
 
     return leaf.dot(matmul.other, matmul.side, matmul.parameters, multiply=multiply, coded_product=coded_product)
-
-
-def _of_rows(parameter: jax.Array, codes: QuantizedArray, matmul: Matmul) -> jax.Array:
-    """Scales or zero points of inputs as (rows, 1)."""
-    contracted, _ = matmul.parameters["dimension_numbers"]
-    axes = tuple(contracted[1 - matmul.side])
-    shape = [1 if axis in axes else size for axis, size in enumerate(codes.shape)]
-    return jnp.broadcast_to(parameter, shape).reshape(matmul.rows, 1)
 
 
 _ERROR = "the order of float32 sums (weights of 16 bits are not rounded to those)"
