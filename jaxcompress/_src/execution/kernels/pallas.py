@@ -85,11 +85,12 @@ def _why_not_w8a8(matmul: Matmul) -> str | None:
         return "scales vary along the sums, or sums exceed int32"
     codes = jax.eval_shape(lambda x: leaf.input_codes(x, matmul.side, matmul.parameters), matmul.other)
     flat = jax.eval_shape(dataclasses.replace(matmul, leaf=leaf.weight).flat_leaf)
+    if flat is None:
+        return "the stored codes are no matrix"
     reason = why_not_codes(codes, matmul) or unless(
-        (flat is None, "the stored codes are no matrix"),
         (codes.zero_point is not None, "inputs have zero points"),
-        (flat is not None and not flat.plain_zeros(), "weights have zero points"),
-        (flat is not None and is_compressed(flat.data), "codes are packed or stored sparsely"),
+        (not flat.plain_zeros(), "weights have zero points"),
+        (is_compressed(flat.data), "codes are packed or stored sparsely"),
     )
     if reason is not None:
         return reason
