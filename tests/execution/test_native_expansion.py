@@ -14,7 +14,7 @@ import jaxcompress as jc
 from jaxcompress._src.execution.kernels import choice
 from jaxcompress._src.execution.kernels.matmul import Matmul
 from jaxcompress._src.execution.kernels.native import build_hook, library
-from jaxcompress._src.execution.kernels.native.expand import BitmaskFormat
+from jaxcompress._src.execution.kernels.native.expand import SparseFormat
 from jaxcompress._src.execution.kernels.native_expansion import EXPANSION, expanded_after
 from jaxcompress.arrays import QuantizedArray, sparsify
 
@@ -345,7 +345,7 @@ def test_without_a_library_masked_weights_multiply_by_themselves(monkeypatch):
 @needs_library
 def test_formats_of_masks_check_themselves():
     with pytest.raises(ValueError, match="`levels`"):
-        BitmaskFormat(columns=3, levels=(0.0, 1.0))
+        SparseFormat(rows=2, columns=3, levels=(0.0, 1.0))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0)], ids=str)
