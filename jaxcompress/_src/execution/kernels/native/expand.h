@@ -67,6 +67,7 @@ extern const ExpandKernel kPortableExpand;
 extern const ExpandKernel kAvx2Expand, kAvx512Expand;
 #endif
 
+constexpr int64_t kLongestRun = 256;
 constexpr int64_t kExpandPadding = 64;  // floats behind each row of scratch that vectors may touch
 
 inline int64_t sums_pitch(const SparseProduct& p) { return (p.weights.columns + 63) / 64 * 64; }
@@ -88,6 +89,14 @@ inline Tile tile_of(const Expand& p) {
 // Floats of memory that `rows` and `product` need.
 inline int64_t expand_scratch(const Expand& p) { return 4 * (p.columns + kExpandPadding) + 32 * (p.kept + 1); }
 
+// Rows of x up to which products by places across rows pick inputs instead of writing weights out.
+constexpr int64_t kPickedRows = 16;
+
+inline int64_t picked_scratch(const SparseProduct& p) {
+  return p.M > kPickedRows ? 0 : p.M * kMaxWidth * (tile_of(p.weights).rows / (p.weights.run ? p.weights.run : 1) + 1);
+}
+
+// Without what inputs are picked from.
 inline int64_t product_scratch(const Expand& p) {
   const Tile tile = tile_of(p);
   return expand_scratch(p) + tile.rows * (tile.columns + kExpandPadding);

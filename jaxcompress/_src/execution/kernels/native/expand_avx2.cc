@@ -36,6 +36,21 @@ struct Avx2Lanes {
   static V expand(unsigned mask, const uint16_t* from) {
     return permuted(mask, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
   }
+  template <bool is_signed>
+  static V expand(unsigned mask, CodeBytes<is_signed> from) {
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from.from));
+    const __m256i codes = permuted(mask, is_signed ? _mm256_cvtepi8_epi32(b) : _mm256_cvtepu8_epi32(b));
+    return _mm256_castps_si256(_mm256_cvtepi32_ps(codes));
+  }
+  static V expand(unsigned mask, Nibbles from) {
+    const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), to = places(mask);
+    const __m256i codes = _mm256_permutevar8x32_epi32(
+        _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(from.eight(0))), shifts), to);
+    const __m256 first = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from.table), codes);
+    const __m256 second = _mm256_permutevar8x32_ps(_mm256_loadu_ps(from.table + 8), codes);
+    const __m256 v = _mm256_blendv_ps(first, second, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+    return _mm256_andnot_si256(_mm256_srai_epi32(to, 31), _mm256_castps_si256(v));
+  }
   static void store(uint32_t* to, V v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v); }
   static void store(uint16_t* to, V v) {
     const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -99,6 +114,9 @@ struct Avx2Lanes {
   }
   static V where_equal(V place, uint32_t at, V value, V other) {
     return _mm256_blendv_epi8(other, value, _mm256_cmpeq_epi32(place, _mm256_set1_epi32(static_cast<int>(at))));
+  }
+  static V lookup(V place, const float* table) {
+    return _mm256_castps_si256(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), place));
   }
   static V both(V a, V b) { return _mm256_and_si256(a, b); }
   static V load(const float* from) { return _mm256_castps_si256(_mm256_loadu_ps(from)); }

@@ -17,6 +17,21 @@ struct Avx512Lanes {
     const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return _mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), _mm512_cvtepu16_epi32(halves));
   }
+  template <bool is_signed>
+  static V expand(unsigned mask, CodeBytes<is_signed> from) {
+    const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from.from));
+    const __m512i codes = is_signed ? _mm512_cvtepi8_epi32(b) : _mm512_cvtepu8_epi32(b);
+    return _mm512_castps_si512(
+        _mm512_cvtepi32_ps(_mm512_maskz_expand_epi32(static_cast<__mmask16>(mask), codes)));
+  }
+  static V expand(unsigned mask, Nibbles from) {
+    const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512i both_halves = _mm512_mask_set1_epi32(_mm512_set1_epi32(static_cast<int>(from.eight(0))), 0xff00,
+                                                       static_cast<int>(from.eight(8)));
+    const __mmask16 kept = static_cast<__mmask16>(mask);
+    const __m512i codes = _mm512_maskz_expand_epi32(kept, _mm512_srlv_epi32(both_halves, shifts));
+    return _mm512_castps_si512(_mm512_maskz_permutexvar_ps(kept, codes, _mm512_loadu_ps(from.table)));
+  }
   static void store(uint32_t* to, V v) { _mm512_storeu_si512(to, v); }
   static void store(uint16_t* to, V v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(v));
@@ -67,6 +82,9 @@ struct Avx512Lanes {
   }
   static V where_equal(V place, uint32_t at, V value, V other) {
     return _mm512_mask_mov_epi32(other, _mm512_cmpeq_epi32_mask(place, _mm512_set1_epi32(static_cast<int>(at))), value);
+  }
+  static V lookup(V place, const float* table) {
+    return _mm512_castps_si512(_mm512_permutexvar_ps(place, _mm512_loadu_ps(table)));
   }
   static V both(V a, V b) { return _mm512_and_si512(a, b); }
   static V load(const float* from) { return _mm512_castps_si512(_mm512_loadu_ps(from)); }

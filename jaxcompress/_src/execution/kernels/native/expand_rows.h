@@ -16,23 +16,29 @@ namespace {
 
 enum class Scaling { kNone, kScale, kShiftAndScale };
 
+// Where the scales or zero points of a row begin.
+inline const float* blocks_of_row(const Blocks& blocks, int64_t entry, int64_t row) {
+  if (blocks.data == nullptr) return nullptr;
+  const int64_t block = entry * blocks.row_blocks + least(row / blocks.row_size, blocks.row_blocks - 1);
+  return blocks.data + block * blocks.column_blocks;
+}
+
 // The scales or zero points of a piece of one row after another, one for each column.
 class BlockRow {
  public:
   BlockRow(const Blocks& blocks, float* buffer) : blocks_(blocks), buffer_(buffer) {}
 
   const float* at(int64_t entry, int64_t row, int64_t begin, int64_t end) {
-    if (blocks_.data == nullptr) return nullptr;
-    const int64_t block = entry * blocks_.row_blocks + least(row / blocks_.row_size, blocks_.row_blocks - 1);
-    const float* from = blocks_.data + block * blocks_.column_blocks;
+    const float* from = blocks_of_row(blocks_, entry, row);
+    if (from == nullptr) return nullptr;
     if (blocks_.column_size == 1) return from + begin;
-    if (block != filled_ || begin != begin_) {
+    if (from != filled_ || begin != begin_) {
       for (int64_t c = begin, i = begin / blocks_.column_size; c < end; ++i) {
         const float value = from[i];
         const int64_t stop = least(end, (i + 1) * blocks_.column_size);
         for (; c < stop; ++c) buffer_[c - begin] = value;
       }
-      filled_ = block;
+      filled_ = from;
       begin_ = begin;
     }
     return buffer_;
@@ -41,7 +47,8 @@ class BlockRow {
  private:
   const Blocks& blocks_;
   float* const buffer_;
-  int64_t filled_ = -1, begin_ = -1;
+  const float* filled_ = nullptr;
+  int64_t begin_ = -1;
 };
 
 inline int64_t count_bits(const uint8_t* bits, int64_t columns) {
@@ -83,9 +90,18 @@ const float* decode(const Expand& p, const uint8_t* from, int64_t start, int64_t
   return to + skipped;
 }
 
-// One row whose values lie at `from`, with as many behind them as a vector has lanes.
-template <class Simd, class Word, Scaling scaling>
-void expand_row(const uint8_t* bits, int64_t columns, const Word* from, const float* scale, const float* zero,
+// The mask of as many columns as a vector has lanes.
+template <class Simd>
+unsigned mask_at(const uint8_t* bits, int64_t column) {
+  if constexpr (Simd::kWidth == 8) return bits[column / 8];
+  uint16_t mask;  // of processors that store the low byte first
+  std::memcpy(&mask, bits + column / 8, sizeof(mask));
+  return mask;
+}
+
+// One row whose values lie at `from`, with as many behind them as a vector reads.
+template <class Simd, class Word, Scaling scaling, class From>
+void expand_row(const uint8_t* bits, int64_t columns, From from, const float* scale, const float* zero,
                 Word* out) {
   constexpr int kWidth = Simd::kWidth;
   const auto lanes = [&](unsigned mask, const float* scales, const float* zeros) JAXCOMPRESS_INLINE {
@@ -98,8 +114,7 @@ void expand_row(const uint8_t* bits, int64_t columns, const Word* from, const fl
   };
   int64_t c = 0;
   for (; c + kWidth <= columns; c += kWidth) {
-    unsigned mask = bits[c / 8];
-    if constexpr (kWidth == 16) mask |= static_cast<unsigned>(bits[c / 8 + 1]) << 8;
+    const unsigned mask = mask_at<Simd>(bits, c);
     if constexpr (scaling == Scaling::kNone) Simd::store(out + c, lanes(mask, nullptr, nullptr));
     if constexpr (scaling == Scaling::kScale) Simd::store(out + c, lanes(mask, scale + c, nullptr));
     if constexpr (scaling == Scaling::kShiftAndScale) Simd::store(out + c, lanes(mask, scale + c, zero + c));
@@ -138,11 +153,11 @@ inline void mask_of_places(const Expand& p, const uint8_t* places, int64_t first
     return;
   }
   std::memset(mask, 0, bytes);
-  const int per_byte = 8 / p.place_bits, low = (1 << p.place_bits) - 1;
-  int64_t slot = first / p.run * p.kept;
+  const int low = (1 << p.place_bits) - 1;
+  int64_t bit = first / p.run * p.kept * p.place_bits;
   for (int64_t begin = 0; begin < columns; begin += p.run)
-    for (int64_t i = 0; i < p.kept; ++i, ++slot) {
-      const int place = places[slot / per_byte] >> (slot % per_byte * p.place_bits) & low;
+    for (int64_t i = 0; i < p.kept; ++i, bit += p.place_bits) {
+      const int place = places[bit >> 3] >> (bit & 7) & low;
       const int64_t column = begin + place;
       if (place < p.run && column < columns) mask[column / 8] |= static_cast<uint8_t>(1 << (column % 8));
     }
@@ -174,12 +189,27 @@ class MaskedRows {
       start = begin / p_.run * p_.kept;
     }
     const int64_t kept = count_bits(bits, columns);
+    const float *scale = scales_.at(entry, row, begin, end), *zero = zeros_.at(entry, row, begin, end);
+    const auto write = [&](auto from) {
+      if (zero)
+        expand_row<Simd, Word, Scaling::kShiftAndScale>(bits, columns, from, scale, zero, out);
+      else if (scale)
+        expand_row<Simd, Word, Scaling::kScale>(bits, columns, from, scale, zero, out);
+      else
+        expand_row<Simd, Word, Scaling::kNone>(bits, columns, from, scale, zero, out);
+    };
     const bool is_within = start >= 0 && start + kept <= p_.count;
-    const Word* from = reinterpret_cast<const Word*>(buffer_);
-    if (has_codes && is_within) {
-      from = reinterpret_cast<const Word*>(decode<Simd>(p_, values, start, kept, buffer_));
-    } else if (is_within && start + kept + Simd::kWidth <= p_.count) {
-      from = reinterpret_cast<const Word*>(values) + start;
+    const auto has_margin = [&](int64_t margin) { return is_within && start + kept + margin <= p_.count; };
+    if (p_.stored == Stored::kNibbles && has_margin(Nibbles::kMargin)) {
+      write(Nibbles{values, start, p_.table});
+    } else if (p_.stored == Stored::kInt8 && has_margin(CodeBytes<true>::kMargin)) {
+      write(CodeBytes<true>{values + start});
+    } else if (p_.stored == Stored::kUint8 && has_margin(CodeBytes<false>::kMargin)) {
+      write(CodeBytes<false>{values + start});
+    } else if (has_codes && is_within) {
+      write(reinterpret_cast<const Word*>(decode<Simd>(p_, values, start, kept, buffer_)));
+    } else if (!has_codes && has_margin(Simd::kWidth)) {
+      write(reinterpret_cast<const Word*>(values) + start);
     } else {
       // Vectors would read behind the last value.
       for (int64_t i = 0; i < kept; ++i) {
@@ -190,14 +220,8 @@ class MaskedRows {
           std::memcpy(reinterpret_cast<uint8_t*>(buffer_) + i * sizeof(Word), values + place * sizeof(Word),
                       sizeof(Word));
       }
+      write(reinterpret_cast<const Word*>(buffer_));
     }
-    const float *scale = scales_.at(entry, row, begin, end), *zero = zeros_.at(entry, row, begin, end);
-    if (zero)
-      expand_row<Simd, Word, Scaling::kShiftAndScale>(bits, columns, from, scale, zero, out);
-    else if (scale)
-      expand_row<Simd, Word, Scaling::kScale>(bits, columns, from, scale, zero, out);
-    else
-      expand_row<Simd, Word, Scaling::kNone>(bits, columns, from, scale, zero, out);
     return start + kept;
   }
 
@@ -208,11 +232,9 @@ class MaskedRows {
   uint8_t* const mask_;
 };
 
-// Scales or zero points of as many columns as a vector has lanes; from `buffer` if they share them.
+// Those of as many columns as a vector has lanes; from `buffer` if columns share them.
 template <class Simd>
-const float* lanes_of_blocks(const Blocks& blocks, int64_t entry, int64_t row, int64_t column, float* buffer) {
-  const int64_t block = entry * blocks.row_blocks + least(row / blocks.row_size, blocks.row_blocks - 1);
-  const float* from = blocks.data + block * blocks.column_blocks;
+const float* lanes_of_blocks(const Blocks& blocks, const float* from, int64_t column, float* buffer) {
   if (blocks.column_size == 1) return from + column;
   for (int64_t i = 0; i < Simd::kWidth; ++i) buffer[i] = from[(column + i) / blocks.column_size];
   return buffer;
@@ -220,9 +242,9 @@ const float* lanes_of_blocks(const Blocks& blocks, int64_t entry, int64_t row, i
 
 // Value `slot` of as many columns as a vector has lanes.
 template <class Simd, class Word>
-JAXCOMPRESS_INLINE inline typename Simd::V stored_lanes(const Expand& p, const uint8_t* values, int64_t slot,
-                                                        int64_t column) {
-  switch (p.stored) {
+JAXCOMPRESS_INLINE inline typename Simd::V stored_lanes(const Expand& p, Stored stored, const uint8_t* values,
+                                                        int64_t slot, int64_t column) {
+  switch (stored) {
     case Stored::kNibbles:
       return Simd::nibble_codes(values + slot / 2 * p.columns + column, slot % 2 * 4, p.table);
     case Stored::kInt8: return Simd::template codes<true>(values + slot * p.columns + column);
@@ -234,11 +256,11 @@ JAXCOMPRESS_INLINE inline typename Simd::V stored_lanes(const Expand& p, const u
 // One run of rows, of columns [column, column + lanes). `kept` is that of the pattern, or 0 for any, of which places and
 // values then go through `scratch`.
 template <class Simd, class Word, int kKept, Scaling scaling>
-void expand_run(const Expand& p, int64_t entry, int64_t first, int64_t column, Word* out, int64_t pitch,
-                float* scratch) {
+void expand_run(const Expand& p, int64_t entry, int64_t first, int64_t column, const float* const* scales,
+                const float* const* zeros, Word* out, int64_t pitch, float* scratch) {
   using V = typename Simd::V;
   const int64_t kept = kKept ? kKept : p.kept, bytes = sizeof(Word);
-  const int per_byte = 8 / p.place_bits, low = (1 << p.place_bits) - 1;
+  const int low = (1 << p.place_bits) - 1;
   const bool has_codes = p.stored != Stored::kWords && p.stored != Stored::kHalves;
   const int64_t stored_rows = p.stored == Stored::kNibbles ? (p.count + 1) / 2 : p.count;
   const uint8_t* values = p.values + entry * stored_rows * p.columns * (has_codes ? 1 : bytes);
@@ -246,9 +268,9 @@ void expand_run(const Expand& p, int64_t entry, int64_t first, int64_t column, W
   V value[kKept ? kKept : 1], place[kKept ? kKept : 1];
   const int64_t slot = first / p.run * kept;
   const auto read = [&](int64_t i, V& v, V& at) JAXCOMPRESS_INLINE {
-    v = stored_lanes<Simd, Word>(p, values, slot + i, column);
-    at = Simd::fields(places + (slot + i) / per_byte * p.columns,
-                      static_cast<int>((slot + i) % per_byte) * p.place_bits, low);
+    v = stored_lanes<Simd, Word>(p, p.stored, values, slot + i, column);
+    const int64_t bit = (slot + i) * p.place_bits;
+    at = Simd::fields(places + (bit >> 3) * p.columns, static_cast<int>(bit & 7), low);
   };
   uint32_t* const kept_places = reinterpret_cast<uint32_t*>(scratch);
   uint32_t* const kept_values = kept_places + kept * Simd::kWidth;
@@ -276,9 +298,9 @@ void expand_run(const Expand& p, int64_t entry, int64_t first, int64_t column, W
     }
     float buffer[Simd::kWidth];
     if constexpr (scaling == Scaling::kShiftAndScale)
-      v = Simd::shifted(v, lanes_of_blocks<Simd>(p.zero, entry, row, column, buffer));
+      v = Simd::shifted(v, lanes_of_blocks<Simd>(p.zero, zeros[at], column, buffer));
     if constexpr (scaling != Scaling::kNone)
-      v = Simd::scaled(v, lanes_of_blocks<Simd>(p.scale, entry, row, column, buffer));
+      v = Simd::scaled(v, lanes_of_blocks<Simd>(p.scale, scales[at], column, buffer));
     if constexpr (scaling == Scaling::kShiftAndScale) v = Simd::both(is_kept, v);
     Simd::store(out, v);
   }
@@ -289,18 +311,23 @@ template <class Simd, class Word, int kKept, Scaling scaling>
 void expand_runs(const Expand& p, int64_t begin, int64_t end, int64_t left, int64_t right, Word* out, int64_t pitch,
                  float* scratch) {
   const int64_t entry = begin / p.rows;
+  const float *scales[kLongestRun], *zeros[kLongestRun];
   for (int64_t r = begin; r < end; r += p.run) {
     const int64_t row = r - entry * p.rows;
+    for (int64_t i = 0; i < p.run; ++i) {
+      scales[i] = blocks_of_row(p.scale, entry, row + i);
+      zeros[i] = blocks_of_row(p.zero, entry, row + i);
+    }
     Word* const to = out + (r - begin) * pitch;
     if (right - left < Simd::kWidth) {
       for (int64_t c = left; c < right; ++c)
-        expand_run<PlainLanes<1>, Word, 0, scaling>(p, entry, row, c, to + c - left, pitch, scratch);
+        expand_run<PlainLanes<1>, Word, 0, scaling>(p, entry, row, c, scales, zeros, to + c - left, pitch, scratch);
       continue;
     }
     for (int64_t c = left; c < right; c += Simd::kWidth) {
       // The last vector begins where it ends with the columns.
       const int64_t at = least(c, right - Simd::kWidth);
-      expand_run<Simd, Word, kKept, scaling>(p, entry, row, at, to + at - left, pitch, scratch);
+      expand_run<Simd, Word, kKept, scaling>(p, entry, row, at, scales, zeros, to + at - left, pitch, scratch);
     }
   }
 }

@@ -6,6 +6,29 @@
 namespace jaxcompress {
 namespace {
 
+// Codes of 8 or 4 bits that are read one after another; vectors may read `kMargin` codes from each place on.
+template <bool is_signed>
+struct CodeBytes {
+  static constexpr int kMargin = 16;
+  const uint8_t* from;
+  void operator+=(int64_t count) { from += count; }
+};
+
+struct Nibbles {
+  static constexpr int kMargin = 32;
+  uint64_t at;  // twice the address of the byte, and 1 for the high nibble: one register
+  const float* table;
+  Nibbles(const uint8_t* from, int64_t place, const float* table)
+      : at(2 * reinterpret_cast<uintptr_t>(from) + static_cast<uint64_t>(place)), table(table) {}
+  void operator+=(int64_t count) { at += static_cast<uint64_t>(count); }
+  // The 8 nibbles from the one `skipped` places on, the first one lowest.
+  uint32_t eight(int skipped) const {
+    uint64_t word;
+    std::memcpy(&word, reinterpret_cast<const uint8_t*>(at / 2) + skipped / 2, 8);
+    return static_cast<uint32_t>(word >> (at % 2 * 4));
+  }
+};
+
 template <int kLanes>
 struct PlainLanes {
   static constexpr int kWidth = kLanes, kBytes = 8, kVectors = 2;
@@ -40,6 +63,20 @@ struct PlainLanes {
       next += is_kept;
     }
     return v;
+  }
+  template <bool is_signed>
+  static V expand(unsigned mask, CodeBytes<is_signed> from) {
+    int next = 0;
+    return by_lane([&](int i) { return mask >> i & 1 ? bits_of(code<is_signed>(from.from[next++])) : 0; });
+  }
+  static V expand(unsigned mask, Nibbles from) {
+    uint32_t left = from.eight(0);
+    return by_lane([&](int i) {
+      if ((mask >> i & 1) == 0) return uint32_t{0};
+      const uint32_t bits = bits_of(from.table[left & 15]);
+      left >>= 4;
+      return bits;
+    });
   }
   static void store(uint32_t* to, V v) { std::memcpy(to, v.lane, sizeof(v.lane)); }
   static void store(uint16_t* to, V v) {
@@ -95,6 +132,10 @@ struct PlainLanes {
   }
   static V where_equal(V place, uint32_t at, V value, V other) {
     return by_lane([&](int i) { return place.lane[i] == at ? value.lane[i] : other.lane[i]; });
+  }
+  // Entries of a table of as many floats as there are lanes.
+  static V lookup(V place, const float* table) {
+    return by_lane([&](int i) { return bits_of(table[place.lane[i] & (kWidth - 1)]); });
   }
   static V both(V a, V b) {
     return by_lane([&](int i) { return a.lane[i] & b.lane[i]; });

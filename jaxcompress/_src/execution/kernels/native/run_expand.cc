@@ -63,7 +63,7 @@ void run(SparseProduct& p, Pool& pool) {
   const int64_t pitch = sums_pitch(p), floats = p.sums_columns ? 0 : p.M * pitch;
   const std::unique_ptr<float[]> sums(new float[chunks * floats]);
   parallel(pool, chunks, is_small, [&](int64_t chunk) {
-    const std::unique_ptr<float[]> scratch(new float[product_scratch(weights)]);
+    const std::unique_ptr<float[]> scratch(new float[product_scratch(weights) + picked_scratch(p)]);
     work(p, chunk * size, std::min((chunk + 1) * size, weights.rows), sums.get() + chunk * floats, scratch.get());
   });
   if (p.sums_columns) return;
