@@ -23,8 +23,8 @@ from jaxcompress._src.meshes import on_auto_axes
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
-_FEW_ROWS = 16
-"""With more rows, the product of XLA with the whole weights takes less time."""
+_FEW_ROWS = 32
+"""Measured to be faster than the expansion up to there, from 384 x 384 to 4096 x 4096."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _blocks(
     leaf: QuantizedArray, view: _View, parameter: Any
 ) -> tuple[Float[Array, "E H W"], tuple[int, int]]:
     """Scales or zero points by entries, blocks of rows and blocks of columns; and the sizes of those blocks."""
-    parameter = parameter.astype(jnp.float32)
+    parameter = parameter if parameter.dtype == jnp.bfloat16 else parameter.astype(jnp.float32)
     first = view.first
     for axis, size in enumerate(leaf.shape):
         # Entries have numbers of their own; so have columns that are several axes, unless all of a row share one.

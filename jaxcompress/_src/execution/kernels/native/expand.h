@@ -90,7 +90,7 @@ inline Tile tile_of(const Expand& p) {
 inline int64_t expand_scratch(const Expand& p) { return 4 * (p.columns + kExpandPadding) + 32 * (p.kept + 1); }
 
 // Rows of x up to which products by places across rows pick inputs instead of writing weights out.
-constexpr int64_t kPickedRows = 16;
+constexpr int64_t kPickedRows = 8;
 
 inline int64_t picked_scratch(const SparseProduct& p) {
   return p.M > kPickedRows ? 0 : p.M * kMaxWidth * (tile_of(p.weights).rows / (p.weights.run ? p.weights.run : 1) + 1);

@@ -102,7 +102,7 @@ def expand_sparse(
         bits: one for each column, eight to a byte, the lowest first; or places in runs.
         starts: where the values of each row begin among those of its run, under a mask; else None.
         ready: what the weights are to wait for; its value must be 0.
-        scale: for each block of rows and columns.
+        scale: for each block of rows and columns; float32 or bfloat16, as `zero`.
         zero: of codes. Without it, what is not stored is 0 times the scale; with it, 0.
         storage: how they are stored.
 
@@ -206,6 +206,7 @@ def _stored(values: Array, storage: SparseFormat, axis: int, width: int) -> Any:
 
 def _spread(parameter: Array, block: tuple[int, int], shape: tuple[int, ...]) -> Array:
     """One number for every row and column of each entry; axes with one number stay."""
+    parameter = parameter.astype(jnp.float32)
     for axis, size in zip((1, 2), block, strict=True):
         if parameter.shape[axis] not in (1, shape[axis]):
             repeated = jnp.repeat(parameter, size, axis=axis)

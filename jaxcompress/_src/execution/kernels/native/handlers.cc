@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "run.h"
 #include "xla/ffi/api/c_api.h"
@@ -179,9 +180,22 @@ XLA_FFI_Error* integer(XLA_FFI_CallFrame* frame) {
   return nullptr;
 }
 
-bool read_blocks(const XLA_FFI_Buffer* buffer, const int32_t* sizes, const Expand& p, Blocks& to) {
-  if (buffer->rank != 3 || buffer->dtype != XLA_FFI_DataType_F32 || buffer->dims[0] != p.entries) return false;
+// Numbers of blocks in float32; those of bfloat16 are widened into `wide`, which XLA takes several times as long for.
+bool read_blocks(const XLA_FFI_Buffer* buffer, const int32_t* sizes, const Expand& p, std::vector<float>& wide,
+                 Blocks& to) {
+  if (buffer->rank != 3 || buffer->dims[0] != p.entries) return false;
   to.data = static_cast<const float*>(buffer->data);
+  if (buffer->dtype == XLA_FFI_DataType_BF16) {
+    wide.resize(static_cast<size_t>(buffer->dims[0] * buffer->dims[1] * buffer->dims[2]));
+    const auto* from = static_cast<const uint16_t*>(buffer->data);
+    for (size_t i = 0; i < wide.size(); ++i) {
+      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+      std::memcpy(&wide[i], &bits, sizeof(bits));
+    }
+    to.data = wide.data();
+  } else if (buffer->dtype != XLA_FFI_DataType_F32) {
+    return false;
+  }
   to.row_blocks = buffer->dims[1];
   to.column_blocks = buffer->dims[2];
   to.row_size = sizes[0];
@@ -199,7 +213,8 @@ const XLA_FFI_Array* array_attribute(const XLA_FFI_CallFrame* frame, const char*
 
 // Stored weights of p.entries x p.rows x p.columns: values, bits and starts or else places, perhaps something to wait
 // for, and scales and zero points if there are any, from argument `first` on. The message of what does not fit, or null.
-const char* read_weights(const XLA_FFI_CallFrame* frame, int64_t first, bool waits, Expand& p) {
+const char* read_weights(const XLA_FFI_CallFrame* frame, int64_t first, bool waits, Expand& p,
+                         std::vector<float>* wide) {
   const auto* layout = array_attribute(frame, "layout", 4, XLA_FFI_DataType_S32);
   const auto* sizes = array_attribute(frame, "block_sizes", 4, XLA_FFI_DataType_S32);
   const auto* table = array_attribute(frame, "table", 16, XLA_FFI_DataType_F32);
@@ -249,7 +264,7 @@ const char* read_weights(const XLA_FFI_CallFrame* frame, int64_t first, bool wai
   const bool needs_scale = p.stored != Stored::kHalves && p.stored != Stored::kWords;
   if (scale ? p.stored == Stored::kHalves : needs_scale) return "unexpected scales";
   const auto* size = static_cast<const int32_t*>(sizes->data);
-  if ((scale && !read_blocks(scale, size, p, p.scale)) || (zero && !read_blocks(zero, size + 2, p, p.zero)))
+  if ((scale && !read_blocks(scale, size, p, wide[0], p.scale)) || (zero && !read_blocks(zero, size + 2, p, wide[1], p.zero)))
     return "the scales or zero points do not fit";
   std::memcpy(p.table, table->data, sizeof(p.table));
   p.values = static_cast<const uint8_t*>(values->data);
@@ -264,7 +279,8 @@ XLA_FFI_Error* expand(XLA_FFI_CallFrame* frame) {
   p.entries = out->dims[0];
   p.rows = out->dims[1];
   p.columns = out->dims[2];
-  if (const char* reason = read_weights(frame, 0, true, p)) return invalid(frame, reason);
+  std::vector<float> wide[2];
+  if (const char* reason = read_weights(frame, 0, true, p, wide)) return invalid(frame, reason);
   const bool is_raw = p.stored == Stored::kHalves || (p.stored == Stored::kWords && !p.scale.data);
   if (out->dtype != (is_raw ? values->dtype : XLA_FFI_DataType_F32))
     return invalid(frame, "unexpected dtype of the result");
@@ -285,7 +301,8 @@ XLA_FFI_Error* sparse_product(XLA_FFI_CallFrame* frame) {
   p.weights.entries = 1;
   p.weights.rows = p.sums_columns ? y->dims[1] : x->dims[1];
   p.weights.columns = p.sums_columns ? x->dims[1] : y->dims[1];
-  if (const char* reason = read_weights(frame, 1, false, p.weights)) return invalid(frame, reason);
+  std::vector<float> wide[2];
+  if (const char* reason = read_weights(frame, 1, false, p.weights, wide)) return invalid(frame, reason);
   if (p.weights.stored == Stored::kHalves) return invalid(frame, "expected float32 values or codes");
   p.x = static_cast<const float*>(x->data);
   p.y = static_cast<float*>(y->data);
