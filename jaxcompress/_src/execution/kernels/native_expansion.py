@@ -46,7 +46,9 @@ def _viewed(sparse: SparseArray) -> _View:
     if isinstance(sparse, BitmaskSparseArray):
         first, layout = sparse.starts.ndim - 1, "mask"
     else:
-        first, layout = (sparse.ndim - 2, "along rows") if sparse.axis == -1 else (sparse.ndim + sparse.axis, "across rows")
+        first, layout = (
+            (sparse.ndim - 2, "along rows") if sparse.axis == -1 else (sparse.ndim + sparse.axis, "across rows")
+        )
     sizes = (math.prod(sparse.shape[:first]), sparse.shape[first], math.prod(sparse.shape[first + 1 :]))
     return _View(first, sizes, layout)
 
@@ -131,9 +133,7 @@ def _stored_parts(leaf: Any) -> tuple[tuple[Any, Any, Any], tuple[Any, Any], Spa
         as_stored = isinstance(index, PackedArray) and index.axis == axis and 8 % index.bits == 0
         bits = index.data if as_stored else unpacked(index)
         pattern = {"layout": view.layout, "pattern": sparse.pattern, "place_bits": index.bits if as_stored else 8}
-    storage = SparseFormat(
-        rows=rows, columns=columns, packed=packed, signed=packed and sparse.values.signed, **pattern
-    )
+    storage = SparseFormat(rows=rows, columns=columns, packed=packed, signed=packed and sparse.values.signed, **pattern)
 
     def stacked(part: Array) -> Array:
         shape = {
@@ -166,9 +166,7 @@ def _is_cut_evenly(leaf: QuantizedArray, view: _View) -> bool:
     return leaf.partial is None or leaf.partial[0] == rows or (rows, leaf.partial[0]) == (-2, -1)
 
 
-def _blocks(
-    leaf: QuantizedArray, view: _View, parameter: Any
-) -> tuple[Float[Array, "E H W"], tuple[int, int]]:
+def _blocks(leaf: QuantizedArray, view: _View, parameter: Any) -> tuple[Float[Array, "E H W"], tuple[int, int]]:
     """Scales or zero points by entries, blocks of rows and blocks of columns; and the sizes of those blocks."""
     parameter = parameter if parameter.dtype == jnp.bfloat16 else parameter.astype(jnp.float32)
     first = view.first

@@ -3,10 +3,9 @@
 As the products in `matmul.py`, each is a `custom_jvp` around a `custom_vmap` around a `custom_partitioning` around the
 foreign call.
 
-Shapes: E entries of a stack, R rows, C columns, H and W blocks of rows and of columns. Under a mask, S runs of rows with
-V stored values each, and bytes B of C bits. By places along rows, S is R, and V and B are what is stored of a row; by
-places across rows, S is what is stored of a column, as B of places is, and V is C: "E S V" are values and "E R B" bits
-in all three.
+Shapes: E entries of a stack, R rows, C columns, H and W blocks of rows and of columns. Values are "E S V", bits "E P B".
+Under a mask, S is runs of rows with V stored values each, P is R, and B bytes of C bits. By places along rows, S and P
+are R, V and B what is stored of a row; by places across rows, V and B are C, S and P what is stored of a column.
 """
 
 import dataclasses
@@ -83,7 +82,7 @@ class SparseFormat:
 
 def expand_sparse(
     values: Shaped[Array, "E S V"],
-    bits: UInt8[Array, "E R B"],
+    bits: UInt8[Array, "E P B"],
     starts: Int32[Array, "E R"] | None,
     ready: Float[Array, ""],
     scale: Float[Array, "E H W"] | None = None,
@@ -115,7 +114,7 @@ def expand_sparse(
 def sparse_matmul(
     x: Float[Array, "n in"],
     values: Shaped[Array, "1 S V"],
-    bits: UInt8[Array, "1 R B"],
+    bits: UInt8[Array, "1 P B"],
     starts: Int32[Array, "1 R"] | None = None,
     scale: Float[Array, "1 H W"] | None = None,
     zero: Float[Array, "1 I X"] | None = None,
@@ -148,7 +147,7 @@ def sparse_matmul(
 
 def plain_expand_sparse(
     values: Shaped[Array, "E S V"],
-    bits: UInt8[Array, "E R B"],
+    bits: UInt8[Array, "E P B"],
     starts: Int32[Array, "E R"] | None,
     ready: Float[Array, ""],
     scale: Float[Array, "E H W"] | None = None,
@@ -341,7 +340,9 @@ def _call(storage: SparseFormat, values: Array, bits: Array, *rest: Array) -> Ar
     return jax.ffi.ffi_call(library.EXPAND, result)(values, bits, *rest, **_attributes(storage))
 
 
-def _call_matmul(storage: SparseFormat, sums_columns: bool, x: Array, values: Array, bits: Array, *rest: Array) -> Array:
+def _call_matmul(
+    storage: SparseFormat, sums_columns: bool, x: Array, values: Array, bits: Array, *rest: Array
+) -> Array:
     rows, columns = local_sizes(storage, values, bits)
     result = jax.ShapeDtypeStruct((x.shape[0], rows if sums_columns else columns), jnp.float32)
     call = jax.ffi.ffi_call(library.SPARSE_PRODUCT, result)
