@@ -3,7 +3,7 @@
 As the products in `matmul.py`, each is a `custom_jvp` around a `custom_vmap` around a `custom_partitioning` around the
 foreign call.
 
-Shapes: E entries of a stack, R rows, C columns, H and W blocks of rows and of columns. Values are "E S V", bits "E P B".
+Shapes: E entries of a stack, R rows, C columns, H and W blocks of rows and of columns. Values: "E S V", bits: "E P B".
 Under a mask, S is runs of rows with V stored values each, P is R, and B bytes of C bits. By places along rows, S and P
 are R, V and B what is stored of a row; by places across rows, V and B are C, S and P what is stored of a column.
 """
