@@ -1,5 +1,4 @@
-"""The compiled CPU kernels against `jax.jit` float32: decoding one token, few rows of sparse weights, int8
-products of many rows.
+"""The compiled CPU kernels against `jax.jit` float32: one token, sparse weights, and int8 products of many rows.
 
 Variants take turns within each round, so that other work on the machine meets all of them; figures are medians over the
 rounds of ratios to float32 of the same round, by the clock and (in brackets) in CPU time. The processor and the

@@ -93,7 +93,8 @@ def _axes(operands: Sequence[Any], storage: Any) -> list[str]:
         "across rows": ["e v c", "e b c"],
     }[storage.layout]
     rest = operands[2:]
-    names = ["e r" if part.ndim == 2 else "" if part.ndim == 0 else f"e h{i} w{i}" for i, part in enumerate(rest)]
+    names = ["", "", "e r", "e h{0} w{0}"]
+    names = [names[len(part.shape)].format(number) for number, part in enumerate(rest)]
     return [*stored, *names]
 
 
