@@ -1,4 +1,4 @@
-"""The compiled CPU kernels against `jax.jit` float32: decoding one token, and int8 products of many rows.
+"""The compiled CPU kernels against `jax.jit` float32: one token, sparse weights, and int8 products of many rows.
 
 Variants take turns within each round, so that other work on the machine meets all of them; figures are medians over the
 rounds of ratios to float32 of the same round, by the clock and (in brackets) in CPU time. The processor and the
@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jaxcompress as jc
+from jaxcompress import arrays, quantization
 from jaxcompress._src.execution.kernels.native import library
 from jaxcompress._src.execution.kernels.native.matmul import WeightOnlyFormat, integer_matmul, weight_only_matmul
 
@@ -43,6 +45,8 @@ def main() -> None:
     wide = 1024 if options.quick else 4096
     for width, depth, repeats in ((wide, 3, 1), (768, 3, 20)):
         ratios |= _measure(f"decode {depth} x 1x{width}x{width}", _decoding(width, depth), sets, rounds, repeats)
+    for rows in (1, 16):
+        ratios |= _measure(f"sparse {rows}x{wide}x{wide}", _sparse(rows, wide), sets, rounds, 1)
     sizes = [(64, 384, 1536)] if options.quick else [(64, 768, 3072), (512, 384, 1536), (512, 1536, 384)]
     for rows, inputs, outputs in sizes:
         ratios |= _measure(f"int8 {rows}x{inputs}x{outputs}", _integers(rows, inputs, outputs), sets, rounds, 3)
@@ -79,6 +83,22 @@ def _stack(storage: WeightOnlyFormat) -> Callable[..., jax.Array]:
         return x
 
     return stack
+
+
+def _sparse(rows: int, width: int) -> dict[str, Callable[[], Any]]:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(rows, width)), jnp.float32)
+    w = rng.normal(size=(width, width)).astype(np.float32)
+    runs = np.abs(w).reshape(-1, 4, width)
+    of_runs = (runs.argsort(1).argsort(1) >= 2).reshape(w.shape)
+    masked = arrays.sparsify(jnp.asarray(w), jnp.asarray(rng.random(w.shape) < 0.4))
+    patterned = arrays.sparsify(jnp.asarray(w), jnp.asarray(of_runs), pattern=(2, 4), axis=0)
+    weights = {"bit mask": masked, "2:4": patterned}
+    spec = quantization.QuantSpec(bits=4, group_size=GROUP, scale_dtype="bfloat16")
+    weights |= {f"int4 {name}": quantization.quantize({"w": leaf}, spec)[0]["w"] for name, leaf in weights.items()}
+    dense = {"float32": functools.partial(jax.jit(jnp.matmul), x, jnp.asarray(w))}
+    product = jax.jit(jc.execute(lambda w, x: x @ w))
+    return dense | {name: functools.partial(product, leaf, x) for name, leaf in weights.items()}
 
 
 def _integers(rows: int, inputs: int, outputs: int) -> dict[str, Callable[[], Any]]:

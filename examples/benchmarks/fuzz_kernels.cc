@@ -322,6 +322,153 @@ float in_blocks(const Blocks& blocks, int64_t entry, int64_t row, int64_t column
                      column / blocks.column_size];
 }
 
+// N:M weights of one entry or several, written out; and products of all layouts, of one entry.
+bool expand_places(Random& random, Pool& pool, bool multiplies) {
+  Expand p{};
+  p.shards = 1;
+  p.layout = random.below(2) ? Layout::kAlongRows : Layout::kAcrossRows;
+  if (multiplies && random.below(3) == 0) p.layout = Layout::kMask;
+  const bool is_across = p.layout == Layout::kAcrossRows, has_mask = p.layout == Layout::kMask;
+  p.entries = multiplies ? 1 : 1 + random.below(3);
+  p.rows = 1 + random.below(70);
+  p.columns = 1 + (random.below(4) ? random.below(100) : random.below(1500));
+  const int64_t runs[] = {1, 2, 4, 8, 16, 3, 5, 40, 256};
+  p.run = runs[random.below(9)];
+  p.kept = 1 + random.below(p.run);
+  if (random.below(3) == 0) p.run = 4, p.kept = 2;
+  p.place_bits = p.run <= 2 ? 1 : p.run <= 4 ? 2 : p.run <= 16 ? 4 : 8;
+  if (random.below(4) == 0) p.place_bits = 8;
+  const Stored kinds[] = {Stored::kWords, Stored::kInt8, Stored::kUint8, Stored::kNibbles, Stored::kHalves};
+  p.stored = kinds[random.below(multiplies ? 4 : 5)];
+  const bool is_nibbles = p.stored == Stored::kNibbles, is_halves = p.stored == Stored::kHalves;
+  const int64_t width = p.stored == Stored::kWords ? 4 : is_halves ? 2 : 1;
+  const int64_t along = is_across ? p.rows : p.columns, across = is_across ? p.columns : p.rows;
+  const int64_t stored = (along + p.run - 1) / p.run * p.kept;
+  std::vector<int64_t> at(p.entries * p.rows * p.columns, -1);  // which value an entry has, along its row or column
+  std::unique_ptr<uint8_t[]> bits;
+  std::unique_ptr<int32_t[]> starts;
+  p.count = stored;
+  if (has_mask) {
+    const int64_t bytes = (p.columns + 7) / 8;
+    bits = block<uint8_t>(p.rows * bytes);
+    starts = block<int32_t>(p.rows);
+    p.count = 0;
+    for (int64_t r = 0; r < p.rows; ++r) {
+      starts[r] = static_cast<int32_t>(p.count);
+      for (int64_t i = 0; i < bytes; ++i) bits[r * bytes + i] = static_cast<uint8_t>(random.below(256));
+      for (int64_t c = 0; c < p.columns; ++c)
+        if (bits[r * bytes + c / 8] >> (c % 8) & 1) at[r * p.columns + c] = p.count++;
+    }
+    p.count = std::max<int64_t>(p.count, 1);
+  } else {
+    const int64_t per_byte = 8 / p.place_bits;
+    p.place_bytes = (stored + per_byte - 1) / per_byte;
+    bits = block<uint8_t>(p.entries * p.place_bytes * across);
+    std::fill_n(bits.get(), p.entries * p.place_bytes * across, uint8_t{0});
+    std::vector<int> places(p.run);
+    for (int64_t e = 0; e < p.entries; ++e)
+      for (int64_t other = 0; other < across; ++other)
+        for (int64_t slot = 0; slot < stored; ++slot) {
+          if (slot % p.kept == 0) {
+            for (int64_t i = 0; i < p.run; ++i) places[i] = static_cast<int>(i);
+            std::shuffle(places.begin(), places.end(), random.engine);
+            std::sort(places.begin(), places.begin() + p.kept);
+          }
+          const int place = places[slot % p.kept];
+          const int64_t byte = is_across ? (e * p.place_bytes + slot / per_byte) * across + other
+                                         : (e * across + other) * p.place_bytes + slot / per_byte;
+          bits[byte] |= static_cast<uint8_t>(place << (slot % per_byte * p.place_bits));
+          const int64_t to = slot / p.kept * p.run + place;
+          if (to < along) at[(e * p.rows + (is_across ? to : other)) * p.columns + (is_across ? other : to)] = slot;
+        }
+  }
+  const int64_t pitch = is_nibbles ? (p.count + 1) / 2 : p.count;  // along a row or column
+  const int64_t lines = has_mask ? 1 : p.entries * across;
+  auto values = block<uint8_t>(lines * pitch * width);
+  for (int64_t i = 0; i < lines * pitch; ++i) {
+    const float value = random.real();
+    if (width == 4)
+      std::memcpy(values.get() + 4 * i, &value, 4);
+    else
+      for (int64_t j = 0; j < width; ++j) values[i * width + j] = static_cast<uint8_t>(random.below(256));
+  }
+  for (float& value : p.table) value = random.real();
+  std::unique_ptr<float[]> scale, zero;
+  if (!is_halves && (p.stored != Stored::kWords || random.below(2))) scale = draw_blocks(random, p, p.scale);
+  if (scale && random.below(2)) zero = draw_blocks(random, p, p.zero);
+  p.values = values.get();
+  p.bits = bits.get();
+  p.starts = starts.get();
+  const auto expected = [&](int64_t e, int64_t r, int64_t c, uint8_t* to) {
+    const int64_t slot = at[(e * p.rows + r) * p.columns + c];
+    std::memset(to, 0, 4);
+    const int64_t line = is_across ? 0 : has_mask ? 0 : e * p.rows + r;
+    const int64_t step = is_nibbles ? slot / 2 : slot;
+    const int64_t from = is_across ? (e * pitch + step) * p.columns + c : line * pitch + step;
+    if (slot >= 0 && width > 1) std::memcpy(to, values.get() + from * width, width);
+    if (!scale) return;
+    float value = 0;
+    if (width == 4) std::memcpy(&value, to, 4);
+    if (slot >= 0 && width == 1) {
+      const uint8_t byte = values[from];
+      value = is_nibbles ? p.table[slot % 2 ? byte >> 4 : byte & 15] : p.stored == Stored::kInt8 ? static_cast<int8_t>(byte) : byte;
+    }
+    if (zero) value -= in_blocks(p.zero, e, r, c);
+    value *= in_blocks(p.scale, e, r, c);
+    if (zero && slot < 0) value = 0;
+    std::memcpy(to, &value, 4);
+  };
+  const auto failed = [&](const char* what, int64_t r, int64_t c) {
+    std::printf("wrong: %s layout %d %ld:%ld entries %ld rows %ld columns %ld stored %d scale %d zero %d at %ld %ld\n",
+                what, int(p.layout), long(p.kept), long(p.run), long(p.entries), long(p.rows), long(p.columns),
+                int(p.stored), int(scale != nullptr), int(zero != nullptr), long(r), long(c));
+    return false;
+  };
+  uint8_t item[4];
+  if (!multiplies) {
+    const int64_t size = is_halves ? 2 : 4;
+    auto out = block<uint8_t>(p.entries * p.rows * p.columns * size);
+    p.out = out.get();
+    run(p, pool);
+    for (int64_t e = 0; e < p.entries; ++e)
+      for (int64_t r = 0; r < p.rows; ++r)
+        for (int64_t c = 0; c < p.columns; ++c) {
+          expected(e, r, c, item);
+          if (std::memcmp(out.get() + ((e * p.rows + r) * p.columns + c) * size, item, size) != 0)
+            return failed("places", e * p.rows + r, c);
+        }
+    return true;
+  }
+  SparseProduct product{};
+  product.weights = p;
+  product.M = 1 + random.below(random.below(4) ? 5 : 20);
+  product.sums_columns = random.below(2);
+  const int64_t inputs = product.sums_columns ? p.columns : p.rows, outputs = p.rows + p.columns - inputs;
+  auto x = block<float>(product.M * inputs);
+  auto y = block<float>(product.M * outputs);
+  for (int64_t i = 0; i < product.M * inputs; ++i) x[i] = random.real();
+  if (random.below(4) == 0) x[random.below(product.M * inputs)] = HUGE_VALF;
+  product.x = x.get();
+  product.y = y.get();
+  run(product, pool);
+  for (int64_t m = 0; m < product.M; ++m)
+    for (int64_t n = 0; n < outputs; ++n) {
+      double sum = 0, size = 0;
+      for (int64_t k = 0; k < inputs; ++k) {
+        float weight;
+        expected(0, product.sums_columns ? n : k, product.sums_columns ? k : n, item);
+        std::memcpy(&weight, item, 4);
+        sum += double{x[m * inputs + k]} * weight;
+        size += std::abs(double{x[m * inputs + k]} * weight);
+      }
+      const double actual = y[m * outputs + n];
+      const bool is_same = std::isfinite(sum) ? std::abs(actual - sum) <= 1e-5 * size + 1e-30
+                                              : std::isnan(sum) ? std::isnan(actual) : actual == sum;
+      if (!is_same) return failed("product", m, n);
+    }
+  return true;
+}
+
 bool expand(Random& random, Pool& pool) {
   Expand p{};
   p.entries = 1 + random.below(3);
@@ -420,11 +567,13 @@ int main(int count, char** arguments) {
         Random random{std::mt19937(1000 * seed + 10 * level + caller)};
         Random of_expansions{std::mt19937(1000 * seed + 10 * level + caller + 500)};
         for (int i = 0; i < problems; ++i)
-          if (!weight_only(random, pool) || !integer(random, pool) || !grouped(random, pool) || !expand(of_expansions, pool))
+          if (!weight_only(random, pool) || !integer(random, pool) || !grouped(random, pool) ||
+              !expand(of_expansions, pool) || !expand_places(of_expansions, pool, false) ||
+              !expand_places(of_expansions, pool, true))
             ++wrong;
       });
     for (auto& caller : callers) caller.join();
-    std::printf("level %d: %d problems, %d wrong so far\n", level, 8 * problems, wrong.load());
+    std::printf("level %d: %d problems, %d wrong so far\n", level, 12 * problems, wrong.load());
   }
   return wrong != 0;
 }

@@ -231,7 +231,7 @@ def test_kernels_that_cannot_be_had_are_named(monkeypatch):
     plan = jc.execution.plan(apply, params, x)
     assert plan.matmuls[0].kernel == "plain"
     assert plan.matmuls[0].refused["native_float"] == "gone"
-    assert "gone (native_int8, native_int8_groups, native_float, native_expansion)" in str(plan)
+    assert "gone (native_int8, native_int8_groups, native_float, native_sparse, native_expansion)" in str(plan)
     np.testing.assert_allclose(jc.execute(apply)(params, x), apply(jc.materialize(params), x), rtol=1e-5, atol=1e-5)
 
 

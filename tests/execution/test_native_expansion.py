@@ -1,4 +1,4 @@
-"""The compiled expansion of weights under a bit mask: equal to the plain one bit for bit, and transformed like it."""
+"""Sparse weights, expanded by compiled kernels bit for bit as in JAX, or multiplied piece by piece; and transformed."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ import jaxcompress as jc
 from jaxcompress._src.execution.kernels import choice
 from jaxcompress._src.execution.kernels.matmul import Matmul
 from jaxcompress._src.execution.kernels.native import build_hook, library
-from jaxcompress._src.execution.kernels.native.expand import BitmaskFormat
+from jaxcompress._src.execution.kernels.native.expand import SparseFormat
 from jaxcompress._src.execution.kernels.native_expansion import EXPANSION, expanded_after
 from jaxcompress.arrays import QuantizedArray, sparsify
 
@@ -38,6 +38,36 @@ CODES = {
 def masked(rng, shape, *, keep=0.4, dtype="float32", stack_ndim=0, shards=1):
     values = jnp.asarray(rng.normal(size=shape), dtype)
     return sparsify(values, jnp.asarray(rng.random(shape) < keep), stack_ndim=stack_ndim, shards=shards)
+
+
+def places(rng, shape, pattern, axis):
+    """Masks of at most N of every M entries."""
+    kept, run = pattern
+    draws = np.moveaxis(rng.random(shape), axis, -1)
+    width = draws.shape[-1]
+    draws = np.pad(draws, [(0, 0)] * (len(shape) - 1) + [(0, -width % run)], constant_values=-1)
+    runs = draws.reshape(*draws.shape[:-1], -1, run)
+    mask = (np.argsort(np.argsort(-runs, -1), -1) < kept) & (runs > 0.1)
+    return jnp.asarray(np.moveaxis(mask.reshape(draws.shape)[..., :width], -1, axis))
+
+
+def patterned(rng, shape, *, pattern=(2, 4), axis=-2, dtype="float32"):
+    return sparsify(
+        jnp.asarray(rng.normal(size=shape), dtype), places(rng, shape, pattern, axis), pattern=pattern, axis=axis
+    )
+
+
+def patterned_codes(rng, shape, blocks, *, bits, pattern=(2, 4), axis=-2, signed=True, zeros=None, levels=None):
+    low = -(2 ** (bits - 1)) if signed else 0
+    codes = jnp.asarray(rng.integers(low, low + 2**bits, size=shape), jnp.int8 if signed else jnp.uint8)
+    data = sparsify(codes, places(rng, shape, pattern, axis), pattern=pattern, axis=axis)
+    return QuantizedArray(
+        data=data.with_packed_values(bits) if bits < 8 else data,
+        scale=jnp.asarray(rng.normal(size=blocks), jnp.float32),
+        dtype=jnp.dtype("float32"),
+        zero_point=None if zeros is None else jnp.asarray(rng.integers(0, 2**bits, size=blocks), zeros),
+        levels=levels,
+    )
 
 
 def masked_codes(
@@ -119,6 +149,70 @@ def test_masked_codes_with_a_shorter_last_group(shape, axis):
 
 
 @needs_library
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("pattern", [(2, 4), (1, 2), (4, 8), (3, 7), (5, 16), (20, 200)], ids=str)
+def test_patterned_values_are_where_they_belong(pattern, axis):
+    rng = np.random.default_rng(20)
+    for shape, dtype in (((37, 70), "float32"), ((3, 8, 5), "bfloat16"), ((5, 3), "float16")):
+        check_expansion(patterned(rng, shape, pattern=pattern, axis=axis, dtype=dtype))
+    check_expansion(patterned(rng, (3, 8, 5, 6), pattern=pattern, axis=axis - 1))
+
+
+@needs_library
+@pytest.mark.parametrize("axis", [-2, -1])
+@pytest.mark.parametrize("blocks", [(1, 1), (8, 1), (1, 10), (4, 70)], ids=str)
+@pytest.mark.parametrize("name", CODES)
+def test_patterned_codes_with_any_blocks(name, blocks, axis):
+    check_expansion(patterned_codes(np.random.default_rng(21), (32, 70), blocks, axis=axis, **CODES[name]))
+
+
+def few_rows(leaf, x, *, sums_columns):
+    apply = (lambda w, x: jnp.einsum("mk,nk->mn", x, w)) if sums_columns else (lambda w, x: x @ w)
+    assert jc.execution.plan(apply, leaf, x).matmuls[0].kernel == "native_sparse"
+    return jax.jit(jc.execute(apply))(leaf, x), jax.jit(apply)(leaf.materialize(), x)
+
+
+SPARSE_LEAVES = {
+    "mask": lambda rng, shape: masked(rng, shape),
+    "nothing": lambda rng, shape: masked(rng, shape, keep=0),
+    "mask of codes": lambda rng, shape: masked_codes(rng, shape, (1, shape[1]), **CODES["uint4 zero points"]),
+    "mask of int8": lambda rng, shape: masked_codes(rng, shape, (shape[0], 1), bits=8),
+    "2:4": lambda rng, shape: patterned(rng, shape),
+    "2:4 along rows": lambda rng, shape: patterned(rng, shape, axis=-1),
+    "3:7": lambda rng, shape: patterned(rng, shape, pattern=(3, 7)),
+    "codes 2:4": lambda rng, shape: patterned_codes(rng, shape, (1, shape[1]), bits=4),
+    "codes 2:4 with zero points": lambda rng, shape: patterned_codes(rng, shape, (1, 1), **CODES["uint8 zero points"]),
+}
+
+
+@needs_library
+@pytest.mark.parametrize("sums_columns", [False, True])
+@pytest.mark.parametrize("shape", [(300, 260), (37, 70), (5, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", SPARSE_LEAVES)
+def test_few_rows_multiply_as_the_plain_weights_do(name, shape, sums_columns):
+    rng = np.random.default_rng(22)
+    leaf = SPARSE_LEAVES[name](rng, shape)
+    for instructions in library.INSTRUCTION_SETS:
+        for rows in (1, 3, 17):
+            x = jnp.asarray(rng.normal(size=(rows, shape[1 if sums_columns else 0])), jnp.float32)
+            with library.limited_to(instructions):
+                assert_close(*few_rows(leaf, x, sums_columns=sums_columns))
+
+
+@needs_library
+@pytest.mark.parametrize("sums_columns", [False, True])
+@pytest.mark.parametrize("name", SPARSE_LEAVES)
+def test_inputs_that_are_not_finite_meet_what_is_not_stored(name, sums_columns):
+    rng = np.random.default_rng(23)
+    leaf = SPARSE_LEAVES[name](rng, (64, 64))
+    for odd in (np.inf, -np.inf, np.nan):
+        for rows in (1, 5):
+            x = jnp.asarray(rng.normal(size=(rows, 64)), jnp.float32).at[0, 37].set(odd)
+            actual, expected = map(np.asarray, few_rows(leaf, x, sums_columns=sums_columns))
+            np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-2)
+
+
+@needs_library
 def test_starts_that_point_anywhere_read_no_other_memory():
     leaf = masked(np.random.default_rng(5), (6, 40))
     starts = jnp.asarray([5, 2**30, 10**9, 3, 10_000, 0], jnp.int32)
@@ -159,10 +253,13 @@ MASKED_LEAVES = {
         stack_ndim=len(stack),
         shards=shards,
     ),
+    "2:4": lambda rng, stack, shards: patterned(rng, (*stack, 16, 24)),
+    "2:4 along rows": lambda rng, stack, shards: patterned(rng, (*stack, 16, 24), axis=-1),
+    "codes 2:4": lambda rng, stack, shards: patterned_codes(rng, (*stack, 16, 24), (*stack, 4, 24), bits=4),
 }
 
 
-def masked_problem(name, stack=(), shards=1):
+def masked_problem(name, stack=(), shards=1, kernel="native_expansion"):
     leaf = MASKED_LEAVES[name](np.random.default_rng(6), stack, shards)
     x = jnp.asarray(np.random.default_rng(7).normal(size=(5, 16)), jnp.float32)
     floats, rest = jc.tree.partition_trainable({"w": leaf})
@@ -171,7 +268,7 @@ def masked_problem(name, stack=(), shards=1):
         run = jc.execute(lambda params, x: x @ params["w"], kernels=kernels)
         return lambda x, floats: run(jc.tree.combine(floats, rest), x)
 
-    return product(("native_expansion",)), product(()), x, floats
+    return product((kernel,)), product(()), x, floats
 
 
 MASKED_TRANSFORMED = {
@@ -195,12 +292,13 @@ MASKED_TRANSFORMED = {
 
 @needs_library
 @pytest.mark.parametrize("leaf", MASKED_LEAVES)
+@pytest.mark.parametrize("kernel", ["native_expansion", "native_sparse"])
 @pytest.mark.parametrize("name", MASKED_TRANSFORMED)
-def test_transformations_of_products_with_masked_weights(name, leaf):
-    kernel, plain, x, floats = masked_problem(leaf)
+def test_transformations_of_products_with_masked_weights(name, leaf, kernel):
+    kernel, plain, x, floats = masked_problem(leaf, kernel=kernel)
     actual, expected = (jax.jit(functools.partial(MASKED_TRANSFORMED[name], f)) for f in (kernel, plain))
     assert (
-        "jaxcompress_expand" in actual.lower(x, floats).as_text(),
+        "jaxcompress_" in actual.lower(x, floats).as_text(),
         "jaxcompress_" in expected.lower(x, floats).as_text(),
     ) == (True, False)
     assert_close(actual(x, floats), expected(x, floats))
@@ -239,29 +337,35 @@ def test_either_side_and_orientation_of_masked_weights(kernels):
         (lambda w, x: jnp.einsum("io,ni->on", w, x), leaf, x),
         (lambda w, x: jnp.einsum("nab,abcd->ncd", x.reshape(-1, 4, 4), w), several, x),
     ):
-        assert jc.execution.plan(apply, w, inputs, kernels=kernels).matmuls[0].kernel == "native_expansion"
+        is_matrix = kernels is None and w is leaf
+        expected = "native_sparse" if is_matrix else "native_expansion"
+        assert jc.execution.plan(apply, w, inputs, kernels=kernels).matmuls[0].kernel == expected
         run = jax.jit(jc.execute(apply, kernels=kernels))
-        assert_same_bits(run(w, inputs), jax.jit(apply)(w.materialize(), inputs))
+        (assert_close if is_matrix else assert_same_bits)(run(w, inputs), jax.jit(apply)(w.materialize(), inputs))
 
 
 @needs_library
+@pytest.mark.parametrize("kernel", ["native_expansion", "native_sparse"])
 @pytest.mark.parametrize("leaf", MASKED_LEAVES)
-def test_exported_programs_hold_the_plain_expansion(leaf):
-    kernel, plain, x, floats = masked_problem(leaf)
+def test_exported_programs_hold_the_plain_expansion(leaf, kernel):
+    kernel, plain, x, floats = masked_problem(leaf, kernel=kernel)
     exported = jax.export.export(jax.jit(kernel))(x, floats)
     assert "jaxcompress_" not in exported.mlir_module()
     np.testing.assert_allclose(exported.call(x, floats), plain(x, floats), rtol=1e-5, atol=1e-5)
 
 
 @needs_library
+@pytest.mark.parametrize("kernels", [None, ("native_expansion",)], ids=str)
 @pytest.mark.parametrize("spec", [P("a"), P(), P(None)], ids=str)
 @pytest.mark.parametrize("leaf", MASKED_LEAVES)
-def test_masked_weights_on_8_devices(leaf, spec, mesh):
+def test_masked_weights_on_8_devices(leaf, spec, kernels, mesh):
+    # One run of rows for each device would not fill bytes; columns are free.
+    spec = P(None, "a") if spec == P("a") and leaf in ("2:4", "codes 2:4") else spec
     _, plain, x, floats = masked_problem(leaf, shards=4)
     params = {"w": MASKED_LEAVES[leaf](np.random.default_rng(6), (), 4)}
     placed = jc.arrays.component_shardings(params["w"], NamedSharding(mesh, spec))
     spread = {"w": jax.device_put(params["w"], placed)}
-    run = jax.jit(jc.execute(lambda p, x: x @ p["w"]))
+    run = jax.jit(jc.execute(lambda p, x: x @ p["w"], kernels=kernels))
     for of_rows in (P(), P("b"), P(None, "a")):
         inputs = jax.device_put(jnp.concatenate([x, x[:3]]), NamedSharding(mesh, of_rows))
         program = run.lower(spread, inputs).compile()
@@ -307,8 +411,8 @@ def test_rows_do_not_depend_on_one_another():
     whole = np.asarray(run(leaf, x))
     assert np.isnan(whole[3]).all()
     assert np.isfinite(np.delete(whole, 3, axis=0)).all()
-    for rows in (1, 16):
-        assert jc.execution.plan(lambda p, x: x @ p["w"], leaf, x[:rows]).matmuls[0].kernel == "native_expansion"
+    for rows, kernel in ((1, "native_sparse"), (32, "native_sparse"), (40, "native_expansion")):
+        assert jc.execution.plan(lambda p, x: x @ p["w"], leaf, x[:rows]).matmuls[0].kernel == kernel
         np.testing.assert_allclose(run(leaf, x[:rows]), whole[:rows], rtol=1e-4, atol=1e-5)
 
 
@@ -324,7 +428,7 @@ def test_what_the_expansion_refuses():
     assert refused(masked(rng, (0, 4))) == refused(masked(rng, (8, 0))) == "there are no weights"
     assert "values are int8" in str(refused(masked_codes(rng, (8, 4), (1, 1), bits=8).data))
     dense, _ = jc.quantization.quantize({"w": jnp.ones((8, 4))}, jc.quantization.QuantSpec(bits=8))
-    assert refused(dense["w"]) == "weights are not stored under a bit mask"
+    assert refused(dense["w"]) == "weights are not stored sparsely"
 
 
 def test_without_a_library_masked_weights_multiply_by_themselves(monkeypatch):
@@ -345,7 +449,7 @@ def test_without_a_library_masked_weights_multiply_by_themselves(monkeypatch):
 @needs_library
 def test_formats_of_masks_check_themselves():
     with pytest.raises(ValueError, match="`levels`"):
-        BitmaskFormat(columns=3, levels=(0.0, 1.0))
+        SparseFormat(rows=2, columns=3, levels=(0.0, 1.0))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0)], ids=str)

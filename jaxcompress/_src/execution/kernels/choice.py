@@ -22,6 +22,7 @@ KERNELS: tuple[Kernel, ...] = (
     native_cpu.INT8,
     native_cpu.INT8_GROUPS,
     native_cpu.FLOAT,
+    native_expansion.SPARSE,
     native_expansion.EXPANSION,
     cpu.INT8_PADDED,
     cpu.ROUNDED_FLOATS,

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "run.h"
 #include "xla/ffi/api/c_api.h"
@@ -186,9 +187,22 @@ XLA_FFI_Error* integer(XLA_FFI_CallFrame* frame) {
   return nullptr;
 }
 
-bool read_blocks(const XLA_FFI_Buffer* buffer, const int32_t* sizes, const Expand& p, Blocks& to) {
-  if (buffer->rank != 3 || buffer->dtype != XLA_FFI_DataType_F32 || buffer->dims[0] != p.entries) return false;
+// Numbers of blocks in float32; those of bfloat16 are widened into `wide`, which XLA takes several times as long for.
+bool read_blocks(const XLA_FFI_Buffer* buffer, const int32_t* sizes, const Expand& p, std::vector<float>& wide,
+                 Blocks& to) {
+  if (buffer->rank != 3 || buffer->dims[0] != p.entries) return false;
   to.data = static_cast<const float*>(buffer->data);
+  if (buffer->dtype == XLA_FFI_DataType_BF16) {
+    wide.resize(static_cast<size_t>(buffer->dims[0] * buffer->dims[1] * buffer->dims[2]));
+    const auto* from = static_cast<const uint16_t*>(buffer->data);
+    for (size_t i = 0; i < wide.size(); ++i) {
+      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+      std::memcpy(&wide[i], &bits, sizeof(bits));
+    }
+    to.data = wide.data();
+  } else if (buffer->dtype != XLA_FFI_DataType_F32) {
+    return false;
+  }
   to.row_blocks = buffer->dims[1];
   to.column_blocks = buffer->dims[2];
   to.row_size = sizes[0];
@@ -198,49 +212,107 @@ bool read_blocks(const XLA_FFI_Buffer* buffer, const int32_t* sizes, const Expan
          (p.columns + to.column_size - 1) / to.column_size <= to.column_blocks;
 }
 
-// Values, bits, starts, something to wait for, and scales and zero points if there are any.
-XLA_FFI_Error* expand(XLA_FFI_CallFrame* frame) {
-  const XLA_FFI_Buffer *values = argument(frame, 0), *bits = argument(frame, 1), *starts = argument(frame, 2),
-                       *scale = argument(frame, 4), *zero = argument(frame, 5), *out = result(frame);
-  if (!starts || values->rank != 3 || bits->rank != 3 || starts->rank != 2 || out->rank != 3)
-    return invalid(frame, "expected stacks of matrices");
-  Expand p{};
-  p.entries = out->dims[0];
-  p.rows = out->dims[1];
-  p.columns = out->dims[2];
-  p.shards = values->dims[1];
-  if (values->dims[0] != p.entries || bits->dims[0] != p.entries || bits->dims[1] != p.rows ||
-      bits->dims[2] != (p.columns + 7) / 8 || starts->dims[0] != p.entries || starts->dims[1] != p.rows)
-    return invalid(frame, "the parts do not fit");
-  if (p.shards < 1 || p.rows % p.shards || values->dims[2] < 1) return invalid(frame, "the values do not fit the rows");
-  if (bits->dtype != XLA_FFI_DataType_U8 || starts->dtype != XLA_FFI_DataType_S32)
-    return invalid(frame, "expected bits in uint8 and starts in int32");
+const XLA_FFI_Array* array_attribute(const XLA_FFI_CallFrame* frame, const char* name, int64_t size,
+                                     XLA_FFI_DataType type) {
+  const auto* array = static_cast<const XLA_FFI_Array*>(attribute(frame, name, XLA_FFI_AttrType_ARRAY));
+  return array && static_cast<int64_t>(array->size) == size && array->dtype == type ? array : nullptr;
+}
+
+// Stored weights of p.entries x p.rows x p.columns: values, bits and starts or else places, perhaps something to wait
+// for, and scales and zero points if there are any, from argument `first` on. The message of what does not fit, or null.
+const char* read_weights(const XLA_FFI_CallFrame* frame, int64_t first, bool waits, Expand& p,
+                         std::vector<float>* wide) {
+  const auto* layout = array_attribute(frame, "layout", 4, XLA_FFI_DataType_S32);
+  const auto* sizes = array_attribute(frame, "block_sizes", 4, XLA_FFI_DataType_S32);
+  const auto* table = array_attribute(frame, "table", 16, XLA_FFI_DataType_F32);
+  if (!layout || !sizes || !table) return "expected a layout, sizes of blocks and values of codes";
+  const auto* number = static_cast<const int32_t*>(layout->data);
+  if (number[0] < 0 || number[0] > 2) return "unknown layout";
+  p.layout = static_cast<Layout>(number[0]);
+  const bool has_mask = p.layout == Layout::kMask, is_across = p.layout == Layout::kAcrossRows;
+  const XLA_FFI_Buffer *values = argument(frame, first), *bits = argument(frame, first + 1),
+                       *starts = argument(frame, first + 2);
+  const int64_t next = first + 2 + has_mask + waits;
+  const XLA_FFI_Buffer *scale = argument(frame, next), *zero = argument(frame, next + 1);
+  if (!bits || frame->args.size < next || values->rank != 3 || bits->rank != 3) return "expected stacks of matrices";
+  if (values->dims[0] != p.entries || bits->dims[0] != p.entries || bits->dtype != XLA_FFI_DataType_U8)
+    return "the parts do not fit";
   const bool is_packed = flag(frame, "packed");
-  p.count = values->dims[2] * (is_packed ? 2 : 1);
+  p.count = values->dims[is_across ? 1 : 2] * (is_packed ? 2 : 1);
+  if (has_mask) {
+    p.shards = values->dims[1];
+    if (starts->rank != 2 || starts->dtype != XLA_FFI_DataType_S32 || starts->dims[0] != p.entries ||
+        starts->dims[1] != p.rows || bits->dims[1] != p.rows || bits->dims[2] != (p.columns + 7) / 8)
+      return "the mask does not fit";
+    if (p.shards < 1 || p.rows % p.shards || p.count < 1) return "the values do not fit the rows";
+    p.starts = static_cast<const int32_t*>(starts->data);
+  } else {
+    p.shards = 1;
+    p.kept = number[1];
+    p.run = number[2];
+    p.place_bits = number[3];
+    const int64_t along = is_across ? 1 : 2, other = is_across ? 2 : 1, size = is_across ? p.rows : p.columns;
+    p.place_bytes = bits->dims[along];
+    if (p.kept < 1 || p.kept > p.run || p.run > 256) return "expected 1 <= N <= M <= 256";
+    if (p.place_bits != 1 && p.place_bits != 2 && p.place_bits != 4 && p.place_bits != 8) return "unexpected places";
+    const int64_t stored = (size + p.run - 1) / p.run * p.kept, across = is_across ? p.columns : p.rows;
+    if (p.count < stored || p.place_bytes * (8 / p.place_bits) < stored || values->dims[other] != across ||
+        bits->dims[other] != across)
+      return "the values or places do not fit";
+  }
   switch (values->dtype) {
     case XLA_FFI_DataType_F32: p.stored = Stored::kWords; break;
     case XLA_FFI_DataType_F16:
     case XLA_FFI_DataType_BF16: p.stored = Stored::kHalves; break;
     case XLA_FFI_DataType_S8: p.stored = Stored::kInt8; break;
     case XLA_FFI_DataType_U8: p.stored = is_packed ? Stored::kNibbles : Stored::kUint8; break;
-    default: return invalid(frame, "unexpected dtype of values");
+    default: return "unexpected dtype of values";
   }
-  const bool is_raw = p.stored == Stored::kHalves || (p.stored == Stored::kWords && !scale);
-  if (is_raw ? out->dtype != values->dtype || scale : out->dtype != XLA_FFI_DataType_F32 || !scale)
-    return invalid(frame, "unexpected dtype of the result, or scales");
-  const auto* sizes = static_cast<const XLA_FFI_Array*>(attribute(frame, "block_sizes", XLA_FFI_AttrType_ARRAY));
-  const auto* table = static_cast<const XLA_FFI_Array*>(attribute(frame, "table", XLA_FFI_AttrType_ARRAY));
-  if (!sizes || sizes->size != 4 || sizes->dtype != XLA_FFI_DataType_S32 || !table || table->size != 16 ||
-      table->dtype != XLA_FFI_DataType_F32)
-    return invalid(frame, "expected 4 sizes of blocks and 16 float32 values of codes");
+  const bool needs_scale = p.stored != Stored::kHalves && p.stored != Stored::kWords;
+  if (scale ? p.stored == Stored::kHalves : needs_scale) return "unexpected scales";
   const auto* size = static_cast<const int32_t*>(sizes->data);
-  if ((scale && !read_blocks(scale, size, p, p.scale)) || (zero && !read_blocks(zero, size + 2, p, p.zero)))
-    return invalid(frame, "the scales or zero points do not fit");
+  if ((scale && !read_blocks(scale, size, p, wide[0], p.scale)) || (zero && !read_blocks(zero, size + 2, p, wide[1], p.zero)))
+    return "the scales or zero points do not fit";
   std::memcpy(p.table, table->data, sizeof(p.table));
   p.values = static_cast<const uint8_t*>(values->data);
   p.bits = static_cast<const uint8_t*>(bits->data);
-  p.starts = static_cast<const int32_t*>(starts->data);
+  return nullptr;
+}
+
+XLA_FFI_Error* expand(XLA_FFI_CallFrame* frame) {
+  const XLA_FFI_Buffer *values = argument(frame, 0), *out = result(frame);
+  if (!values || out->rank != 3) return invalid(frame, "expected stacks of matrices");
+  Expand p{};
+  p.entries = out->dims[0];
+  p.rows = out->dims[1];
+  p.columns = out->dims[2];
+  std::vector<float> wide[2];
+  if (const char* reason = read_weights(frame, 0, true, p, wide)) return invalid(frame, reason);
+  const bool is_raw = p.stored == Stored::kHalves || (p.stored == Stored::kWords && !p.scale.data);
+  if (out->dtype != (is_raw ? values->dtype : XLA_FFI_DataType_F32))
+    return invalid(frame, "unexpected dtype of the result");
   p.out = static_cast<uint8_t*>(out->data);
+  XlaPool pool(*frame);
+  run(p, pool);
+  return nullptr;
+}
+
+XLA_FFI_Error* sparse_product(XLA_FFI_CallFrame* frame) {
+  const XLA_FFI_Buffer *x = argument(frame, 0), *y = result(frame);
+  if (!is_matrix(x) || !is_matrix(y)) return invalid(frame, "expected matrices");
+  if (x->dtype != XLA_FFI_DataType_F32 || y->dtype != XLA_FFI_DataType_F32 || x->dims[0] != y->dims[0])
+    return invalid(frame, "expected float32 inputs and outputs, of as many rows");
+  SparseProduct p{};
+  p.sums_columns = flag(frame, "sums_columns");
+  p.M = x->dims[0];
+  p.weights.entries = 1;
+  p.weights.rows = p.sums_columns ? y->dims[1] : x->dims[1];
+  p.weights.columns = p.sums_columns ? x->dims[1] : y->dims[1];
+  std::vector<float> wide[2];
+  if (const char* reason = read_weights(frame, 1, false, p.weights, wide)) return invalid(frame, reason);
+  if (p.weights.stored == Stored::kHalves) return invalid(frame, "expected float32 values or codes");
+  p.x = static_cast<const float*>(x->data);
+  p.y = static_cast<float*>(y->data);
   XlaPool pool(*frame);
   run(p, pool);
   return nullptr;
@@ -259,6 +331,10 @@ EXPORT XLA_FFI_Error* jaxcompress_integer(XLA_FFI_CallFrame* frame) {
 
 EXPORT XLA_FFI_Error* jaxcompress_expand(XLA_FFI_CallFrame* frame) {
   return jaxcompress::answers_metadata(frame) ? nullptr : jaxcompress::expand(frame);
+}
+
+EXPORT XLA_FFI_Error* jaxcompress_sparse_product(XLA_FFI_CallFrame* frame) {
+  return jaxcompress::answers_metadata(frame) ? nullptr : jaxcompress::sparse_product(frame);
 }
 
 EXPORT int jaxcompress_instruction_level() { return jaxcompress::instruction_level(); }

@@ -20,7 +20,8 @@ INSTRUCTION_SETS = ("portable", "avx2", "avx512vnni")
 VARIABLE = "JAXCOMPRESS_INSTRUCTIONS"
 """The environment variable that lowers the instruction set."""
 
-WEIGHT_ONLY, INTEGER, EXPAND = "jaxcompress_weight_only", "jaxcompress_integer", "jaxcompress_expand"
+WEIGHT_ONLY, INTEGER = "jaxcompress_weight_only", "jaxcompress_integer"
+EXPAND, SPARSE_PRODUCT = "jaxcompress_expand", "jaxcompress_sparse_product"
 """Names of the handlers, in the library and in XLA."""
 
 
@@ -81,7 +82,7 @@ def _load() -> _Loaded:
         return _Loaded(None, f"the compiled library was not built when jaxcompress was installed{why}")
     try:
         handle = ctypes.CDLL(str(path))
-        for name in (WEIGHT_ONLY, INTEGER, EXPAND):
+        for name in (WEIGHT_ONLY, INTEGER, EXPAND, SPARSE_PRODUCT):
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(handle, name)), platform="cpu")
     except Exception as err:  # of the loader, or of XLA where the versions do not fit
         return _Loaded(None, f"the compiled library does not load ({err})")

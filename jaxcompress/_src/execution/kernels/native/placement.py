@@ -117,48 +117,6 @@ def partitioned(product: Callable[..., Array], out_major: bool, of_rows: int = 1
     return partitioned
 
 
-def partitioned_rows(expansion: Callable[..., Array]) -> Callable[..., Array]:
-    """An expansion of stored weights that every device computes of the entries and the runs of rows that it has.
-
-    Args:
-        expansion: takes values by entries and runs, bits by entries and rows, starts of rows, a scalar, and parameters
-            by entries and blocks of rows; returns weights by entries, rows and columns.
-
-    Returns:
-        The expansion with this rule.
-    """
-
-    def partition(mesh: Any, arguments: Sequence[Any], result: Any) -> Any:
-        del result
-        values, bits, _, _, *parameters = arguments
-        entries = _entry(bits, 0)
-        rows = _without(_entry(bits, 1), entries)
-        ways = math.prod(mesh.shape[name] for name in _names(rows))
-        # Whole runs, and whole blocks of rows.
-        counts = [values.shape[1], *(part.shape[1] for part in parameters if part.shape[1] > 1)]
-        if any(count % ways or bits.shape[1] % count for count in counts):
-            rows = None
-
-        def sharding(*spec: Any) -> NamedSharding:
-            return NamedSharding(mesh, PartitionSpec(*spec))
-
-        whole = sharding(entries, rows, None)
-        blocks = [whole if part.shape[1] > 1 else sharding(entries, None, None) for part in parameters]
-        return mesh, expansion, whole, (whole, whole, sharding(entries, rows), sharding(), *blocks)
-
-    def rule(mesh: Any, operands: Sequence[Any], results: Any) -> str:
-        del mesh, results
-        blocks = [f"e h{i} w{i}" for i in range(len(operands) - 4)]
-        return f"{', '.join(['e s v', 'e r b', 'e r', '', *blocks])} -> e r c"
-
-    def infer(mesh: Any, arguments: Sequence[Any], result: Any) -> NamedSharding:
-        return partition(mesh, arguments, result)[2]
-
-    partitioned = custom_partitioning(expansion)
-    partitioned.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
-    return partitioned
-
-
 def _entry(aval: Any, axis: int) -> Any:
     spec = tuple(aval.sharding.spec)
     return spec[axis] if axis < len(spec) else None

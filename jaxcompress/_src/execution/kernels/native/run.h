@@ -21,5 +21,6 @@ void run(WeightOnly& problem, Pool& pool);
 void run(Integer& problem, Pool& pool);
 void run(Grouped& problem, Pool& pool);
 void run(const Expand& problem, Pool& pool);
+void run(SparseProduct& problem, Pool& pool);
 
 }  // namespace jaxcompress
