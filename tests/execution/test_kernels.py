@@ -405,6 +405,19 @@ def test_results_wider_than_the_inputs_are_not_rounded_to_them(weights):
     np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5)
 
 
+@needs_library
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("weights", SPECS)
+def test_float64_results_of_float32_inputs_have_float64_sums(weights, inputs):
+    apply, params, x = _problem("inputs first", weights, inputs)
+    wider = lambda p, x: apply({"w": p["w"].astype("float64")}, x)  # noqa: E731
+    with jax.enable_x64(True):
+        wanted = jc.execute(wider, kernels=())(params, x)
+        result = jax.jit(jc.execute(wider))(params, x)
+    assert result.dtype == wanted.dtype == jnp.float64
+    np.testing.assert_allclose(result, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_kernels_that_round_to_the_inputs_refuse_wider_results():
     params, _ = quantize({"w": jnp.ones((256, 128))}, INT8)
     x = jnp.ones((8, 256), jnp.bfloat16)

@@ -212,6 +212,28 @@ def test_convolutions_round_their_inputs():
     )
 
 
+@pytest.mark.parametrize("weights", [None, QuantSpec(bits=8), QuantSpec(bits=4, group_size=8)])
+def test_the_rows_of_experts_are_rounded(weights):
+    def apply(params, x):
+        return jax.lax.ragged_dot(x, params["w"], jnp.array([3, 0, 4]))
+
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(3, 16, 4)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(7, 16)), jnp.float32)
+    layouts = trace.layouts(apply, params, x)
+    if weights is not None:
+        params, _ = quantize(params, weights, layouts=layouts)
+    stored, _ = quantize_inputs(params, QuantSpec(bits=3), layouts=layouts)
+    rounded = np.asarray(stored["w"].inputs.rounded(x, (1,), None, None), np.float64)
+    dense = np.asarray(jc.materialize(stored)["w"], np.float64)
+    expected = np.concatenate([rounded[:3] @ dense[0], rounded[3:] @ dense[2]])
+    for run in (jc.execute(apply), jax.jit(jc.execute(apply))):
+        np.testing.assert_allclose(run(stored, x), expected, rtol=1e-5, atol=1e-5)
+    assert [use.primitive for use in fallbacks(apply, stored, x)] == ["ragged_dot_general"] * (weights is not None)
+    seen = jax.grad(lambda x: jc.execute(apply)(stored, x).sum())(x)
+    np.testing.assert_allclose(seen, jax.grad(lambda x: apply(jc.materialize(stored), x).sum())(x), rtol=1e-5)
+
+
 def test_the_wrapper_is_validated():
     leaf = InputQuantizedArray(weight=jnp.ones((3, 4, 2)), inputs=Scaling(), scale=jnp.ones(3))
     validate_array(leaf)

@@ -277,6 +277,12 @@ def test_quantized_inputs_as_jax_has_them(name, tmp_path):
     assert ("MatMulInteger" in info.operators) == whole
 
 
+@pytest.mark.parametrize("name", INPUTS)
+def test_quantized_inputs_without_rows(name, tmp_path):
+    spec, inputs, options = INPUTS[name]
+    check(tmp_path, multiplied, rounded(spec, inputs), np.zeros((2, 0, 64), np.float32), **options)
+
+
 def test_rows_with_weights_of_7_bits(tmp_path):
     params = rounded({"bits": 8, "symmetric": False}, {"bits": 8})
     outputs, info = exported(tmp_path, multiplied, params, X, weight_bits=7)

@@ -2,10 +2,13 @@
 
 import dataclasses
 import itertools
+import re
 
 import pytest
+from export_models import CONFIGS
 
 from jaxcompress import recipe
+from jaxcompress._src.models.families import family_of
 from jaxcompress._src.recipe.calibrate import Calibration
 from jaxcompress._src.recipe.compress import without_distillation
 from jaxcompress._src.recipe.methods import METHODS
@@ -29,6 +32,17 @@ def test_the_recipes_of_the_library_can_be_read():
             ("entropy", True) if name == "deep-compression" else ("orbax", False)
         )
         assert read.steps
+
+
+@pytest.mark.parametrize("model", ["bert", "gpt2", "llama"])
+@pytest.mark.parametrize("name", ["2of4-alps", "int3-reconstruct", "int4", "int4-reconstruct", "int8-inputs"])
+def test_recipes_for_any_family_select_its_layers_and_embeddings(name, model):
+    patterns = [step.select or "" for _, step in recipe.read_recipe(name).steps]
+    paths = family_of(CONFIGS[model]).parameters(CONFIGS[model])
+    assert all(any(re.fullmatch(pattern, path) for path in paths) for pattern in patterns)
+    layers = [path for path in paths if re.search(r"/(layers|layer|h)/.*/kernel", path)]
+    assert layers
+    assert all(any(re.fullmatch(pattern, path) for pattern in patterns) for path in layers)
 
 
 def test_options_reach_their_steps(tmp_path):

@@ -276,6 +276,16 @@ class InputQuantizedArray(StoredArray):
             return jax.lax.conv_general_dilated_p.bind(rounded, self.weight, **parameters)
         return call(self.weight, "convolve", rounded, parameters)
 
+    def ragged_dot(self, inputs: jax.Array, sizes: jax.Array, parameters: Mapping[str, Any]) -> Any:
+        """The products of rounded inputs; None where the weight is stored, or where each matrix has a static range."""
+        if is_compressed(self.weight) or self._stacked_ndim:
+            return None
+        numbers = parameters["ragged_dot_dimension_numbers"]
+        axes = numbers.dot_dimension_numbers[0][0]
+        rounded = self.inputs.rounded(self._as_float(inputs), axes, *self.input_parameters(inputs.ndim, ()))
+        options = {name: parameters[name] for name in ("precision", "preferred_element_type")}
+        return jax.lax.ragged_dot_general(rounded, self.weight, sizes, numbers, **options)
+
     def shardings(self, sharding: NamedSharding) -> Any:
         """Static ranges along the stacked axes of the weight."""
 

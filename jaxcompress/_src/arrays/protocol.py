@@ -126,6 +126,16 @@ class StoredArray:
         """
         del inputs, parameters
 
+    def ragged_dot(self, inputs: jax.Array, sizes: jax.Array, parameters: Mapping[str, Any]) -> Any:
+        """The product of each part of the rows with its own matrix of this array, or None.
+
+        Args:
+            inputs: the left operand, plain.
+            sizes: of the parts.
+            parameters: of `lax.ragged_dot_general`, where one matrix meets each part and nothing is batched.
+        """
+        del inputs, sizes, parameters
+
     def expanded(self) -> Any:
         """The same values with their zeros stored, plain or as codes; an array that leaves none out, as it is."""
         return self

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxcompress._src.arrays.protocol import call, cast, reshape, slice_axis, transpose
 from jaxcompress._src.arrays.sharding import component_shardings
 from jaxcompress._src.meshes import varying
+from jaxcompress._src.trace.contraction import is_by_expert
 from jaxcompress._src.types import is_compressed
 
 Rule = Callable[[Any, list[Any]], Sequence[Any] | None]
@@ -22,6 +23,13 @@ def _one(result: Any) -> Sequence[Any] | None:
 def _conv(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
     inputs, kernel = values
     return None if is_compressed(inputs) else _one(call(kernel, "convolve", inputs, eqn.params))
+
+
+def _ragged_dot(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
+    inputs, kernel, *sizes = values
+    if not is_compressed(kernel) or is_compressed(inputs) or not is_by_expert(eqn):
+        return None
+    return _one(call(kernel, "ragged_dot", jnp.asarray(inputs), *map(jnp.asarray, sizes), eqn.params))
 
 
 def _transpose(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
@@ -119,6 +127,7 @@ def _pvary(eqn: Any, values: list[Any]) -> Sequence[Any] | None:
 
 RULES: dict[str, Rule] = {
     "conv_general_dilated": _conv,
+    "ragged_dot_general": _ragged_dot,
     "gather": _gather,
     "transpose": _transpose,
     "reshape": _reshape,

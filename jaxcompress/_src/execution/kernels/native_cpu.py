@@ -31,6 +31,8 @@ _FEW_ROWS = {4: 64, 8: 32}
 _ROWS_OF_AMX = 8
 """From so many rows on, XLA's integer product takes a third of the float32 one's time on processors with AMX."""
 
+_FLOAT64 = "results are float64, and sums would be float32"
+
 
 def _is_partly_manual() -> bool:
     """Whether XLA partitions what is traced here along some axes of a mesh; its custom calls do not know the others."""
@@ -44,6 +46,7 @@ def _why_not_float(matmul: Matmul) -> str | None:
         (not isinstance(leaf, QuantizedArray), "weights are no codes with scales, or inputs are quantized"),
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
         (_is_partly_manual(), "in `shard_map` along some axes of the mesh only"),
+        (matmul.dtype == jnp.float64, _FLOAT64),
     )
     if reason is not None:
         return reason
@@ -134,6 +137,7 @@ def _why_not_int8_groups(matmul: Matmul) -> str | None:
         (not isinstance(leaf, InputQuantizedArray), "inputs are not quantized"),
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
         (_is_partly_manual(), "in `shard_map` along some axes of the mesh only"),
+        (matmul.dtype == jnp.float64, _FLOAT64),
     )
     if reason is not None:
         return reason

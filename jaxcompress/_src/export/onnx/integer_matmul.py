@@ -78,7 +78,9 @@ def _by_rows(
     """
     graph: Graph = translator.graph
     x, free = inputs_of(graph, other, summed)
-    scale, *zero_points = translator.call(functools.partial(_row_parameters, leaf.inputs), x)
+    # Those of no rows are constants.
+    parameters = translator.call(functools.partial(_row_parameters, leaf.inputs), x)
+    scale, *zero_points = (graph.tensor(part) for part in parameters)
     quotients = graph.op("Div", x.name, scale.name)
     middle, one = graph.scalar(128, np.uint8), graph.scalar(1, np.float32)
     shifts = ""
