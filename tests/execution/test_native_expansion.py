@@ -193,7 +193,7 @@ def test_few_rows_multiply_as_the_plain_weights_do(name, shape, sums_columns):
     rng = np.random.default_rng(22)
     leaf = SPARSE_LEAVES[name](rng, shape)
     for instructions in library.INSTRUCTION_SETS:
-        for rows in (1, 3, 17):
+        for rows in (1, 3, 8):
             x = jnp.asarray(rng.normal(size=(rows, shape[1 if sums_columns else 0])), jnp.float32)
             with library.limited_to(instructions):
                 assert_close(*few_rows(leaf, x, sums_columns=sums_columns))
@@ -411,7 +411,7 @@ def test_rows_do_not_depend_on_one_another():
     whole = np.asarray(run(leaf, x))
     assert np.isnan(whole[3]).all()
     assert np.isfinite(np.delete(whole, 3, axis=0)).all()
-    for rows, kernel in ((1, "native_sparse"), (32, "native_sparse"), (40, "native_expansion")):
+    for rows, kernel in ((1, "native_sparse"), (8, "native_sparse"), (9, "native_expansion"), (40, "native_expansion")):
         assert jc.execution.plan(lambda p, x: x @ p["w"], leaf, x[:rows]).matmuls[0].kernel == kernel
         np.testing.assert_allclose(run(leaf, x[:rows]), whole[:rows], rtol=1e-4, atol=1e-5)
 
