@@ -417,6 +417,22 @@ def test_rows_do_not_depend_on_one_another():
 
 
 @needs_library
+def test_more_rows_multiply_piece_by_piece_where_plain_weights_leave_the_cache():
+    mask = jnp.zeros((2050, 2048), bool).at[:, 0].set(True)
+    leaf = {"w": sparsify(jnp.ones(mask.shape), mask)}
+
+    def kernel(rows):
+        x = jnp.ones((rows, 2050))
+        return jc.execution.plan(lambda p, x: x @ p["w"], leaf, x).matmuls[0].kernel
+
+    assert [kernel(rows) for rows in (9, 128, 129)] == ["native_sparse", "native_sparse", "native_expansion"]
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(20, 2050)), jnp.float32)
+    y = jax.jit(jc.execute(lambda p, x: x @ p["w"]))(leaf, x)
+    np.testing.assert_allclose(y[:, 0], x.sum(1), rtol=1e-4, atol=1e-4)
+    assert (y[:, 1:] == 0).all()
+
+
+@needs_library
 def test_what_the_expansion_refuses():
     def refused(leaf):
         parameters = {"dimension_numbers": (((1,), (0,)), ((), ())), "preferred_element_type": None}

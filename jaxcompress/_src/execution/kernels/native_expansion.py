@@ -23,8 +23,11 @@ from jaxcompress._src.meshes import on_auto_axes
 
 _FLOATS = ("float32", "bfloat16", "float16")
 
-_FEW_ROWS = 8
-"""Up to there faster than the expansion, from 384 x 384 to 2048 x 2048; from 16 rows on, it takes more CPU time."""
+_CACHED = 2**22
+"""So many float32 weights, 16 MB, are written and read again in the cache; more of them go through memory."""
+
+_FEW_ROWS = {True: 8, False: 128}
+"""By whether the weights are cached. Up to there it is faster than the expansion, or nearly so, and takes no memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +85,10 @@ def _why_not_few(matmul: Matmul) -> str | None:
         return reason
     view = _viewed(_sparse(matmul.leaf))
     sizes = (matmul.inputs, matmul.outputs) if matmul.order == "inputs first" else (matmul.outputs, matmul.inputs)
+    limit = _FEW_ROWS[matmul.inputs * matmul.outputs <= _CACHED]
     return unless(
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
-        (matmul.rows > _FEW_ROWS, f"{matmul.rows} rows: for up to {_FEW_ROWS}"),
+        (matmul.rows > limit, f"{matmul.rows} rows: for up to {limit} at {matmul.inputs} x {matmul.outputs} weights"),
         (view.shape != (1, *sizes), "what is stored is not a matrix of inputs and outputs"),
         (str(matmul.other.dtype) not in _FLOATS, f"inputs are {matmul.other.dtype}, not one of {', '.join(_FLOATS)}"),
         (str(matmul.dtype) not in _FLOATS, f"outputs are {matmul.dtype}, not one of {', '.join(_FLOATS)}"),
