@@ -330,6 +330,15 @@ def test_a_step_of_known_arrays_within_a_trace():
     assert jax.tree.map(jnp.shape, traced.params) == jax.tree.map(jnp.shape, state.params)
 
 
+def test_a_step_transfers_nothing():
+    state, step, teacher = _sgd_steps()
+    batch = {"x": X}
+    state, _ = step(state, teacher, batch)
+    with jax.transfer_guard("disallow"):
+        state, _ = step(state, teacher, batch)
+    assert int(state.step) == 2
+
+
 def test_the_derivative_of_a_step_by_its_batch():
     init_state, step = make_train_step(_apply, None, optax.sgd(0.1), losses={"hard": hard_labels()})
 

@@ -194,10 +194,13 @@ class _Step:
 
 def _platform(state: TrainState, *others: Any) -> str:
     """Where a state lies; "traced" within transformations of JAX, because only an outermost `jax.jit` takes options."""
-    if any(is_traced(leaf) for leaf in jax.tree.leaves((state, others, jnp.zeros(())))):
+    if any(is_traced(leaf) for leaf in jax.tree.leaves((state, others))):
         return "traced"
     sharding = getattr(state.step, "sharding", None)
-    return jax.default_backend() if sharding is None else next(iter(sharding.device_set)).platform
+    platform = jax.default_backend() if sharding is None else next(iter(sharding.device_set)).platform
+    # Within a trace, what is computed of known arrays is traced, too. Nothing is transferred for it.
+    is_known = isinstance(state.step, jax.Array) and platform in _COMPILER_OPTIONS
+    return "traced" if is_known and is_traced(jnp.negative(state.step)) else platform
 
 
 def _init(setup: Setup, params: Params, key: jax.Array, statistics: Any) -> TrainState:

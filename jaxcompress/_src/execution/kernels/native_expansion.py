@@ -26,8 +26,8 @@ _FLOATS = ("float32", "bfloat16", "float16")
 _CACHED = 2**22
 """So many float32 weights, 16 MB, are written and read again in the cache; more of them go through memory."""
 
-_FEW_ROWS = {True: 8, False: 128}
-"""By whether the weights are cached. Up to there it is faster than the expansion, or nearly so, and takes no memory."""
+_FEW_ROWS, _FEW_ROWS_BEYOND_CACHE = 8, 128
+"""Up to there pieces are faster than the expansion, or nearly so, and take no memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _why_not_few(matmul: Matmul) -> str | None:
         return reason
     view = _viewed(_sparse(matmul.leaf))
     sizes = (matmul.inputs, matmul.outputs) if matmul.order == "inputs first" else (matmul.outputs, matmul.inputs)
-    limit = _FEW_ROWS[matmul.inputs * matmul.outputs <= _CACHED]
+    limit = _FEW_ROWS if matmul.inputs * matmul.outputs <= _CACHED else _FEW_ROWS_BEYOND_CACHE
     return unless(
         (matmul.order is None, "the axes of the weight are stacked or mixed"),
         (matmul.rows > limit, f"{matmul.rows} rows: for up to {limit} at {matmul.inputs} x {matmul.outputs} weights"),
